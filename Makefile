@@ -1,0 +1,77 @@
+# A thin face over the `dbscale` command.  `make help` lists the targets; every one sets up what it needs.
+GRID    ?= configs/grids/demo.yaml
+CLUSTER ?= local
+STORE   ?= out
+DATA    ?= data
+PYTHON  ?= python3
+ARGS    ?=
+
+VENV  := .venv
+STAMP := $(VENV)/.installed
+RUN   := $(VENV)/bin/dbscale
+WHERE := --grid "$(GRID)" --store "$(STORE)" --data "$(DATA)"
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check fix test test-slow shards plan grid status cancel reduce report export clean \
+        bench bench-data bench-train bench-kernels bench-laws bench-launch
+
+help: ## List the targets
+	@echo "make TARGET [GRID=$(GRID)] [CLUSTER=$(CLUSTER)] [STORE=$(STORE)] [DATA=$(DATA)]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install exact versions
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "dbscale needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.11" >&2; exit 1; }
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a few minutes, about 5 GB, once) ..."
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+check: $(STAMP) ## Format, lint, types and the layer test, in under a minute
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/basedpyright --warnings
+	@$(VENV)/bin/python -m pytest -q tests/test_architecture.py
+
+fix: $(STAMP) ## Reformat and mend what the linter can
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+test: $(STAMP) ## Run the tests (ARGS="-k name" to choose)
+	@$(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not bench" $(ARGS)
+
+test-slow: $(STAMP) ## Run the long tests as well
+	@$(VENV)/bin/python -m pytest -q -n 2 -m "not bench" $(ARGS)
+
+shards: $(STAMP) ## Pack the grid's datasets into tar shards
+	@$(RUN) shards pack $(WHERE)
+
+plan: $(STAMP) ## Show what is new, done, running and failed, and what it will cost
+	@$(RUN) plan $(WHERE) --cluster "$(CLUSTER)" $(ARGS)
+
+grid: $(STAMP) ## Run the grid, fit the laws, write the report; type it again to resume
+	@$(RUN) submit $(WHERE) --cluster "$(CLUSTER)" $(ARGS)
+
+status: $(STAMP) ## How far it is, what failed and why
+	@$(RUN) status $(WHERE) $(ARGS)
+
+cancel: $(STAMP) ## Stop this grid's jobs, and only those
+	@$(RUN) cancel $(WHERE) --cluster "$(CLUSTER)" $(ARGS)
+
+reduce: $(STAMP) ## Collect the rows and fit the laws
+	@$(RUN) reduce $(WHERE) $(ARGS)
+
+report: $(STAMP) ## Write report.html
+	@$(RUN) report $(WHERE) $(ARGS)
+
+bench: bench-data bench-train bench-kernels bench-laws bench-launch ## All benchmarks
+
+bench-data bench-train bench-kernels bench-laws bench-launch: $(STAMP)
+	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
+
+clean: ## Remove caches; results (STORE), DATA and .venv stay
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

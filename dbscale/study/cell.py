@@ -1,0 +1,110 @@
+"""A cell is one training run; its id is a hash of what it does, of its parents and of the data it reads.
+
+Leaves out everything about how and where it runs, so the same science keeps its name on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from dbscale.study.recipe import RECIPE_VERSION, DeiT, Model, Recipe
+from dbscale.study.strict import Strict
+
+Role = Literal["teacher", "init"]
+Arm = Literal["plain", "distilled", "scratch"]
+STAGE_OF_ROLE = {"teacher": ("pretrain",), "init": ("pretrain", "distill")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recipe, the cells it builds on, and the fingerprint of its dataset (None while the data is absent)."""
+
+    recipe: Recipe
+    fingerprint: str | None
+    teacher: Cell | None = None
+    init: Cell | None = None
+
+    @property
+    def parents(self) -> tuple[Cell, ...]:
+        return tuple(parent for parent in (self.teacher, self.init) if parent is not None)
+
+    @cached_property
+    def id(self) -> str:
+        """12 hex digits of sha256 over canonical JSON; provisional while a fingerprint is missing."""
+        return cell_id(self.recipe, [parent.id for parent in self.parents], self.fingerprint)
+
+    @cached_property
+    def key(self) -> str:
+        """Folder name in the store: a slug for people, the id for us."""
+        return f"{slug(self.recipe)}-{self.id}"
+
+    @property
+    def arm(self) -> Arm:
+        """Which curve a finetune belongs to: that of the run it starts from."""
+        if self.recipe.stage == "distill":
+            return "distilled"
+        if self.init is not None:
+            return self.init.arm
+        return "scratch" if self.recipe.stage == "finetune" else "plain"
+
+    def spec(self) -> CellSpec:
+        return CellSpec(
+            version=RECIPE_VERSION,
+            key=self.key,
+            recipe=self.recipe,
+            fingerprint=self.fingerprint,
+            teacher=self.teacher.key if self.teacher else None,
+            init=self.init.key if self.init else None,
+        )
+
+
+class CellSpec(Strict):
+    """`recipe.json`: all a job needs to run the cell, parents by their folder names."""
+
+    version: int
+    key: str
+    recipe: Recipe
+    fingerprint: str | None
+    teacher: str | None = None
+    init: str | None = None
+
+    @property
+    def id(self) -> str:
+        return self.key.rpartition("-")[2]
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return tuple(key for key in (self.teacher, self.init) if key is not None)
+
+
+def cell_id(recipe: Recipe, parent_ids: list[str], fingerprint: str | None) -> str:
+    """sha256 over {recipe version, recipe, sorted parent ids, dataset fingerprint}, first 12 hex digits."""
+    identity = {
+        "version": RECIPE_VERSION,
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "parents": sorted(parent_ids),
+        "data": fingerprint,
+    }
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def slug(recipe: Recipe) -> str:
+    """Readable, filesystem-safe, and never parsed: stage, model, dataset, size, seed."""
+    dataset = "".join(c if c.isalnum() else "_" for c in recipe.data.dataset)[:24]
+    return f"{recipe.stage}-{model_label(recipe.model)}-{dataset}-n{recipe.data.num_samples}-s{recipe.seed}"
+
+
+def model_label(model: Model) -> str:
+    """Short name for tables: heads and width of a DeiT, otherwise timm's name."""
+    if isinstance(model, DeiT):
+        return f"deit_h{model.heads}w{model.head_width}d{model.depth}"
+    return "".join(c if c.isalnum() or c == "_" else "_" for c in model.name)

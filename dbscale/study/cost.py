@@ -1,0 +1,100 @@
+"""What a cell will cost before it runs: FLOPs of a model and seconds on a device.
+
+Counts a multiply-add as two operations and a backward pass as two forward passes, as is usual.
+Calibrated by finished rows, or by a probe that launch runs; it never imports torch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from dbscale.study.cell import Cell
+from dbscale.study.recipe import DeiT, Model, Recipe
+from dbscale.study.row import Row
+
+FORWARD_GFLOPS_224 = {"resnet18": 3.64, "resnet34": 7.34, "resnet50": 8.22, "resnet101": 15.7}
+"""Published multiply-adds at 224 px, doubled; a timm model not listed counts as DeiT-S (9.2)."""
+DEFAULT_GFLOPS_224 = 9.2
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of processor: its dense bf16 peak and the share that training small ViTs usually reaches."""
+
+    name: str
+    peak_flops: float
+    utilisation: float
+    step_overhead_s: float
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.peak_flops * self.utilisation
+
+
+DEVICES = {
+    "cpu": Device("cpu", 1e11, 0.45, 0.002),
+    "a100": Device("a100", 312e12, 0.35, 0.004),
+    "h100": Device("h100", 989e12, 0.25, 0.004),
+    "h200": Device("h200", 989e12, 0.25, 0.004),
+}
+"""Peaks from the vendors' data sheets; `cpu` is one core."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicts seconds on one device."""
+
+    device: Device = DEVICES["cpu"]
+    cell_overhead_s: float = 0.3
+    """Building the model, reading parents, evaluating and writing results."""
+    scale: float = 1.0
+    """Measured over predicted, from calibration."""
+
+    def seconds(self, cell: Cell) -> float:
+        """Predicted device-seconds of one cell."""
+        work = train_flops(cell.recipe, cell.teacher.recipe.model if cell.teacher else None)
+        overhead = cell.recipe.num_steps * self.device.step_overhead_s + self.cell_overhead_s
+        return self.scale * (work / self.device.flops_per_s + overhead)
+
+    def calibrated(self, measured: Iterable[tuple[Cell, Row]]) -> CostModel:
+        """The same model, scaled by the median of measured over predicted; unchanged without rows."""
+        ratios = [row.timing.device_time_s / self.seconds(cell) for cell, row in measured]
+        return replace(self, scale=self.scale * statistics.median(ratios)) if ratios else self
+
+
+def train_flops(recipe: Recipe, teacher: Model | None = None) -> float:
+    """Operations of a whole run: three student forwards a sample, and the teacher's forward when distilling."""
+    size = recipe.data.image_size
+    a_sample = 3 * forward_flops(recipe.model, size)
+    if teacher is not None:
+        a_sample += forward_flops(teacher, size)
+    return a_sample * recipe.num_steps * recipe.training.global_batch
+
+
+def forward_flops(model: Model, image_size: int) -> float:
+    """Operations of one forward pass on one square RGB image, the head left out."""
+    if not isinstance(model, DeiT):
+        gflops = FORWARD_GFLOPS_224.get(model.name.partition(".")[0], DEFAULT_GFLOPS_224)
+        return gflops * 1e9 * (image_size / 224) ** 2
+    patches, tokens = num_tokens(model, image_size)
+    width = model.width
+    dense = (8 + 4 * model.mlp_ratio) * width**2 * tokens
+    attention = 4 * tokens**2 * width
+    return model.depth * (dense + attention) + 6 * model.patch_size**2 * width * patches
+
+
+def num_params(model: DeiT, image_size: int, num_classes: int) -> int:
+    """Parameters of a DeiT with a linear head: 2.5M at 2 heads of 64 to 38.4M at 8, 12 deep, 224 px."""
+    _, tokens = num_tokens(model, image_size)
+    width, hidden = model.width, int(model.mlp_ratio * model.width)
+    block = 4 * width**2 + 2 * width * hidden + 9 * width + hidden
+    embedding = (3 * model.patch_size**2 + 1) * width + (tokens + 1) * width
+    return model.depth * block + embedding + 2 * width + (width + 1) * num_classes
+
+
+def num_tokens(model: DeiT, image_size: int) -> tuple[int, int]:
+    """Patches, and tokens with the class token."""
+    patches = (image_size // model.patch_size) ** 2
+    return patches, patches + 1

@@ -1,0 +1,254 @@
+"""A grid asks one question: its axes, its datasets and how each stage trains.  `expand` turns it into cells.
+
+Pure apart from `load_grid`.  Knows nothing of states, schedulers or files of results.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from dbscale.study.cell import Arm, Cell, canonical_json
+from dbscale.study.recipe import Data, Distill, Model, Positive, Recipe, Stage, Tier, Training
+from dbscale.study.strict import ConfigError, Strict, nearest, validate
+from dbscale.study.strict_yaml import load_yaml, override, set_path
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+"""Becomes a folder name: letters, digits, dot, underscore and hyphen."""
+Sizes = Annotated[tuple[Positive, ...], Field(min_length=1)]
+RawValue = str | int | float | bool | None | list[Any] | dict[str, Any]
+
+
+class DataAxis(Strict):
+    """A dataset and the subset sizes taken from it."""
+
+    dataset: Name
+    num_samples: Sizes
+
+
+class Variant(Strict):
+    """A named change to the whole grid, for ablations: `set: {distill.alpha: 0.3}`."""
+
+    name: Name
+    set: dict[str, RawValue] = {}
+
+
+class Grid(Strict):
+    """`configs/grids/*.yaml`: the hashed *what* of a study."""
+
+    name: Name
+    question: str
+    datasets: dict[Name, dict[str, RawValue]]
+    """How each dataset is packed: `{source: cifar, path: …}`; see `shards/sources.py`."""
+    upstream: DataAxis
+    downstream: Annotated[tuple[DataAxis, ...], Field(min_length=1)]
+    image_size: Positive
+    tier: Tier = "resident"
+    block_size: Positive | None = None
+    models: dict[Name, Model]
+    students: Annotated[tuple[Name, ...], Field(min_length=1)]
+    teachers: dict[Name, Name] = {}
+    """Student → teacher of the distilled arm; a student without one has a plain arm only."""
+    arms: tuple[Literal["plain", "distilled"], ...] = ("plain", "distilled")
+    scratch: bool = False
+    """Also finetune every student from random weights: the error without any upstream data."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    pretrain: Training
+    finetune: Training
+    distill: Distill | None = None
+    distill_training: Training | None = None
+    """How a distill cell trains; None: as `pretrain` says, so that the arms differ in the loss alone."""
+    variants: tuple[Variant, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Grid:
+        for role, names, known in self._references():
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"unknown {role} {name!r}; {nearest(name, list(known))}")
+        for axis in ("students", "seeds", "arms"):
+            values = getattr(self, axis)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{axis} repeats a value: {list(values)}")
+        if "distilled" in self.arms and (self.distill is None or not self.teachers):
+            raise ValueError("the distilled arm needs `distill:` settings and `teachers:`, or leave it out of `arms:`")
+        return self
+
+    def _references(self) -> Iterator[tuple[str, Sequence[str], Mapping[str, Any]]]:
+        yield "student", self.students, self.models
+        yield "student in teachers", tuple(self.teachers), self.models
+        yield "teacher", tuple(self.teachers.values()), self.models
+        yield "upstream dataset", (self.upstream.dataset,), self.datasets
+        yield "downstream dataset", tuple(axis.dataset for axis in self.downstream), self.datasets
+
+    @property
+    def axes(self) -> tuple[DataAxis, ...]:
+        return (self.upstream, *self.downstream)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured point of a study: a finetune cell and where it lies on the grid's axes."""
+
+    cell: Cell
+    variant: str
+    student: str
+    upstream_num_samples: int
+    """0 for training from scratch."""
+
+    @property
+    def arm(self) -> Arm:
+        return self.cell.arm
+
+
+def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
+    """Read, override, validate. Raises ConfigError naming file, key, value and what is allowed."""
+    return validate(Grid, override(_with_base(load_yaml(path), path), overrides), where=str(path))
+
+
+def _with_base(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`extends: other.yaml` (relative to this file) fills in what this file leaves out, mapping by mapping."""
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: `extends` takes the path of one YAML file, found {base!r}")
+    base_path = path.parent / base
+    if base_path.resolve() == path.resolve():
+        raise ConfigError(f"{path}: a grid cannot extend itself")
+    return _merge(load_yaml(base_path), data)
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merge(base[key], own[key])
+        for key in base.keys() & own.keys()
+        if isinstance(base[key], dict) and isinstance(own[key], dict)
+    }
+    return {**base, **own, **both}
+
+
+def variants_of(grid: Grid) -> list[tuple[str, Grid]]:
+    """Each variant's name with the grid it makes; a grid without variants is its own, named "base"."""
+    if not grid.variants:
+        return [("base", grid)]
+    base = grid.model_copy(update={"variants": ()}).model_dump(mode="json")
+    return [(variant.name, _apply(base, variant, grid.name)) for variant in grid.variants]
+
+
+def _apply(base: dict[str, Any], variant: Variant, grid_name: str) -> Grid:
+    data = base
+    for path, value in variant.set.items():
+        data = set_path(data, path, value)
+    return validate(Grid, data, where=f"grid {grid_name}, variant {variant.name}")
+
+
+def check_sizes(grid: Grid, available: Mapping[str, int]) -> None:
+    """Raise ConfigError where an axis asks for more samples than its (packed) dataset holds."""
+    for axis in grid.axes:
+        largest = available.get(axis.dataset)
+        too_large = [size for size in axis.num_samples if largest is not None and size > largest]
+        if too_large:
+            raise ConfigError(
+                f"grid {grid.name}: num_samples {too_large} of dataset {axis.dataset!r} do not fit; "
+                f"it holds {largest} training samples, so {largest} is the largest value"
+            )
+
+
+def expand(grid: Grid, fingerprints: Mapping[str, str]) -> tuple[Point, ...]:
+    """Every finetune of the grid, equal cells merged; a dataset without fingerprint gives provisional ids."""
+    points: dict[tuple[str, str], Point] = {}
+    for name, variant in variants_of(grid):
+        for point in _Expansion(variant, name, fingerprints).points():
+            points[name, point.cell.key] = point
+    return tuple(points.values())
+
+
+@dataclass
+class _Expansion:
+    """One variant's walk over its axes; equal cells are one object, so that a shared teacher is hashed once."""
+
+    grid: Grid
+    variant: str
+    fingerprints: Mapping[str, str]
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+    def points(self) -> Iterator[Point]:
+        sizes: tuple[int, ...] = ((0,) if self.grid.scratch else ()) + self.grid.upstream.num_samples
+        for seed, size, student in itertools.product(self.grid.seeds, sizes, self.grid.students):
+            for init in self._upstream_cells(student, size, seed):
+                for axis, downstream_size in self._downstream():
+                    cell = self._finetune(student, axis.dataset, downstream_size, seed, init)
+                    yield Point(cell, self.variant, student, size)
+
+    def _downstream(self) -> Iterator[tuple[DataAxis, int]]:
+        return ((axis, size) for axis in self.grid.downstream for size in axis.num_samples)
+
+    def _upstream_cells(self, student: str, size: int, seed: int) -> Iterator[Cell | None]:
+        if size == 0:
+            yield None
+            return
+        if "plain" in self.grid.arms:
+            yield self._pretrain(student, size, seed)
+        if "distilled" in self.grid.arms and student in self.grid.teachers:
+            yield self._distill(student, size, seed)
+
+    def _pretrain(self, model: str, size: int, seed: int) -> Cell:
+        grid = self.grid
+        return self._cell("pretrain", model, grid.upstream.dataset, size, seed, grid.pretrain)
+
+    def _distill(self, student: str, size: int, seed: int) -> Cell:
+        grid = self.grid
+        teacher = self._pretrain(grid.teachers[student], size, seed)
+        training = grid.distill_training or grid.pretrain
+        return self._cell("distill", student, grid.upstream.dataset, size, seed, training, teacher=teacher)
+
+    def _finetune(self, student: str, dataset: str, size: int, seed: int, init: Cell | None) -> Cell:
+        return self._cell("finetune", student, dataset, size, seed, self.grid.finetune, init=init)
+
+    def _cell(
+        self, stage: Stage, model: str, dataset: str, size: int, seed: int, training: Training,
+        *, teacher: Cell | None = None, init: Cell | None = None,
+    ) -> Cell:  # fmt: skip
+        grid = self.grid
+        # Another seed is another window of the same order, so that seeds also sample the choice of images.
+        data = Data(
+            dataset=dataset, num_samples=size, subset_seed=seed, image_size=grid.image_size,
+            tier=grid.tier, block_size=grid.block_size,
+        )  # fmt: skip
+        recipe = Recipe(
+            stage=stage, model=grid.models[model], data=data, training=training, seed=seed,
+            distill=grid.distill if stage == "distill" else None,
+        )  # fmt: skip
+        cell = Cell(recipe, self.fingerprints.get(dataset), teacher=teacher, init=init)
+        return self.cells.setdefault(cell.key, cell)
+
+
+def merged_cells(points: Sequence[Point]) -> tuple[Cell, ...]:
+    """Every distinct cell that the points need, parents before children."""
+    ordered: dict[str, Cell] = {}
+
+    def visit(cell: Cell) -> None:
+        if cell.key not in ordered:
+            for parent in cell.parents:
+                visit(parent)
+            ordered[cell.key] = cell
+
+    for point in points:
+        visit(point.cell)
+    return tuple(ordered.values())
+
+
+def datasets_in_use(grid: Grid) -> tuple[str, ...]:
+    """Names of the datasets any axis reads, in order, each once."""
+    return tuple(dict.fromkeys(axis.dataset for _, variant in variants_of(grid) for axis in variant.axes))
+
+
+def grid_digest(grid: Grid) -> str:
+    """A short text that changes when the grid's content does."""
+    return canonical_json(grid.model_dump(mode="json", exclude_none=True))

@@ -1,0 +1,184 @@
+"""What a cell does, and nothing of how or where: every field here reaches the cell's identity.
+
+Micro-batch, worker counts, ZeRO stage and paths are *how*; they live in `launch/` and cannot change a result's name.
+A new optional field (default None) keeps old ids; a changed default changes them and bumps RECIPE_VERSION.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dbscale.study.strict import Strict
+
+RECIPE_VERSION = 1
+
+Stage = Literal["pretrain", "distill", "finetune"]
+Precision = Literal["bf16", "fp16", "fp32"]
+Tier = Literal["resident", "raw", "jpeg256", "jpeg"]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DeiT(Strict):
+    """The paper's family: `heads` of width `head_width`; 2…8 heads of 64 are 2.5M…38.4M parameters."""
+
+    kind: Literal["deit"] = "deit"
+    heads: Positive
+    head_width: Positive = 64
+    depth: Positive = 12
+    patch_size: Positive = 16
+    mlp_ratio: float = Field(default=4.0, gt=0)
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_width
+
+
+class TimmModel(Strict):
+    """Any classifier that timm creates by name."""
+
+    kind: Literal["timm"]
+    name: str
+    kwargs: dict[str, bool | int | float | str] = {}
+    """Passed to `timm.create_model`."""
+
+
+Model = Annotated[DeiT | TimmModel, Field(discriminator="kind")]
+
+
+class Data(Strict):
+    """The training subset: the first `num_samples` of the dataset's window `subset_seed`."""
+
+    dataset: str
+    num_samples: Positive
+    subset_seed: int = 0
+    image_size: Positive
+    """Pixels a side, as the model sees them."""
+    tier: Tier = "resident"
+    block_size: Positive | None = None
+    """Samples read together by the block shuffle of network filesystems; None shuffles freely."""
+
+
+class Budget(Strict):
+    """How long to train: exactly one of epochs, steps, samples; `min_steps` keeps small subsets from undertraining."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    steps: Positive | None = None
+    samples: Positive | None = None
+    min_steps: Positive | None = None
+    max_steps: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Budget:
+        given = [name for name in ("epochs", "steps", "samples") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget takes exactly one of epochs, steps, samples; found {given or 'none'}")
+        return self
+
+    def num_steps(self, num_samples: int, global_batch: int) -> int:
+        """Optimizer steps on `num_samples` at `global_batch`."""
+        if self.steps is not None:
+            return self.steps
+        seen = self.samples if self.samples is not None else (self.epochs or 0) * num_samples
+        steps = max(math.ceil(seen / global_batch), self.min_steps or 1)
+        return min(steps, self.max_steps) if self.max_steps is not None else steps
+
+
+class Optim(Strict):
+    """AdamW with warm-up and cosine, stepped by optimizer step."""
+
+    lr: float = Field(gt=0)
+    lr_reference_batch: Positive | None = None
+    """The global batch `lr` was chosen for; another batch scales it linearly. None: no scaling."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Not applied to biases, norms, position and class tokens."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    warmup_share: Share = 0.05
+    """Share of all steps."""
+    min_lr: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    """Each block below the head learns at this factor of the one above."""
+
+
+class Augment(Strict):
+    """What an image may become; drawn per (seed, epoch, sample), so equal for both arms and any worker count."""
+
+    crop_padding: int = Field(default=0, ge=0)
+    """Zero padding in pixels before a random crop back to size."""
+    random_resized_crop: tuple[float, float] | None = None
+    """Range of the crop's area share; DeiT's is (0.08, 1)."""
+    hflip: Share = 0.5
+    color_jitter: float = Field(default=0.0, ge=0)
+    rand_augment: str | None = None
+    """timm's notation, e.g. rand-m9-mstd0.5-inc1."""
+    random_erasing: Share = 0.0
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    mix_share: Share = 1.0
+    """Share of batches that mixup or CutMix touches."""
+    mix_switch_share: Share = 0.5
+    """Share of touched batches that take CutMix when both are on."""
+    repeats: Positive = 1
+    """Repeated augmentation: views of one sample in an epoch."""
+
+
+class Attention(Strict):
+    """The attention-map term of distillation: KL between maps as distributions over keys."""
+
+    beta: float = Field(default=1.0, ge=0)
+    layers: tuple[int, ...] | Literal["all", "last"] = "last"
+    head_map: Literal["repeat", "mean", "matrix"] = "mean"
+
+
+class Distill(Strict):
+    """loss = (1-alpha)·CE + alpha·T²·KL(teacher ‖ student) + beta·attention KL."""
+
+    alpha: Share = 0.5
+    temperature: float = Field(default=3.0, gt=0)
+    target: Literal["soft", "hard"] = "soft"
+    """hard: the teacher's argmax replaces its distribution (DeiT's hard distillation)."""
+    attention: Attention | None = None
+
+
+class Training(Strict):
+    """How a stage trains; the part of a recipe that a grid writes once per stage."""
+
+    budget: Budget
+    optim: Optim
+    global_batch: Positive
+    precision: Precision = "bf16"
+    augment: Augment = Augment()
+    label_smoothing: Share = 0.0
+    drop_path: Share = 0.0
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    scope: Literal["full", "linear_probe"] = "full"
+    """What a finetune changes: everything, or the head alone."""
+
+
+class Recipe(Strict):
+    """One training run, whole."""
+
+    stage: Stage
+    model: Model
+    data: Data
+    training: Training
+    seed: int
+    distill: Distill | None = None
+
+    @model_validator(mode="after")
+    def _distill_iff_stage(self) -> Recipe:
+        if (self.distill is not None) != (self.stage == "distill"):
+            raise ValueError(
+                f"a {self.stage} recipe {'needs' if self.stage == 'distill' else 'takes no'} distill settings"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.training.budget.num_steps(self.data.num_samples, self.training.global_batch)

@@ -1,0 +1,30 @@
+"""How a cell runs on a machine.  None of it reaches a cell's identity; all of it may change between two attempts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from dbscale.study.strict import Strict
+
+
+class Resources(Strict):
+    """Written in `configs/clusters/*.yaml` under `resources:`."""
+
+    num_processes: int = Field(default=1, gt=0)
+    """Ranks that train one cell together, over all nodes."""
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Samples per process and forward pass; the rest of the global batch is accumulated. None: all at once."""
+    num_workers: int = Field(default=0, ge=0)
+    """Decoding processes per rank; 0 decodes in the rank itself, right for resident tiers."""
+    zero_stage: Literal[0, 1, 2, 3] | None = 1
+    """DeepSpeed ZeRO stage (`configs/deepspeed/zero<N>.json`); None trains with plain Accelerate (DDP)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, gt=0)
+    """Torch threads per rank on CPU; None leaves torch's choice."""
+    checkpoint_interval_s: float = Field(default=300.0, gt=0)
+    deterministic: bool = True
+    compile: bool = False
+    kd_backend: Literal["auto", "triton", "sdpa", "eager", "compile"] = "auto"
+    tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None

@@ -1,0 +1,70 @@
+"""Plans: every unfinished cell in exactly one bundle, parents before children, teachers a wave before students."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbscale.study.cost import CostModel
+from dbscale.study.grid import Grid, expand, load_grid, merged_cells
+from dbscale.study.plan import Plan, make_plan, read_plan, record, write_plan
+from dbscale.study.store import CellState, Store
+
+STATES: list[CellState] = ["new", "done", "failed", "interrupted", "blocked"]
+
+
+def plan_of(grid: Grid, states: dict[str, CellState], target_s: float = 5.0, workers: int = 1) -> Plan:
+    return make_plan(grid, expand(grid, {}), states=states, cost=CostModel(), target_s=target_s, workers=workers)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_every_waiting_cell_has_one_place(data: st.DataObject) -> None:
+    grid = load_grid(Path(__file__).parents[2] / "configs/grids/demo.yaml", ["seeds=[0]", "scratch=false"])
+    keys = [cell.key for cell in merged_cells(expand(grid, {}))]
+    states: dict[str, CellState] = {
+        key: data.draw(st.sampled_from(STATES)) for key in data.draw(st.sets(st.sampled_from(keys)))
+    }
+    plan = plan_of(grid, states, data.draw(st.floats(0.1, 1e4)), data.draw(st.integers(1, 5)))
+    todo = [cell.key for cell in plan.todo]
+    assert sorted(todo) == sorted(key for key in keys if states.get(key) != "done")
+    for wave in plan.waves:
+        for bundle in wave.bundles:
+            position = {cell.key: i for i, cell in enumerate(bundle.cells)}
+            for cell in bundle.cells:
+                if cell.init is not None and cell.init.key in todo:
+                    assert position[cell.init.key] < position[cell.key], "a lineage shares its job, upstream first"
+
+
+def test_teachers_are_a_wave_before_their_students(grid: Grid) -> None:
+    plan = plan_of(grid, {})
+    wave_of = {c.key: i for i, wave in enumerate(plan.waves) for bundle in wave.bundles for c in bundle.cells}
+    distills = [cell for cell in plan.cells if cell.teacher is not None]
+    assert distills
+    assert all(wave_of[cell.teacher.key] < wave_of[cell.key] for cell in distills if cell.teacher)
+
+
+def test_nothing_is_planned_when_all_is_done(grid: Grid) -> None:
+    plan = plan_of(grid, {cell.key: "done" for cell in merged_cells(expand(grid, {}))})
+    assert plan.waves == ()
+    assert plan.predicted_s == 0
+
+
+def test_a_smaller_target_makes_more_bundles(grid: Grid) -> None:
+    few, many = (sum(len(wave.bundles) for wave in plan_of(grid, {}, target).waves) for target in (1e9, 1e-9))
+    assert few == 2
+    assert many == 8 + 4, "one bundle a lineage: 8 pretrain, 4 distill"
+
+
+def test_the_record_survives_the_disk_and_shows_what_went_stale(grid: Grid, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    plan = plan_of(grid, {})
+    write_plan(store, record(plan, CostModel()))
+    earlier = read_plan(store, grid.name)
+    assert earlier is not None and len(earlier.points) == len(plan.points)
+    smaller = grid.model_copy(update={"seeds": (0,)})
+    again = make_plan(smaller, expand(smaller, {}), states={}, cost=CostModel(), target_s=1.0, earlier=earlier)
+    assert set(again.stale) == {c.key for c in plan.cells} - {c.key for c in again.cells}
+    assert read_plan(store, "absent") is None

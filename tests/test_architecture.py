@@ -1,0 +1,135 @@
+"""The house holds: floors and wings, no circles, no torch where a login node waits, rooms of a readable size.
+
+Walks every import statement in the source, so an arrow cannot hide in a function.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("dbscale", "launch", "shards")
+FLOOR = {
+    "dbscale": 0, "dbscale.laws": 1, "dbscale.study": 1, "dbscale.kernels": 1, "dbscale.data": 1,
+    "dbscale.report": 2, "dbscale.training": 2, "shards": 2, "launch": 3,
+}  # fmt: skip
+ARROWS = {
+    ("dbscale.training", "dbscale.study"), ("dbscale.training", "dbscale.data"),
+    ("dbscale.training", "dbscale.kernels"), ("dbscale.report", "dbscale.study"), ("dbscale.report", "dbscale.laws"),
+    ("shards", "dbscale.data"), ("launch", "dbscale.study"), ("launch", "dbscale.training"),
+    ("launch", "dbscale.report"), ("launch", "shards"), ("launch", "dbscale.laws"), ("launch", "dbscale.data"),
+}  # fmt: skip
+"""Every pair of wings that may touch; anything else is a new decision and belongs in ARCHITECTURE.md first."""
+FORBIDDEN = {
+    "dbscale.laws": {"torch", "pydantic", "yaml", "pandas", "sklearn"},
+    "dbscale.study": {"torch", "numpy", "scipy", "accelerate", "timm", "submitit"},
+    "dbscale.report": {"torch", "accelerate", "timm", "submitit"},
+    "dbscale.kernels": {"accelerate", "deepspeed", "scipy", "pydantic"},
+    "dbscale.data": {"accelerate", "deepspeed", "scipy", "submitit"},
+}
+
+
+def source_files() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def wing(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "dbscale" and len(parts) > 1 else parts[0]
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of every module that `path` imports, at the top or inside functions."""
+    modules = {module_name(each) for each in source_files()}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            base = node.module or ""
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base
+
+
+FILES = pytest.mark.parametrize("path", source_files(), ids=module_name)
+
+
+@FILES
+def test_imports_run_down_the_floors(path: Path) -> None:
+    here = wing(module_name(path))
+    for target in {wing(name) for name in imports(path) if name.split(".")[0] in PACKAGES}:
+        if target in (here, "dbscale"):
+            continue
+        assert FLOOR[target] < FLOOR[here], f"{here} (floor {FLOOR[here]}) imports {target} (floor {FLOOR[target]})"
+        assert (here, target) in ARROWS, f"{here} → {target} is a new arrow between wings"
+
+
+@FILES
+def test_wings_keep_to_their_packages(path: Path) -> None:
+    used = {name.split(".")[0] for name in imports(path)}
+    assert not used & FORBIDDEN.get(wing(module_name(path)), set())
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    modules = {module_name(path): path for path in source_files()}
+    graph = {
+        name: {each for each in imports(path) if each in modules and each != name} for name, path in modules.items()
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plan", "--help"], ["status", "--help"]])
+def test_the_command_starts_without_heavy_packages(command: list[str]) -> None:
+    code = (
+        "import sys, contextlib\n"
+        "from launch.cli import main\n"
+        f"with contextlib.suppress(SystemExit): main({command!r})\n"
+        "heavy = {'torch', 'scipy', 'sklearn', 'plotly', 'matplotlib', 'pyarrow', 'deepspeed'} & set(sys.modules)\n"
+        "sys.exit(f'imported at start-up: {sorted(heavy)}' if heavy else 0)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@FILES
+def test_files_are_rooms_not_halls(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= 300, f"{lines} lines: the design is asking for another room"
+
+
+@FILES
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(tree(path)), "a module begins with its purpose"
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    for path in source_files():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+                yield f"{module_name(path)}.{node.name}", (node.end_lineno or first.lineno) - first.lineno + 1
+
+
+def test_functions_are_short() -> None:
+    lengths = dict(functions())
+    too_long = {name: lines for name, lines in lengths.items() if lines > 40}
+    assert not too_long
+    assert statistics.median(lengths.values()) <= 10
