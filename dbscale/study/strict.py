@@ -64,12 +64,11 @@ def _written_path(loc: tuple[int | str, ...], data: Any) -> list[str]:
     """The path as the user wrote it: without the union tags that pydantic puts between the keys."""
     path: list[str] = []
     for position, part in enumerate(loc):
-        if isinstance(data, Mapping) and part in data:
+        try:
             data = data[part]
-        elif isinstance(data, list) and isinstance(part, int):
-            data = data[part]
-        elif position < len(loc) - 1:
-            continue
+        except (LookupError, TypeError):
+            if position < len(loc) - 1:
+                continue
         path.append(str(part))
     return path
 

@@ -1,0 +1,200 @@
+"""Open a packed dataset and take subsets of it: windows of the stored, class-balanced order.
+
+`open_dataset(path).subset(num_samples, subset_seed=0)` is what a cell trains on. Knows the order samples are stored
+in; the order they are seen in is `order`, their bytes are `read`, their pixels `decode` and `resident`.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dbscale.data.errors import DataError
+from dbscale.data.index import open_index
+from dbscale.data.keyed import keyed_bits
+from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
+from dbscale.data.read import EncodedReader, RawReader, Reader
+from dbscale.data.resident import ResidentReader
+
+Tier = Literal["resident", "raw", "jpeg256", "jpeg"]
+RESIDENT_MAX_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a packed dataset, opened with one decode tier."""
+
+    folder: Path
+    manifest: Manifest
+    split_name: str
+    tier: Tier
+    image_size: int | None
+    """Side in px of the resident array; None for the other tiers."""
+    cache_dir: Path | None = None
+
+    @property
+    def split(self) -> SplitInfo:
+        return self.manifest.split(self.split_name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the whole dataset: what a cell id is made from."""
+        return self.manifest.fingerprint
+
+    @property
+    def num_classes(self) -> int:
+        return self.manifest.num_classes
+
+    @property
+    def num_samples(self) -> int:
+        return self.split.num_samples
+
+    @cached_property
+    def index(self) -> NDArray[np.void]:
+        """Memory-mapped records (see `index.index_dtype`)."""
+        return open_index(self.folder, self.split)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """int64 [num_samples]."""
+        return self.index["label"].astype(np.int64)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Fetches pixels by position in the split."""
+        if self.tier == "resident":
+            assert self.image_size is not None
+            return ResidentReader(self.folder, self.split, self.index, self.image_size, self.cache_dir)
+        if self.tier == "raw":
+            return RawReader(self.folder, self.split, self.index)
+        return EncodedReader(self.folder, self.split, self.index)
+
+    def subset(self, num_samples: int | None = None, subset_seed: int = 0) -> "Subset":
+        """`num_samples` samples, class-balanced within one while that is possible; None takes all.
+
+        Subsets of one `subset_seed` nest; another seed gives another window of the same order. Nothing is copied.
+
+        Raises:
+            DataError: the size does not fit; the message names the largest that does.
+        """
+        total = self.num_samples
+        if num_samples is not None and not 1 <= num_samples <= total:
+            raise DataError(
+                f"dataset {self.manifest.name!r}, split {self.split_name!r}: a subset of {num_samples:,} samples does "
+                f"not fit; the split holds {total:,} (the largest that fits), class-balanced up to "
+                f"{self.split.balanced_up_to:,}"
+            )
+        size = total if num_samples is None else num_samples
+        return Subset(self, size, 0 if size == total else window_start(self.split, self.num_classes, subset_seed))
+
+
+def window_start(split: SplitInfo, num_classes: int, subset_seed: int) -> int:
+    """First position of a window: a multiple of the class count, so that windows stay balanced. Seed 0 starts at 0."""
+    num_rounds = split.balanced_up_to // num_classes
+    if subset_seed == 0 or num_rounds < 2:
+        return 0
+    draw = int(keyed_bits(subset_seed, "subset window", num_draws=1)[0, 0])
+    return draw % num_rounds * num_classes
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A window of a dataset's stored order."""
+
+    dataset: Dataset
+    num_samples: int
+    start: int
+    """Window start; positions wrap inside the balanced part, then the unbalanced rest follows."""
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    @property
+    def num_classes(self) -> int:
+        return self.dataset.num_classes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the exact samples: the dataset's fingerprint, the split, the size and the window."""
+        parts = (self.dataset.fingerprint, self.dataset.split_name, self.num_samples, self.start)
+        return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
+
+    @cached_property
+    def indices(self) -> NDArray[np.int64]:
+        """int64 [num_samples]: position in the split of each position in the subset."""
+        positions = np.arange(self.num_samples, dtype=np.int64)
+        if self.start:
+            balanced = self.dataset.split.balanced_up_to
+            positions = np.where(positions < balanced, (positions + self.start) % balanced, positions)
+        positions.flags.writeable = False
+        return positions
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """int64 [num_samples]."""
+        return self.dataset.labels[self.indices]
+
+
+def open_dataset(
+    folder: str | Path,
+    split: str = "train",
+    *,
+    tier: Tier | None = None,
+    image_size: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> Dataset:
+    """Open a packed dataset.
+
+    Args:
+        folder: where `manifest.json` lies.
+        split: `train`, `test`, or another one of the manifest.
+        tier: decode tier; None takes `resident` for images of at most 64 px, else the one of the packed encoding.
+        image_size: side in px of the resident tier's images (others are resized once, centre-cropped); None keeps
+            the stored size. Ignored by the other tiers, whose transform resizes.
+        cache_dir: folder of the resident tier's decoded array; None keeps it beside the shards.
+
+    Raises:
+        DataError: nothing is packed there, no such split, or a tier the encoding cannot serve.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    manifest.split(split)
+    chosen = tier or default_tier(manifest)
+    _check_tier(manifest, chosen)
+    size = _resident_size(manifest, image_size) if chosen == "resident" else None
+    return Dataset(folder, manifest, split, chosen, size, Path(cache_dir) if cache_dir else None)
+
+
+def default_tier(manifest: Manifest) -> Tier:
+    """`resident` up to 64 px, else the tier of the packed encoding."""
+    if manifest.image.max_side <= RESIDENT_MAX_SIDE:
+        return "resident"
+    encoding_tier: dict[str, Tier] = {"original": "jpeg", "jpeg256": "jpeg256", "raw": "raw"}
+    return encoding_tier[manifest.image.encoding]
+
+
+def _check_tier(manifest: Manifest, tier: str) -> None:
+    if tier not in get_args(Tier):
+        raise DataError(f"decode tier {tier!r} is unknown; known: {', '.join(get_args(Tier))}")
+    needs = {"raw": "raw", "jpeg256": "jpeg256"}.get(tier)
+    if needs is not None and manifest.image.encoding != needs:
+        raise DataError(
+            f"dataset {manifest.name!r} is packed with encoding {manifest.image.encoding!r}, which the decode tier "
+            f"{tier!r} cannot read; pack it again with encoding {needs!r} or choose tier {default_tier(manifest)!r}"
+        )
+
+
+def _resident_size(manifest: Manifest, image_size: int | None) -> int:
+    image = manifest.image
+    if image_size is not None:
+        return image_size
+    if not image.square or image.min_side != image.max_side:
+        raise DataError(
+            f"dataset {manifest.name!r} has images of {image.min_side} to {image.max_side} px; the resident tier "
+            "needs one size: pass image_size"
+        )
+    return image.max_side

@@ -1,0 +1,270 @@
+"""Serve a subset as batches: an endless stream for training, a finite pass for evaluation.
+
+The state of the training stream is one integer, the samples consumed by all ranks together. Batch k is a pure function
+of (subset, seed, global batch, k), so workers, ranks and resumes cannot change it. Models, devices and mixing are the
+caller's; which sample comes when is `order`.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dbscale.data.dataset import Subset
+from dbscale.data.errors import DataError
+from dbscale.data.order import Stream, valid_world_sizes
+from dbscale.data.read import Pixels
+from dbscale.data.transform import Transform
+
+
+class Batch(NamedTuple):
+    """One rank's slice of a global batch."""
+
+    images: Tensor | list[NDArray[np.uint8]]
+    """What the transform gives, float32 [b, 3, S, S]; without one the stored pixels (see `read.Pixels`)."""
+    labels: Tensor
+    """int64 [b]."""
+    sample_ids: Tensor
+    """int64 [b]: position in the split (training) or in the subset (evaluation)."""
+    epoch: Tensor
+    """int64 [b]: augmentation epoch of each sample, the key to pass to a transform together with sample_ids."""
+    weights: Tensor
+    """float32 [b]: 1, or 0 for padding and for unreadable evaluation samples."""
+    bad_ids: Tensor
+    """int64 [any]: samples (position in the split) that were unreadable."""
+
+
+@dataclass(frozen=True)
+class _TrainBatches:
+    """Maps a batch number to a Batch; what worker processes run."""
+
+    subset: Subset
+    stream: Stream
+    rank: int
+    world_size: int
+    transform: Transform | None
+
+    def __getitem__(self, number: int) -> Batch:
+        positions, epochs = self.stream.batch(number, self.rank, self.world_size)
+        indices = self.subset.indices[positions]
+        pixels, bad_slots = self.subset.dataset.reader.fetch(indices)
+        for slot in bad_slots:
+            pixels[slot] = _next_good(self.subset, int(positions[slot]))
+        labels = self.subset.dataset.labels[indices]
+        return _make_batch(pixels, labels, indices, epochs, np.ones(len(indices)), indices[bad_slots], self.transform)
+
+
+def _next_good(subset: Subset, position: int) -> NDArray[np.uint8]:
+    """Pixels of the next readable sample of the same class, cyclically in the subset's order."""
+    same_class = np.flatnonzero(subset.labels == subset.labels[position])
+    later = np.roll(same_class, -int(np.searchsorted(same_class, position, side="right")))
+    for candidate in later[:-1].tolist():
+        pixels, bad_slots = subset.dataset.reader.fetch(subset.indices[[candidate]])
+        if not bad_slots:
+            return pixels[0]
+    name = subset.dataset.manifest.classes[int(subset.labels[position])]
+    raise DataError(
+        f"{subset.dataset.folder}: no readable sample of class {name!r} is left in a subset of {len(subset)}; "
+        f"`dbscale shards verify {subset.dataset.folder}` lists the bad ones"
+    )
+
+
+def _make_batch(
+    pixels: Pixels,
+    labels: NDArray[np.int64],
+    sample_ids: NDArray[np.int64],
+    epochs: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    bad_ids: NDArray[np.int64],
+    transform: Transform | None,
+) -> Batch:
+    ids, epoch = torch.from_numpy(sample_ids), torch.from_numpy(epochs)
+    images = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
+    if transform is not None:
+        images = transform(images, epoch=epoch, sample_ids=ids)
+    weight = torch.from_numpy(weights.astype(np.float32))
+    return Batch(images, torch.from_numpy(labels), ids, epoch, weight, torch.from_numpy(bad_ids))
+
+
+class TrainLoader:
+    """Endless iterator over this rank's batches; `consumed` is its whole state."""
+
+    def __init__(self, batches: _TrainBatches, consumed: int, num_workers: int, max_bad_share: float) -> None:
+        self._global_batch = batches.stream.global_batch
+        self._subset = batches.subset
+        self._max_bad_share = max_bad_share
+        self._bad_ids: set[int] = set()
+        self._next = consumed // self._global_batch
+        self._batches = _serve(batches, count(self._next), num_workers)
+
+    @property
+    def consumed(self) -> int:
+        """Samples consumed by all ranks together, up to the last batch that was handed out."""
+        return self._next * self._global_batch
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Different unreadable samples that this rank met and replaced."""
+        return len(self._bad_ids)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self._next += 1
+        if len(batch.bad_ids):
+            self._count_bad(batch.bad_ids.tolist())
+        return batch
+
+    def _count_bad(self, bad_ids: list[int]) -> None:
+        self._bad_ids.update(bad_ids)
+        allowed = max(1, int(self._max_bad_share * len(self._subset)))
+        if len(self._bad_ids) > allowed:
+            folder = self._subset.dataset.folder
+            raise DataError(
+                f"{folder}: {len(self._bad_ids)} of {len(self._subset):,} samples are unreadable, more than the "
+                f"allowed share {self._max_bad_share:g}; `dbscale shards verify {folder}` lists them"
+            )
+
+    def close(self) -> None:
+        """Stop the worker processes, if any."""
+        self._batches = iter(())
+
+
+def make_loader(
+    subset: Subset,
+    *,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    seed: int,
+    consumed: int = 0,
+    transform: Transform | None = None,
+    block_size: int | None = None,
+    repeats: int = 1,
+    max_bad_share: float = 0.01,
+) -> TrainLoader:
+    """This rank's endless training stream.
+
+    Args:
+        subset: what to train on.
+        global_batch: samples of one batch over all ranks; each rank gets its contiguous slice.
+        rank, world_size: this process and the number of processes.
+        num_workers: processes that prepare batches; 0 prepares them in the caller (best for the resident tier).
+        seed: of the order.
+        consumed: where to go on: the `consumed` of the loader that stopped. Any world size may go on.
+        transform: of `make_transform`; None hands out stored pixels, to be transformed on the device.
+        block_size: see `order.order`.
+        repeats: copies of each sample in its global batch, each augmented on its own.
+        max_bad_share: share of the subset that may be unreadable (and is replaced) before the run stops.
+
+    Raises:
+        DataError: a world size or `repeats` that does not divide the global batch, or a `consumed` off a boundary.
+    """
+    check_world(global_batch, rank, world_size)
+    stream = Stream(len(subset), seed, global_batch, repeats, block_size)
+    if consumed < 0 or consumed % global_batch:
+        raise DataError(
+            f"consumed {consumed} is not a multiple of the global batch {global_batch}: the saved state belongs to "
+            "another global batch; resume with the one it was saved with"
+        )
+    batches = _TrainBatches(subset, stream, rank, world_size, transform)
+    return TrainLoader(batches, consumed, num_workers, max_bad_share)
+
+
+def check_world(global_batch: int, rank: int, world_size: int) -> None:
+    """Raise DataError unless `world_size` divides the global batch and `rank` is one of its ranks."""
+    if world_size < 1 or global_batch % world_size:
+        sizes = ", ".join(map(str, valid_world_sizes(global_batch)))
+        raise DataError(f"world size {world_size} does not divide the global batch {global_batch}; valid: {sizes}")
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank} is not in 0…{world_size - 1}")
+
+
+@dataclass(frozen=True)
+class _EvalBatches:
+    subset: Subset
+    batch_size: int
+    rank: int
+    world_size: int
+    transform: Transform | None
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.subset) / (self.batch_size * self.world_size))
+
+    def __getitem__(self, number: int) -> Batch:
+        start = (number * self.world_size + self.rank) * self.batch_size
+        positions = np.arange(start, start + self.batch_size)
+        weights = (positions < len(self.subset)).astype(np.float64)
+        # Padding repeats sample 0: a caller that forgets the weights overwrites a result with itself.
+        positions = np.where(weights > 0, positions, 0)
+        indices = self.subset.indices[positions]
+        pixels, bad_slots = self.subset.dataset.reader.fetch(indices)
+        weights[bad_slots] = 0
+        bad_ids = indices[bad_slots]
+        labels, epochs = self.subset.dataset.labels[indices], np.zeros_like(positions)
+        return _make_batch(pixels, labels, positions, epochs, weights, bad_ids, self.transform)
+
+
+class EvalLoader:
+    """Finite and repeatable: every sample of the subset exactly once over all ranks."""
+
+    def __init__(self, batches: _EvalBatches, num_workers: int) -> None:
+        self._batches, self._num_workers = batches, num_workers
+
+    def __len__(self) -> int:
+        """Batches, equal on all ranks."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _serve(self._batches, range(len(self._batches)), self._num_workers)
+
+
+def make_eval_loader(
+    subset: Subset,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    transform: Transform | None = None,
+) -> EvalLoader:
+    """This rank's share of one pass over a subset, padded with weight 0 so that all ranks have equally many batches.
+
+    `batch_size` is per rank. Unreadable samples get weight 0 and are named in `Batch.bad_ids`.
+    """
+    check_world(batch_size * max(world_size, 1), rank, world_size)
+    return EvalLoader(_EvalBatches(subset, batch_size, rank, world_size, transform), num_workers)
+
+
+def _serve(batches: _TrainBatches | _EvalBatches, numbers: Iterable[int], num_workers: int) -> Iterator[Batch]:
+    if num_workers == 0:
+        return (batches[number] for number in numbers)
+    _ = batches.subset.dataset.reader  # opened (and, for the resident tier, decoded) once, before the workers fork
+    with warnings.catch_warnings():
+        # More workers than cores is the caller's choice.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        loader = DataLoader(
+            batches,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=numbers,
+            num_workers=num_workers,
+            collate_fn=_identity,  # type: ignore[arg-type]
+            # A generator of its own: the loader must not draw from, and so change, the caller's random state.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,158 @@
+"""Fetch samples of one split by position: encoded files with one `pread` each, or raw pixels from mapped tars.
+
+Every fetch is checked against the index: a shard that is missing, cut short or foreign stops the run with the command
+that mends it; a single sample whose bytes changed or do not decode is reported as bad and left to the loader.
+"""
+
+import mmap
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dbscale.data.decode import DecodeError, decode_image, ppm_header_size
+from dbscale.data.errors import DataError
+from dbscale.data.index import checksum, mend
+from dbscale.data.manifest import ShardInfo, SplitInfo
+
+Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
+"""One array [b, 3, H, W] where all images have one size, else a list of [H, W, 3]."""
+
+
+class Reader(Protocol):
+    """What the loader asks of a tier."""
+
+    def fetch(self, positions: NDArray[np.int64]) -> tuple[Pixels, list[int]]:
+        """Pixels of these positions of the split, and the slots (not positions) whose sample is bad."""
+        ...
+
+
+class ShardFiles:
+    """The open tars of one split, each checked when first touched."""
+
+    def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
+        self.folder, self.split, self.index = folder, split, index
+        self._descriptor = lru_cache(maxsize=256)(_Descriptor)
+        self._checked: set[int] = set()
+
+    def open(self, shard: int) -> "_Descriptor":
+        """The shard's descriptor. Raises DataError when the tar is not the one that was packed."""
+        descriptor = self._descriptor(self.folder / self.split.shards[shard].name, self.folder)
+        if shard not in self._checked:
+            check_shard_size(self.folder, self.split.shards[shard])
+            self._checked.add(shard)
+        return descriptor
+
+    def read(self, position: int) -> bytes:
+        """The encoded bytes of one sample. Raises DecodeError when they changed since packing."""
+        record = self.index[position]
+        shard, size, offset = int(record["shard"]), int(record["size"]), int(record["offset"])
+        data = os.pread(self.open(shard).number, size, offset)
+        if checksum(data) != int(record["checksum"]):
+            raise DecodeError(f"{self.describe(position)}: the bytes changed since packing (checksum mismatch)")
+        return data
+
+    def describe(self, position: int) -> str:
+        """Shard and key of a sample, for messages."""
+        record = self.index[position]
+        name = self.split.shards[int(record["shard"])].name
+        return f"{self.folder / name}, sample {bytes(record['key']).decode()!r}"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"folder": self.folder, "split": self.split, "index": self.index}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)  # type: ignore[arg-type]
+
+
+class _Descriptor:
+    """A file descriptor closed with its last reference."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        try:
+            self.number = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: shard is missing; {mend(folder)}") from error
+
+    def __del__(self) -> None:
+        number = getattr(self, "number", None)
+        if number is not None:
+            os.close(number)
+
+
+def check_shard_size(folder: Path, shard: ShardInfo) -> None:
+    """Raise DataError when a tar is missing or its size is not the packed one."""
+    path = folder / shard.name
+    found = path.stat().st_size if path.exists() else None
+    if found != shard.num_bytes:
+        state = "is missing" if found is None else f"has {found:,} bytes"
+        raise DataError(f"{path}: shard {state}, expected {shard.num_bytes:,} bytes; {mend(folder)}")
+
+
+class EncodedReader:
+    """Tiers `jpeg` and `jpeg256`: read, check and decode each sample."""
+
+    def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
+        self.files = ShardFiles(folder, split, index)
+
+    def fetch(self, positions: NDArray[np.int64]) -> tuple[Pixels, list[int]]:
+        """A list of uint8 [H, W, 3]; bad slots hold one black pixel."""
+        images: list[NDArray[np.uint8]] = []
+        bad: list[int] = []
+        for slot, position in enumerate(positions.tolist()):
+            try:
+                images.append(decode_image(self.files.read(position)))
+            except DecodeError:
+                images.append(np.zeros((1, 1, 3), np.uint8))
+                bad.append(slot)
+        return images, bad
+
+
+class RawReader:
+    """Tier `raw`: uint8 pixels straight out of the memory-mapped tars, shared by all processes of a node."""
+
+    def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
+        self.files = ShardFiles(folder, split, index)
+        self.height, self.width = int(index["height"][0]), int(index["width"][0])
+        self._header = ppm_header_size(self.height, self.width)
+        self._maps: dict[int, NDArray[np.uint8]] = {}
+        # A checksum costs as much as the copy itself, so each sample is checked at its first use in this process.
+        self._good = np.zeros(len(index), bool)
+
+    def fetch(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int]]:
+        """uint8 [b, 3, H, W] (channels last in memory); bad slots stay as they are in the tar."""
+        size = self.height * self.width * 3
+        out = np.empty((len(positions), size), np.uint8)
+        records = self.files.index[positions]
+        starts = records["offset"].astype(np.int64) + self._header
+        for slot, (shard, start) in enumerate(zip(records["shard"].tolist(), starts.tolist(), strict=True)):
+            out[slot] = self._map(shard)[start : start + size]
+        bad = self._check(positions, records)
+        return out.reshape(-1, self.height, self.width, 3).transpose(0, 3, 1, 2), bad
+
+    def _check(self, positions: NDArray[np.int64], records: NDArray[np.void]) -> list[int]:
+        bad = []
+        for slot in np.flatnonzero(~self._good[positions]).tolist():
+            record = records[slot]
+            start = int(record["offset"])
+            member = self._map(int(record["shard"]))[start : start + int(record["size"])]
+            if checksum(member) == int(record["checksum"]):
+                self._good[positions[slot]] = True
+            else:
+                bad.append(slot)
+        return bad
+
+    def _map(self, shard: int) -> NDArray[np.uint8]:
+        if shard not in self._maps:
+            mapped = mmap.mmap(self.files.open(shard).number, 0, access=mmap.ACCESS_READ)
+            self._maps[shard] = np.frombuffer(mapped, np.uint8)
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"folder": self.files.folder, "split": self.files.split, "index": self.files.index}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)  # type: ignore[arg-type]

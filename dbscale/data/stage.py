@@ -1,0 +1,135 @@
+"""Copy the shards a subset needs to a node's own disk, once per node, and read them there.
+
+Jobs that race for the same shard wait for the one that copies it; a copy that was cut off goes on at the next shard.
+Locks are taken on the node's disk only, never on the network filesystem the dataset lives on. A folder in use is
+locked as long as the process lives, so that `remove_unused` can tell.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dbscale.data.atomic import atomic_writer, explain_os_error, make_folder
+from dbscale.data.dataset import Dataset, Subset
+from dbscale.data.errors import DataError
+from dbscale.data.manifest import MANIFEST_NAME, ShardInfo
+from dbscale.data.read import check_shard_size
+
+_USERS = ".users"
+_held: dict[Path, int] = {}
+"""Descriptors of the folders this process uses; their locks fall when the process ends, however it ends."""
+
+
+def stage_subset(subset: Subset, staging: str | Path) -> Subset:
+    """The same subset, read from `<staging>/<name>-<fingerprint>`, with just its shards copied there.
+
+    Raises:
+        DataError: the disk is full even without unused folders, or a shard at the source is damaged.
+    """
+    dataset = subset.dataset
+    local = Path(staging) / f"{dataset.manifest.name}-{dataset.fingerprint[:12]}"
+    _hold(local)
+    for name in (dataset.split.index, MANIFEST_NAME):
+        if not (local / name).exists():
+            _copy(dataset.folder / name, local / name)
+    for shard in needed_shards(subset):
+        _stage_shard(dataset.folder, local, shard)
+    cache = dataset.cache_dir or local / "cache"
+    staged = Dataset(local, dataset.manifest, dataset.split_name, dataset.tier, dataset.image_size, cache)
+    return replace(subset, dataset=staged)
+
+
+def needed_shards(subset: Subset) -> list[ShardInfo]:
+    """Shards that hold samples of the subset; all of them for the resident tier, which decodes the whole split."""
+    shards = subset.dataset.split.shards
+    if subset.dataset.tier == "resident":
+        return list(shards)
+    numbers = np.unique(subset.dataset.index["shard"][subset.indices])
+    return [shards[number] for number in numbers.tolist()]
+
+
+def remove_unused(staging: str | Path) -> list[Path]:
+    """Remove the staged datasets that no living process uses; returns what was removed."""
+    removed = []
+    for users in sorted(Path(staging).glob(f"*/{_USERS}")):
+        descriptor = os.open(users, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(users.parent)
+            removed.append(users.parent)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+        finally:
+            os.close(descriptor)
+    return removed
+
+
+def release(subset: Subset) -> None:
+    """Say that this process no longer uses the folder of a staged subset."""
+    descriptor = _held.pop(subset.dataset.folder, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _hold(local: Path) -> None:
+    """Take part in the shared lock that marks a folder as used."""
+    if local in _held and (local / _USERS).exists():
+        return
+    while True:
+        make_folder(local)
+        descriptor = os.open(local / _USERS, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # Another process may have removed the folder between opening and locking.
+        if (local / _USERS).exists() and os.stat(local / _USERS).st_ino == os.fstat(descriptor).st_ino:
+            _held[local] = descriptor
+            return
+        os.close(descriptor)
+
+
+def _stage_shard(source: Path, local: Path, shard: ShardInfo) -> None:
+    target = local / shard.name
+    if _is_whole(target, shard):
+        return
+    with _only_one(local / f".{shard.name}.lock"):
+        if not _is_whole(target, shard):  # another process may have copied it while this one waited
+            check_shard_size(source, shard)
+            _copy(source / shard.name, target)
+
+
+def _is_whole(path: Path, shard: ShardInfo) -> bool:
+    return path.exists() and path.stat().st_size == shard.num_bytes
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        _copy_once(source, target)
+    except DataError:
+        if not remove_unused(target.parent.parent):
+            raise
+        _copy_once(source, target)
+
+
+def _copy_once(source: Path, target: Path) -> None:
+    try:
+        with open(source, "rb") as reader, atomic_writer(target) as writer:
+            shutil.copyfileobj(reader, writer, 1 << 22)
+    except OSError as error:
+        raise explain_os_error(error, target) from error

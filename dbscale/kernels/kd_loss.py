@@ -1,0 +1,105 @@
+"""Distillation on logits: cross-entropy and KL to a teacher in one loss.
+
+The public function: it checks, chooses the backend, weighs and reduces. The mathematics is in `kd_loss_eager`
+(textbook), `kd_loss_chunked` (closed form in blocks of rows) and `kd_loss_triton` (fused kernel); the last two find
+value and gradient in one pass. Knows nothing of models.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dbscale.kernels.backend import resolve_backend
+from dbscale.kernels.kd_loss_chunked import kd_rows_chunked
+from dbscale.kernels.kd_loss_eager import kd_rows_eager
+from dbscale.kernels.kd_target import KDTarget, KDWeights, Target, make_target
+
+RowsFunction = Callable[[Tensor, Tensor, KDTarget, KDWeights], tuple[Tensor, Tensor, Tensor]]
+
+REDUCTIONS = ("batchmean", "mean", "sum", "none")
+
+
+class KDLoss(NamedTuple):
+    """What `kd_loss` returns; all three are scalars, or [B] with reduction "none", at least float32."""
+
+    loss: Tensor
+    """(1 − α)·ce + α·T²·kl, differentiable in the student's logits."""
+    ce: Tensor
+    """Cross-entropy with the target, detached."""
+    kl: Tensor
+    """KL(teacher ‖ student) at temperature T, without the factor T², detached."""
+
+
+def kd_loss(
+    student_logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target,
+    *,
+    alpha: float,
+    temperature: float,
+    label_smoothing: float = 0.0,
+    reduction: str = "batchmean",
+    backend: str = "auto",
+) -> KDLoss:  # fmt: skip
+    """(1 − α)·CE(student, target) + α·T²·KL(softmax(teacher/T) ‖ softmax(student/T)), and its two parts.
+
+    Logits [B, C] of any strides, float32, bfloat16 or float16 (float64 on the backends other than triton); the
+    teacher gets no gradient. `target`: class indices [B], a soft distribution [B, C], or a mixup triple
+    (y_a [B], y_b [B], λ). `reduction`: "batchmean" and "sum" as torch's, "none" gives rows; "mean" divides the KL by
+    B·C and the CE by B, as published DeiT code does. A column where the teacher is −inf has no mass; a row where it
+    is −inf everywhere has KL 0. The backward of a loss may run once only on the backend triton.
+
+    Raises ValueError for shapes, targets, names or numbers that do not fit. An index outside [0, C) raises on the
+    CPU; on a device, where a check would wait for it, it makes its row NaN. Source: Hinton et al. (1503.02531), §2.
+    """
+    _check(student_logits_BC, teacher_logits_BC, alpha, temperature, label_smoothing, reduction)
+    num_rows, num_classes = student_logits_BC.shape
+    chosen = resolve_backend(backend, "kd_loss", student_logits_BC.device.type)
+    mean_scale = 1.0 if reduction in ("sum", "none") else 1.0 / max(num_rows, 1)
+    kl_scale = 1.0 / num_classes if reduction == "mean" else 1.0
+    weights = KDWeights(
+        temperature=float(temperature),
+        label_smoothing=float(label_smoothing),
+        ce_weight=1.0 - alpha,
+        # T² keeps the gradient's scale independent of the temperature.
+        kl_weight=alpha * temperature**2 * kl_scale,
+        row_scale=mean_scale,
+    )
+    target = make_target(target, student_logits_BC)
+    loss, ce, kl = _rows(chosen)(student_logits_BC, teacher_logits_BC.detach(), target, weights)
+    ce, kl = ce.detach(), kl.detach()
+    if reduction == "none":
+        return KDLoss(loss, ce, kl)
+    return KDLoss(loss.sum(), ce.sum() * mean_scale, kl.sum() * (mean_scale * kl_scale))
+
+
+@cache
+def _rows(backend: str) -> RowsFunction:
+    if backend == "triton":
+        from dbscale.kernels.kd_loss_triton import kd_rows_triton
+
+        return kd_rows_triton
+    if backend == "compile":
+        return torch.compile(kd_rows_eager)
+    return kd_rows_eager if backend == "eager" else kd_rows_chunked
+
+
+def _check(
+    student_BC: Tensor, teacher_BC: Tensor, alpha: float, temperature: float, label_smoothing: float, reduction: str
+) -> None:
+    if student_BC.ndim != 2 or student_BC.shape != teacher_BC.shape or student_BC.shape[1] < 1:
+        raise ValueError(
+            f"kd_loss: student logits have shape {list(student_BC.shape)}, teacher logits {list(teacher_BC.shape)}; "
+            "expected one shape [batch, classes]"
+        )
+    if not (student_BC.is_floating_point() and teacher_BC.is_floating_point()):
+        raise ValueError(f"kd_loss: logits are {student_BC.dtype} and {teacher_BC.dtype}; expected floating dtypes")
+    if not 0 <= alpha <= 1 or not temperature > 0 or not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            f"kd_loss: alpha={alpha}, temperature={temperature}, label_smoothing={label_smoothing}; expected "
+            "0 ≤ alpha ≤ 1, temperature > 0, 0 ≤ label_smoothing ≤ 1"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"kd_loss: unknown reduction {reduction!r}; use one of {', '.join(REDUCTIONS)}")
+

@@ -1,0 +1,85 @@
+"""What `kd_loss` weighs and holds the student against, in the one form that every backend reads.
+
+Three kinds of target come in: class indices [B], soft distributions [B, C], and mixup triples (y_a, y_b, λ). Leaves
+computing to the backends.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Target = Tensor | tuple[Tensor, Tensor, Tensor | float]
+"""Class indices [B], a soft distribution [B, C], or a mixup triple (y_a [B], y_b [B], λ float, [] or [B])."""
+
+
+@dataclass(frozen=True, eq=False)
+class KDTarget:
+    """Class indices, or two of them per row with the share of the first, or distributions."""
+
+    labels_a_B: Tensor | None = None
+    """int64 [B]; None with a soft target."""
+    labels_b_B: Tensor | None = None
+    """int64 [B], the second label of a mixup triple."""
+    lam_B: Tensor | None = None
+    """float32 [B], the share of the first label of a mixup triple."""
+    soft_BC: Tensor | None = None
+    """Floating [B, C], rows are distributions."""
+
+
+@dataclass(frozen=True)
+class KDWeights:
+    """The numbers of the loss: row_scale · (ce_weight · CE + kl_weight · KL at the temperature)."""
+
+    temperature: float
+    label_smoothing: float
+    ce_weight: float
+    """1 − α."""
+    kl_weight: float
+    """α·T², over C where the reduction asks for it."""
+    row_scale: float
+    """1/B, or 1: inside the row, so that the gradient of a mean is final after one pass."""
+
+
+def make_target(target: Target, student_BC: Tensor) -> KDTarget:
+    """Check and normalise `target`; ValueError names what does not fit the student's [B, C] logits."""
+    if isinstance(target, tuple):
+        return _mixup_target(target, student_BC)
+    if not target.is_floating_point():
+        return KDTarget(_labels(target, student_BC, "target"))
+    if target.shape != student_BC.shape:
+        raise ValueError(
+            f"kd_loss: soft target has shape {list(target.shape)}, student logits {list(student_BC.shape)}; "
+            "they must be equal (class indices must be integers)"
+        )
+    return KDTarget(soft_BC=target.detach())
+
+
+def _mixup_target(target: tuple, student_BC: Tensor) -> KDTarget:
+    if len(target) != 3:
+        raise ValueError(f"kd_loss: a mixup target is (y_a, y_b, lam), got a tuple of {len(target)}")
+    labels_a, labels_b, lam = target
+    num_rows = student_BC.shape[0]
+    if isinstance(lam, Tensor):
+        lam_B = lam.detach().to(student_BC.device, torch.float32).expand(num_rows)
+    else:
+        # `full` is a kernel; a copy from the host would wait for it, and cannot be captured in a CUDA graph.
+        lam_B = torch.full((num_rows,), float(lam), device=student_BC.device)
+    labels_a, labels_b = _labels(labels_a, student_BC, "target[0]"), _labels(labels_b, student_BC, "target[1]")
+    return KDTarget(labels_a, labels_b, lam_B.contiguous())
+
+
+def _labels(labels: Tensor, student_BC: Tensor, name: str) -> Tensor:
+    num_rows, num_classes = student_BC.shape
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != (num_rows,):
+        raise ValueError(
+            f"kd_loss: {name} is {labels.dtype} of shape {list(labels.shape)}; expected integers of shape [{num_rows}]"
+        )
+    # On an accelerator the check would wait for the device; there a bad index makes its row NaN instead.
+    if labels.device.type == "cpu" and num_rows and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(labels)
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"kd_loss: {name} holds class indices {int(low)}…{int(high)}, but the logits have {num_classes} classes"
+            )
+    return labels.to(torch.int64)

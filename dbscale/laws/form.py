@@ -1,0 +1,188 @@
+"""What a law's form is: its equation as a pure function, its parameters, their scaling, and the laws it contains.
+
+The optimiser works in *coordinates*: logarithms of amplitudes and the plain values of exponents, over variables divided
+by their geometric mean. A form states how amplitudes move when a variable's unit changes (`scaling`); nothing else about
+the optimiser is known here. Fitting is left to `fit`, the list of forms to `forms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import LawError, nearest
+
+Columns = Mapping[str, np.ndarray]
+Values = Mapping[str, np.ndarray]
+LOG_FLOOR, LOG_CEILING = 1e-20, 1e20
+STEP = 1e-30  # complex step: exact to rounding, so any tiny number does
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One column of the table."""
+
+    name: str
+    symbol: str
+    aliases: tuple[str, ...] = ()
+    unit_of: str = ""
+    """Name of the variable that shares this one's unit (and so its scale); itself when empty."""
+    scaled: bool = True
+    """False for columns that enter the law in absolute terms, as a teacher's loss does."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter. `log` parameters are positive and fitted as logarithms, `linear` ones as they are."""
+
+    name: str
+    kind: str
+    start: tuple[float, float]
+    """Range of the first guesses, in `unit`s."""
+    lower: float = -np.inf
+    upper: float = np.inf
+    unit: str = ""
+    """'' (absolute) or the level of y that `start` multiplies: 'y_low', 'y_mid', 'y_high'."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "log" and not np.isfinite([self.lower, self.upper]).all():
+            object.__setattr__(self, "lower", max(self.lower, LOG_FLOOR))
+            object.__setattr__(self, "upper", min(self.upper, LOG_CEILING))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """`log amplitude = log scaled amplitude + sign * exponent * log(unit of variable)`; exponent 1 when unnamed."""
+
+    amplitude: str
+    variable: str
+    exponent: str | None
+    sign: float
+
+
+@dataclass(frozen=True)
+class Contains:
+    """A law that this one becomes for special values; `embed` maps the small law's parameters into this one."""
+
+    name: str
+    embed: Callable[[Mapping[str, float]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A functional form.
+
+    `value(x, p)` is the equation: columns of shape [n] (or broadcastable) and parameters of shape [..., 1] give y of shape
+    [..., n]; it must accept complex parameters, from which Jacobians follow. `gradient(x, p)` may give the same derivatives
+    by hand, y and one ∂y/∂parameter per name, where speed matters; a test holds the two together.
+    """
+
+    name: str
+    equation: str
+    variables: tuple[Variable, ...]
+    params: tuple[Param, ...]
+    value: Callable[[Columns, Values], np.ndarray]
+    domain: str
+    source: str
+    scaling: tuple[Scaling, ...] = ()
+    contains: tuple[Contains, ...] = ()
+    gradient: Callable[[Columns, Values], tuple[np.ndarray, Values]] | None = None
+    restrict: Callable[[tuple[str, ...]], Form] | None = None
+    """Makes the form over fewer variables, where the law allows that (a grid of one model size has no M term)."""
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.params)
+
+    @property
+    def variable_names(self) -> tuple[str, ...]:
+        return tuple(v.name for v in self.variables)
+
+    @property
+    def is_log(self) -> np.ndarray:
+        return np.array([p.kind == "log" for p in self.params])
+
+    def natural(self, theta: np.ndarray) -> dict[str, np.ndarray]:
+        """Coordinates [..., p] to parameters, each [..., 1] so that they broadcast against columns [n]."""
+        return {
+            p.name: np.exp(theta[..., k, None]) if p.kind == "log" else theta[..., k, None]
+            for k, p in enumerate(self.params)
+        }
+
+    def coordinates(self, params: Mapping[str, float]) -> np.ndarray:
+        """Parameters to coordinates [p]; amplitudes below the floor are lifted to it."""
+        return np.array(
+            [
+                np.log(np.clip(params[p.name], LOG_FLOOR, LOG_CEILING)) if p.kind == "log" else params[p.name]
+                for p in self.params
+            ],
+            dtype=float,
+        )
+
+    def evaluate(self, x: Columns, theta: np.ndarray) -> np.ndarray:
+        """y [..., n] at coordinates [..., p]; values outside the domain are nan or inf, without warnings."""
+        with np.errstate(all="ignore"):
+            return np.asarray(self.value(x, self.natural(theta)))
+
+    def jacobian(self, x: Columns, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """y [S, n] and ∂y/∂coordinates [S, p, n], by hand where the form has it, else by complex steps."""
+        if self.gradient is None:
+            return self.evaluate(x, theta), self.complex_step_jacobian(x, theta)
+        with np.errstate(all="ignore"):
+            p = self.natural(theta)
+            y, by_param = self.gradient(x, p)
+            rows = [by_param[q.name] * p[q.name] if q.kind == "log" else by_param[q.name] for q in self.params]
+            return y, np.stack([np.broadcast_to(row, y.shape) for row in rows], axis=-2)
+
+    def complex_step_jacobian(self, x: Columns, theta: np.ndarray) -> np.ndarray:
+        """∂y/∂coordinates [S, p, n], exact to rounding for any `value` that is analytic in its parameters."""
+        steps = []
+        for k in range(len(self.params)):
+            moved = theta.astype(complex)
+            moved[..., k] += 1j * STEP
+            steps.append(np.imag(self.evaluate(x, moved)) / STEP)
+        return np.stack(np.broadcast_arrays(*steps), axis=-2)
+
+    def unscaling(self, units: Mapping[str, float]) -> np.ndarray:
+        """Matrix [p, p + 1]: coordinates for scaled variables to coordinates for the table's units (last column: shift)."""
+        place = {p.name: k for k, p in enumerate(self.params)}
+        matrix = np.eye(len(self.params), len(self.params) + 1)
+        for rule in self.scaling:
+            column = len(self.params) if rule.exponent is None else place[rule.exponent]
+            matrix[place[rule.amplitude], column] += rule.sign * np.log(units[rule.variable])
+        return matrix
+
+    def columns(self, x: Mapping[str, object] | object) -> dict[str, np.ndarray]:
+        """The table's columns under this form's names; names, symbols and aliases are understood, others refused."""
+        if not isinstance(x, Mapping):
+            if len(self.variables) != 1:
+                raise LawError(f"{self.name} needs columns {', '.join(self.variable_names)}; got one array")
+            x = {self.variables[0].name: x}
+        if len(self.variables) == 1 and len(x) == 1:
+            return {self.variables[0].name: as_numbers(*next(iter(x.items())))}
+        return {v.name: self._column(v, x) for v in self.variables}
+
+    def _column(self, variable: Variable, x: Mapping[str, object]) -> np.ndarray:
+        for name in (variable.name, variable.symbol, *variable.aliases):
+            if name in x:
+                return as_numbers(name, x[name])
+        raise LawError(f"{self.name}: column {variable.name!r} is missing; {nearest(variable.name, x)}")
+
+
+def as_numbers(name: str, column: object) -> np.ndarray:
+    """A float array, or a message that names the column and its first value that is no number."""
+    try:
+        return np.asarray(column, dtype=float)
+    except (TypeError, ValueError):
+        bad = next((v for v in np.ravel(np.asarray(column, dtype=object)) if not _is_number(v)), column)
+        raise LawError(f"column {name!r}: {bad!r} is not a number") from None
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return True

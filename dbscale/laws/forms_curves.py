@@ -1,0 +1,234 @@
+"""Laws of one variable that are no plain power law: they saturate, bend or break. Gradients by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .form import Columns, Contains, Form, Param, Scaling, Values
+from .forms_power import ANY
+
+EXPONENT = (-10.0, 10.0)
+NEWTON_STEPS = 40
+
+
+def saturating_value(x: Columns, p: Values) -> np.ndarray:
+    """β·(1/x + γ)^c."""
+    return p["b"] * np.exp(p["c"] * np.log(1.0 / x["x"] + p["g"]))
+
+
+def saturating_gradient(x: Columns, p: Values) -> tuple[np.ndarray, Values]:
+    """y and its slopes."""
+    inner = 1.0 / x["x"] + p["g"]
+    log = np.log(inner)
+    bare = np.exp(p["c"] * log)
+    y = p["b"] * bare
+    return y, {"b": bare, "c": y * log, "g": y * p["c"] / inner}
+
+
+SATURATING = Form(
+    "saturating",
+    "y = b*(1/x + g)^c",
+    (ANY,),
+    (
+        Param("b", "log", (0.02, 5.0), unit="y_mid"),
+        Param("g", "log", (1e-3, 3.0)),
+        Param("c", "linear", (0.05, 1.2), *EXPONENT),
+    ),
+    value=saturating_value,
+    gradient=saturating_gradient,
+    scaling=(Scaling("b", "x", "c", 1.0), Scaling("g", "x", None, -1.0)),
+    contains=(Contains("power", lambda p: {"b": p["b"], "g": 0.0, "c": -p["c"]}),),
+    domain="x > 0",
+    source="M3 of 2209.06640",
+)
+
+
+def m4_root(x: Columns, p: Values) -> np.ndarray:
+    """z with ε = E + (E0 − E)·σ(z), from g(z) = log σ(z) − a·log σ(−z) = log(b·x^c) − (1 − a)·log(E0 − E).
+
+    g lies between its asymptotes z and a·z and bends one way, so Newton's method from the nearer asymptote converges
+    without ever overshooting.
+    """
+    a = np.real(p["a"])
+    level = np.maximum(np.real(p["E0"] - p["E"]), 1e-300)
+    target = np.log(np.real(p["b"])) + np.real(p["c"]) * np.log(x["x"]) - (1 - a) * np.log(level)
+    far = target / np.maximum(a, 1e-6)
+    z = np.where(a < 1, np.maximum(target, far), np.minimum(target, far))
+    for _ in range(NEWTON_STEPS):
+        small = np.exp(-np.abs(z))
+        sigma_minus = np.where(z > 0, small, 1.0) / (1.0 + small)
+        step = (a * z - (1 - a) * (np.maximum(-z, 0) + np.log1p(small)) - target) / (a + (1 - a) * sigma_minus)
+        z = z - np.where(np.isfinite(step), step, 0.0)
+        if np.all(np.abs(step) <= 1e-13 * (1 + np.abs(z)), where=np.isfinite(step)):
+            break
+    return z
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    small = np.exp(-np.abs(z))
+    return np.where(z >= 0, 1.0, small) / (1.0 + small)
+
+
+def m4_parts(x: Columns, p: Values) -> tuple[np.ndarray, np.ndarray]:
+    """ε − E and E0 − ε, each without cancellation; nan where E0 ≤ E. Real parts only."""
+    level, a = np.real(p["E0"] - p["E"]), np.real(p["a"])
+    z = m4_root(x, p)
+    plain = np.real(p["b"]) * np.exp(np.real(p["c"]) * np.log(x["x"]))
+    level = np.where(level > 0, level, np.nan)
+    above = np.where(a == 0, plain, level * _sigmoid(z))
+    return above, np.where(a == 0, np.maximum(level - plain, 1e-12), np.maximum(level * _sigmoid(-z), 1e-300))
+
+
+def m4_value(x: Columns, p: Values) -> np.ndarray:
+    """ε from (ε − E)/(E0 − ε)^a = b·x^c. At a = 0 this is E + b·x^c, whatever E0. A Newton step carries complex parts."""
+    above, below = m4_parts(x, p)
+    if not any(np.iscomplexobj(v) for v in p.values()):
+        return p["E"] + above
+    shift_low, shift_high = (1j * np.imag(p[k]) for k in ("E", "E0"))
+    gap = np.log(above - shift_low) - p["a"] * np.log(below + shift_high) - np.log(p["b"]) - p["c"] * np.log(x["x"])
+    slope = 1.0 / (1.0 / above + np.real(p["a"]) / below)
+    return np.real(p["E"]) + above - 1j * np.imag(gap) * slope
+
+
+def m4_gradient(x: Columns, p: Values) -> tuple[np.ndarray, Values]:
+    """y and its slopes from the implicit equation F = log(ε − E) − a·log(E0 − ε) − log b − c·log x = 0."""
+    above, below = m4_parts(x, p)
+    slope = 1.0 / (1.0 / above + p["a"] / below)  # 1 / (∂F/∂ε)
+    return p["E"] + above, {
+        "E": slope / above,
+        "E0": slope * p["a"] / below,
+        "a": slope * np.log(below),
+        "b": slope / p["b"],
+        "c": slope * np.log(x["x"]),
+    }
+
+
+M4 = Form(
+    "m4",
+    "(y - E)/(E0 - y)^a = b*x^c",
+    (ANY,),
+    (
+        Param("E", "linear", (0.0, 0.98), 0.0, np.inf, unit="y_low"),
+        Param("E0", "linear", (1.001, 1.6), 0.0, np.inf, unit="y_high"),
+        Param("a", "linear", (0.0, 2.0), 0.0, 20.0),
+        Param("b", "log", (0.02, 5.0), unit="y_mid"),
+        Param("c", "linear", (-1.2, -0.05), *EXPONENT),
+    ),
+    value=m4_value,
+    gradient=m4_gradient,
+    scaling=(Scaling("b", "x", "c", -1.0),),
+    contains=(Contains("power_plus", lambda p: {**p, "E0": 1.0, "a": 0.0}),),
+    domain="x > 0, E < y < E0; E0 is at most 1 for error rates (give bounds) and free for losses",
+    source="M4 of Alabdulmohsin et al. 2209.06640",
+)
+
+
+def bnsl_value(x: Columns, p: Values) -> np.ndarray:
+    """a + b·x^-c0·(1 + (x/d1)^(1/f1))^(-c1·f1)."""
+    t = (np.log(x["x"]) - np.log(p["d1"])) / p["f1"]
+    bend = np.where(np.real(t) > 0, t, 0) + np.log1p(np.exp(-np.where(np.real(t) > 0, t, -t)))
+    return p["a"] + p["b"] * np.exp(-p["c0"] * np.log(x["x"]) - p["c1"] * p["f1"] * bend)
+
+
+def bnsl_gradient(x: Columns, p: Values) -> tuple[np.ndarray, Values]:
+    """y and its slopes."""
+    log = np.log(x["x"])
+    t = (log - np.log(p["d1"])) / p["f1"]
+    bend, gate = np.logaddexp(0.0, t), _sigmoid(t)
+    bare = np.exp(-p["c0"] * log - p["c1"] * p["f1"] * bend)
+    part = p["b"] * bare
+    return p["a"] + part, {
+        "a": np.ones_like(part),
+        "b": bare,
+        "c0": -part * log,
+        "c1": -part * p["f1"] * bend,
+        "d1": part * p["c1"] * gate / p["d1"],
+        "f1": part * p["c1"] * (gate * t - bend),
+    }
+
+
+def rectified_as_bnsl(p: Mapping[str, float]) -> dict[str, float]:
+    """B/(D_l + D^β) + E as a break of width 1/β from a flat start."""
+    beta = max(p["beta"], 1e-2)
+    return {"a": p["E"], "b": p["B"] / p["D_l"], "c0": 0.0, "c1": beta, "d1": p["D_l"] ** (1 / beta), "f1": 1 / beta}
+
+
+BNSL = Form(
+    "bnsl",
+    "y = a + b*x^-c0*(1 + (x/d1)^(1/f1))^(-c1*f1)",
+    (ANY,),
+    (
+        Param("a", "linear", (0.0, 0.98), 0.0, np.inf, unit="y_low"),
+        Param("b", "log", (0.02, 3.0), unit="y_mid"),
+        Param("c0", "linear", (-0.1, 0.8), *EXPONENT),
+        Param("c1", "linear", (-0.5, 1.0), *EXPONENT),
+        Param("d1", "log", (0.03, 30.0)),
+        Param("f1", "log", (0.05, 2.0), 1e-3, 1e2),
+    ),
+    value=bnsl_value,
+    gradient=bnsl_gradient,
+    scaling=(Scaling("b", "x", "c0", 1.0), Scaling("d1", "x", None, 1.0)),
+    contains=(
+        Contains("power_plus", lambda p: {"a": p["E"], "b": p["b"], "c0": -p["c"], "c1": 0.0, "d1": 1.0, "f1": 0.5}),
+        Contains("saturating", lambda p: {"a": 0.0, "b": p["b"], "c0": p["c"], "c1": -p["c"], "d1": 1 / p["g"], "f1": 1.0}),
+        Contains("rectified", rectified_as_bnsl),
+    ),
+    domain="x > 0; one break",
+    source="Caballero et al. 2210.14891",
+)
+
+
+def rectified_value(x: Columns, p: Values) -> np.ndarray:
+    """B/(D_l + D^β) + E."""
+    return p["B"] / (p["D_l"] + np.exp(p["beta"] * np.log(x["x"]))) + p["E"]
+
+
+def rectified_gradient(x: Columns, p: Values) -> tuple[np.ndarray, Values]:
+    """y and its slopes."""
+    log = np.log(x["x"])
+    power = np.exp(p["beta"] * log)
+    bare = 1.0 / (p["D_l"] + power)
+    part = p["B"] * bare
+    return part + p["E"], {"B": bare, "D_l": -part * bare, "beta": -part * bare * power * log, "E": np.ones_like(part)}
+
+
+RECTIFIED = Form(
+    "rectified",
+    "y = B/(D_l + D^beta) + E",
+    (ANY,),
+    (
+        Param("E", "linear", (0.0, 0.98), 0.0, np.inf, unit="y_low"),
+        Param("B", "log", (0.05, 5.0), unit="y_mid"),
+        Param("D_l", "log", (1e-2, 1e1)),
+        Param("beta", "linear", (0.05, 1.5), *EXPONENT),
+    ),
+    value=rectified_value,
+    gradient=rectified_gradient,
+    scaling=(Scaling("B", "x", "beta", 1.0), Scaling("D_l", "x", "beta", 1.0)),
+    contains=(Contains("power_plus", lambda p: {"E": p["E"], "B": p["b"], "D_l": 0.0, "beta": -p["c"]}),),
+    domain="x > 0 (finetuning sizes)",
+    source="Lin et al. 2402.02314",
+)
+
+
+def log_law_value(x: Columns, p: Values) -> np.ndarray:
+    """(log(A·x^α))^β."""
+    return np.exp(p["beta"] * np.log(np.log(p["A"]) + p["alpha"] * np.log(x["x"])))
+
+
+LOG_LAW = Form(
+    "log_law",
+    "y = (log(A*D_p^alpha))^beta",
+    (ANY,),
+    (
+        Param("A", "log", (1.5, 1e4)),
+        Param("alpha", "linear", (0.01, 2.0), 0.0, 10.0),
+        Param("beta", "linear", (0.1, 3.0), *EXPONENT),
+    ),
+    value=log_law_value,
+    scaling=(Scaling("A", "x", "alpha", -1.0),),
+    domain="A*x^alpha > 1; for downstream metrics such as BLEU, which rise",
+    source="Isik et al. 2402.04177; Huber delta 0.1 there",
+)

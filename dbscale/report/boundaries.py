@@ -1,0 +1,156 @@
+"""Where distillation stops paying: per student and D_f and pooled, from the fitted laws and free of any law.
+
+Reads roots with `dbscale.laws.boundary`; what to say about them is in `words`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dbscale.laws import find_boundary
+from dbscale.laws.boundary import Boundary, read_boundary
+from dbscale.laws.delta_curve import DeltaCurves, PairedDelta
+from dbscale.laws.errors import LawError
+from dbscale.report.arm_fits import ArmFit
+from dbscale.report.curves import MARGIN, rounded
+from dbscale.report.deltas import Pair, sampling_variance
+from dbscale.report.schema import BoundaryRecord, Curve, Estimate
+from dbscale.report.table import RunTable, Setting
+
+REACH = 4.0
+"""How many times beyond the measured range a root is looked for."""
+EVERY = 4
+"""Of the searched grid, the share of points kept for plots is one in this many."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student and D_f, or None for pooled."""
+
+    setting: Setting
+    student: str | None
+    num_params: int | None
+    downstream_samples: int | None
+
+
+def cells_of(runs: RunTable, setting: Setting) -> list[Cell]:
+    """Every student and D_f of a setting, pooled last."""
+    singles = [
+        Cell(setting, student, runs.params(student), labels)
+        for student in runs.students
+        for labels in runs.values("downstream_samples")
+    ]
+    return [*singles, Cell(setting, None, None, None)]
+
+
+def law_boundaries(
+    runs: RunTable, arms: Mapping[str, ArmFit], *, level: float
+) -> Iterator[tuple[BoundaryRecord, Curve]]:
+    """From the chosen law's fits, every cell and pooled. `runs` are those of one setting, both arms."""
+    setting, law = arms["plain"].setting, arms["plain"].law
+    measured = _measured(runs)
+    curves: list[DeltaCurves] = []
+    for cell in cells_of(runs, setting):
+        if cell.student is None:
+            pooled = DeltaCurves(curves[0].grid, *(np.mean([getattr(c, n) for c in curves], axis=0) for n in ("best", "drawn")))
+            found = read_boundary(pooled, level=level, method="laws", at={}, measured=measured)
+        else:
+            own = _delta_curves(arms, cell, measured)
+            curves.append(own)
+            found = read_boundary(own, level=level, method="laws", at={}, measured=measured)
+        yield record(cell, found, "law", law), delta_curve(cell, found, law)
+
+
+def _delta_curves(arms: Mapping[str, ArmFit], cell: Cell, measured: tuple[float, float]) -> DeltaCurves:
+    """ΔE of one cell from paired draws of both arms."""
+    grid = np.geomspace(measured[0] / REACH, measured[1] * REACH, 161)
+    columns = {
+        "upstream_samples": grid,
+        "num_params": np.full(len(grid), float(cell.num_params or 1)),
+        "downstream_samples": np.full(len(grid), float(cell.downstream_samples or 1)),
+    }
+    plain, plain_draws = arms["plain"].predict(str(cell.student), columns)
+    distilled, distilled_draws = arms["distilled"].predict(str(cell.student), columns)
+    return DeltaCurves(grid, plain - distilled, plain_draws - distilled_draws)
+
+
+def free_boundaries(
+    runs: RunTable, setting: Setting, pairs: Sequence[Pair], wrong: dict[str, np.ndarray], *, level: float, seed: int
+) -> Iterator[BoundaryRecord]:
+    """From the paired measurements alone, every cell and pooled."""
+    for cell in cells_of(runs, setting):
+        try:
+            paired = paired_delta(pairs, wrong, cell)
+            found = find_boundary(paired, level=level, reach=REACH, seed=seed)
+        except LawError as error:
+            yield BoundaryRecord(
+                **_names(cell), method="law_free", status="not_enough_data", measured_range=_measured(runs), words=(str(error),)
+            )
+            continue
+        yield record(cell, found, "law_free", None)
+
+
+def paired_delta(pairs: Sequence[Pair], wrong: dict[str, np.ndarray], cell: Cell) -> PairedDelta:
+    """ΔE by D_p and seed; pooled means average over students and D_f."""
+    groups: dict[tuple[int, int], list[Pair]] = {}
+    for pair in pairs:
+        run = pair.plain
+        if cell.student in (None, run.student) and cell.downstream_samples in (None, run.downstream_samples):
+            groups.setdefault((run.upstream_samples, run.seed), []).append(pair)
+    places = sorted(groups)
+    full = max((len(group) for group in groups.values()), default=0)
+    places = [place for place in places if len(groups[place]) == full]
+    # Without single results the noise of the test set shows in the scatter between seeds, which is inferred.
+    noise = [np.sqrt(np.mean([sampling_variance(p, wrong) for p in groups[q]]) / full) if wrong else 0.0 for q in places]
+    return PairedDelta(
+        np.array([float(place[0]) for place in places]),
+        np.array([np.mean([pair.delta for pair in groups[place]]) for place in places]),
+        np.array(noise),
+        np.array([place[1] for place in places]),
+    )
+
+
+def record(cell: Cell, found: Boundary, method: str, law: str | None) -> BoundaryRecord:
+    root = None
+    if found.root is not None:
+        low, high = found.interval or (None, None)
+        root = Estimate(value=found.root, low=low, high=high)
+    return BoundaryRecord.model_validate(
+        {
+            **_names(cell), "method": method, "law": law, "status": found.status, "direction": found.direction,
+            "upstream_samples": root, "probability": found.crossing_probability,
+            "probability_inside": found.inside_probability, "measured_range": found.measured_range,
+            "words": found.diagnostics,
+        }
+    )  # fmt: skip
+
+
+def _names(cell: Cell) -> dict[str, object]:
+    return {
+        **cell.setting._asdict(), "student": cell.student, "num_params": cell.num_params,
+        "downstream_samples": cell.downstream_samples,
+    }  # fmt: skip
+
+
+def _measured(runs: RunTable) -> tuple[float, float]:
+    """The D_p range that both arms cover."""
+    both = [runs.where(arm=arm).values("upstream_samples") for arm in ("plain", "distilled")]
+    return float(max(sizes[0] for sizes in both)), float(min(sizes[-1] for sizes in both))
+
+
+def delta_curve(cell: Cell, found: Boundary, law: str) -> Curve:
+    """The drawn part of ΔE: the measured range and a little beyond."""
+    x = np.array(found.curve["upstream_samples"])
+    low, high = found.measured_range
+    shown = (x >= low / (MARGIN * 1.01)) & (x <= high * MARGIN * 1.01)
+    parts = {name: rounded(np.array(found.curve[key])[shown][::EVERY]) for name, key in DELTA_PARTS.items()}
+    return Curve(
+        **cell.setting._asdict(), arm="delta", law=law, axis="upstream_samples", student=cell.student,
+        upstream_samples=None, downstream_samples=cell.downstream_samples, **parts,
+    )  # fmt: skip
+
+
+DELTA_PARTS = {"x": "upstream_samples", "y": "delta", "low": "lower", "high": "upper"}

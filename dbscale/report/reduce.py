@@ -1,0 +1,140 @@
+"""From a grid's plan and its cells' rows to one table: `rows.csv` and `rows.parquet`.
+
+Reads plan.json, row.json and attempts; says which points are missing and why. Fitting is `fits`'s.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from dbscale.report.csv_rows import checked, from_records, to_csv
+from dbscale.report.table import COLUMNS, KINDS, MissingPoint, Run, RunTable, TableError
+from dbscale.study.plan import PlanRecord, PointRecord, read_plan
+from dbscale.study.row import Row
+from dbscale.study.store import Store, atomic_open
+from dbscale.study.strict import nearest
+
+
+def reduce_grid(store: Store, grid_name: str) -> RunTable:
+    """Collect what finished and write it beside the plan. Raises TableError when the grid was never planned."""
+    table = collect(store, load_plan(store, grid_name))
+    folder = store.grid_dir(grid_name)
+    with atomic_open(folder / "rows.csv", "w") as file:
+        file.write(to_csv(table))
+    write_parquet(folder / "rows.parquet", table)
+    return table
+
+
+def load_plan(store: Store, grid_name: str) -> PlanRecord:
+    plan = read_plan(store, grid_name)
+    if plan is None:
+        grids = store.root / "grids"
+        known = [path.name for path in grids.iterdir()] if grids.is_dir() else []
+        hint = nearest(grid_name, known) if known else "it holds no grid yet"
+        raise TableError(f"no plan of grid {grid_name!r} in {store.root}: {hint}; `dbscale plan` writes it")
+    return plan
+
+
+def collect(store: Store, plan: PlanRecord) -> RunTable:
+    """The table of a plan, nothing written."""
+    rows = {key: store.read_row(key) for key in plan.cells}
+    runs, missing = [], []
+    for point in plan.points:
+        row = rows.get(point.cell)
+        if row is None:
+            missing.append(_missing(store, point, rows))
+        else:
+            runs.append(_run(point, row, rows))
+    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question)
+    return checked(table, where=f"grid {plan.grid}")
+
+
+def _run(point: PointRecord, row: Row, rows: dict[str, Row | None]) -> Run:
+    upstream, teacher = rows.get(point.upstream_cell or ""), rows.get(point.teacher_cell or "")
+    own = row.model_dump(include=set(COLUMNS))
+    found = {
+        "variant": point.variant, "arm": point.arm, "student": point.student,
+        "upstream_dataset": point.upstream_dataset or "", "upstream_samples": point.upstream_num_samples,
+        "downstream_samples": row.num_samples, "upstream_key": point.upstream_cell or "",
+        "teacher_key": point.teacher_cell or "",
+        **_timing(row), **_upstream(row, upstream),
+    }  # fmt: skip
+    if teacher is not None:
+        found |= {"teacher_params": teacher.num_params, "teacher_error_rate": teacher.error_rate}
+    return Run(**{**own, **found})
+
+
+def _timing(row: Row) -> dict[str, Any]:
+    timing = row.timing
+    names = ("train_time_s", "device_time_s", "num_attempts", "device", "host")
+    return {name: getattr(timing, name) for name in names}
+
+
+def _upstream(row: Row, upstream: Row | None) -> dict[str, Any]:
+    """What the finetune started from: its own copy first, then the parent's row for what the copy leaves out."""
+    found: dict[str, Any] = {}
+    if row.upstream is not None:
+        found |= {
+            "upstream_stage": row.upstream.stage, "upstream_error_rate": row.upstream.error_rate,
+            "linear_probe_error": row.upstream.linear_probe_error, "transrate": row.upstream.transrate,
+        }  # fmt: skip
+    if upstream is not None:
+        found |= {
+            "upstream_samples_seen": upstream.samples_seen, "upstream_train_flops": upstream.train_flops,
+            "upstream_device_time_s": upstream.timing.device_time_s,
+        }  # fmt: skip
+    return found
+
+
+def _missing(store: Store, point: PointRecord, rows: dict[str, Row | None]) -> MissingPoint:
+    path = [key for key in (point.teacher_cell, point.upstream_cell, point.cell) if key is not None]
+    culprit = next(key for key in path if rows.get(key) is None)
+    attempt = store.last_attempt(culprit)
+    state = store.state(culprit)
+    reason = attempt.reason if attempt and attempt.reason else f"the cell is {'not started' if state == 'new' else state}"
+    return MissingPoint(
+        point.variant, point.arm, point.student, point.upstream_num_samples, point.dataset, point.num_samples, point.seed,
+        point.cell, culprit, state, reason, (attempt.log if attempt else None) or "",
+    )  # fmt: skip
+
+
+def write_parquet(path: Path, table: RunTable) -> None:
+    """The same columns as rows.csv, typed; empty strings stay empty strings, missing numbers are null."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    columns = {
+        name: pyarrow.array(table.column(name), type=kinds[next(kind for kind in kinds if kind in _members(name))])
+        for name in COLUMNS
+    }
+    with atomic_open(path, "wb") as file:
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+def _members(name: str) -> tuple[Any, ...]:
+    return getattr(KINDS[name], "__args__", (KINDS[name],))
+
+
+def read_table(path: Path) -> RunTable:
+    """A table from rows.csv or rows.parquet, ours or anyone's with these columns. Raises TableError."""
+    path = Path(path)
+    if not path.exists():
+        raise TableError(f"no table at {path}")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        records = pyarrow.parquet.read_table(path).to_pylist()
+        return from_records(records, records[0] if records else (), where=str(path))
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        return from_records(list(reader), reader.fieldnames or (), where=str(path))
+
+
+def as_records(table: RunTable) -> list[dict[str, Any]]:
+    """Plain mappings, one a run."""
+    names = [field.name for field in fields(Run)]
+    return [{name: asdict(run)[name] for name in names} for run in table]

@@ -1,0 +1,143 @@
+"""Who may run a cell, and the record of each try: rank 0's work.  What happens inside a try is `run`'s."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from dbscale.study.row import Row
+from dbscale.study.store import Attempt, Store, StoreError
+
+PACKAGES = ("torch", "timm", "accelerate", "deepspeed", "numpy")
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+Ending = Literal["done", "failed", "interrupted", "blocked"]
+
+
+@dataclass
+class Admission:
+    """Leave to run a cell, or the reason there is none."""
+
+    key: str
+    refusal: tuple[Literal["done", "failed", "blocked", "busy"], str | None, Row | None] | None
+    """(status, reason, row) of a cell that is not to be run now."""
+    attempt: Attempt | None = None
+    store: Store | None = None
+
+    def resumed_from(self, step: int) -> None:
+        """Note in the record where this try goes on."""
+        if self.store is not None and self.attempt is not None and step:
+            self.attempt = self.attempt.model_copy(update={"resumed_from_step": step})
+            self.store.write_attempt(self.key, self.attempt)
+
+
+@contextlib.contextmanager
+def admit(store: Store, key: str, *, num_devices: int, job: str | None, log: str | None) -> Iterator[Admission]:
+    """Hold the cell's lock; inside, an attempt is open unless the cell is done, blocked or someone else's."""
+    if not (store.cell_dir(key) / "recipe.json").exists():
+        yield Admission(key, ("failed", f"no cell {key!r} in {store.root}; `dbscale plan` lists the cells of a grid", None))
+        return
+    with _lock(store.cell_dir(key) / ".lock") as held:
+        row = store.read_row(key)
+        if row is not None:
+            yield Admission(key, ("done", None, row))
+        elif not held:
+            yield Admission(key, ("busy", f"another process runs {key}", None))
+        else:
+            yield _open_attempt(store, key, num_devices=num_devices, job=job, log=log)
+
+
+def close_attempt(store: Store, admission: Admission, status: Ending, reason: str | None) -> None:
+    """Write down how the try ended. A store that cannot be written to is left to `status` to find out."""
+    if admission.attempt is None:
+        return
+    signal = reason if status == "interrupted" and (reason or "").startswith("SIG") else None
+    update = {"status": status, "ended": time.time(), "reason": reason, "signal": signal}
+    admission.attempt = admission.attempt.model_copy(update=update)
+    with contextlib.suppress(StoreError):
+        store.write_attempt(admission.key, admission.attempt)
+
+
+def _open_attempt(store: Store, key: str, *, num_devices: int, job: str | None, log: str | None) -> Admission:
+    earlier = store.attempts(key)
+    if earlier and earlier[-1].status == "running":
+        _close_dead(store, key, earlier[-1])
+    attempt = Attempt(
+        number=earlier[-1].number + 1 if earlier else 1,
+        status="running",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=time.time(),
+        job=job,
+        log=log,
+        versions=_versions(),
+        commit=_commit(),
+        num_devices=num_devices,
+    )
+    admission = Admission(key, None, attempt, store)
+    reason = _missing_parents(store, key)
+    if reason is not None:
+        admission.refusal = ("blocked", reason, None)
+        close_attempt(store, admission, "blocked", reason)
+    else:
+        store.write_attempt(key, attempt)
+    return admission
+
+
+def _close_dead(store: Store, key: str, attempt: Attempt) -> None:
+    """A try that was killed could not say when: its last heartbeat does."""
+    progress = store.read_progress(key)
+    ended = max(attempt.started, progress.updated if progress else 0.0)
+    store.write_attempt(key, attempt.model_copy(update={"status": "interrupted", "ended": ended, "reason": "killed"}))
+
+
+def _missing_parents(store: Store, key: str) -> str | None:
+    for parent in store.read_spec(key).parents:
+        if store.read_row(parent) is not None:
+            continue
+        last = store.last_attempt(parent)
+        if last is None:
+            return f"its parent {parent} has not run yet"
+        why = f": {last.reason}" if last.status == "failed" and last.reason else ""
+        return f"its parent {parent} is {store.state(parent)}{why}"
+    return None
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Whether this process got the cell; the kernel gives it up when the process dies. Without locks: yes."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield True
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+@cache
+def _commit() -> str | None:
+    """Of the code that runs, where it runs from a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,183 @@
+"""Checkpoints that survive a kill at any instant: temp folder, checksummed manifest, rename; the last two are kept.
+
+Model, optimizer and scaler are written by Accelerate (by DeepSpeed's engine under ZeRO); what is ours are the loop's
+state, this rank's buffers and EMA pieces, and the guarantee that what loads is whole. A damaged checkpoint is skipped
+with a notice for the one before. Teachers are never in it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from dbscale.study.store import StoreError, read_json, sync_folder, write_json
+from dbscale.training.ema import EMA
+from dbscale.training.errors import TrainingError
+from dbscale.training.progress import LossRecord
+
+NUM_KEPT = 2
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class LoopState:
+    """All of a run that is not in model or optimizer; plain numbers."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    record: LossRecord = field(default_factory=LossRecord)
+    train_time_s: float = 0.0
+    data_wait_s: float = 0.0
+    replaced_samples: int = 0
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LoopState:
+        return cls(**{**data, "record": LossRecord(**data["record"])})
+
+
+@dataclass(frozen=True)
+class Checkpointer:
+    """Saves and loads one cell's training state under `folder`; every rank takes part in each call."""
+
+    folder: Path
+    cell_id: str
+    accelerator: Accelerator
+    model: nn.Module
+    """The bare student."""
+    ema: EMA | None
+    layout: str
+    """Engine and world size: a checkpoint loads only into the same."""
+
+    def save(self, state: LoopState) -> Path:
+        """Write `step-<n>`; returns when it is safe on disk. Raises StoreError when it cannot be written."""
+        final = self.folder / f"step-{state.step:09d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        if self._is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self._write_parts(temporary)
+            self.accelerator.wait_for_everyone()
+            if self._is_main:
+                self._seal(temporary, final, state)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise StoreError(
+                f"cannot write the checkpoint {final}: {error.strerror or error}; free space, then run again: "
+                "the checkpoint before is kept"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def load_latest(self) -> LoopState | None:
+        """Restore the newest whole checkpoint; None when there is none. Raises TrainingError for another recipe's."""
+        chosen: list[Any] = [self._newest_whole() if self._is_main else None]
+        broadcast_object_list(chosen)
+        if chosen[0] is None:
+            return None
+        folder, manifest = Path(chosen[0][0]), chosen[0][1]
+        self._refuse_foreign(folder, manifest)
+        _load_accelerator_state(self.accelerator, folder)
+        own = torch.load(folder / self._rank_file, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(own["buffers"][name])
+            if self.ema is not None:
+                for average, saved in zip(self.ema.average, own["ema"], strict=True):
+                    average.copy_(saved)
+        return LoopState.from_json(manifest["state"])
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def _rank_file(self) -> str:
+        return f"rank-{self.accelerator.process_index}.pt"
+
+    def _write_parts(self, folder: Path) -> None:
+        _save_accelerator_state(self.accelerator, folder)
+        buffers: dict[str, Tensor] = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()}
+        average = [] if self.ema is None else [piece.cpu() for piece in self.ema.average]
+        torch.save({"buffers": buffers, "ema": average}, folder / self._rank_file)
+
+    def _seal(self, temporary: Path, final: Path, state: LoopState) -> None:
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(temporary)): _checksum(path, sync=True) for path in files}
+        manifest = {"cell": self.cell_id, "layout": self.layout, "state": asdict(state), "files": sums}
+        write_json(temporary / MANIFEST, manifest)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        sync_folder(self.folder)
+        for old in list_checkpoints(self.folder)[NUM_KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _newest_whole(self) -> tuple[str, dict[str, Any]] | None:
+        for folder in list_checkpoints(self.folder):
+            damage = find_damage(folder)
+            if damage is None:
+                return str(folder), read_json(folder / MANIFEST)
+            print(f"notice: skipping the damaged checkpoint {folder}: {damage}", file=sys.stderr, flush=True)
+        return None
+
+    def _refuse_foreign(self, folder: Path, manifest: dict[str, Any]) -> None:
+        if manifest["cell"] != self.cell_id:
+            raise TrainingError(
+                f"{folder} is a checkpoint of cell {manifest['cell']}, not of {self.cell_id}: another recipe's state "
+                "cannot be resumed; remove the folder to start afresh"
+            )
+        if manifest["layout"] != self.layout:
+            raise TrainingError(
+                f"{folder} was saved by {manifest['layout']}, this run is {self.layout}; resume with the same "
+                "resources, or remove the folder to start afresh"
+            )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished ones, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        sums = read_json(folder / MANIFEST)["files"]
+    except (OSError, StoreError, KeyError) as error:
+        return f"no readable {MANIFEST} ({error})"
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _checksum(path) != expected:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _checksum(path: Path, *, sync: bool = False) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+        if sync:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _save_accelerator_state(accelerator: Accelerator, folder: Path) -> None:
+    extra = {"save_latest": False} if accelerator.distributed_type == "DEEPSPEED" else {}
+    accelerator.save_state(str(folder), **extra)  # type: ignore[arg-type]
+
+
+def _load_accelerator_state(accelerator: Accelerator, folder: Path) -> None:
+    accelerator.load_state(str(folder))

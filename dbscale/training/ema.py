@@ -1,0 +1,46 @@
+"""Exponential moving average of the weights, kept in the pieces that this rank holds.
+
+Under ZeRO-3 a rank's piece of a parameter is its partition, so the average is partitioned as well and nothing is
+gathered until the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def local_piece(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: all of it, or its ZeRO-3 partition."""
+    return getattr(parameter, "ds_tensor", parameter).data
+
+
+class EMA:
+    """average ← decay·average + (1-decay)·weights after each optimizer step; float32."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._decay = decay
+        self.average = [local_piece(parameter).detach().float().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After each optimizer step."""
+        pieces = [local_piece(parameter).float() for parameter in self._parameters]
+        torch._foreach_lerp_(self.average, pieces, 1 - self._decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the model's weights are the average."""
+        pieces = [local_piece(parameter) for parameter in self._parameters]
+        kept = [piece.clone() for piece in pieces]
+        for piece, average in zip(pieces, self.average, strict=True):
+            piece.copy_(average)
+        try:
+            yield
+        finally:
+            for piece, original in zip(pieces, kept, strict=True):
+                piece.copy_(original)

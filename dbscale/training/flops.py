@@ -1,0 +1,43 @@
+"""Operations of a forward pass, counted by torch on a model without memory; exact for any timm model.
+
+`study.cost` predicts the same number for DeiT without torch; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dbscale.study.recipe import Model, Recipe
+from dbscale.training.models import make_model
+
+
+def count_forward_flops(model: Model, *, num_classes: int, image_size: int) -> float:
+    """Floating-point operations of one image's forward pass; a multiply-add counts two."""
+    return _count(model.model_dump_json(), type(model), num_classes, image_size)
+
+
+@cache
+def _count(model_json: str, kind: type[Model], num_classes: int, image_size: int) -> float:
+    model = kind.model_validate_json(model_json)
+    with torch.device("meta"):
+        network = make_model(model, num_classes=num_classes, image_size=image_size, seed=0).eval()
+        images = torch.zeros(1, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(images)
+    return float(counter.get_total_flops())
+
+
+def count_train_flops(recipe: Recipe, teacher: Model | None, num_classes: int) -> float:
+    """Of a whole run: forward and backward (two forwards) of the student, forward of the teacher.
+
+    A linear probe trains the head alone: its student costs one forward.
+    """
+    size = recipe.data.image_size
+    student = count_forward_flops(recipe.model, num_classes=num_classes, image_size=size)
+    a_sample = student * (1 if recipe.training.scope == "linear_probe" else 3)
+    if teacher is not None:
+        a_sample += count_forward_flops(teacher, num_classes=num_classes, image_size=size)
+    return a_sample * recipe.num_steps * recipe.training.global_batch

@@ -1,0 +1,173 @@
+"""The training loop: one for every stage, read top to bottom.
+
+What is trained and how is decided before it (`prepare`), what becomes of the result after it (`results`). A step is a
+function of the student's state and a batch; everything random in it is keyed by the step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dbscale.data import Batch, TrainLoader, Transform, mix_batch
+from dbscale.study.recipe import Recipe
+from dbscale.study.stop import StopRequest
+from dbscale.training.checkpoint import Checkpointer, LoopState
+from dbscale.training.ema import EMA
+from dbscale.training.losses import Losses, Objective, Target
+from dbscale.training.optimizer import learning_rate, set_learning_rate
+from dbscale.training.progress import Reporter
+from dbscale.training.seeds import derive_seed, seed_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a loop works with; made by `prepare.prepare_run`."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    student: nn.Module
+    """The bare timm model."""
+    model: nn.Module
+    """The student as its engine wraps it."""
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    loader: TrainLoader
+    device_transform: Transform | None
+    """Augmentation on the device, for pixels the loader hands out untouched."""
+    num_classes: int
+    accumulation: int
+    ema: EMA | None
+    checkpointer: Checkpointer
+    reporter: Reporter
+    state: LoopState
+    stop: StopRequest
+    checkpoint_interval_s: float
+
+
+class Request(IntEnum):
+    """What a rank asks for after a step; the highest of all ranks is what all do."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2
+
+
+def train(run: Run) -> bool:
+    """Train to the last step; False when it was asked to stop and has saved. Raises TrainingError at a bad loss."""
+    state, recipe = run.state, run.recipe
+    # A frozen backbone keeps its batch statistics and drops no paths.
+    run.model.train(recipe.training.scope == "full")
+    saved_at = mark = time.perf_counter()
+    for step in range(state.step, recipe.num_steps):
+        batch = next(run.loader)
+        state.data_wait_s += time.perf_counter() - mark
+
+        seed_step(recipe.seed, step, run.accelerator.process_index)
+        set_learning_rate(run.optimizer, learning_rate(step, recipe))
+        images, target = _to_device(run, batch, step)
+        losses = _optimizer_step(run, images, target)
+        if run.ema is not None:
+            run.ema.update()
+
+        state.step = step + 1
+        run.reporter.add(step, losses)
+        now = time.perf_counter()
+        state.train_time_s += now - mark
+        mark = now
+
+        if state.step == recipe.num_steps:
+            break
+        is_due = now - saved_at > run.checkpoint_interval_s
+        request = _agree(run, Request.STOP if run.stop.requested else Request(int(is_due)))
+        if request is not Request.GO_ON:
+            _save(run)
+            if request is Request.STOP:
+                return False
+            saved_at = mark = time.perf_counter()
+    return True
+
+
+def _to_device(run: Run, batch: Batch, step: int) -> tuple[Tensor, Target]:
+    """This rank's images, float32 [b, 3, S, S], augmented and mixed, and what they should be classified as."""
+    device, augment = run.accelerator.device, run.recipe.training.augment
+    assert isinstance(batch.images, Tensor), "lists of pixels are transformed in the loader"
+    images = batch.images.to(device, non_blocking=True)
+    labels = batch.labels.to(device, non_blocking=True)
+    if run.device_transform is not None:
+        images = run.device_transform(images, epoch=batch.epoch, sample_ids=batch.sample_ids)
+    if not (augment.mixup or augment.cutmix):
+        return images, labels
+    return mix_batch(
+        images,
+        labels,
+        num_classes=run.num_classes,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        prob=augment.mix_share,
+        switch_prob=augment.mix_switch_share,
+        seed=derive_seed(run.recipe.seed, "mix"),
+        step=step,
+    )
+
+
+def _optimizer_step(run: Run, images: Tensor, target: Target) -> Losses:
+    """Forward and backward over the micro-batches, one optimizer step; this rank's mean losses, detached."""
+    accelerator, clip_norm = run.accelerator, run.recipe.training.optim.clip_norm
+    collected: list[Losses] = []
+    for micro_images, micro_target in _micro_batches(images, target, run.accumulation):
+        with accelerator.accumulate(run.model):
+            losses = run.objective(run.model, micro_images, micro_target)
+            accelerator.backward(losses.loss)
+            # DeepSpeed clips, steps and clears inside backward; there the next three lines do nothing.
+            if clip_norm and accelerator.sync_gradients and accelerator.distributed_type != "DEEPSPEED":
+                accelerator.clip_grad_norm_(run.student.parameters(), clip_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        collected.append(losses)
+    return _mean(collected)
+
+
+def _micro_batches(images: Tensor, target: Target, num: int) -> list[tuple[Tensor, Target]]:
+    if num == 1:
+        return [(images, target)]
+    if isinstance(target, Tensor):
+        return list(zip(images.chunk(num), target.chunk(num), strict=True))
+    labels = zip(target.y_a.chunk(num), target.y_b.chunk(num), strict=True)
+    targets = [target._replace(y_a=y_a, y_b=y_b) for y_a, y_b in labels]
+    return list(zip(images.chunk(num), targets, strict=True))
+
+
+def _mean(collected: list[Losses]) -> Losses:
+    if len(collected) == 1:
+        return collected[0]
+    terms = [[term.detach() for term in terms] if terms[0] is not None else None for terms in zip(*collected, strict=True)]
+    return Losses(*(None if values is None else torch.stack(values).mean() for values in terms))
+
+
+def _agree(run: Run, request: Request) -> Request:
+    """The highest request of all ranks, so that all save at the same step."""
+    if run.accelerator.num_processes == 1:
+        return request
+    # Over the host: a device collective would make the host wait for the step just launched.
+    wish = torch.tensor([int(request)])
+    dist.all_reduce(wish, op=dist.ReduceOp.MAX, group=_host_group())
+    return Request(int(wish))
+
+
+@cache
+def _host_group() -> dist.ProcessGroup | None:
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def _save(run: Run) -> None:
+    run.reporter.flush(run.state.step - 1)
+    run.state.replaced_samples = run.loader.num_bad_samples
+    run.checkpointer.save(run.state)

@@ -1,0 +1,127 @@
+"""Recipes' models as timm models: creation, the parent's weights, what trains.  Engines and optimizers are elsewhere.
+
+The DeiT family is timm's own ViT class with other sizes, so a saved `model.safetensors` is plain timm.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from dbscale.kernels.timm_attention import DistilledAttention
+from dbscale.study.recipe import DeiT, Model
+from dbscale.training.errors import TrainingError
+from dbscale.training.seeds import derive_seed
+
+
+def timm_arguments(model: Model, *, num_classes: int, image_size: int) -> tuple[str, dict[str, Any]]:
+    """Name and keyword arguments for `timm.create_model`."""
+    if isinstance(model, DeiT):
+        return "deit_tiny_patch16_224", {
+            "num_classes": num_classes,
+            "img_size": image_size,
+            "patch_size": model.patch_size,
+            "embed_dim": model.width,
+            "depth": model.depth,
+            "num_heads": model.heads,
+            "mlp_ratio": model.mlp_ratio,
+        }
+    size = {"img_size": image_size} if _takes_image_size(model.name) else {}
+    return model.name, {"num_classes": num_classes, **size, **model.kwargs}
+
+
+def make_model(
+    model: Model, *, num_classes: int, image_size: int, seed: int = 0, drop_path: float = 0.0, guided: bool = False
+) -> nn.Module:
+    """A freshly initialised model, equal for equal (model, seed) whatever the arm. Raises TrainingError.
+
+    `guided` gives it attention layers that a teacher's maps can be compared in; same weights, same names.
+    """
+    if isinstance(model, DeiT) and image_size % model.patch_size:
+        raise TrainingError(
+            f"image_size {image_size} is not a multiple of patch_size {model.patch_size}; choose sizes that divide"
+        )
+    name, arguments = timm_arguments(model, num_classes=num_classes, image_size=image_size)
+    if drop_path:
+        arguments["drop_path_rate"] = drop_path
+    if guided:
+        arguments["attn_layer"] = DistilledAttention
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, "init"))
+        try:
+            return timm.create_model(name, pretrained=False, **arguments)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise TrainingError(f"timm cannot create {name!r} with {arguments}: {error}") from error
+
+
+def load_backbone(model: nn.Module, weights: Path) -> None:
+    """Everything but the head from a parent's `model.safetensors`; position embeddings are interpolated by timm.
+
+    The head stays as initialised, also where the number of classes is the same. Raises TrainingError.
+    """
+    state = read_weights(weights)
+    if isinstance(model, VisionTransformer):
+        state = checkpoint_filter_fn(state, model)
+    heads = head_names(model)
+    backbone = {name: value for name, value in state.items() if not name.startswith(heads)}
+    try:
+        missing, unexpected = model.load_state_dict(backbone, strict=False)
+    except RuntimeError as error:
+        raise TrainingError(f"{weights} does not fit this cell's model: {error}") from None
+    missing = [name for name in missing if not name.startswith(heads)]
+    if missing or unexpected:
+        raise TrainingError(
+            f"{weights} does not fit this cell's model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}"
+        )
+
+
+def load_whole(model: nn.Module, weights: Path) -> None:
+    """All weights, strictly. Raises TrainingError."""
+    try:
+        model.load_state_dict(read_weights(weights))
+    except RuntimeError as error:
+        raise TrainingError(f"{weights} does not fit its recipe's model: {error}") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU. Raises TrainingError when it is missing or damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TrainingError(f"cannot read the weights {path}: {error}; run the cell they come from again") from None
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Linear probe: only the head learns."""
+    heads = head_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(heads))
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the classifier's parameters."""
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier")
+    if not classifier:
+        raise TrainingError(f"timm does not say which layer of {type(model).__name__} is its classifier")
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return tuple(f"{name}." for name in names)
+
+
+def _takes_image_size(name: str) -> bool:
+    """Whether this timm model is built for one image size (ViTs) or takes any (ResNets)."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            timm.create_model(name, pretrained=False, img_size=64)
+        except TypeError:
+            return False
+        except Exception:
+            return True
+    return True

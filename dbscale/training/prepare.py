@@ -1,0 +1,168 @@
+"""From a cell's spec to everything the loop works with: data, student, teacher, optimizer, engine, last checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dbscale.data import Dataset, TrainLoader, Transform, make_loader, make_transform, open_dataset
+from dbscale.study.cell import CellSpec
+from dbscale.study.recipe import Recipe
+from dbscale.study.resources import Resources
+from dbscale.study.stop import StopRequest
+from dbscale.study.store import Store
+from dbscale.training.accelerators import AMP_DTYPE, Batching
+from dbscale.training.checkpoint import Checkpointer, LoopState
+from dbscale.training.ema import EMA
+from dbscale.training.errors import TrainingError
+from dbscale.training.losses import make_objective, wants_maps
+from dbscale.training.loop import Run
+from dbscale.training.models import freeze_backbone, load_backbone, make_model
+from dbscale.training.optimizer import make_optimizer
+from dbscale.training.progress import Reporter, truncate_metrics
+from dbscale.training.seeds import derive_seed
+from dbscale.training.teacher import load_teacher
+from dbscale.training.weights import verified_weights
+
+DEVICE_TIERS = ("resident", "raw")
+"""Tiers whose stored pixels are tensors, which an accelerator augments faster than the host."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a cell runs."""
+
+    store: Store
+    data_dir: Path
+    resources: Resources
+    batching: Batching
+    accelerator: Accelerator
+    stop: StopRequest
+
+
+def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
+    """Build the run and restore its newest whole checkpoint. Raises TrainingError, DataError or StoreError."""
+    recipe, accelerator = spec.recipe, context.accelerator
+    student = make_student(spec, context.store, dataset.num_classes)
+    teacher = load_teacher(context.store, spec, num_classes=dataset.num_classes, device=accelerator.device)
+    for model in (student, teacher):
+        set_precision(model, recipe, accelerator)
+    objective = make_objective(recipe, context.resources, teacher, student)
+    if context.resources.compile:
+        student.compile()
+    optimizer = make_optimizer(student, recipe.training.optim)
+    model, optimizer = accelerator.prepare(student, optimizer)
+    ema = EMA(student, recipe.training.ema_decay) if recipe.training.ema_decay is not None else None
+    checkpointer = Checkpointer(
+        folder=context.store.cell_dir(spec.key) / "checkpoints",
+        cell_id=spec.id,
+        accelerator=accelerator,
+        model=student,
+        ema=ema,
+        layout=describe_layout(context),
+    )
+    state = checkpointer.load_latest() or LoopState()
+    if accelerator.is_main_process:
+        truncate_metrics(context.store, spec.key, state.step)
+    loader, device_transform = make_batches(recipe, dataset, context, state.step)
+    return Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        student=student,
+        model=model,
+        optimizer=optimizer,
+        objective=objective,
+        loader=loader,
+        device_transform=device_transform,
+        num_classes=dataset.num_classes,
+        accumulation=context.batching.accumulation,
+        ema=ema,
+        checkpointer=checkpointer,
+        reporter=Reporter(accelerator, recipe, context.store, spec.key, state.record),
+        state=state,
+        stop=context.stop,
+        checkpoint_interval_s=context.resources.checkpoint_interval_s,
+    )
+
+
+def open_cell_dataset(spec: CellSpec, data_dir: Path, split: str) -> Dataset:
+    """The packed dataset a cell reads. Raises DataError, or TrainingError when it is not the one the cell names."""
+    data = spec.recipe.data
+    dataset = open_dataset(
+        data_dir / "shards" / data.dataset, split, tier=data.tier, image_size=data.image_size
+    )  # fmt: skip
+    if spec.fingerprint is not None and dataset.fingerprint != spec.fingerprint:
+        raise TrainingError(
+            f"{dataset.folder} has fingerprint {dataset.fingerprint}, cell {spec.key} was planned for "
+            f"{spec.fingerprint}; plan again, or restore the dataset"
+        )
+    return dataset
+
+
+def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
+    """Initial weights: 1. drawn from (seed, "init"); 2. for a finetune, all but the head from its parent."""
+    recipe = spec.recipe
+    student = make_model(
+        recipe.model,
+        num_classes=num_classes,
+        image_size=recipe.data.image_size,
+        seed=recipe.seed,
+        drop_path=recipe.training.drop_path,
+        guided=wants_maps(recipe.distill),
+    )
+    if spec.init is not None:
+        row = store.read_row(spec.init)
+        if row is None:
+            raise TrainingError(f"the parent {spec.init} has no row; train it first")
+        load_backbone(student, verified_weights(store, row))
+    if recipe.training.scope == "linear_probe":
+        freeze_backbone(student)
+    return student
+
+
+def set_precision(model: nn.Module | None, recipe: Recipe, accelerator: Accelerator) -> None:
+    """bf16 computes under autocast on float32 weights, alike under every engine; fp16 students are the engine's."""
+    dtype = AMP_DTYPE[recipe.training.precision]
+    is_trained = model is not None and any(parameter.requires_grad for parameter in model.parameters())
+    if model is None or dtype is None or (dtype == torch.float16 and is_trained):
+        return
+    model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
+
+
+def make_batches(
+    recipe: Recipe, dataset: Dataset, context: Context, num_done: int
+) -> tuple[TrainLoader, Transform | None]:
+    """This rank's stream from optimizer step `num_done` on, and the transform to run on the device, if any."""
+    augment, data = recipe.training.augment, recipe.data
+    transform = make_transform(
+        image_size=data.image_size,
+        train=True,
+        augment=augment.model_dump(),
+        seed=derive_seed(recipe.seed, "augment"),
+        tier=data.tier,
+    )
+    on_device = context.accelerator.device.type != "cpu" and data.tier in DEVICE_TIERS
+    loader = make_loader(
+        dataset.subset(data.num_samples, data.subset_seed),
+        global_batch=recipe.training.global_batch,
+        rank=context.accelerator.process_index,
+        world_size=context.accelerator.num_processes,
+        num_workers=context.resources.num_workers,
+        seed=derive_seed(recipe.seed, "order"),
+        consumed=num_done * recipe.training.global_batch,
+        transform=None if on_device else transform,
+        block_size=data.block_size,
+        repeats=augment.repeats,
+    )
+    return loader, transform if on_device else None
+
+
+def describe_layout(context: Context) -> str:
+    """Engine and world size, as checkpoints and rows name them."""
+    stage = context.resources.zero_stage
+    engine = "plain" if stage is None else f"zero{stage}"
+    return f"{engine} on {context.batching.world_size} process{'es' * (context.batching.world_size > 1)}"

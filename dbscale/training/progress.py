@@ -1,0 +1,153 @@
+"""What a run tells while it trains: metrics.jsonl at fixed steps, a heartbeat file and a bar by the clock.
+
+Losses stay on the device until a report is due, so that reporting never stalls a step. A non-finite loss is found at
+the next report and named by its exact step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dbscale.study.recipe import Recipe
+from dbscale.study.store import Progress, Store
+from dbscale.training.errors import TrainingError
+from dbscale.training.losses import TERMS, Losses
+from dbscale.training.optimizer import learning_rate
+
+HEARTBEAT_INTERVAL_S = 2.0
+MIN_REPORT_STEPS, NUM_REPORTS = 10, 200
+
+
+@dataclass
+class LossRecord:
+    """Means that a row and a metrics line are made of; plain numbers, saved with each checkpoint."""
+
+    pending: list[list[float | None]] = field(default_factory=list)
+    """Losses of the steps since the last metrics line, one list of TERMS per step."""
+    tail_sum: float = 0.0
+    tail_steps: int = 0
+    """Over the last tenth of the run."""
+
+    @property
+    def train_loss(self) -> float:
+        return self.tail_sum / max(self.tail_steps, 1)
+
+
+class Reporter:
+    """Collects the losses of one cell; rank 0 writes them."""
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, store: Store, key: str, record: LossRecord) -> None:
+        self._accelerator, self._recipe, self._store, self._key = accelerator, recipe, store, key
+        self.record = record
+        self._interval = max(MIN_REPORT_STEPS, recipe.num_steps // NUM_REPORTS)
+        self._on_device: list[Tensor] = []
+        self._terms: tuple[str, ...] = ()
+        self._next_heartbeat, self._mark = 0.0, (time.monotonic(), 0)
+        self._images_per_s, self._loss = 0.0, None
+
+    def add(self, step: int, losses: Losses) -> None:
+        """Take the losses of 0-based `step`, this rank's share of the batch."""
+        terms = {name: value for name, value in zip(TERMS, losses, strict=True) if value is not None}
+        self._terms = tuple(terms)
+        self._on_device.append(torch.stack([value.detach().float() for value in terms.values()]))
+        if (step + 1) % self._interval == 0 or step + 1 == self._recipe.num_steps:
+            self.flush(step)
+            self._write_line(step)
+        self._heartbeat(step + 1)
+
+    def flush(self, step: int) -> None:
+        """Fetch what is still on the device, averaged over ranks; every rank calls it at the same step.
+
+        Raises TrainingError at a non-finite loss.
+        """
+        if not self._on_device:
+            return
+        values_ST = torch.stack(self._on_device)
+        if self._accelerator.num_processes > 1:
+            values_ST = self._accelerator.reduce(values_ST, reduction="mean")
+        first = step + 1 - len(self._on_device)
+        for offset, row in enumerate(values_ST.tolist()):
+            self._take(first + offset, dict(zip(self._terms, row, strict=True)))
+        self._on_device.clear()
+
+    def _take(self, step: int, terms: dict[str, float]) -> None:
+        loss = terms["loss"]
+        if not math.isfinite(loss):
+            rate = learning_rate(step, self._recipe)
+            raise TrainingError(
+                f"loss is {loss} at step {step + 1} of {self._recipe.num_steps}, learning rate {rate:.3g} "
+                f"({', '.join(f'{name} {value:.4g}' for name, value in terms.items())}); lower lr, lengthen the "
+                "warm-up, set clip_norm, or train in bf16 or fp32"
+            )
+        self._loss = loss
+        self.record.pending.append([terms.get(name) for name in TERMS])
+        if step >= self._recipe.num_steps - max(self._recipe.num_steps // 10, 1):
+            self.record.tail_sum += loss
+            self.record.tail_steps += 1
+
+    def _write_line(self, step: int) -> None:
+        rows, self.record.pending = self.record.pending, []
+        now, (then, earlier) = time.monotonic(), self._mark
+        self._images_per_s = (step + 1 - earlier) * self._recipe.training.global_batch / max(now - then, 1e-9)
+        self._mark = (now, step + 1)
+        if not self._accelerator.is_main_process:
+            return
+        line: dict[str, Any] = {"step": step + 1, "lr": learning_rate(step, self._recipe)}
+        for position, name in enumerate(TERMS):
+            values = [row[position] for row in rows if row[position] is not None]
+            if values:
+                line[name] = math.fsum(values) / len(values)  # type: ignore[arg-type]
+        line["images_per_s"] = round(self._images_per_s, 1)
+        with metrics_path(self._store, self._key).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _heartbeat(self, num_done: int) -> None:
+        if not self._accelerator.is_main_process or time.monotonic() < self._next_heartbeat:
+            return
+        self._next_heartbeat = time.monotonic() + HEARTBEAT_INTERVAL_S
+        progress = Progress(
+            step=num_done,
+            num_steps=self._recipe.num_steps,
+            loss=self._loss,
+            images_per_s=self._images_per_s,
+            updated=time.time(),
+        )
+        self._store.write_progress(self._key, progress)
+        if sys.stderr.isatty():
+            print("\r" + describe(progress), end="", file=sys.stderr, flush=True)
+
+
+def describe(progress: Progress) -> str:
+    """One line for people: share done, loss, speed."""
+    share = progress.step / progress.num_steps
+    loss = "" if progress.loss is None else f" loss {progress.loss:.3f}"
+    return f"{share:4.0%} step {progress.step}/{progress.num_steps}{loss} {progress.images_per_s:,.0f} img/s"
+
+
+def metrics_path(store: Store, key: str) -> Path:
+    return store.cell_dir(key) / "metrics.jsonl"
+
+
+def truncate_metrics(store: Store, key: str, num_done: int) -> None:
+    """Drop lines of steps that will be trained again, and a last line that was cut off by a kill."""
+    path = metrics_path(store, key)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= num_done:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            break
+    path.write_text("".join(kept))

@@ -1,0 +1,164 @@
+"""A cell's life: admitted, attempted, trained, evaluated, written down.  `row.json` comes last, so it means done.
+
+Never raises for a cell's own failure: that is an attempt with a reason, and the next cell goes on. Which cells run
+where, and who asks to stop, is launch's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from dbscale.study.cell import CellSpec
+from dbscale.study.resources import Resources
+from dbscale.study.row import Row
+from dbscale.study.stop import StopRequest
+from dbscale.study.store import Store
+from dbscale.training.accelerators import make_batching, open_accelerator, world_size_from_environment
+from dbscale.training.attempts import Admission, admit, close_attempt
+from dbscale.training.loop import train
+from dbscale.training.prepare import Context, open_cell_dataset, prepare_run
+from dbscale.training.results import (
+    clear_scratch,
+    evaluate_cell,
+    finish_training,
+    make_row,
+    read_trained,
+)
+
+Status = Literal["done", "failed", "interrupted", "blocked", "busy"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a try at a cell ended."""
+
+    status: Status
+    reason: str | None = None
+    row: Row | None = None
+
+
+def run_cell(
+    store: Store,
+    key: str,
+    *,
+    data_dir: Path,
+    resources: Resources,
+    stop: StopRequest,
+    job: str | None = None,
+    log: str | None = None,
+) -> Outcome:
+    """Run the cell `key` of `store` to its row, resuming what is there; on several ranks, all of them call it.
+
+    Args:
+        store: holds the cell's `recipe.json` and its parents.
+        key: the cell's folder name.
+        data_dir: packed datasets are in `<data_dir>/shards/<name>`.
+        resources: how to run; none of it changes the cell's identity.
+        stop: asked to stop, the loop saves a checkpoint at its next step and the cell is `interrupted`.
+        job, log: scheduler's job id and path of its log, for the attempt's record.
+
+    Returns:
+        done (also if it was before), failed, interrupted, blocked (a parent has no row) or busy (another process
+        runs it), with a reason for people.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    world_size = world_size_from_environment()
+    with contextlib.ExitStack() as stack:
+        admission = stack.enter_context(admit(store, key, num_devices=world_size, job=job, log=log)) if is_main else None
+        if world_size == 1 and admission is not None and admission.refusal is not None:
+            return Outcome(*admission.refusal)
+        with _failures_recorded(store, key, admission, resources) as outcome:
+            spec = store.read_spec(key)
+            batching = make_batching(spec.recipe.training.global_batch, world_size, resources.micro_batch)
+            accelerator = stack.enter_context(open_accelerator(spec.recipe.training, resources, batching))
+            refusal = _from_main(admission.refusal if admission else None, accelerator)
+            if refusal is not None:
+                return Outcome(*refusal)
+            context = Context(store, data_dir, resources, batching, accelerator, stop)
+            outcome.value = _train_and_evaluate(spec, context, admission)
+        return outcome.value
+
+
+def _train_and_evaluate(spec: CellSpec, context: Context, admission: Admission | None) -> Outcome:
+    store, accelerator = context.store, context.accelerator
+    folder = store.cell_dir(spec.key)
+    trained = _from_main(read_trained(folder) if accelerator.is_main_process else None, accelerator)
+    if trained is None:
+        run = prepare_run(spec, open_cell_dataset(spec, context.data_dir, "train"), context)
+        if admission is not None:
+            admission.resumed_from(run.state.step)
+        with contextlib.closing(run.loader):
+            if not train(run):
+                if admission is not None:
+                    close_attempt(store, admission, "interrupted", context.stop.reason)
+                return Outcome("interrupted", context.stop.reason)
+        finish_training(run, spec, store)
+        trained = read_trained(folder)
+    assert trained is not None, "training was finished just now"
+    evaluation, eval_time_s = evaluate_cell(spec, trained, context)
+    row = None
+    if admission is not None:
+        row = make_row(spec, trained, evaluation, eval_time_s, context, store.attempts(spec.key))
+        store.write_row(row)
+        close_attempt(store, admission, "done", None)
+        clear_scratch(folder)
+    return Outcome("done", None, _from_main(row, accelerator))
+
+
+@dataclass
+class _Box:
+    value: Outcome
+
+
+@contextlib.contextmanager
+def _failures_recorded(
+    store: Store, key: str, admission: Admission | None, resources: Resources
+) -> Iterator[_Box]:
+    """Turn whatever goes wrong inside into an outcome and an attempt that say why; the log gets the traceback."""
+    box = _Box(Outcome("failed", "nothing was run"))
+    try:
+        yield box
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        reason = _explain(error, resources)
+        box.value = Outcome("failed", reason)
+        if admission is not None:
+            close_attempt(store, admission, "failed", reason)
+    except BaseException as error:
+        if admission is not None:
+            close_attempt(store, admission, "interrupted", type(error).__name__)
+        raise
+
+
+def _explain(error: Exception, resources: Resources) -> str:
+    """Why a cell failed, in one line a person can act on."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        cut = "the whole batch" if resources.micro_batch is None else str(resources.micro_batch)
+        return (
+            f"out of memory with a micro-batch of {cut}: set resources.micro_batch to half of it or less; the rest of "
+            f"the global batch is then accumulated and the result stays the same ({text.splitlines()[0]})"
+        )
+    if isinstance(error, ValueError):
+        return text
+    return f"{type(error).__name__}: {text.splitlines()[0]}"
+
+
+def _from_main(value: Any, accelerator: Accelerator) -> Any:
+    """Rank 0's value, on every rank."""
+    if accelerator.num_processes == 1:
+        return value
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]

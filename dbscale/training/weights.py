@@ -1,0 +1,56 @@
+"""`model.safetensors`: how a cell's weights are written, and how a child makes sure it reads what the row names."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import safetensors.torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dbscale.study.row import Row
+from dbscale.study.store import Store, atomic_open
+from dbscale.training.ema import EMA
+from dbscale.training.errors import TrainingError
+
+WEIGHTS_NAME = "model.safetensors"
+
+
+def export_weights(path: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None) -> None:
+    """Gather the trained weights (their average, if one is kept) and write them as plain float32 timm weights."""
+    if ema is None:
+        state = accelerator.get_state_dict(model)
+    else:
+        with ema.swapped_in():
+            state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        write_weights(path, state)
+    accelerator.wait_for_everyone()
+
+
+def write_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Atomic safetensors file, names as timm's."""
+    tensors = {name: _plain(value) for name, value in state.items()}
+    with atomic_open(path, "wb") as file:
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verified_weights(store: Store, row: Row) -> Path:
+    """Path of a finished cell's weights. Raises TrainingError when they are not the ones its row names."""
+    path = store.cell_dir(row.key) / WEIGHTS_NAME
+    if not path.is_file():
+        raise TrainingError(f"{path} is missing, though the cell is done; remove {path.parent} to run it again")
+    if sha256_of(path) != row.weights_sha256:
+        raise TrainingError(f"{path} is not what its row.json describes; remove {path.parent} to run it again")
+    return path

@@ -1,0 +1,152 @@
+"""How and where cells run: `configs/clusters/*.yaml`.  Nothing here reaches a cell's identity.
+
+Reads and checks the file; starting anything is the executors' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from dbscale.study.cost import DEVICES, CostModel
+from dbscale.study.recipe import Stage
+from dbscale.study.resources import Resources
+from dbscale.study.strict import ConfigError, Strict, nearest, validate
+from dbscale.study.strict_yaml import load_yaml, override
+from launch.machine import available_workers
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+MAX_LOCAL_BUNDLE_MIN = 5.0
+REDUCER = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 2, "memory_gb": 8.0, "time_limit_min": 60}
+
+SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:&|*@%+\[\]()=-]*$", max_length=256)]
+"""A name as SLURM writes them; no spaces, quotes, `$`, `;`, newlines."""
+ShellLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
+"""One line of shell, run as it stands in the job's own shell: the one place where a config is code."""
+
+
+class Slurm(Strict):
+    """What one job asks of SLURM. One task per rank, so tasks per node follow from `resources.num_processes`."""
+
+    partition: SlurmWord | None = None
+    account: SlurmWord | None = None
+    qos: SlurmWord | None = None
+    constraint: SlurmWord | None = None
+    reservation: SlurmWord | None = None
+    exclude: SlurmWord | None = None
+    """Nodes never to use."""
+    nodes: int = Field(default=1, gt=0)
+    gpus_per_node: int = Field(default=0, ge=0)
+    cpus_per_task: int = Field(default=1, gt=0)
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Per node; None leaves the partition's default."""
+    time_limit_min: int = Field(default=240, gt=0)
+    signal_delay_s: int = Field(default=120, gt=0)
+    """SIGUSR2 comes this long before the time limit: enough to write a checkpoint."""
+    array_parallelism: int = Field(default=64, gt=0)
+    """Elements of one array that run at once."""
+    setup: tuple[ShellLine, ...] = ()
+    """Shell lines before the job's command, e.g. `module load cuda`."""
+    staging: str | None = None
+    """Folder on the node's own disk that shards are copied to before training; None reads them where they are."""
+
+
+class StageOverride(Strict):
+    """What one stage does otherwise: partial `resources` and `slurm`."""
+
+    resources: dict[str, Any] = {}
+    slurm: dict[str, Any] = {}
+
+
+class Cluster(Strict):
+    """`configs/clusters/*.yaml`."""
+
+    executor: Literal["local", "slurm", "inline"]
+    workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Bundles that run at once on this machine (local executor); auto: one per physical core or GPU set."""
+    target_min: float = Field(default=MAX_LOCAL_BUNDLE_MIN, gt=0)
+    """Predicted minutes of one bundle; start-up is paid once per bundle."""
+    requeue_limit: int = Field(default=3, ge=0)
+    """How often a job that died or was preempted is started again."""
+    device: Literal["cpu", "a100", "h100", "h200"] = "cpu"
+    """What the cost model predicts for, before rows calibrate it."""
+    resources: Resources = Resources()
+    slurm: Slurm | None = None
+    stages: dict[Stage, StageOverride] = {}
+    reducer: dict[str, Any] = {}
+    """What the job at the end, which fits and reports, asks otherwise than `slurm:`."""
+
+    @model_validator(mode="after")
+    def _slurm_section(self) -> Cluster:
+        if self.executor == "slurm" and self.slurm is None:
+            raise ValueError("executor slurm needs a `slurm:` section")
+        for stage in ("pretrain", "distill", "finetune"):
+            self.shape(stage)
+        self.reducer_shape()
+        return self
+
+    def shape(self, stage: Stage) -> Shape:
+        """Resources and SLURM request of one stage, its overrides applied."""
+        change = self.stages.get(stage, StageOverride())
+        where = f"stages.{stage}"
+        resources = _updated(self.resources, change.resources, f"{where}.resources")
+        slurm = _updated(self.slurm or Slurm(), change.slurm, f"{where}.slurm")
+        if resources.num_processes % slurm.nodes:
+            raise ValueError(
+                f"resources.num_processes {resources.num_processes} does not divide over slurm.nodes {slurm.nodes}"
+            )
+        return Shape(resources=resources, slurm=slurm)
+
+    def reducer_shape(self) -> Shape:
+        """One task, no GPU unless the config says so."""
+        slurm = _updated(self.slurm or Slurm(), {**REDUCER, **self.reducer}, "reducer")
+        return Shape(resources=Resources(), slurm=slurm)
+
+    def shape_key(self, stage: Stage) -> str:
+        """Equal for stages that can share a job."""
+        return self.shape(stage).model_dump_json()
+
+    def cost_model(self) -> CostModel:
+        return CostModel(device=DEVICES[self.device])
+
+    def num_workers(self) -> int:
+        """Bundles at once on this machine; 1 where a scheduler decides."""
+        if self.executor != "local":
+            return 1
+        return self.workers if isinstance(self.workers, int) else available_workers(self.resources)
+
+
+class Shape(Strict):
+    """A resource shape: what all elements of one array share."""
+
+    resources: Resources
+    slurm: Slurm
+
+    @property
+    def tasks_per_node(self) -> int:
+        return self.resources.num_processes // self.slurm.nodes
+
+
+def load_cluster(name_or_path: str, overrides: Sequence[str] = ()) -> Cluster:
+    """A cluster by name (`local`, `slurm`) or path; raises ConfigError naming file, key and what is allowed."""
+    path = cluster_path(name_or_path)
+    return validate(Cluster, override(load_yaml(path), overrides), where=str(path))
+
+
+def cluster_path(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or (path.exists() and path.is_file()):
+        return path
+    known = sorted(each.stem for each in (CONFIGS / "clusters").glob("*.yaml"))
+    if name_or_path not in known:
+        raise ConfigError(
+            f"unknown cluster {name_or_path!r}; {nearest(name_or_path, known)}, or a .yaml path"
+        )
+    return CONFIGS / "clusters" / f"{name_or_path}.yaml"
+
+
+def _updated(base: Strict, change: dict[str, Any], where: str) -> Any:
+    return validate(type(base), {**base.model_dump(mode="json"), **change}, where=where) if change else base

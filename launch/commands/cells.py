@@ -1,0 +1,103 @@
+"""`dbscale run|logs|cancel`: one cell by its key, its log, and stopping a grid."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from dbscale.study.stop import StopRequest
+from dbscale.study.store import Store
+from dbscale.study.strict import ConfigError, nearest
+from launch.cluster import load_cluster
+from launch.lock import holder, is_held
+from launch.options import AddCommand, add_data, add_grid, add_set, add_store, store_of
+from launch.signals import stop_on_signals
+from launch.study import CLUSTER_PREFIX
+
+TAIL_BYTES = 20_000
+
+
+def add_commands(add: AddCommand) -> None:
+    parser = add("run", run, "run one cell in this process, by its key (see `dbscale plan --cells`)")
+    parser.add_argument("cell", help="the cell's key, or its 12-digit id")
+    parser.add_argument(
+        "--cluster", default="inline", metavar="NAME|PATH", help="whose resources (default: inline)"
+    )
+    add_store(parser)
+    add_data(parser)
+    add_set(parser)
+    parser = add("logs", logs, "show the log of a cell's last attempt")
+    parser.add_argument("cell", help="the cell's key, or its 12-digit id")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until interrupted")
+    add_store(parser)
+    parser = add("cancel", cancel, "stop a grid's jobs, and only those; they save their progress")
+    parser.add_argument("--cluster", default="local", metavar="NAME|PATH")
+    add_grid(parser)
+    add_store(parser)
+    add_data(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from launch.worker import run_bundle
+
+    overrides = [each.removeprefix(CLUSTER_PREFIX) for each in arguments.overrides]
+    cluster, store, stop = load_cluster(arguments.cluster, overrides), store_of(arguments), StopRequest()
+    key = find_cell(store, arguments.cell)
+    resources = cluster.shape(store.read_spec(key).recipe.stage).resources
+    with stop_on_signals(stop):
+        (result,) = run_bundle([key], store, arguments.data, resources, stop)
+    print(f"{result.status}: {key}" + (f": {result.reason}" if result.reason else ""))
+    return 130 if result.status == "interrupted" else 0 if result.status == "done" else 3
+
+
+def find_cell(store: Store, name: str) -> str:
+    """The key that `name` is, or whose id it is."""
+    folder = store.root / "cells"
+    keys = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = [key for key in keys if key == name or key.rpartition("-")[2] == name]
+    if len(found) != 1:
+        raise ConfigError(
+            f"no cell {name!r} in {store.root}; {nearest(name, keys[:20]) if keys else 'the store is empty'}"
+        )
+    return found[0]
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    store = store_of(arguments)
+    key = find_cell(store, arguments.cell)
+    attempt = store.last_attempt(key)
+    if attempt is None or attempt.log is None:
+        raise ConfigError(f"cell {key} has no log: {'it never ran' if attempt is None else 'it ran in a terminal'}")
+    print(f"==> {attempt.log} (attempt {attempt.number}, {attempt.status})", file=sys.stderr)
+    _print_tail(Path(attempt.log), follow=arguments.follow)
+    return 0
+
+
+def _print_tail(path: Path, *, follow: bool) -> None:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        while True:
+            sys.stdout.write(file.read().decode(errors="replace"))
+            sys.stdout.flush()
+            if not follow:
+                return
+            time.sleep(0.5)
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """Local: ask the driver to stop, as Ctrl-C would."""
+    store = store_of(arguments)
+    other = holder(store.root)
+    if other is None or not is_held(store.root):
+        print(f"nothing runs on {store.root}")
+        return 0
+    if other["host"] != socket.gethostname():
+        raise ConfigError(f"{store.root} is driven by pid {other['pid']} on {other['host']}; cancel it there")
+    os.kill(other["pid"], signal.SIGTERM)
+    print(f"asked pid {other['pid']} to save and stop")
+    return 0

@@ -1,0 +1,83 @@
+"""`dbscale shards pack|verify|info`: the datasets on disk.  The work is `shards`'; this is its face."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dbscale.study.grid import datasets_in_use
+from dbscale.study.strict import ConfigError, nearest
+from launch.options import AddCommand, add_data, add_grid
+from launch.text import table
+
+
+def add_commands(add: AddCommand) -> None:
+    parser = add("shards", lambda arguments: arguments.shards(arguments), "pack, verify and describe datasets")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, summary in (
+        ("pack", pack, "pack a grid's datasets into tar shards; those that are packed are left alone"),
+        ("verify", verify, "check every sample of packed datasets against its checksum"),
+        ("info", info, "describe packed datasets"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument(
+            "datasets", nargs="*", metavar="DATASET", help="names (default: all)"
+        )
+        command.set_defaults(shards=run)
+        add_data(command)
+        if name == "pack":
+            add_grid(command)
+
+
+def pack(arguments: argparse.Namespace) -> int:
+    from dbscale.study.grid import load_grid
+    from shards.pack import ensure_packed
+
+    grid = load_grid(arguments.grid, arguments.overrides)
+    for name in arguments.datasets or datasets_in_use(grid):
+        if name not in grid.datasets:
+            raise ConfigError(f"grid {grid.name}: no dataset {name!r}; {nearest(name, list(grid.datasets))}")
+        print(f"{name}: {ensure_packed(name, grid.datasets[name], arguments.data)}", flush=True)
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from shards.verify import verify as verify_dataset
+
+    found = 0
+    for folder in _folders(arguments):
+        problems = verify_dataset(folder)
+        found += len(problems)
+        print(f"{folder.name}: {'all samples good' if not problems else f'{len(problems)} problems'}")
+        for problem in problems:
+            print(f"  {problem}")
+    return 1 if found else 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    from dbscale.data.manifest import load_manifest
+
+    rows = []
+    for folder in _folders(arguments):
+        manifest = load_manifest(folder)
+        image = manifest.image
+        side = str(image.max_side) if image.min_side == image.max_side else f"{image.min_side}-{image.max_side}"
+        for name, split in manifest.splits.items():
+            size = sum(shard.num_bytes for shard in split.shards)
+            rows.append((folder.name, name, split.num_samples, manifest.num_classes, split.balanced_up_to, side,
+                         f"{size / 1e6:.0f} MB", manifest.fingerprint))  # fmt: skip
+    header = ("dataset", "split", "samples", "classes", "balanced to", "px", "size", "fingerprint")
+    print(table(rows, header=header) if rows else f"no packed dataset in {arguments.data / 'shards'}")
+    return 0
+
+
+def _folders(arguments: argparse.Namespace) -> list[Path]:
+    """Folders of the named datasets, or of all that are packed."""
+    root = arguments.data / "shards"
+    packed = sorted(path.parent.name for path in root.glob("*/manifest.json"))
+    for name in arguments.datasets:
+        if name not in packed:
+            raise ConfigError(
+                f"no packed dataset {name!r} in {root}; {nearest(name, packed) if packed else 'none yet'}"
+            )
+    return [root / name for name in arguments.datasets or packed]

@@ -1,0 +1,54 @@
+"""Options that several commands share: `--grid --cluster --store --data --set`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from dbscale.study.store import Store
+from launch.study import DEFAULT_GRID, Study, load_study
+
+AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+"""How a family adds a command: name, function, one line of help."""
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", type=Path, default=Path("out"), help="folder of all results (default: out)")
+
+
+def add_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--grid", type=Path, default=DEFAULT_GRID, metavar="PATH",
+                        help="grid YAML (default: the demo grid that comes with dbscale)")  # fmt: skip
+    add_set(parser)
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides",
+                        help="change a key of the grid, or with `cluster.` of the cluster; repeatable")  # fmt: skip
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder of images and shards (default: data)"
+    )
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """Everything `study_of` needs."""
+    add_grid(parser)
+    parser.add_argument("--cluster", default="local", metavar="NAME|PATH",
+                        help="local, slurm, inline, or the path of a cluster YAML (default: local)")  # fmt: skip
+    add_store(parser)
+    add_data(parser)
+
+
+def study_of(arguments: argparse.Namespace) -> Study:
+    return load_study(
+        grid=arguments.grid, cluster=arguments.cluster, store=arguments.store, data=arguments.data,
+        overrides=arguments.overrides,
+    )  # fmt: skip
+
+
+def store_of(arguments: argparse.Namespace) -> Store:
+    return Store(arguments.store)

@@ -1,0 +1,191 @@
+"""Inside a SLURM job: one bundle, one task per rank, through warnings, preemption and lost ranks.
+
+USR2 (time limit, preemption with notice) saves and requeues; TERM saves and waits for the end, because leaving early
+would mark the job failed and requeueing could undo a `scancel`. What kills without warning is requeued by the batch
+script (`script.teardown_lines`). Training itself is `launch.worker`'s and `dbscale.training`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dbscale.study.resources import Resources
+from dbscale.study.stop import StopRequest
+from dbscale.study.store import Store
+from launch.ranks import Rank, port_of_job, rank_environment
+from launch.signals import stop_on_signals
+from launch.slurm.fence import Fence
+from launch.worker import Result, job_log, record_death, run_bundle
+
+BUSY_TRIES, BUSY_WAIT_S = 60, 5.0
+"""A cell held by a process of an earlier start: that one ends itself within seconds."""
+RECORD_WAIT_S = 30.0
+KILL_WAIT_S = 300.0
+"""After a TERM that nothing follows, give up waiting for the end and be requeued."""
+PASSING = re.compile(
+    r"no space left|quota exceeded|read-only file system|input/output error|stale file handle|cannot write|file write|"
+    r"connection (closed|reset|refused)|broken pipe|timed out|nccl|gloo|distbackend|distnetwork|rendezvous",
+    re.IGNORECASE,
+)
+"""Failures of the machine rather than of the cell: the file system, or a rank that died."""
+RETRY_EXIT, LOST_EXIT = 75, 76
+
+
+@dataclass(frozen=True)
+class JobIdentity:
+    """This job as SLURM numbers it."""
+
+    name: str
+    """`123_4` for element 4 of array 123."""
+    raw: str
+    """The id that scontrol takes."""
+    restart: int
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str] = os.environ) -> JobIdentity:
+        array, raw = environ.get("SLURM_ARRAY_JOB_ID"), environ["SLURM_JOB_ID"]
+        name = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else raw
+        return cls(name, raw, int(environ.get("SLURM_RESTART_COUNT", "0")))
+
+    def __str__(self) -> str:
+        return f"{self.name}.{self.restart}"
+
+
+@dataclass(frozen=True)
+class SlurmBundle:
+    """A job of the SLURM executor: ids and paths, never objects that know how to do things."""
+
+    keys: tuple[str, ...]
+    store: str
+    data: str
+    resources: Resources
+    staging: str | None
+    requeue_limit: int
+    fence: str
+    """Path of this bundle's fencing token."""
+
+    def __call__(self) -> tuple[Result, ...]:
+        stop, job, rank = StopRequest(), JobIdentity.of(), Rank.of()
+        with stop_on_signals(stop):
+            clear_cut_off_result()
+            fence = Fence(Path(self.fence), job.restart)
+            if rank.rank == 0:
+                fence.raise_token()
+            fence.watch()
+            os.environ.update(rank_environment(rank, master=master_address(), port=port_of_job(job.raw, job.restart)))
+            results = self._work(stop, job, rank, fence)
+            if stop.requested:
+                wind_down(stop, job, rank, self.requeue_limit)
+            return results
+
+    def checkpoint(self) -> SlurmBundle:
+        """For submitit: what a requeued job runs is what this one did; the store knows how far it came."""
+        return self
+
+    def _work(self, stop: StopRequest, job: JobIdentity, rank: Rank, fence: Fence) -> tuple[Result, ...]:
+        from launch.slurm.staging import staged
+
+        store = Store(Path(self.store))
+        data_dir = staged(self.keys, store, Path(self.data), self.staging)
+        job_keys = [key for key in self.keys if not failed_in_this_job(store, key, job)]
+        patience = Patience(store, job, rank, stop)
+        return run_bundle(
+            job_keys, store, data_dir, self.resources, stop, job=str(job), log=job_log(), around=patience.run,
+            second_turns=rank.world_size == 1,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What a job does about outcomes that are not the cell's own doing."""
+
+    store: Store
+    job: JobIdentity
+    rank: Rank
+    stop: StopRequest
+
+    def run(self, run_one: Callable[[str], Result], key: str) -> Result:
+        """Run a cell; wait while an older process holds it; end the job, to be requeued, when the machine failed."""
+        result = run_one(key)
+        for _ in range(BUSY_TRIES):
+            if result.status != "busy" or self.stop.requested:
+                break
+            time.sleep(BUSY_WAIT_S)
+            result = run_one(key)
+        if result.status == "failed":
+            self._consider(result)
+        return result
+
+    def _consider(self, result: Result) -> None:
+        if PASSING.search(result.reason or ""):
+            print(f"=== {result.reason}: the job ends and is requeued", file=sys.stderr, flush=True)
+            sys.exit(RETRY_EXIT)
+        if self.rank.world_size > 1:
+            # The other ranks may hang in a collective that this one left: start again without this cell.
+            self._see_recorded(result)
+            sys.exit(LOST_EXIT)
+
+    def _see_recorded(self, result: Result) -> None:
+        """Rank 0 records failures; when another rank failed alone, rank 0 hangs and this one records instead."""
+        deadline = time.monotonic() + RECORD_WAIT_S
+        while self.rank.rank and time.monotonic() < deadline:
+            attempt = self.store.last_attempt(result.key)
+            if attempt is not None and attempt.status != "running":
+                return
+            time.sleep(1)
+        if self.rank.rank:
+            record_death(self.store, result.key, f"rank {self.rank.rank}: {result.reason}", job_log())
+
+
+def clear_cut_off_result() -> None:
+    """submitit refuses to write its result beside a half-written one of a process that was killed just then."""
+    from submitit import JobEnvironment
+
+    path = JobEnvironment().paths.result_pickle
+    path.with_suffix(path.suffix + ".save_tmp").unlink(missing_ok=True)
+
+
+def failed_in_this_job(store: Store, key: str, job: JobIdentity) -> bool:
+    """Whether an earlier start of this very job saw the cell fail for a reason of its own."""
+    attempt = store.last_attempt(key)
+    if job.restart == 0 or attempt is None or attempt.status != "failed" or attempt.job is None:
+        return False
+    return attempt.job.rpartition(".")[0] == job.name and not PASSING.search(attempt.reason or "")
+
+
+def wind_down(stop: StopRequest, job: JobIdentity, rank: Rank, requeue_limit: int) -> None:
+    """All is saved; get this job started again, or wait for the end that TERM announces. Does not return."""
+    if stop.reason in ("SIGUSR1", "SIGUSR2") and job.restart >= requeue_limit:
+        sys.exit(RETRY_EXIT)
+    if stop.reason in ("SIGUSR1", "SIGUSR2") and rank.rank == 0:
+        requeue(job)
+    time.sleep(KILL_WAIT_S)
+    sys.exit(RETRY_EXIT)
+
+
+def requeue(job: JobIdentity) -> None:
+    """Ask SLURM to start this job again; while slurmctld does not answer, ask again."""
+    print(f"=== saved; requeueing {job.name} (restart {job.restart + 1})", file=sys.stderr, flush=True)
+    for _ in range(10):
+        if subprocess.run(["scontrol", "requeue", job.raw], check=False, timeout=60).returncode == 0:
+            return
+        time.sleep(6)
+
+
+def master_address(environ: Mapping[str, str] = os.environ) -> str:
+    """Where rank 0 listens: the job's first node by name, or by the address that started the tasks."""
+    from submitit.slurm.slurm import _parse_node_list
+
+    first = next(iter(_parse_node_list(environ.get("SLURM_JOB_NODELIST", ""))), "127.0.0.1")
+    try:
+        return socket.gethostbyname(first)
+    except OSError:
+        return environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")

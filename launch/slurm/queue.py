@@ -1,0 +1,115 @@
+"""What SLURM says: one `squeue` call for the queue, one `sacct` call for what has left it.  Parses, decides nothing."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+TIMEOUT_S = 30.0
+DEFAULT_MAX_ARRAY_SIZE = 1001
+
+
+class SlurmError(ValueError):
+    """SLURM cannot be used: says which command, its answer, and what to do."""
+
+
+@dataclass(frozen=True)
+class Element:
+    """One array element, or a job that is no array (index 0), in the queue."""
+
+    array: int
+    index: int
+    state: str
+    """SLURM's word: PENDING, RUNNING, COMPLETING, …"""
+    nodes: str
+    reason: str
+    """Why it waits, in SLURM's words."""
+
+    @property
+    def running(self) -> bool:
+        return self.state in ("RUNNING", "COMPLETING")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One array element as accounting remembers it."""
+
+    array: int
+    index: int
+    state: str
+    exit_code: str
+
+
+def read_queue() -> tuple[Element, ...]:
+    """All of this user's jobs that wait or run, array elements one by one. Raises SlurmError."""
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    form = "%F|%K|%T|%N|%r"
+    out = call(["squeue", "--noheader", "--array", "--states=all", f"--user={user}", f"--format={form}"])
+    return tuple(element for element in map(parse_element, out.splitlines()) if element.state not in GONE)
+
+
+GONE = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "PREEMPTED",
+    "REVOKED",
+})  # fmt: skip
+"""States of jobs that squeue still lists for a while after their end."""
+
+
+def parse_element(line: str) -> Element:
+    array, index, state, nodes, reason = line.split("|", 4)
+    return Element(int(array), int(index) if index.isdigit() else 0, state, nodes, reason)
+
+
+def read_ended(arrays: Iterable[int]) -> tuple[Ended, ...]:
+    """How elements of `arrays` ended, as accounting knows it; it lags by seconds. Raises SlurmError."""
+    ids = ",".join(map(str, sorted(arrays)))
+    out = call(["sacct", "--noheader", "--allocations", "--parsable2", "--array", f"--jobs={ids}",
+                "--format=JobID,State,ExitCode"])  # fmt: skip
+    return tuple(each for line in out.splitlines() for each in parse_ended(line))
+
+
+def parse_ended(line: str) -> list[Ended]:
+    """None for a line about elements that never started, which sacct folds into `12_[3-9]`."""
+    job, state, exit_code = line.split("|")
+    found = re.fullmatch(r"(\d+)(?:_(\d+))?", job)
+    if found is None:
+        return []
+    return [Ended(int(found[1]), int(found[2] or 0), state.split()[0], exit_code)]
+
+
+def max_array_size() -> int:
+    """Elements one array may have on this cluster."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call(["scontrol", "show", "config"]), re.MULTILINE)
+    return max(1, int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE)
+
+
+def cancel_jobs(jobs: Sequence[int]) -> None:
+    if jobs:
+        call(["scancel", *map(str, sorted(jobs))])
+
+
+def cancel_by_name(name: str) -> None:
+    """Cancel what was submitted under this (unique) name, if anything was."""
+    call(["scancel", f"--name={name}"])
+
+
+def call(command: Sequence[str]) -> str:
+    """Standard output of a SLURM command, never through a shell. Raises SlurmError."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except FileNotFoundError:
+        raise SlurmError(
+            f"no `{command[0]}` here: use a login node of the cluster, or --cluster local"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(
+            f"SLURM does not answer (`{command[0]}`, {TIMEOUT_S:.0f} s); try again later"
+        ) from None
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise SlurmError(f"`{command[0]}` failed: {said or f'exit code {done.returncode}'}")
+    return done.stdout

@@ -1,0 +1,101 @@
+"""What SLURM is handed: submitit's sbatch parameters for one array, and the exact script they make.
+
+No value of a config reaches a shell unquoted: words are checked by `launch.cluster`, paths here. The exception are
+the `setup` lines, which are shell by their nature and come from the cluster file alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit.slurm.slurm import _make_sbatch_string
+
+from launch.cluster import Shape
+from launch.ranks import thread_environment
+from launch.slurm.queue import SlurmError
+
+SAFE_PATH = re.compile(r"[\w /.,:+@=~()\[\]-]+")
+"""SLURM expands `%` and `\\` in paths and has quoting rules of its own in `#SBATCH` lines; newlines end them."""
+
+
+def parameters(shape: Shape, *, name: str, requeue_limit: int, after: Sequence[int] = ()) -> dict[str, Any]:
+    """For `submitit.SlurmExecutor.update_parameters`: one task per rank."""
+    slurm = shape.slurm
+    extra: dict[str, Any] = {"requeue": True}
+    if slurm.reservation is not None:
+        extra["reservation"] = slurm.reservation
+    asked: dict[str, Any] = {
+        "job_name": name,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        "time": slurm.time_limit_min,
+        "nodes": slurm.nodes,
+        "ntasks_per_node": shape.tasks_per_node,
+        "cpus_per_task": slurm.cpus_per_task,
+        "gpus_per_node": slurm.gpus_per_node or None,
+        "mem": None if slurm.memory_gb is None else f"{int(slurm.memory_gb * 1024)}M",
+        "signal_delay_s": slurm.signal_delay_s,
+        "array_parallelism": slurm.array_parallelism,
+        "dependency": ":".join(["afterany", *map(str, after)]) if after else None,
+        "additional_parameters": extra,
+        "setup": setup_lines(shape),
+        "teardown": teardown_lines(requeue_limit),
+        # From SLURM 22.05 on srun no longer takes the CPUs per task from sbatch.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={slurm.cpus_per_task}"],
+        "stderr_to_stdout": True,
+    }
+    return {key: value for key, value in asked.items() if value is not None} | {"wckey": None}
+
+
+def setup_lines(shape: Shape) -> list[str]:
+    """A job imports what is installed, never what happens to lie in the folder it was submitted from."""
+    exports = {"PYTHONSAFEPATH": "1", **thread_environment(shape.resources)}
+    return [*(f"export {name}={value}" for name, value in exports.items()), *shape.slurm.setup]
+
+
+def teardown_lines(requeue_limit: int) -> list[str]:
+    """Requeue a job that a rank's death ended; never one that is being cancelled or that SLURM requeues itself.
+
+    The state is asked until slurmctld answers, for it may be restarting.
+    """
+    return [
+        "rc=$?",
+        f'if [ "$rc" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {int(requeue_limit)} ]; then',
+        "  for _ in 1 2 3 4 5 6 7 8 9 10; do",
+        '    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && break; sleep 6',
+        "  done",
+        '  [ "$state" != RUNNING ] || scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        'exit "$rc"',
+    ]
+
+
+def python_command() -> str:
+    return shlex.quote(sys.executable)
+
+
+def check_path(path: Path, what: str) -> Path:
+    """`path`, absolute. Raises SlurmError for characters that mean something to SLURM or a shell."""
+    absolute = path.absolute()
+    if not SAFE_PATH.fullmatch(str(absolute)):
+        bad = sorted(set(SAFE_PATH.sub("", str(absolute))))
+        raise SlurmError(
+            f"{what} {str(absolute)!r} holds {bad}, which SLURM or a shell could misread; choose another"
+        )
+    return absolute
+
+
+def render(folder: Path, values: dict[str, Any], num_elements: int) -> str:
+    """The sbatch script as submitit writes it."""
+    command = " ".join([python_command(), "-u -m submitit.core._submit", shlex.quote(str(folder))])
+    return _make_sbatch_string(
+        command=command, folder=folder, map_count=num_elements if num_elements > 1 else None, **values
+    )

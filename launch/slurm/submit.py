@@ -1,0 +1,148 @@
+"""Hand a plan to SLURM: one array per wave and resource shape, cut at the cluster's limit, and a reducer at the end.
+
+Submits only what is neither done nor waiting nor running; a record is written before and after each call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import submitit
+
+from dbscale.study.cost import CostModel
+from dbscale.study.plan import Plan
+from dbscale.study.recipe import Stage
+from launch.cluster import Shape
+from launch.schedule import Task, tasks_of
+from launch.slurm import queue as slurm
+from launch.slurm.job import SlurmBundle
+from launch.slurm.records import (
+    SubmitRecord,
+    active_cells,
+    active_jobs,
+    forget,
+    jobs_dir,
+    make_uid,
+    read_records,
+    write_record,
+)
+from launch.slurm.reducer import ReduceJob
+from launch.slurm.script import check_path, parameters, python_command, render
+from launch.study import Study
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What SLURM holds of a grid before anything new is submitted."""
+
+    cells: Mapping[str, slurm.Element]
+    jobs: Mapping[int, SubmitRecord]
+
+
+def look_at_queue(study: Study) -> Queued:
+    """One squeue call. Arrays whose submission was cut off are cancelled first: their elements may lack their work."""
+    records = read_records(study.store, study.grid.name)
+    for record in records:
+        if record.job is None:
+            slurm.cancel_by_name(record.job_name)
+            forget(study.store, record)
+    queue = slurm.read_queue()
+    return Queued(active_cells(records, queue), active_jobs(records, queue))
+
+
+@dataclass
+class Submission:
+    """Submits one plan; `job_of` grows as arrays are accepted."""
+
+    study: Study
+    plan: Plan
+    cost: CostModel
+    queued: Queued
+    job_of: dict[str, int] = field(default_factory=dict)
+    """Array of each cell that waits or runs."""
+    records: list[SubmitRecord] = field(default_factory=list)
+
+    def run(self) -> list[SubmitRecord]:
+        """Submit all arrays and the reducer; returns their records."""
+        check_path(self.study.store.root, "the store")
+        self.job_of.update({key: element.array for key, element in self.queued.cells.items()})
+        tasks = tasks_of(self.plan, self.cost, self.study.cluster.shape_key)
+        for part in arrays(tasks, self.study.cluster.shape_key, slurm.max_array_size()):
+            self._submit_array(part)
+        self._submit_reducer()
+        return self.records
+
+    def _submit_array(self, tasks: Sequence[Task]) -> None:
+        after = sorted({self.job_of[key] for task in tasks for key in task.parents if key in self.job_of})
+        record = self._record("bundles", tasks, after)
+        shape = self.study.cluster.shape(tasks[0].stage)
+        bundles = [self._bundle(record, index, task, shape) for index, task in enumerate(tasks)]
+        job = self._submit(record, shape, bundles)
+        self.job_of.update({key: job for task in tasks for key in task.keys})
+
+    def _submit_reducer(self) -> None:
+        """After everything that waits or runs; an older reducer that still waits would come too early."""
+        after = sorted(set(self.job_of.values()))
+        old = [job for job, record in self.queued.jobs.items() if record.kind == "reduce"]
+        record = self._record("reduce", (), after)
+        self._submit(record, self.study.cluster.reducer_shape(), [ReduceJob(str(self._root), self.study.grid.name)])
+        slurm.cancel_jobs(old)
+
+    def _record(self, kind: str, tasks: Sequence[Task], after: Sequence[int]) -> SubmitRecord:
+        return SubmitRecord(
+            uid=make_uid(), grid=self.study.grid.name, kind="reduce" if kind == "reduce" else "bundles",
+            wave=tasks[0].wave if tasks else 0, stage=tasks[0].stage if tasks else None, created=time.time(),
+            elements=tuple(task.keys for task in tasks), predicted_s=tuple(task.predicted_s for task in tasks),
+            after=tuple(after),
+        )  # fmt: skip
+
+    def _bundle(self, record: SubmitRecord, index: int, task: Task, shape: Shape) -> SlurmBundle:
+        return SlurmBundle(
+            keys=task.keys, store=str(self._root), data=str(self.study.data_dir.absolute()), resources=shape.resources,
+            staging=shape.slurm.staging, requeue_limit=self.study.cluster.requeue_limit,
+            fence=str(jobs_dir(self.study.store, record) / f"{index}.fence"),
+        )  # fmt: skip
+
+    def _submit(self, record: SubmitRecord, shape: Shape, work: Sequence[SlurmBundle | ReduceJob]) -> int:
+        write_record(self.study.store, record)
+        executor = submitit.SlurmExecutor(jobs_dir(self.study.store, record), python=python_command())
+        executor.update_parameters(
+            **parameters(
+                shape, name=record.job_name, requeue_limit=self.study.cluster.requeue_limit, after=record.after
+            )
+        )
+        jobs = executor.submit_array(work)
+        job = int(jobs[0].job_id.partition("_")[0])
+        done = record.model_copy(update={"job": job})
+        write_record(self.study.store, done)
+        self.records.append(done)
+        return job
+
+    @property
+    def _root(self) -> Path:
+        return self.study.store.root.absolute()
+
+
+def arrays(tasks: Sequence[Task], shape_of: Callable[[Stage], str], max_size: int) -> Iterator[tuple[Task, ...]]:
+    """Tasks of one wave and shape together (`tasks_of` has put them side by side), at most `max_size` at a time."""
+    for _, group in itertools.groupby(tasks, key=lambda task: (task.wave, shape_of(task.stage))):
+        together = tuple(group)
+        for start in range(0, len(together), max_size):
+            yield together[start : start + max_size]
+
+
+def dry_run(study: Study, plan: Plan, cost: CostModel) -> Iterator[str]:
+    """The exact scripts, in order; array ids that are not known before submission read as 0."""
+    tasks = tasks_of(plan, cost, study.cluster.shape_key)
+    folder = check_path(study.store.grid_dir(study.grid.name), "the store") / "jobs" / "UID"
+    for part in arrays(tasks, study.cluster.shape_key, slurm.DEFAULT_MAX_ARRAY_SIZE):
+        after = [0] if any(task.parents for task in part) else []
+        values = parameters(
+            study.cluster.shape(part[0].stage), name=f"dbscale-{study.grid.name}-UID",
+            requeue_limit=study.cluster.requeue_limit, after=after,
+        )  # fmt: skip
+        yield render(folder, values, len(part))

@@ -1,0 +1,79 @@
+"""Run one cell by hand, with any number of processes.
+
+    accelerate launch --config_file configs/accelerate/zero1.yaml launch/train.py --cell KEY --store out --data data
+
+The engine is the one of the Accelerate config; everything else of `resources` comes from --resources (a cluster YAML)
+or its defaults. Which cells to run is the business of `dbscale submit`; this is the smallest way into one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dbscale.study.resources import Resources
+from dbscale.study.stop import StopRequest
+from dbscale.study.store import Store
+from dbscale.study.strict import ConfigError, validate
+from dbscale.study.strict_yaml import load_yaml
+from launch.signals import install_handlers
+
+EXIT_CODES = {"done": 0, "failed": 1, "blocked": 3, "busy": 4, "interrupted": 75}
+
+
+def main() -> int:
+    arguments = _parse()
+    stop = StopRequest()
+    install_handlers(stop)
+    resources = _resources(arguments.resources)
+    from dbscale.training.run import run_cell
+
+    install_handlers(stop)  # again: the heavy imports may have put handlers of their own in place
+    outcome = run_cell(Store(arguments.store), arguments.cell, data_dir=arguments.data, resources=resources, stop=stop)
+    if os.environ.get("RANK", "0") == "0":
+        error = "" if outcome.row is None else f", error {outcome.row.error_rate:.4f}"
+        print(f"{arguments.cell}: {outcome.status}{error}{f' ({outcome.reason})' if outcome.reason else ''}")
+    return EXIT_CODES[outcome.status]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cell", required=True, help="folder name of the cell in the store")
+    parser.add_argument("--store", type=Path, default=Path("out"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument(
+        "--resources", type=Path, help="YAML with a `resources:` section, e.g. configs/clusters/local.yaml"
+    )
+    return parser.parse_args()
+
+
+def _resources(path: Path | None) -> Resources:
+    """From the YAML, with engine and number of processes as `accelerate launch` started them."""
+    values: dict[str, Any] = dict(load_yaml(path).get("resources", {})) if path else {}
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        values["zero_stage"] = _launched_zero_stage()
+    values["num_processes"] = int(os.environ.get("WORLD_SIZE", "1"))
+    return validate(Resources, values, where=str(path or "resources"))
+
+
+def _launched_zero_stage() -> int | None:
+    """The ZeRO stage of the Accelerate config, None for plain and DDP configs."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if config:
+        return int(json.loads(Path(config).read_text())["zero_optimization"]["stage"])
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

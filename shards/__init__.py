@@ -1,0 +1,1 @@
+"""Turn image collections into packed datasets that `dbscale.data` reads: sources, packer, verifier, description."""

@@ -1,0 +1,134 @@
+"""Write shards: one job per tar, in this process or in several. A finished job leaves its index rows behind.
+
+Jobs share nothing and end in atomic renames, so the result is the same however many processes run them, a killed run
+loses only the shards in flight, and two runs at once do double work but no harm.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dbscale.data.atomic import atomic_writer
+from dbscale.data.decode import DecodeError
+from dbscale.data.errors import DataError
+from dbscale.data.manifest import Encoding
+from shards.encode import encode
+from shards.source import Source
+from shards.tar import Sample, write_shard
+
+WORK_FOLDER = ".pack"
+"""Inside the dataset's folder: the plan and the finished shards' rows, until the manifest is written."""
+_PARALLEL_FROM = 8192
+"""Samples below which starting processes costs more than it saves."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What one process needs to write one shard."""
+
+    folder: Path
+    split: str
+    shard: int
+    first_position: int
+    numbers: NDArray[np.int64]
+    """Of the samples, in the source's listing."""
+    names: list[str]
+    labels: NDArray[np.int64]
+    encoding: Encoding
+    raw_size: int | None
+
+    @property
+    def tar_path(self) -> Path:
+        return self.folder / f"{self.split}-{self.shard:06d}.tar"
+
+    @property
+    def rows_path(self) -> Path:
+        return self.folder / WORK_FOLDER / f"{self.split}-{self.shard:06d}.npy"
+
+    def is_done(self) -> bool:
+        """Whether an earlier run finished this shard: its rows are written after its tar."""
+        return self.rows_path.exists() and self.tar_path.exists()
+
+    def rows(self) -> NDArray[np.void]:
+        """The finished shard's index rows."""
+        return np.load(self.rows_path, allow_pickle=False)
+
+
+def run_job(source: Source, job: ShardJob) -> int:
+    """Write one shard and its rows; returns the number of samples."""
+    rows = write_shard(job.tar_path, _samples(source, job), job.shard)
+    with atomic_writer(job.rows_path) as file:
+        np.save(file, rows, allow_pickle=False)
+    return len(rows)
+
+
+def _samples(source: Source, job: ShardJob) -> Iterator[Sample]:
+    for slot, content in enumerate(source.read(job.split, job.numbers, job.names)):
+        name = job.names[slot]
+        try:
+            suffix, data, height, width = encode(content, job.encoding, job.raw_size)
+        except DecodeError as error:
+            raise DataError(
+                f"{name}: {error}; remove the file (or list it under the source's `exclude`), then run the same "
+                "command again"
+            ) from error
+        yield Sample(make_key(job.first_position + slot, name), suffix, data, int(job.labels[slot]), height, width)
+
+
+def make_key(position: int, name: str) -> str:
+    """Unique through the position, traceable through the name; no dots, which would end a WebDataset key."""
+    stem = re.split("[/:]", name)[-1].rsplit(".", 1)[0]
+    return f"{position:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[-40:]}"
+
+
+def run_jobs(source: Source, jobs: Sequence[ShardJob], num_processes: int | None, progress: bool) -> None:
+    """Run jobs on `num_processes` (None: one per core where that pays), with a bar that shows the rate."""
+    if not jobs:
+        return
+    total = sum(len(job.names) for job in jobs)
+    wanted = num_processes or (num_cores() if total >= _PARALLEL_FROM else 1)
+    with tqdm(
+        total=total, desc=f"pack {jobs[0].folder.name}", unit="img", unit_scale=True, disable=not progress
+    ) as bar:
+        if min(wanted, len(jobs)) == 1:
+            for job in jobs:
+                bar.update(run_job(source, job))
+        else:
+            _run_in_pool(source, jobs, min(wanted, len(jobs)), bar.update)
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run_in_pool(source: Source, jobs: Sequence[ShardJob], size: int, advance: Callable[[int], Any]) -> None:
+    # Spawned, not forked: the caller may have threads (torch's, for one), and those do not survive a fork.
+    pool = ProcessPoolExecutor(size, get_context("spawn"), _start_worker, (source,))
+    try:
+        for future in as_completed([pool.submit(_run_in_worker, job) for job in jobs]):
+            advance(future.result())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_source: Source | None = None
+
+
+def _start_worker(source: Source) -> None:
+    global _worker_source  # noqa: PLW0603  (a pool's initializer has no other place to leave it)
+    _worker_source = source
+
+
+def _run_in_worker(job: ShardJob) -> int:
+    assert _worker_source is not None
+    return run_job(_worker_source, job)

@@ -1,0 +1,145 @@
+"""Stands in for training, packing and reporting, so that launching is tested without torch and in seconds.
+
+On PYTHONPATH of the tests' subprocesses only: Python imports a module of this name at start-up. The fake cell keeps
+`run_cell`'s contract: rows last, attempts opened and closed, a lock per cell, resume from a checkpoint, bitwise rows.
+`<store>/fake.json` says how it should misbehave: {"steps": 5, "step_s": 0.01, "fail": [...], "die": [...]} where the
+lists hold parts of keys.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Outcome:
+    status: str
+    reason: str | None
+    row: object | None
+
+
+def behaviour(store) -> dict:
+    path = store.root / "fake.json"
+    return {"steps": 3, "step_s": 0.01, "fail": [], "die": [], **(json.loads(path.read_text()) if path.exists() else {})}
+
+
+def run_cell(store, key, *, data_dir, resources, stop, job=None, log=None):
+    from dbscale.study.store import Attempt
+
+    (store.cell_dir(key)).mkdir(parents=True, exist_ok=True)
+    with (store.cell_dir(key) / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return Outcome("busy", "another process runs this cell", None)
+        row = store.read_row(key)
+        if row is not None:
+            return Outcome("done", None, row)
+        number = len(store.attempts(key)) + 1
+        attempt = Attempt(
+            number=number, status="running", host=socket.gethostname(), pid=os.getpid(), started=time.time(), job=job, log=log
+        )
+        store.write_attempt(key, attempt)
+        status, reason = train(store, key, stop)
+        closed = {"status": status, "reason": reason, "ended": time.time()}
+        store.write_attempt(key, attempt.model_copy(update=closed))
+        return Outcome(status, reason, store.read_row(key))
+
+
+def train(store, key, stop):
+    from dbscale.study.store import Progress
+
+    spec, wanted = store.read_spec(key), behaviour(store)
+    missing = [parent for parent in spec.parents if store.read_row(parent) is None]
+    if missing:
+        return "blocked", f"parent {missing[0]} has no row"
+    if any(part in key for part in wanted["fail"]):
+        print("Traceback: as the test asked", file=sys.stderr)
+        return "failed", "loss is not finite at step 2"
+    checkpoint = store.cell_dir(key) / "checkpoint.json"
+    done = json.loads(checkpoint.read_text())["step"] if checkpoint.exists() else 0
+    for step in range(done, wanted["steps"]):
+        if stop.requested:
+            checkpoint.write_text(json.dumps({"step": step}))
+            return "interrupted", stop.reason
+        time.sleep(wanted["step_s"])
+        if any(part in key for part in wanted["die"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        with (store.cell_dir(key) / "steps.txt").open("a") as file:
+            print(step, file=file)
+        progress = Progress(step=step + 1, num_steps=wanted["steps"], loss=1.0, images_per_s=10.0, updated=time.time())
+        store.write_progress(key, progress)
+    store.write_row(make_row(store, spec))
+    return "done", None
+
+
+def make_row(store, spec):
+    from dbscale.study.row import Row, Timing
+
+    recipe = spec.recipe
+    stages = {"distill": "distilled", "pretrain": "plain"}
+    arm = stages.get(recipe.stage) or (store.read_row(spec.init).arm if spec.init else "scratch")
+    digest = hashlib.sha256(spec.key.encode()).hexdigest()
+    timing = Timing(
+        train_time_s=1.0, eval_time_s=0.1, step_time_s=0.1, images_per_s=10.0, data_wait_share=0.0, device_time_s=2.0,
+        peak_memory_bytes=1, device="cpu", host=socket.gethostname(),
+    )  # fmt: skip
+    return Row(
+        key=spec.key, id=spec.id, stage=recipe.stage, arm=arm, model="m", dataset=recipe.data.dataset,
+        num_samples=recipe.data.num_samples, seed=recipe.seed, num_params=1000, num_classes=10,
+        num_steps=recipe.num_steps, samples_seen=100, train_flops=1e9, error_rate=int(digest[:4], 16) / 65536,
+        test_loss=1.0, num_test_samples=100, train_loss=1.0, weights_sha256=digest, timing=timing,
+    )  # fmt: skip
+
+
+def ensure_packed(name: str, spec: dict, data_dir: Path) -> Path:
+    from dbscale.data.manifest import ImageInfo, Manifest, SplitInfo, save_manifest
+
+    folder = data_dir / "shards" / name
+    if (folder / "manifest.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    split = SplitInfo(
+        num_samples=spec.get("num_train", 1000), class_counts=(500, 500), balanced_up_to=1000, fingerprint="f" * 32,
+        index="train.index", index_checksum="0", shards=(),
+    )  # fmt: skip
+    image = ImageInfo(encoding="raw", min_side=32, max_side=32, square=True)
+    save_manifest(
+        folder,
+        Manifest(name=name, classes=("a", "b"), image=image, seed=0, source=spec, splits={"train": split}, fingerprint=name),
+    )
+    return folder
+
+
+def write_report(store, grid_name: str) -> Path:
+    page = store.grid_dir(grid_name) / "report.html"
+    page.write_text("<html>")
+    return page
+
+
+def modules() -> dict[str, types.ModuleType]:
+    """The stand-ins by the name of the module whose place they take."""
+    made = {}
+    for name, functions in {
+        "dbscale.training.run": {"run_cell": run_cell, "Outcome": Outcome},
+        "shards.pack": {"ensure_packed": ensure_packed},
+        "dbscale.report.reduce": {"reduce_grid": lambda store, name: None},
+        "dbscale.report.page": {"write_report": write_report},
+    }.items():
+        made[name] = types.ModuleType(name)
+        made[name].__dict__.update(functions)
+    return made
+
+
+if __name__ == "sitecustomize":
+    sys.modules.update(modules())
