@@ -10,6 +10,7 @@ VENV  := .venv
 STAMP := $(VENV)/.installed
 RUN   := $(VENV)/bin/dbscale
 WHERE := --grid "$(GRID)" --store "$(STORE)" --data "$(DATA)"
+BUILD_OP := from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load()
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -28,6 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes, about 5 GB, once) ..."
 	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@echo "Building DeepSpeed's communication op for the CPU (half a minute, once) ..."
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -c "$(BUILD_OP)" >/dev/null 2>$(VENV)/op.log || \
+	  { echo "DeepSpeed could not build it (is a C++ compiler there?); see $(VENV)/op.log" >&2; exit 1; }
 	@touch $@
 
 check: $(STAMP) ## Format, lint, types and the layer test, in under a minute
@@ -69,8 +73,16 @@ report: $(STAMP) ## Write report.html
 
 bench: bench-data bench-train bench-kernels bench-laws bench-launch ## All benchmarks
 
+bench-data: ## Loader and decoding beside their peers
+bench-train: ## The loop beside a hand-written one
+bench-kernels: ## Distillation losses beside eager and torch.compile
+bench-laws: ## Fits of public tables, with time per fit
+bench-launch: ## Planning, submitting and reducing large grids
 bench-data bench-train bench-kernels bench-laws bench-launch: $(STAMP)
 	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
+
+export: $(STAMP) ## Draw the report's figures as SVG and PDF
+	@$(RUN) export $(WHERE) $(ARGS)
 
 clean: ## Remove caches; results (STORE), DATA and .venv stay
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis

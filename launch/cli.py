@@ -11,12 +11,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from launch.commands import cells, plan, results, shards, status, submit
+from launch.commands import cells, laws, plan, results, shards, status, submit
 
 OUR_PACKAGES = ("dbscale", "shards", "launch")
-DESCRIPTION = (
-    "Run a grid of training cells, fit its scaling laws and find the distillation boundary."
-)
+DESCRIPTION = "Run a grid of training cells, fit its scaling laws and find the distillation boundary."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    for family in (shards, plan, submit, status, cells, results):
+    for family in (shards, plan, submit, status, cells, results, laws):
         family.add_commands(add)
     return parser
 

@@ -142,9 +142,7 @@ def cluster_path(name_or_path: str) -> Path:
         return path
     known = sorted(each.stem for each in (CONFIGS / "clusters").glob("*.yaml"))
     if name_or_path not in known:
-        raise ConfigError(
-            f"unknown cluster {name_or_path!r}; {nearest(name_or_path, known)}, or a .yaml path"
-        )
+        raise ConfigError(f"unknown cluster {name_or_path!r}; {nearest(name_or_path, known)}, or a .yaml path")
     return CONFIGS / "clusters" / f"{name_or_path}.yaml"
 
 

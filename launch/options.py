@@ -29,9 +29,7 @@ def add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="folder of images and shards (default: data)"
-    )
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of images and shards (default: data)")
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:

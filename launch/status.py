@@ -1,6 +1,6 @@
-"""Where a grid stands, from the store alone: counts by stage and state, progress, failures with reason and log.
+"""Where a grid stands: counts by wave, stage and state, progress, failures with reason and log.
 
-Reads, writes nothing; the page around it is `launch.commands.status`'s business.
+Reads the store and, where there is one, what the scheduler says; the page around it is `launch.commands.status`'s.
 """
 
 from __future__ import annotations
@@ -9,10 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from dbscale.study.plan import PlanRecord
 from dbscale.study.recipe import Stage
 from dbscale.study.store import CellState, Store, read_json
+from launch.slurm.view import SlurmView
+
+State = CellState | Literal["queued"]
+"""A cell's state, with what a scheduler adds."""
+Place = tuple[int, Stage]
+"""Wave and stage."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,10 @@ class Running:
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that failed or waits for one that did."""
+    """A cell that failed, waits for one that did, or was lost with its job."""
 
     key: str
-    state: CellState
+    state: State
     reason: str
     log: str | None
 
@@ -42,50 +49,70 @@ class Status:
 
     grid: str
     question: str
-    counts: Mapping[tuple[Stage, CellState], int]
+    counts: Mapping[tuple[Place, State], int]
     running: tuple[Running, ...]
     failures: tuple[Failure, ...]
     device_s: float
     """Used so far by finished and current attempts."""
-    predicted_device_s: float
-    """Of the whole grid, as planned."""
+    left_s: float
+    """Predicted device time of what is not done, corrected by how predictions held so far."""
+    scheduler: str | None
+    """One line about the scheduler, where there is one."""
 
     @property
     def num_cells(self) -> int:
         return sum(self.counts.values())
 
-    def count(self, *states: CellState) -> int:
+    def count(self, *states: State) -> int:
         return sum(number for (_, state), number in self.counts.items() if state in states)
 
 
-def read_status(store: Store, plan: PlanRecord) -> Status:
+def read_status(store: Store, plan: PlanRecord, view: SlurmView | None) -> Status:
     """Look at every cell of the plan once."""
-    states = {key: store.state(key) for key in plan.cells}
-    stages = stages_of(plan)
+    states: dict[str, State] = {key: state_of(store, key, view) for key in plan.cells}
+    used = {key: device_seconds(store, key, state) for key, state in states.items()}
+    running = tuple(look_at(store, key) for key, state in states.items() if state == "running")
+    places = places_of(plan)
     return Status(
         grid=plan.grid,
         question=plan.question,
-        counts=Counter((stages[key], state) for key, state in states.items()),
-        running=tuple(look_at(store, key) for key, state in states.items() if state == "running"),
-        failures=tuple(failure(store, key, state) for key, state in states.items() if state in ("failed", "blocked")),
-        device_s=sum(device_seconds(store, key, state) for key, state in states.items()),
-        predicted_device_s=plan.predicted_device_s,
+        counts=Counter((places[key], state) for key, state in states.items()),
+        running=running,
+        failures=tuple(failures(store, states, view)),
+        device_s=sum(used.values()),
+        left_s=time_left(plan, states, used, running),
+        scheduler=None if view is None else view.headline,
     )
 
 
-def stages_of(plan: PlanRecord) -> dict[str, Stage]:
-    """Every cell's stage: a point is a finetune, what it starts from a distill when that had a teacher."""
-    stages: dict[str, Stage] = {}
+def state_of(store: Store, key: str, view: SlurmView | None) -> State:
+    """The store's word, and the scheduler's on whether a job still lives."""
+    state = store.state(key)
+    if state == "done" or view is None or not view.answered:
+        return state
+    element = view.active.get(key)
+    if element is not None:
+        return state if state == "running" and element.running else "queued"
+    if state == "running":
+        attempt = store.last_attempt(key)
+        return "interrupted" if attempt is not None and attempt.job is not None else state
+    return state
+
+
+def places_of(plan: PlanRecord) -> dict[str, Place]:
+    """Every cell's wave and stage: a point is a finetune, what it starts from a distill when that had a teacher."""
+    places: dict[str, Place] = {}
     for point in plan.points:
-        stages[point.cell] = "finetune"
+        wave = 2 if point.teacher_cell else 1
+        places[point.cell] = (wave, "finetune")
         if point.upstream_cell:
-            stages[point.upstream_cell] = "distill" if point.teacher_cell else "pretrain"
+            places[point.upstream_cell] = (wave, "distill" if point.teacher_cell else "pretrain")
         if point.teacher_cell:
-            stages[point.teacher_cell] = "pretrain"
-    return stages
+            places[point.teacher_cell] = (1, "pretrain")
+    return places
 
 
-def device_seconds(store: Store, key: str, state: CellState) -> float:
+def device_seconds(store: Store, key: str, state: State) -> float:
     """Device time a cell has used; of an unfinished one, over all its attempts."""
     if state == "new":
         return 0.0
@@ -97,7 +124,29 @@ def device_seconds(store: Store, key: str, state: CellState) -> float:
     return sum(max(0.0, end - each.started) * each.num_devices for each, end in ends if end)
 
 
-def failure(store: Store, key: str, state: CellState) -> Failure:
+def time_left(
+    plan: PlanRecord, states: Mapping[str, State], used: Mapping[str, float], running: tuple[Running, ...]
+) -> float:
+    """Device-seconds: predictions of unfinished cells, scaled by measured over predicted of the finished ones."""
+    predicted = dict(zip(plan.cells, plan.predicted_s, strict=False))
+    done = [key for key, state in states.items() if state == "done" and key in predicted]
+    expected = sum(predicted[key] for key in done)
+    scale = sum(used[key] for key in done) / expected if expected else 1.0
+    shares = {cell.key: cell.share for cell in running}
+    rest = (seconds * (1 - shares.get(key, 0.0)) for key, seconds in predicted.items() if states[key] != "done")
+    return scale * sum(rest)
+
+
+def failures(store: Store, states: Mapping[str, State], view: SlurmView | None) -> list[Failure]:
+    """Failed and blocked cells, and those whose job ended without a word."""
+    found = [failure(store, key, state) for key, state in states.items() if state in ("failed", "blocked")]
+    if view is not None:
+        gone = view.lost({key for key, state in states.items() if state in ("new", "interrupted")})
+        found += [Failure(key, states[key], reason, log) for key, (reason, log) in gone.items()]
+    return found
+
+
+def failure(store: Store, key: str, state: State) -> Failure:
     attempt = store.last_attempt(key)
     if attempt is None:
         return Failure(key, state, "no reason recorded", None)

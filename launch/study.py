@@ -83,7 +83,7 @@ def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Pla
     """
     points = study.points()
     cells = merged_cells(points)
-    states = {cell.key: state_of(study.store, cell.key, active) for cell in cells}
+    states: dict[str, CellState] = {cell.key: state_of(study.store, cell.key, active) for cell in cells}
     cost = calibrated(study.cluster.cost_model(), study.store, [cell for cell in cells if states[cell.key] == "done"])
     plan = make_plan(
         study.grid, points, states=states, cost=cost, target_s=study.cluster.target_min * 60,

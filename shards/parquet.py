@@ -92,7 +92,7 @@ class Parquet(FieldSource):
             if len(wrong):
                 raise DataError(
                     f"{self.path}: split {split!r}: label {listing.labels[wrong[0]]} of {listing.names[wrong[0]]!r} is "
-                    f"out of range 0…{len(self.classes) - 1} (unlabelled files hold -1: set `test` to the validation files)"
+                    f"out of range 0…{len(self.classes) - 1} (unlabelled files hold -1: set `test` to others)"
                 )
         return self._listed
 

@@ -6,6 +6,7 @@ format is told from the bytes, never from the file's name: ImageNet holds PNG fi
 """
 
 import io
+import struct
 
 import numpy as np
 import simplejpeg
@@ -26,6 +27,9 @@ _SUFFIXES = (
     (b"II*\x00", "tif"),
     (b"MM\x00*", "tif"),
 )
+
+
+_PNG_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 class DecodeError(DataError):
@@ -50,6 +54,9 @@ def image_shape(data: bytes) -> tuple[int, int]:
         except ValueError as error:
             raise DecodeError(f"damaged JPEG header: {error}") from error
         return int(height), int(width)
+    if data.startswith(_PNG_HEADER) and len(data) >= 24:
+        width, height = struct.unpack(">II", data[16:24])
+        return height, width
     image_suffix(data)
     with _open_pillow(data) as image:
         return image.height, image.width

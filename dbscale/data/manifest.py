@@ -53,7 +53,7 @@ class ImageInfo(Frozen):
     """What the members of the tars are."""
 
     encoding: Encoding
-    """The source's `original` bytes, `jpeg256` (short side of at most 256), or `raw` (uint8 PPM, usually of one size)."""
+    """The source's `original` bytes, `jpeg256` (short side of at most 256), or `raw` (PPM of uint8 pixels)."""
     min_side: int
     """Smallest height or width in px over all splits."""
     max_side: int

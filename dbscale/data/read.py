@@ -48,10 +48,9 @@ class ShardFiles:
 
     def read(self, position: int) -> bytes:
         """The encoded bytes of one sample. Raises DecodeError when they changed since packing."""
-        record = self.index[position]
-        shard, size, offset = int(record["shard"]), int(record["size"]), int(record["offset"])
+        shard, size, offset, expected, *_ = self.index[position].item()
         data = os.pread(self.open(shard).number, size, offset)
-        if checksum(data) != int(record["checksum"]):
+        if checksum(data) != expected:
             raise DecodeError(f"{self.describe(position)}: the bytes changed since packing (checksum mismatch)")
         return data
 

@@ -9,18 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .advice import Advice, advise
-    from .allocation import Allocation, allocate
-    from .boundary import Boundary, find_boundary
-    from .resample import Bootstrap, bootstrap
-    from .cost import Prices
-    from .delta_curve import PairedDelta
-    from .errors import LawError, NotEnoughData
-    from .fit import fit_law
-    from .form import Form
-    from .forms import FORMS, find_form
-    from .law_fit import LawFit
-    from .losses import LOSSES, Loss
+    from dbscale.laws.advice import Advice, advise
+    from dbscale.laws.allocation import Allocation, allocate
+    from dbscale.laws.boundary import Boundary, find_boundary
+    from dbscale.laws.resample import Bootstrap, bootstrap
+    from dbscale.laws.cost import Prices
+    from dbscale.laws.delta_curve import PairedDelta
+    from dbscale.laws.errors import LawError, NotEnoughData
+    from dbscale.laws.fit import fit_law
+    from dbscale.laws.form import Form
+    from dbscale.laws.forms import FORMS, find_form
+    from dbscale.laws.law_fit import LawFit
+    from dbscale.laws.losses import LOSSES, Loss
 
 _HOME = {
     "FORMS": "forms", "find_form": "forms", "Form": "form", "fit_law": "fit", "LawFit": "law_fit", "LOSSES": "losses",

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .boundary import find_boundary, law_of
-from .errors import LawError
-from .law_fit import LawFit
-from .resample import Bootstrap
+from dbscale.laws.boundary import find_boundary, law_of
+from dbscale.laws.errors import LawError
+from dbscale.laws.law_fit import LawFit
+from dbscale.laws.resample import Bootstrap
 
 SURE = 0.8
 """Below this probability the advice is `undecided`."""

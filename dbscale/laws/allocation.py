@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .resample import Bootstrap
-from .cost import Prices
-from .errors import LawError
-from .law_fit import LawFit
+from dbscale.laws.resample import Bootstrap
+from dbscale.laws.cost import Prices
+from dbscale.laws.errors import LawError
+from dbscale.laws.law_fit import LawFit
 
 LEVERS = ("upstream_samples", "num_params", "downstream_samples")
 STEPS = 48

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from .boundary_words import explain
-from .resample import Bootstrap
-from .delta_curve import DeltaCurves, PairedDelta, gaussian_process_curves, isotonic_curves
-from .errors import LawError
-from .law_fit import LawFit
+from dbscale.laws.boundary_words import explain
+from dbscale.laws.resample import Bootstrap
+from dbscale.laws.delta_curve import DeltaCurves, PairedDelta, gaussian_process_curves, isotonic_curves
+from dbscale.laws.errors import LawError
+from dbscale.laws.law_fit import LawFit
 
 SCHEMA = "dbscale.laws/boundary/1"
 CERTAIN_ENOUGH = 0.9

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .form import Form
-from .solver import Problem
+from dbscale.laws.form import Form
+from dbscale.laws.solver import Problem
 
 WEAK_LOG_ERROR = 1.0
 WEAK_RELATIVE_ERROR = 1.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import LawError
-from .form import as_numbers
+from dbscale.laws.errors import LawError
+from dbscale.laws.form import as_numbers
 
 
 @dataclass(frozen=True)

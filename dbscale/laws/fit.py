@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import LawError, NotEnoughData, nearest
-from .form import Form
-from .forms import find_form
-from .law_fit import LawFit
-from .losses import Loss, make_loss
-from .solver import Minima, Problem, minimise
-from .starts import best_starts
-from .table import Table, make_table
+from dbscale.laws.errors import LawError, NotEnoughData, nearest
+from dbscale.laws.form import Form
+from dbscale.laws.forms import find_form
+from dbscale.laws.law_fit import LawFit
+from dbscale.laws.losses import Loss, make_loss
+from dbscale.laws.solver import Minima, Problem, minimise
+from dbscale.laws.starts import best_starts
+from dbscale.laws.table import Table, make_table
 
 Bounds = Mapping[str, tuple[float | None, float | None]]
 REFINED_STARTS, RACE_STEPS, RACE_WINNERS = 24, 10, 6
@@ -146,7 +146,7 @@ def _range(name: str, default: tuple[float, float], bounds: Bounds, fixed: Mappi
 
 def finish(search: Search, solved: tuple[Problem, Minima]) -> LawFit:
     """The value handed to the user: optimum, covariance, what lies at a bound, and what to be wary of."""
-    from .covariance import theta_covariance, weak_params
+    from dbscale.laws.covariance import theta_covariance, weak_params
 
     problem, minima = solved
     form, theta = search.table.form, minima.theta[0]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .errors import LawError, nearest
-from .form import Form
-from .forms_curves import BNSL, LOG_LAW, M4, RECTIFIED, SATURATING
-from .forms_power import CHINCHILLA, EFFECTIVE_DATA, POWER, POWER_PLUS, TRANSFER_GAP, additive_form, product_form
-from .forms_scaling import APPLE_DISTILLATION, APPLE_SUPERVISED, DATA_CONSTRAINED
+from dbscale.laws.errors import LawError, nearest
+from dbscale.laws.form import Form
+from dbscale.laws.forms_curves import BNSL, LOG_LAW, M4, RECTIFIED, SATURATING
+from dbscale.laws.forms_power import CHINCHILLA, EFFECTIVE_DATA, POWER, POWER_PLUS, TRANSFER_GAP, additive_form, product_form
+from dbscale.laws.forms_scaling import APPLE_DISTILLATION, APPLE_SUPERVISED, DATA_CONSTRAINED
 
 FORMS: dict[str, Form] = {
     form.name: form

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .form import Columns, Contains, Form, Param, Scaling, Values
-from .forms_power import ANY
+from dbscale.laws.form import Columns, Contains, Form, Param, Scaling, Values
+from dbscale.laws.forms_power import ANY
 
 EXPONENT = (-10.0, 10.0)
 NEWTON_STEPS = 40
@@ -165,7 +165,7 @@ BNSL = Form(
         Param("c0", "linear", (-0.1, 0.8), *EXPONENT),
         Param("c1", "linear", (-0.5, 1.0), *EXPONENT),
         Param("d1", "log", (0.03, 30.0)),
-        Param("f1", "log", (0.05, 2.0), 1e-3, 1e2),
+        Param("f1", "log", (0.05, 2.0), 1e-2, 1e2),
     ),
     value=bnsl_value,
     gradient=bnsl_gradient,

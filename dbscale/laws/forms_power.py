@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .form import Columns, Contains, Form, Param, Scaling, Values, Variable
+from dbscale.laws.form import Columns, Contains, Form, Param, Scaling, Values, Variable
 
 UPSTREAM = Variable("upstream_samples", "D_p", aliases=("num_upstream_samples", "dp"))
 SIZE = Variable("num_params", "M", aliases=("N", "params"))

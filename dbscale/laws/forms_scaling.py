@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .form import Columns, Contains, Form, Param, Scaling, Values, Variable
-from .forms_power import EXPONENT_START, SAMPLES
+from dbscale.laws.form import Columns, Contains, Form, Param, Scaling, Values, Variable
+from dbscale.laws.forms_power import EXPONENT_START, SAMPLES
 
 SIZE = Variable("num_params", "N", aliases=("M", "params"))
 

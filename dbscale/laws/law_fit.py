@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import LawError
-from .form import Form
-from .losses import Loss
+from dbscale.laws.errors import LawError
+from dbscale.laws.form import Form
+from dbscale.laws.losses import Loss
 
 SCHEMA = "dbscale.laws/law_fit/1"
 
@@ -116,7 +116,7 @@ class LawFit:
 
     def interval(self, x: Mapping[str, object] | object, level: float = 0.9, *, kind: str = "prediction") -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bound of y at `x`: `prediction` for a new measurement, `mean` for the law's curve itself."""
-        from .prediction import mean_interval, prediction_interval
+        from dbscale.laws.prediction import mean_interval, prediction_interval
 
         if not 0 < level < 1:
             raise LawError(f"level must lie between 0 and 1, got {level}")
@@ -177,7 +177,7 @@ class LawFit:
     @classmethod
     def from_dict(cls, data: Mapping) -> LawFit:
         """The fit back from `to_dict`; refuses other schemas and unknown forms."""
-        from .forms import find_form
+        from dbscale.laws.forms import find_form
 
         if data.get("schema") != SCHEMA:
             raise LawError(f"not a law fit: schema {data.get('schema')!r}, expected {SCHEMA!r}")

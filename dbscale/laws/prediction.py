@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .law_fit import LawFit
+from dbscale.laws.law_fit import LawFit
 
 
 def curve_stderr(fit: LawFit, x: Mapping[str, object] | object) -> np.ndarray:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import LawError
-from .law_fit import LawFit
-from .solver import Problem, minimise
+from dbscale.laws.errors import LawError
+from dbscale.laws.law_fit import LawFit
+from dbscale.laws.solver import Problem, minimise
 
 BATCH = 64  # resamples per batch: small enough for their Jacobians to stay in cache
 

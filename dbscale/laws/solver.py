@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .form import Columns, Form
-from .losses import Loss
+from dbscale.laws.form import Columns, Form
+from dbscale.laws.losses import Loss
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import zlib
 
 import numpy as np
 
-from .form import Form
-from .solver import Problem
+from dbscale.laws.form import Form
+from dbscale.laws.solver import Problem
 
 SCREENED_PER_PARAM = 48
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import LawError
-from .form import Form, as_numbers
+from dbscale.laws.errors import LawError
+from dbscale.laws.form import Form, as_numbers
 
 COLLINEAR = 0.97
 

@@ -96,7 +96,7 @@ def _draw(grid: PanelGrid, draw_panel: Callable[[Axes, Panel], None], label: str
         if place[0] == 0:
             one.set_title(panel.column)
         if place[1] == columns - 1:
-            one.annotate(panel.row, (0.97, 0.95), xycoords="axes fraction", ha="right", va="top", color=MUTED)
+            one.annotate(panel.row, (1.03, 0.5), xycoords="axes fraction", va="center", rotation=-90, color=MUTED)
     figure.supxlabel(AXIS_TITLES[grid.axis], fontsize=8)
     figure.supylabel(label, fontsize=8)
     handles, names = axes[0, 0].get_legend_handles_labels()

@@ -113,6 +113,7 @@ def about_fits(table: RunTable, setting: Setting, fits: Sequence[FitRecord]) -> 
     name = setting.label(table)
     for arm in table.arms:
         yield from _not_falling(table, setting, arm, name)
+    yield from _two_values(table, setting, name)
     for fit in fits:
         whom = f"{fit.arm} error on {name}" + (f" with {fit.student}" if fit.student else "")
         if fit.status != "fitted":
@@ -122,6 +123,14 @@ def about_fits(table: RunTable, setting: Setting, fits: Sequence[FitRecord]) -> 
             yield f"The {fit.law} law misses {whom} by {percent(fit.rmsd_log or 0, 0)} (root mean square){noise}: take its curves as a guide only."
     if not any(fit.chosen for fit in fits):
         yield f"No law could be fitted to both arms on {name}: only measurements are shown."
+
+
+def _two_values(table: RunTable, setting: Setting, name: str) -> Iterator[str]:
+    """Two values of an axis fix a difference, not an exponent."""
+    runs = table.pretrained.where(setting=setting)
+    for column, what in (("num_params", "model size"), ("downstream_samples", "D_f")):
+        if len(runs.values(column)) == 2:
+            yield f"{name} was measured at two values of {what} only: its exponent is not determined; do not read the law between or beyond them."
 
 
 def is_poor(fit: FitRecord) -> bool:

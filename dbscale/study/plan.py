@@ -86,6 +86,8 @@ class PlanRecord(Strict):
     """Keys, parents first."""
     predicted_device_s: float
     """Of all cells, finished ones included."""
+    predicted_s: tuple[float, ...] = ()
+    """Of each cell, in the order of `cells`."""
 
 
 def make_plan(
@@ -127,6 +129,7 @@ def record(plan: Plan, cost: CostModel) -> PlanRecord:
         points=tuple(map(_record_point, plan.points)),
         cells=tuple(cell.key for cell in plan.cells),
         predicted_device_s=sum(map(cost.seconds, plan.cells)),
+        predicted_s=tuple(round(cost.seconds(cell), 3) for cell in plan.cells),
     )  # fmt: skip
 
 

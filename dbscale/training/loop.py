@@ -37,6 +37,8 @@ class Run:
     """The bare timm model."""
     model: nn.Module
     """The student as its engine wraps it."""
+    learning: tuple[nn.Parameter, ...]
+    """The student's parameters that require gradients."""
     optimizer: torch.optim.Optimizer
     objective: Objective
     loader: TrainLoader
@@ -128,7 +130,8 @@ def _optimizer_step(run: Run, images: Tensor, target: Target) -> Losses:
             accelerator.backward(losses.loss)
             # DeepSpeed clips, steps and clears inside backward; there the next three lines do nothing.
             if clip_norm and accelerator.sync_gradients and accelerator.distributed_type != "DEEPSPEED":
-                accelerator.clip_grad_norm_(run.student.parameters(), clip_norm)
+                accelerator.unscale_gradients()
+                nn.utils.clip_grad_norm_(run.learning, clip_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
         collected.append(losses)

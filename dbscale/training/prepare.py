@@ -74,6 +74,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         accelerator=accelerator,
         student=student,
         model=model,
+        learning=tuple(each for each in student.parameters() if each.requires_grad),
         optimizer=optimizer,
         objective=objective,
         loader=loader,

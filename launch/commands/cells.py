@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from dbscale.study.grid import load_grid
 from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
 from dbscale.study.strict import ConfigError, nearest
@@ -25,9 +26,7 @@ TAIL_BYTES = 20_000
 def add_commands(add: AddCommand) -> None:
     parser = add("run", run, "run one cell in this process, by its key (see `dbscale plan --cells`)")
     parser.add_argument("cell", help="the cell's key, or its 12-digit id")
-    parser.add_argument(
-        "--cluster", default="inline", metavar="NAME|PATH", help="whose resources (default: inline)"
-    )
+    parser.add_argument("--cluster", default="inline", metavar="NAME|PATH", help="whose resources (default: inline)")
     add_store(parser)
     add_data(parser)
     add_set(parser)
@@ -90,14 +89,34 @@ def _print_tail(path: Path, *, follow: bool) -> None:
 
 
 def cancel(arguments: argparse.Namespace) -> int:
-    """Local: ask the driver to stop, as Ctrl-C would."""
-    store = store_of(arguments)
+    """Ask a local driver to stop, as Ctrl-C would; cancel what SLURM holds of the grid, and nothing else."""
+    store, name = store_of(arguments), load_grid(arguments.grid, arguments.overrides).name
+    stopped = stop_driver(store) + cancel_in_slurm(store, name)
+    print("\n".join(stopped) if stopped else f"nothing of grid {name} waits or runs on {store.root}")
+    return 0
+
+
+def stop_driver(store: Store) -> list[str]:
     other = holder(store.root)
     if other is None or not is_held(store.root):
-        print(f"nothing runs on {store.root}")
-        return 0
+        return []
     if other["host"] != socket.gethostname():
         raise ConfigError(f"{store.root} is driven by pid {other['pid']} on {other['host']}; cancel it there")
     os.kill(other["pid"], signal.SIGTERM)
-    print(f"asked pid {other['pid']} to save and stop")
-    return 0
+    return [f"asked pid {other['pid']} to save and stop"]
+
+
+def cancel_in_slurm(store: Store, grid: str) -> list[str]:
+    from launch.slurm.queue import cancel_by_name, cancel_jobs, read_queue
+    from launch.slurm.records import active_jobs, forget, read_records
+
+    records = read_records(store, grid)
+    if not records:
+        return []
+    for record in records:
+        if record.job is None:  # its submission was cut off
+            cancel_by_name(record.job_name)
+            forget(store, record)
+    jobs = sorted(active_jobs(records, read_queue()))
+    cancel_jobs(jobs)
+    return [f"cancelled job {job}" for job in jobs]

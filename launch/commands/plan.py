@@ -49,9 +49,7 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
         lines.append(f"not packed yet: {', '.join(study.missing_datasets)} (`dbscale submit` packs them; ids of cells "
                      "that read them are provisional until then)")  # fmt: skip
     if plan.stale:
-        lines.append(
-            f"{len(plan.stale)} cells of an earlier plan are no longer asked for; their results stay"
-        )
+        lines.append(f"{len(plan.stale)} cells of an earlier plan are no longer asked for; their results stay")
     if not plan.waves:
         lines.append("nothing left to run")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`dbscale reduce|report|fit|advise|export`: from rows to laws, report and advice, by `dbscale.report`."""
+"""`dbscale reduce|report|export`: from rows to laws, boundary, page and figures.  `dbscale.report` does the work."""
 
 from __future__ import annotations
 
@@ -13,43 +13,63 @@ from launch.options import AddCommand, add_data, add_grid, add_store, store_of
 
 def add_commands(add: AddCommand) -> None:
     for name, run, summary in (
-        ("reduce", reduce, "collect the rows of finished cells and fit the laws"),
-        ("report", report, "write report.html from what was reduced"),
+        ("reduce", reduce, "collect the rows of finished cells, fit the laws, print what was found"),
+        ("report", report, "reduce, and write report.html"),
+        ("export", export, "draw the report's figures as SVG and PDF, for papers"),
     ):
         parser = add(name, run, summary)
         add_grid(parser)
         add_store(parser)
         add_data(parser)
+        if name == "export":
+            parser.add_argument(
+                "--out", type=Path, help="folder of the figures (default: <store>/grids/<name>/figures)"
+            )
 
 
 def reduce(arguments: argparse.Namespace) -> int:
-    from dbscale.report.reduce import reduce_grid
+    from dbscale.report.refresh import refresh
+    from dbscale.report.terminal import summary
 
-    name = load_grid(arguments.grid, arguments.overrides).name
-    reduce_grid(store_of(arguments), name)
-    print(store_of(arguments).grid_dir(name) / "rows.csv")
+    store, name = store_of(arguments), grid_name(arguments)
+    table, findings = refresh(store, name)
+    print(summary(findings))
+    print(f"\n{len(table)} rows: {store.grid_dir(name) / 'rows.csv'}")
     return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
-    print(write_results(store_of(arguments), load_grid(arguments.grid, arguments.overrides).name))
+    print(write_results(store_of(arguments), grid_name(arguments)))
     return 0
 
 
-def write_results(store: Store, grid_name: str) -> Path:
-    """Reduce, fit and write the page."""
+def export(arguments: argparse.Namespace) -> int:
+    from dbscale.report.paper import export_figures
+
+    store, name = store_of(arguments), grid_name(arguments)
+    for path in export_figures(store, name, arguments.out or store.grid_dir(name) / "figures"):
+        print(path)
+    return 0
+
+
+def grid_name(arguments: argparse.Namespace) -> str:
+    return load_grid(arguments.grid, arguments.overrides).name
+
+
+def write_results(store: Store, name: str) -> Path:
+    """Reduce, fit where rows changed, and write the page."""
     from dbscale.report.page import write_report
-    from dbscale.report.reduce import reduce_grid
+    from dbscale.report.refresh import refresh
 
-    reduce_grid(store, grid_name)
-    return write_report(store, grid_name)
+    refresh(store, name)
+    return write_report(store, name)
 
 
-def report_is_current(store: Store, grid_name: str, keys: Sequence[str]) -> bool:
+def report_is_current(store: Store, name: str, keys: Sequence[str]) -> bool:
     """Whether the page is newer than the plan, every row and every attempt it was made from."""
-    folder = store.grid_dir(grid_name)
+    folder = store.grid_dir(name)
     page = folder / "report.html"
     if not page.exists():
         return False
-    sources = [folder / "plan.json", *(store.cell_dir(key) / name for key in keys for name in ("row.json", "attempts"))]
+    sources = [folder / "plan.json", *(store.cell_dir(key) / part for key in keys for part in ("row.json", "attempts"))]
     return page.stat().st_mtime >= max(path.stat().st_mtime for path in sources if path.exists())

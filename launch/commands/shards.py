@@ -20,9 +20,7 @@ def add_commands(add: AddCommand) -> None:
         ("info", info, "describe packed datasets"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument(
-            "datasets", nargs="*", metavar="DATASET", help="names (default: all)"
-        )
+        command.add_argument("datasets", nargs="*", metavar="DATASET", help="names (default: all)")
         command.set_defaults(shards=run)
         add_data(command)
         if name == "pack":

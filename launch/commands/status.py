@@ -12,11 +12,11 @@ from dbscale.study.store import Store
 from dbscale.study.strict import ConfigError
 from launch.lock import holder, is_held
 from launch.options import AddCommand, add_data, add_grid, add_store, store_of
-from launch.status import Failure, Status, describe, read_status
+from launch.slurm.view import SlurmView, look
+from launch.status import Failure, State, Status, describe, read_status
 from launch.text import duration, table
 
-STATES = ("done", "running", "interrupted", "failed", "blocked", "new")
-STAGES = ("pretrain", "distill", "finetune")
+STATES: tuple[State, ...] = ("done", "running", "queued", "interrupted", "failed", "blocked", "new")
 MAX_SHOWN = 20
 CLEAR_SCREEN = "\033[H\033[2J"
 
@@ -32,14 +32,20 @@ def add_commands(add: AddCommand) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    store, plan = store_of(arguments), planned(arguments)
+    store, limit = store_of(arguments), None if arguments.all else MAX_SHOWN
     while True:
-        text = render(read_status(store, plan), store, limit=None if arguments.all else MAX_SHOWN)
+        plan = planned(arguments)
+        text = render(read_status(store, plan, view_of(store, plan)), store, limit=limit)
         print((CLEAR_SCREEN if arguments.watch and sys.stdout.isatty() else "") + text, flush=True)
         if not arguments.watch:
             return 0
         time.sleep(arguments.interval)
-        plan = planned(arguments)
+
+
+def view_of(store: Store, plan: PlanRecord) -> SlurmView | None:
+    """What SLURM says, unless nothing is left to ask about."""
+    unfinished = any(store.state(key) != "done" for key in plan.cells)
+    return look(store, plan.grid) if unfinished else None
 
 
 def planned(arguments: argparse.Namespace) -> PlanRecord:
@@ -47,52 +53,56 @@ def planned(arguments: argparse.Namespace) -> PlanRecord:
     grid = load_grid(arguments.grid, arguments.overrides)
     plan = read_plan(store_of(arguments), grid.name)
     if plan is None:
-        raise ConfigError(
-            f"grid {grid.name} was never submitted to {arguments.store}; `make grid` does it"
-        )
+        raise ConfigError(f"grid {grid.name} was never submitted to {arguments.store}; `make grid` does it")
     return plan
 
 
 def render(status: Status, store: Store, *, limit: int | None) -> str:
     """The page that `dbscale status` prints."""
-    lines = [f"grid {status.grid}: {status.question.strip()}", headline(status, store), "", counts_table(status)]
+    lines = [f"grid {status.grid}: {status.question.strip()}", *headline(status, store), "", counts_table(status)]
     if status.running:
         lines += ["", "running:", *(f"  {describe(cell)}" for cell in status.running[:limit])]
-    lines += _failures("failed", [each for each in status.failures if each.state == "failed"], limit)
-    lines += _failures("blocked", [each for each in status.failures if each.state == "blocked"], limit)
+        lines += [f"  … and {len(status.running) - limit} more"] if limit and len(status.running) > limit else []
+    for title in ("failed", "blocked"):
+        lines += _failures(title, [each for each in status.failures if each.state == title], limit)
+    lines += _failures("lost", [each for each in status.failures if each.state not in ("failed", "blocked")], limit)
     return "\n".join(lines)
 
 
-def headline(status: Status, store: Store) -> str:
-    """Share done, device time used and left, and whether anybody works on it."""
-    left = max(0.0, status.predicted_device_s - status.device_s)
+def headline(status: Status, store: Store) -> list[str]:
+    """Share done, device time used and left, the finish, and whether anybody works on it."""
     done = status.count("done")
     text = f"{done}/{status.num_cells} cells done, {duration(status.device_s)} of device time used"
     if done == status.num_cells:
-        return text + "; complete"
-    return f"{text}, about {duration(left)} left; {driver_line(store)}"
+        return [text + "; complete"]
+    text += f", about {duration(status.left_s)} left"
+    if status.running:
+        finish = time.time() + status.left_s / len(status.running)
+        text += f"; at the present pace it ends about {time.strftime('%a %H:%M', time.localtime(finish))}"
+    return [text, status.scheduler or driver_line(store)]
 
 
 def driver_line(store: Store) -> str:
     other = holder(store.root)
     if other is None or not is_held(store.root):
-        return "no local driver at work (`dbscale submit` goes on)"
+        return "nobody works on it (`dbscale submit` goes on)"
     return f"driven by pid {other['pid']} on {other['host']}"
 
 
 def counts_table(status: Status) -> str:
-    """Cells by stage and state; columns that are empty everywhere are left out."""
-    shown = [state for state in STATES if status.count(state)]
-    stages = [stage for stage in STAGES if any(stage == each for each, _ in status.counts)]
-    rows = [(stage, *(status.counts.get((stage, state), 0) for state in shown)) for stage in stages]
-    return table(rows, header=("stage", *shown))
+    """Cells by wave, stage and state; columns that are empty everywhere are left out."""
+    shown: list[State] = [state for state in STATES if status.count(state)]
+    order = {"pretrain": 0, "distill": 1, "finetune": 2}
+    places = sorted({place for place, _ in status.counts}, key=lambda place: (place[0], order[place[1]]))
+    rows = [(wave, stage, *(status.counts.get(((wave, stage), state), 0) for state in shown)) for wave, stage in places]
+    return table(rows, header=("wave", "stage", *shown))
 
 
-def _failures(title: str, failures: list[Failure], limit: int | None) -> list[str]:
-    if not failures:
+def _failures(title: str, found: list[Failure], limit: int | None) -> list[str]:
+    if not found:
         return []
     lines = ["", f"{title}:"]
-    for each in failures[:limit]:
+    for each in found[:limit]:
         lines += [f"  {each.key}", f"    {each.reason}"] + ([f"    log: {each.log}"] if each.log else [])
-    hidden = len(failures) - len(failures[:limit])
+    hidden = len(found) - len(found[:limit])
     return [*lines, f"  … and {hidden} more (--all lists them)"] if hidden else lines

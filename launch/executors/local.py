@@ -19,7 +19,7 @@ from submitit.core.utils import environment_variables, pickle_load
 from submitit.local.local import LocalJob
 
 from dbscale.study.stop import StopRequest
-from dbscale.study.store import Store
+from dbscale.study.store import CellState, Store
 from launch.cluster import Cluster
 from launch.machine import visible_gpus
 from launch.progress import Display
@@ -124,7 +124,7 @@ class LocalRun:
     def _start_rest(self, task: Task, log: str) -> None:
         """Start again what a dead (or singly stopped) process left undone; cells that run elsewhere are left alone."""
         busy = {key for key in task.keys if key in self.results and self.results[key].status == "busy"}
-        states = {key: self.store.state(key) for key in task.keys if key not in busy}
+        states: dict[str, CellState] = {key: self.store.state(key) for key in task.keys if key not in busy}
         settled = {key: Result(key, state) for key, state in states.items() if state in SETTLED}
         self.results = {**settled, **self.results}
         rest = rest_after_crash(task, states, self.parents)

@@ -28,7 +28,7 @@ from launch.worker import Result, job_log, record_death, run_bundle
 BUSY_TRIES, BUSY_WAIT_S = 60, 5.0
 """A cell held by a process of an earlier start: that one ends itself within seconds."""
 RECORD_WAIT_S = 30.0
-KILL_WAIT_S = 300.0
+KILL_WAIT_S = 60.0
 """After a TERM that nothing follows, give up waiting for the end and be requeued."""
 PASSING = re.compile(
     r"no space left|quota exceeded|read-only file system|input/output error|stale file handle|cannot write|file write|"

@@ -102,13 +102,9 @@ def call(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except FileNotFoundError:
-        raise SlurmError(
-            f"no `{command[0]}` here: use a login node of the cluster, or --cluster local"
-        ) from None
+        raise SlurmError(f"no `{command[0]}` here: use a login node of the cluster, or --cluster local") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(
-            f"SLURM does not answer (`{command[0]}`, {TIMEOUT_S:.0f} s); try again later"
-        ) from None
+        raise SlurmError(f"SLURM does not answer (`{command[0]}`, {TIMEOUT_S:.0f} s); try again later") from None
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
         raise SlurmError(f"`{command[0]}` failed: {said or f'exit code {done.returncode}'}")

@@ -29,8 +29,8 @@ class ReduceJob:
 
 def clear_pickles(store: Store, grid: str) -> None:
     """Per bundle only its log stays: the store says how each cell ended."""
-    for record in read_records(store, grid):
-        if record.kind == "bundles" and all(settled(store, key) for keys in record.elements for key in keys):
+    for record in read_records(store, grid)[:-1]:  # the last is the reducer that is running
+        if record.kind == "reduce" or all(settled(store, key) for keys in record.elements for key in keys):
             folder = jobs_dir(store, record)
             for path in [*folder.glob("*.pkl"), *folder.glob("*.fence"), *folder.glob(".submission_file_*")]:
                 path.unlink(missing_ok=True)

@@ -87,9 +87,7 @@ def check_path(path: Path, what: str) -> Path:
     absolute = path.absolute()
     if not SAFE_PATH.fullmatch(str(absolute)):
         bad = sorted(set(SAFE_PATH.sub("", str(absolute))))
-        raise SlurmError(
-            f"{what} {str(absolute)!r} holds {bad}, which SLURM or a shell could misread; choose another"
-        )
+        raise SlurmError(f"{what} {str(absolute)!r} holds {bad}, which SLURM or a shell could misread; choose another")
     return absolute
 
 

@@ -146,3 +146,11 @@ def dry_run(study: Study, plan: Plan, cost: CostModel) -> Iterator[str]:
             requeue_limit=study.cluster.requeue_limit, after=after,
         )  # fmt: skip
         yield render(folder, values, len(part))
+    yield render(
+        folder,
+        parameters(
+            study.cluster.reducer_shape(), name=f"dbscale-{study.grid.name}-UID",
+            requeue_limit=study.cluster.requeue_limit, after=[0] if tasks else [],
+        ),
+        1,
+    )  # fmt: skip

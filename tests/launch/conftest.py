@@ -56,7 +56,14 @@ class Workplace:
 
     @property
     def where(self) -> list[str]:
-        return ["--grid", str(self.folder / "grid.yaml"), "--store", str(self.store.root), "--data", str(self.folder / "data")]
+        return [
+            "--grid",
+            str(self.folder / "grid.yaml"),
+            "--store",
+            str(self.store.root),
+            "--data",
+            str(self.folder / "data"),
+        ]
 
     def start(self, command: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """`dbscale COMMAND` in a process of its own, with the stand-ins."""

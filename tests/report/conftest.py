@@ -37,7 +37,7 @@ def noisy(error: float, rng: np.random.Generator, *, noise: float) -> float:
     return rng.binomial(TEST_SAMPLES, min(max(seed_noise, 0.0), 0.99)) / TEST_SAMPLES
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_table() -> Callable[..., RunTable]:
     """Runs without a store: three students, two arms, five D_p, three D_f, scratch runs too."""
 
@@ -116,23 +116,26 @@ def small_plan() -> tuple[PlanRecord, tuple[Point, ...]]:
     return record(make_plan(grid, points, states={}, cost=cost, target_s=60.0), cost), points
 
 
-@pytest.fixture
-def make_store(tmp_path: Path) -> Callable[..., Store]:
-    """A store with a planned grid `tiny` and rows of its cells; `failed(cell)` picks cells that have none."""
+MakeStore = Callable[..., Store]
 
-    def make(failed: Callable[[Cell], bool] = lambda cell: False) -> Store:
-        store = Store(tmp_path / "out")
+
+@pytest.fixture(scope="session")
+def make_store_in() -> MakeStore:
+    """`make_store_in(folder, failed)`: a store with a planned grid `tiny` and rows of its cells but those that `failed` picks."""
+
+    def make(folder: Path, failed: Callable[[Cell], bool] = lambda cell: False) -> Store:
+        store = Store(folder / "out")
         plan, points = small_plan()
         write_plan(store, plan)
         rng = np.random.default_rng(1)
         lost: set[str] = set()
         for cell in {parent.key: parent for point in points for parent in _lineage(point.cell)}.values():
             store.write_spec(cell.spec())
-            if failed(cell):
-                store.write_attempt(cell.key, attempt(1, "failed", "non-finite <loss> at step 7", "logs/one.txt"))
-                lost.add(cell.key)
-            elif any(parent.key in lost for parent in cell.parents):
+            if any(parent.key in lost for parent in cell.parents):
                 store.write_attempt(cell.key, attempt(1, "blocked", "its parent has no row", "logs/two.txt"))
+                lost.add(cell.key)
+            elif failed(cell):
+                store.write_attempt(cell.key, attempt(1, "failed", "non-finite <loss> at step 7", "logs/one.txt"))
                 lost.add(cell.key)
             else:
                 store.write_attempt(cell.key, attempt(1, "done", None, "logs/ok.txt"))
@@ -140,6 +143,11 @@ def make_store(tmp_path: Path) -> Callable[..., Store]:
         return store
 
     return make
+
+
+@pytest.fixture
+def make_store(make_store_in: MakeStore, tmp_path: Path) -> MakeStore:
+    return lambda failed=lambda cell: False: make_store_in(tmp_path, failed)
 
 
 def _lineage(cell: Cell) -> list[Cell]:

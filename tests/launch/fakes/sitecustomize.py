@@ -30,7 +30,13 @@ class Outcome:
 
 def behaviour(store) -> dict:
     path = store.root / "fake.json"
-    return {"steps": 3, "step_s": 0.01, "fail": [], "die": [], **(json.loads(path.read_text()) if path.exists() else {})}
+    return {
+        "steps": 3,
+        "step_s": 0.01,
+        "fail": [],
+        "die": [],
+        **(json.loads(path.read_text()) if path.exists() else {}),
+    }
 
 
 def run_cell(store, key, *, data_dir, resources, stop, job=None, log=None):
@@ -47,7 +53,13 @@ def run_cell(store, key, *, data_dir, resources, stop, job=None, log=None):
             return Outcome("done", None, row)
         number = len(store.attempts(key)) + 1
         attempt = Attempt(
-            number=number, status="running", host=socket.gethostname(), pid=os.getpid(), started=time.time(), job=job, log=log
+            number=number,
+            status="running",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=time.time(),
+            job=job,
+            log=log,
         )
         store.write_attempt(key, attempt)
         status, reason = train(store, key, stop)
@@ -116,7 +128,9 @@ def ensure_packed(name: str, spec: dict, data_dir: Path) -> Path:
     image = ImageInfo(encoding="raw", min_side=32, max_side=32, square=True)
     save_manifest(
         folder,
-        Manifest(name=name, classes=("a", "b"), image=image, seed=0, source=spec, splits={"train": split}, fingerprint=name),
+        Manifest(
+            name=name, classes=("a", "b"), image=image, seed=0, source=spec, splits={"train": split}, fingerprint=name
+        ),
     )
     return folder
 
@@ -133,7 +147,7 @@ def modules() -> dict[str, types.ModuleType]:
     for name, functions in {
         "dbscale.training.run": {"run_cell": run_cell, "Outcome": Outcome},
         "shards.pack": {"ensure_packed": ensure_packed},
-        "dbscale.report.reduce": {"reduce_grid": lambda store, name: None},
+        "dbscale.report.refresh": {"refresh": lambda store, name: None},
         "dbscale.report.page": {"write_report": write_report},
     }.items():
         made[name] = types.ModuleType(name)

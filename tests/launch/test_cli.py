@@ -1,0 +1,124 @@
+"""What a user sees of mistakes: one line that names the fix, the right exit code, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from launch.cli import main
+
+
+@pytest.fixture
+def dbscale(workplace: Any, fakes: ModuleType, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`dbscale` in this process: (exit code, stdout, stderr)."""
+
+    def run(command: str, *arguments: str) -> tuple[int, str, str]:
+        code = main([command, *workplace.where, *arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["studens=[h1]"], "did you mean 'students'"),
+        (["seeds=zero"], "seeds"),
+        (["students=[h9]"], "unknown student 'h9'"),
+        (["upstream.num_samples=[5000]"], "holds 1000 training samples"),
+        (["cluster.wrokers=1"], "did you mean 'workers'"),
+        (["nonsense"], "write path.to.key=value"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_exit_1(dbscale: Any, overrides: list[str], named: str) -> None:
+    options = [word for each in overrides for word in ("--set", each)]
+    code, _, errors = dbscale("submit", "--cluster", "inline", *options)
+    assert code == 1
+    assert named in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_duplicate_keys_and_bad_yaml_name_file_and_line(dbscale: Any, workplace: Any) -> None:
+    path = workplace.folder / "grid.yaml"
+    path.write_text(path.read_text() + "\nname: again\n")
+    code, _, errors = dbscale("plan")
+    assert code == 1
+    assert "grid.yaml" in errors and "'name' stands twice" in errors
+    path.write_text("name: [")
+    assert dbscale("plan")[0] == 1
+
+
+def test_a_missing_grid_and_an_unknown_cluster_are_named(workplace: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--grid", "nowhere.yaml"]) == 1
+    assert "nowhere.yaml" in capsys.readouterr().err
+    assert main(["plan", *workplace.where, "--cluster", "loca"]) == 1
+    assert "did you mean 'local'" in capsys.readouterr().err
+
+
+def test_wrong_usage_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["submti"], ["run"], []):
+        with pytest.raises(SystemExit) as raised:
+            main(words)
+        assert raised.value.code == 2
+    capsys.readouterr()
+
+
+def test_a_store_that_cannot_be_written_is_named(dbscale: Any, workplace: Any) -> None:
+    (workplace.folder / "out").write_text("a file where the store should be")
+    code, _, errors = dbscale("submit", "--cluster", "inline")
+    assert code == 1
+    assert "cannot write to the store" in errors
+
+
+def test_a_damaged_file_in_the_store_is_named(dbscale: Any, workplace: Any, num_cells: int) -> None:
+    assert dbscale("submit", "--cluster", "inline")[0] == 0
+    (workplace.store.grid_dir("tiny") / "plan.json").write_text('{"grid": ')
+    code, _, errors = dbscale("status")
+    assert code == 1
+    assert "plan.json is not valid JSON" in errors
+
+
+def test_plan_lists_what_a_grid_needs_and_writes_nothing(dbscale: Any, workplace: Any) -> None:
+    code, out, _ = dbscale("plan", "--cells")
+    assert code == 0
+    assert "12 points measured by 18 cells" in out
+    assert "not packed yet: up, down" in out
+    assert not workplace.store.root.exists()
+
+
+def test_a_run_in_this_process_fills_status_logs_and_run(dbscale: Any, workplace: Any, num_cells: int) -> None:
+    workplace.behave(fail=["distill"])
+    assert dbscale("submit", "--cluster", "inline")[0] == 3
+    _, out, _ = dbscale("status")
+    assert "12/18 cells done" in out
+    assert out.count("loss is not finite") == 2
+    key = next(path.name for path in workplace.store.root.glob("cells/distill-*"))
+    assert main(["logs", key, "--store", str(workplace.store.root)]) == 1
+    workplace.behave()
+    assert main(["run", key.rpartition("-")[2], "--store", str(workplace.store.root)]) == 0
+    assert main(["run", "no-such-cell", "--store", str(workplace.store.root)]) == 1
+    assert dbscale("submit", "--cluster", "inline")[0] == 0
+    assert len(workplace.done()) == num_cells
+
+
+def test_fit_finds_a_law_in_any_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("seen,loss,kind\n" + "\n".join(f"{x},{3 * x**-0.5},a" for x in (10, 100, 1000, 10000)))
+    words = ["fit", str(table), "--law", "power", "--x", "seen", "--y", "loss"]
+    assert main([*words, "--where", "kind=a", "--out", str(tmp_path / "fit.json")]) == 0
+    params = json.loads((tmp_path / "fit.json").read_text())["params"]
+    assert params["c"] == pytest.approx(-0.5, abs=1e-3)
+    for wrong, named in (
+        ([*words[:-1], "los"], "did you mean 'loss'"),
+        ([*words, "--where", "knd=a"], "did you mean 'kind'"),
+        ([*words[:-1], "kind"], "row 1"),
+        (["fit", str(tmp_path / "x.csv"), *words[2:]], "no table"),
+        (["fit", str(table), "--law", "pwer", "--x", "seen", "--y", "loss"], "power"),
+    ):
+        assert main(wrong) == 1
+        assert named in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""Sentences name the numbers they rest on, and say when something is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dbscale.report import words
+from dbscale.report.schema import BoundaryRecord, Estimate
+from dbscale.report.table import MissingPoint, RunTable
+
+
+def boundary(**changes: object) -> BoundaryRecord:
+    common = {
+        "variant": "base", "upstream_dataset": "fractals", "dataset": "digits", "student": None, "num_params": None,
+        "downstream_samples": None, "method": "law", "law": "additive", "status": "crossing",
+        "direction": "positive_to_negative", "measured_range": (500.0, 128000.0), "probability": 1.0,
+        "upstream_samples": Estimate(value=8123.0, low=6512.0, high=9876.0),
+    }  # fmt: skip
+    return BoundaryRecord.model_validate(common | changes)
+
+
+@pytest.fixture
+def table(make_table) -> RunTable:
+    return make_table(students={"h2": 200_000}, downstream=(100, 1000))
+
+
+def test_a_crossing_is_said_with_its_interval(table):
+    (text,) = words.answers(table, [boundary()])
+    assert "about 8,100 upstream images (90 % interval 6,500 to 9,900)" in text
+
+
+def test_an_open_interval_is_not_hidden(table):
+    (text,) = words.answers(table, [boundary(upstream_samples=Estimate(value=8000.0, low=6000.0, high=None))])
+    assert "6,000 to beyond the searched range" in text
+
+
+def test_an_extrapolation_is_called_one(table):
+    root = Estimate(value=300_000.0, low=200_000.0, high=500_000.0)
+    (text,) = words.answers(table, [boundary(status="extrapolated", upstream_samples=root)])
+    assert "an extrapolation" in text
+    assert "outside the measured 500 to 128,000" in text
+
+
+@pytest.mark.parametrize(
+    ("direction", "phrase"),
+    [
+        ("always_positive", "lowers the error throughout"),
+        ("always_negative", "never lowers"),
+        ("within_noise", "do not differ beyond noise"),
+        ("negative_to_positive", "the reverse of a boundary"),
+        ("positive_to_negative", "is not established"),
+    ],
+)
+def test_no_crossing_is_an_answer(table, direction, phrase):
+    (text,) = words.answers(table, [boundary(status="no_crossing", direction=direction, upstream_samples=None)])
+    assert phrase in text
+    assert "mean difference" in text
+
+
+def test_a_second_opinion_that_disagrees_is_given(table):
+    free = boundary(method="law_free", law=None, status="no_crossing", direction="within_noise", upstream_samples=None, probability=0.4)
+    (text,) = words.answers(table, [boundary(), free])
+    assert "do not establish it (probability 40 %)" in text
+
+
+def lost(run, state: str = "failed") -> MissingPoint:
+    return MissingPoint(
+        run.variant, run.arm, run.student, run.upstream_samples, run.dataset, run.downstream_samples, run.seed, run.key,
+        run.key, state, "out of memory", "log.txt",
+    )  # fmt: skip
+
+
+def test_missing_cells_say_what_their_absence_does(table):
+    gone = table.where(arm="distilled", upstream_samples=2000)
+    rest = table.where(lambda run: run not in gone.runs)
+    notes = " ".join(words.about_missing(dataclasses.replace(rest, missing=tuple(lost(run) for run in gone))))
+    assert f"{len(gone)} of {len(table)} points have no result ({len(gone)} failed)" in notes
+    assert "No distilled run on digits at 2,000 upstream images finished" in notes
+    assert f"{len(gone)} pairs" in notes
+
+
+def test_a_complete_table_needs_no_words(table):
+    assert not list(words.about_missing(table))
+
+
+def test_two_values_of_an_axis_are_not_an_exponent(table):
+    notes = list(words.about_fits(table, table.settings[0], []))
+    assert any("two values of D_f only" in note for note in notes)
+
+
+@pytest.mark.parametrize(("value", "text"), [(8123, "8,100"), (999, "1,000"), (12.4, "12"), (1_281_167, "1,300,000")])
+def test_counts_are_said_with_two_digits(value, text):
+    assert words.about(value) == text

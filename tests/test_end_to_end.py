@@ -1,0 +1,163 @@
+"""The whole loop as a user runs it: real shards, real training through Accelerate and DeepSpeed, real report.
+
+Three cells (teacher, distilled student, finetune) through the command itself, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dbscale.study.store import Store
+
+ROOT = Path(__file__).parents[1]
+GRID = """
+name: tiny
+question: Does the whole loop run?
+datasets:
+  fractals: {source: fractals, families: 4, num_train: 64, num_test: 32, image_size: 32}
+  digits: {source: digits, image_size: 32}
+upstream: {dataset: fractals, num_samples: [48]}
+downstream: [{dataset: digits, num_samples: [40]}]
+image_size: 32
+models:
+  h1: {kind: deit, heads: 1, head_width: 16, depth: 2, patch_size: 8}
+  h2: {kind: deit, heads: 2, head_width: 16, depth: 2, patch_size: 8}
+students: [h2]
+teachers: {h2: h1}
+arms: [distilled]
+seeds: [0]
+pretrain: {budget: {steps: STEPS}, global_batch: 16, precision: fp32, optim: {lr: 1e-3}}
+distill: {alpha: 0.5, temperature: 3.0, attention: {beta: 0.1}}
+finetune: {budget: {steps: 8}, global_batch: 16, precision: fp32, optim: {lr: 1e-3}}
+"""
+
+
+class Study:
+    """A grid, a store and the command, in one folder."""
+
+    def __init__(self, folder: Path, data: Path, num_steps: int) -> None:
+        folder.mkdir(parents=True)
+        self.grid = folder / "tiny.yaml"
+        self.grid.write_text(GRID.replace("STEPS", str(num_steps)))
+        self.folder, self.data, self.store = folder, data, Store(folder / "out")
+
+    def command(self, name: str, *options: str) -> list[str]:
+        where = ["--grid", str(self.grid), "--store", str(self.store.root), "--data", str(self.data)]
+        return [sys.executable, "-m", "launch.cli", name, *where, *options]
+
+    def run(self, name: str, *options: str) -> str:
+        done = subprocess.run(
+            self.command(name, *options), cwd=ROOT, capture_output=True, text=True, check=False, timeout=500
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    def keys(self) -> dict[str, str]:
+        """Cell keys by stage."""
+        return {path.name.partition("-")[0]: path.name for path in (self.store.root / "cells").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Study:
+    """A study run once, undisturbed."""
+    study = Study(tmp_path_factory.mktemp("study") / "calm", data, num_steps=60)
+    study.run("submit")
+    return study
+
+
+def test_three_cells_end_in_rows_and_a_report(finished: Study) -> None:
+    keys = finished.keys()
+    assert set(keys) == {"pretrain", "distill", "finetune"}
+    rows = {stage: finished.store.read_row(key) for stage, key in keys.items()}
+    for stage, row in rows.items():
+        assert row is not None, stage
+        assert 0 <= row.error_rate <= 1
+        assert row.train_loss > 0
+    finetune, distill = rows["finetune"], rows["distill"]
+    assert finetune is not None and distill is not None
+    assert finetune.arm == "distilled"
+    assert finetune.upstream is not None and finetune.upstream.num_samples == 48
+    assert distill.teacher == keys["pretrain"]
+    grid_folder = finished.store.grid_dir("tiny")
+    for name in ("plan.json", "rows.csv", "rows.parquet", "laws.json", "boundary.json", "report.html"):
+        assert (grid_folder / name).stat().st_size > 0, name
+    assert "http" not in (grid_folder / "report.html").read_text().partition("<body")[0].replace("http-equiv", "")
+
+
+def test_the_weights_load_into_plain_timm(finished: Study) -> None:
+    code = (
+        "import sys, timm\n"
+        "model = timm.create_model('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=2,\n"
+        "                          num_heads=2, num_classes=10, checkpoint_path=sys.argv[1])\n"
+    )
+    weights = finished.store.cell_dir(finished.keys()["finetune"]) / "model.safetensors"
+    subprocess.run([sys.executable, "-c", code, str(weights)], check=True, timeout=200)
+
+
+def test_typed_again_it_runs_nothing(finished: Study) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished.store.root / "cells").rglob("*.json")}
+    said = finished.run("submit")
+    assert "done" in said
+    assert {path: path.stat().st_mtime_ns for path in (finished.store.root / "cells").rglob("*.json")} == before
+
+
+def test_a_new_seed_runs_only_new_cells(finished: Study, tmp_path: Path) -> None:
+    said = finished.run("plan", "--set", "seeds=[0, 1]")
+    assert "new" in said and "done" in said
+    line = next(line for line in said.splitlines() if line.startswith("finetune"))
+    assert line.split()[1:] == ["1", "1"], "one finetune done, one new"
+
+
+@pytest.fixture
+def killed(tmp_path: Path, data: Path, finished: Study) -> Iterator[Study]:
+    """The same study, everything killed by SIGKILL while its first cell trains past a checkpoint."""
+    study = Study(tmp_path / "killed", data, num_steps=60)
+    driver = subprocess.Popen(
+        study.command("submit", "--set", "cluster.resources.checkpoint_interval_s=0.01"),
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: list(study.store.root.glob("cells/pretrain-*/checkpoints/step-*")), driver)
+        worker = json.loads(next(study.store.root.glob("cells/pretrain-*/attempts/1.json")).read_text())["pid"]
+        os.kill(worker, signal.SIGKILL)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        yield study
+    finally:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+
+
+def wait_for(condition: object, process: subprocess.Popen[bytes]) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not get that far"
+        assert process.poll() is None, "the command ended before it could be killed"
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(killed: Study, finished: Study) -> None:
+    pretrain = next(path.name for path in (killed.store.root / "cells").glob("pretrain-*"))
+    assert killed.store.read_row(pretrain) is None, "it was killed in the middle"
+    killed.run("submit")
+    assert len(killed.store.attempts(pretrain)) >= 2
+    assert (killed.store.attempts(pretrain)[-1].resumed_from_step or 0) > 0
+    for key in killed.keys().values():
+        ours, theirs = killed.store.read_row(key), finished.store.read_row(key)
+        assert ours is not None and theirs is not None
+        assert ours.model_copy(update={"timing": theirs.timing}) == theirs
