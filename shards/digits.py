@@ -16,7 +16,7 @@ from shards.stratify import stratified_order
 
 @dataclass(frozen=True)
 class Digits(FieldSource):
-    """A stratified split of the digits: the last `num_test` of the stratified order are the test split."""
+    """A stratified split of the digits: the first `num_test` of the stratified order are the test split."""
 
     image_size: int = 32
     """Side in px."""
@@ -45,7 +45,7 @@ class Digits(FieldSource):
         if not 10 <= self.num_test <= len(labels) - 10:
             raise DataError(f"digits: num_test {self.num_test} must lie in 10…{len(labels) - 10}")
         stored = stratified_order(labels, self.seed, "digits")
-        return {"train": stored[: -self.num_test], "test": stored[-self.num_test :]}
+        return {"train": stored[self.num_test :], "test": stored[: self.num_test]}
 
     def listings(self) -> dict[str, Listing]:
         labels = self._data[1]

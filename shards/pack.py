@@ -27,7 +27,7 @@ from dbscale.data.manifest import (
     save_manifest,
 )
 from shards.jobs import WORK_FOLDER, ShardJob, run_jobs
-from shards.plan import Plan, claim, make_plan, plan_jobs, refusal
+from shards.plan import SHARD_SAMPLES, PackOptions, Plan, claim, make_plan, plan_jobs, refusal
 from shards.repair import is_damaged, repair
 from shards.source import Source
 from shards.sources import make_source
@@ -53,10 +53,7 @@ def pack(
         source: of `make_source`.
         out_dir: folder of the dataset; created.
         name: of the dataset; None takes the folder's.
-        seed: of the stratified order.
-        encoding: `original` bytes, `jpeg256`, or `raw` uint8; None takes the source's own.
-        raw_size: side in px of raw images (short side, then the central square).
-        shard_samples: samples per tar.
+        seed, encoding, raw_size, shard_samples: see `plan.PackOptions`.
         jobs: processes; None takes one per core where that pays.
         progress: show a bar with the rate.
         spec: the dataset entry to record in the manifest.
@@ -66,22 +63,22 @@ def pack(
     """
     folder = Path(out_dir)
     listings = source.listings()
-    plan = make_plan(
-        source,
-        listings,
-        name=name or folder.name,
-        seed=seed,
-        encoding=encoding,
-        raw_size=raw_size,
-        shard_samples=shard_samples,
-        spec=spec or {},
-    )
+    if encoding is not None and encoding not in SHARD_SAMPLES:
+        raise DataError(f"encoding {encoding!r} is unknown; known: {', '.join(SHARD_SAMPLES)}")
+    options = PackOptions(seed=seed, encoding=encoding, raw_size=raw_size, shard_samples=shard_samples)
+    plan = make_plan(source, listings, name or folder.name, options, spec or {})
     shard_jobs = plan_jobs(folder, listings, plan)
     if (folder / MANIFEST_NAME).exists():
         manifest = load_manifest(folder)
         plan.refuse_unlike(manifest, folder)
         repair(source, manifest, shard_jobs, jobs, progress)
         return manifest
+    return _write(source, folder, plan, shard_jobs, jobs, progress)
+
+
+def _write(
+    source: Source, folder: Path, plan: Plan, shard_jobs: Sequence[ShardJob], jobs: int | None, progress: bool
+) -> Manifest:
     make_folder(folder / WORK_FOLDER)
     claim(folder, plan)
     prepared = source.prepare(folder / WORK_FOLDER)

@@ -47,34 +47,37 @@ def refusal(folder: Path, field: str, packed: object, asked: object) -> DataErro
     )
 
 
+class PackOptions(Frozen):
+    """What the caller of a pack may choose."""
+
+    seed: int = 0
+    """Of the stratified order."""
+    encoding: Encoding | None = None
+    """`original` bytes, `jpeg256`, or `raw` uint8; None takes the source's own."""
+    raw_size: int | None = None
+    """Side in px of raw images (short side, then the central square)."""
+    shard_samples: int | None = None
+    """Samples per tar; None chooses by encoding."""
+
+
 def make_plan(
-    source: Source,
-    listings: Mapping[str, Listing],
-    *,
-    name: str,
-    seed: int,
-    encoding: Encoding | None,
-    raw_size: int | None,
-    shard_samples: int | None,
-    spec: Mapping[str, Any],
+    source: Source, listings: Mapping[str, Listing], name: str, options: PackOptions, spec: Mapping[str, Any]
 ) -> Plan:
     """Fill in what was left open and hash the listing. Raises DataError on sizes that cannot be."""
-    encoding = encoding or source.default_encoding
-    if encoding not in SHARD_SAMPLES:
-        raise DataError(f"encoding {encoding!r} is unknown; known: {', '.join(SHARD_SAMPLES)}")
-    for field, value in (("shard_samples", shard_samples), ("raw_size", raw_size)):
+    for field, value in (("shard_samples", options.shard_samples), ("raw_size", options.raw_size)):
         if value is not None and value < 1:
             raise DataError(f"{field} is {value}, it must be at least 1")
+    encoding = options.encoding or source.default_encoding
     digest = hashlib.sha256("\0".join(source.classes).encode())
     for split, listing in listings.items():
         digest.update(f"{split}\0{len(listing.names)}\0".encode() + listing.labels.tobytes())
         digest.update("\0".join(listing.names).encode("utf-8", "surrogateescape"))
     return Plan(
         name=name,
-        seed=seed,
+        seed=options.seed,
         encoding=encoding,
-        raw_size=raw_size,
-        shard_samples=shard_samples or SHARD_SAMPLES[encoding],
+        raw_size=options.raw_size,
+        shard_samples=options.shard_samples or SHARD_SAMPLES[encoding],
         source=dict(spec),
         listing=digest.hexdigest()[:32],
     )

@@ -77,8 +77,9 @@ def resize_boxes(images_BCHW: Tensor, boxes_B4: NDArray[np.int64], flip_B: NDArr
     device = images_BCHW.device
     rows_B1SH = torch.from_numpy(rows).to(device)[:, None]
     columns_B1WS = torch.from_numpy(columns).to(device).transpose(1, 2)[:, None]
-    resized = rows_B1SH @ (images_BCHW.float() @ columns_B1WS)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
+    # Pillow rounds and clips between its two passes; so must we, or overshoot would pile up.
+    wide = (images_BCHW.float() @ columns_B1WS).round_().clamp_(0, 255)
+    return (rows_B1SH @ wide).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def resize_matrix(
@@ -113,8 +114,10 @@ def resize_each(
     """
     out = torch.empty((len(images), 3, size, size), dtype=torch.uint8)
     for slot, (image, (top, left, height, width)) in enumerate(zip(images, boxes_B4.tolist(), strict=True)):
-        box_HWC = torch.from_numpy(image[top : top + height, left : left + width])
-        box_1CHW = box_HWC.permute(2, 0, 1)[None]
+        box_HWC = image[top : top + height, left : left + width]
+        if not box_HWC.flags.writeable:  # Pillow's arrays: torch warns where it could write to them
+            box_HWC = box_HWC.copy()
+        box_1CHW = torch.from_numpy(box_HWC).permute(2, 0, 1)[None]
         if (height, width) != (size, size):
             box_1CHW = functional.interpolate(box_1CHW, (size, size), mode="bicubic", antialias=True)
         out[slot] = box_1CHW[0].flip(2) if flip_B[slot] else box_1CHW[0]

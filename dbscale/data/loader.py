@@ -7,10 +7,10 @@ caller's; which sample comes when is `order`.
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,6 +98,7 @@ class TrainLoader:
     """Endless iterator over this rank's batches; `consumed` is its whole state."""
 
     def __init__(self, batches: _TrainBatches, consumed: int, num_workers: int, max_bad_share: float) -> None:
+        self._stream = batches.stream
         self._global_batch = batches.stream.global_batch
         self._subset = batches.subset
         self._max_bad_share = max_bad_share
@@ -109,6 +110,27 @@ class TrainLoader:
     def consumed(self) -> int:
         """Samples consumed by all ranks together, up to the last batch that was handed out."""
         return self._next * self._global_batch
+
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """What the stream is a function of, besides `consumed`: keep it in a checkpoint, see `refuse_foreign`."""
+        stream = self._stream
+        return {
+            "subset fingerprint": self._subset.fingerprint,
+            "seed": stream.seed,
+            "global batch": stream.global_batch,
+            "repeats": stream.repeats,
+            "block size": stream.block_size,
+        }
+
+    def refuse_foreign(self, saved: Mapping[str, Any]) -> None:
+        """Raise DataError, with both values, when a saved identity is not this stream's."""
+        for name, value in self.identity.items():
+            if saved.get(name) != value:
+                raise DataError(
+                    f"{self._subset.dataset.folder}: the saved state has {name} {saved.get(name)!r}, this run has "
+                    f"{value!r}: it would go on with other samples; resume with what it was saved with, or start anew"
+                )
 
     @property
     def num_bad_samples(self) -> int:

@@ -61,11 +61,7 @@ def mix_batch(
     plain = images_BCHW, MixTarget(labels_B, labels_B, 1.0)
     if mixup <= 0 and cutmix <= 0:
         return plain
-    if len(labels_B) % 2:
-        raise DataError(
-            f"mixup and CutMix pair neighbours: a rank's batch of {len(labels_B)} is odd; choose a global batch "
-            "whose micro-batches are even, or set mixup and cutmix to 0"
-        )
+    _check_even(len(labels_B))
     applies, switch, x, y = keyed_uniform(seed, "mix", step, num_draws=4)[0].tolist()
     if applies >= prob:
         return plain
@@ -78,6 +74,14 @@ def mix_batch(
         return mixed, MixTarget(labels_B, labels_b, lam)
     mixed, kept = _paste(images_BCHW, images_BCHW[partners], lam, x, y)
     return mixed, MixTarget(labels_B, labels_b, kept)
+
+
+def _check_even(size: int) -> None:
+    if size % 2:
+        raise DataError(
+            f"mixup and CutMix pair neighbours: a rank's batch of {size} is odd; choose a global batch whose "
+            "micro-batches are even, or set mixup and cutmix to 0"
+        )
 
 
 def _beta(parameter: float, seed: int, step: int) -> float:

@@ -63,7 +63,7 @@ def make_map_pair(
         as_autocast(k_t.detach()[:, :, slice_t]),
         q_s.shape[3] ** -0.5 if scale_s is None else float(scale_s),
         q_t.shape[3] ** -0.5 if scale_t is None else float(scale_t),
-        plan_heads(head_map, q_s.shape[1], q_t.shape[1], q_s.device),
+        plan_heads(head_map, q_s.shape[1], q_t.shape[1], q_s),
         slice_s,
     )
 

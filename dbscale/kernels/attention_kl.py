@@ -5,6 +5,8 @@ The public functions: they check, slice, choose the backend and reduce. The math
 (fused kernels). Knows nothing of models; `timm_attention` does.
 """
 
+import math
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -13,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dbscale.kernels.attention_arguments import MapPair, TokenSlice, as_autocast, make_map_pair
+from dbscale.kernels.attention_kl_chunked import kl_rows_chunked, total_kl_chunked
 from dbscale.kernels.attention_kl_eager import kl_rows_eager, out_and_kl_rows_eager
 from dbscale.kernels.attention_kl_sdpa import kl_rows_sdpa
 from dbscale.kernels.backend import resolve_backend
 from dbscale.kernels.head_map import HeadMap
+from dbscale.kernels.kd_loss_eager import wide
 
 REDUCTIONS = ("batchmean", "sum", "none")
 
@@ -99,6 +103,10 @@ def sdpa_with_attention_kl(
 
 
 def _reduced_kl(pair: MapPair, weight: Tensor | None, reduction: str, backend: str) -> Tensor:
+    if backend == "chunked" and reduction != "none":
+        scale = 1.0 / max(math.prod(pair.rows_shape), 1) if reduction == "batchmean" else 1.0
+        ones = wide(pair.q_s.new_ones(())).expand(pair.rows_shape) if weight is None else weight
+        return total_kl_chunked(pair, ones * scale)
     return _reduce(_rows(backend)(pair), weight, reduction)
 
 
@@ -126,10 +134,20 @@ def _row_weight(row_weight: Tensor | None, pair: MapPair, reduction: str) -> Ten
 
 
 @cache
-def _rows(backend: str):
-    return {"eager": kl_rows_eager, "sdpa": kl_rows_sdpa, "chunked": kl_rows_eager, "compile": torch.compile(kl_rows_eager)}[backend]
+def _rows(backend: str) -> Callable[[MapPair], Tensor]:
+    if backend == "triton":
+        from dbscale.kernels.attention_kl_triton import kl_rows_triton
+
+        return kl_rows_triton
+    if backend == "compile":
+        return torch.compile(kl_rows_eager)
+    return {"eager": kl_rows_eager, "sdpa": kl_rows_sdpa, "chunked": kl_rows_chunked}[backend]
 
 
 @cache
-def _joint_rows(backend: str):
-    return {"eager": out_and_kl_rows_eager, "compile": torch.compile(out_and_kl_rows_eager)}[backend]
+def _joint_rows(backend: str) -> Callable[[MapPair, Tensor], tuple[Tensor, Tensor]]:
+    if backend == "triton":
+        from dbscale.kernels.attention_kl_triton import out_and_kl_rows_triton
+
+        return out_and_kl_rows_triton
+    return torch.compile(out_and_kl_rows_eager) if backend == "compile" else out_and_kl_rows_eager

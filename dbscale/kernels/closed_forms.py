@@ -98,3 +98,23 @@ def expm1_minus_x(x: Tensor) -> Tensor:
     for power in range(num_terms, 1, -1):
         series.mul_(x).add_(1 / math.factorial(power))
     return series.mul_(x).mul_(x)
+
+
+def kl_of_maps(p: Tensor, log_p: Tensor, p_t: Tensor) -> Tensor:
+    """KL(p_t ‖ p) over the last axis, [..., 1], of probabilities that are not a softmax of known scores.
+
+    Each term is p_t log(p_t/p) + p − p_t ≥ 0, the additions summing to zero; with y = p/p_t − 1 it is p_t (y − log1p(y)),
+    which for small y is a series in y/(2 + y).
+    """
+    excess = (p - p_t) / p_t.clamp_min(torch.finfo(p_t.dtype).tiny)
+    small = excess.abs() < 0.25
+    y = torch.where(small, excess, 0.0)
+    ratio = y / (2 + y)
+    square = ratio * ratio
+    num_terms = 14 if p.dtype == torch.float64 else 6
+    series = torch.full_like(y, 1 / (2 * num_terms + 1))
+    for term in range(num_terms - 1, 0, -1):
+        series = series * square + 1 / (2 * term + 1)
+    near = p_t * (y * ratio - 2 * ratio * square * series)
+    far = torch.where(p_t > 0, p_t * (p_t.log() - log_p), 0.0) + (p - p_t)
+    return torch.where(small, near, far).sum(-1, keepdim=True)

@@ -28,11 +28,11 @@ class HeadPlan:
     repeats: int
     """Map `m` is compared with teacher head `m // repeats` (when `mixing` is None)."""
     mixing: Tensor | None
-    """float32 [num_maps, teacher heads], rows are distributions; None where one teacher head is enough."""
+    """[num_maps, teacher heads], rows are distributions; None where one teacher head is enough."""
 
 
-def plan_heads(head_map: HeadMap, num_heads_s: int, num_heads_t: int, device: torch.device) -> HeadPlan:
-    """Bring `head_map` into normal form.
+def plan_heads(head_map: HeadMap, num_heads_s: int, num_heads_t: int, like: Tensor) -> HeadPlan:
+    """Bring `head_map` into normal form, a mixing matrix to the device of `like` (float64 where `like` is, else float32).
 
     `repeat`: teacher head t guides the student heads t·r … t·r + r − 1, r = H_s / H_t, which must be whole.
     `mean`: heads of both are averaged in gcd(H_s, H_t) contiguous groups and the averaged maps are compared.
@@ -42,13 +42,17 @@ def plan_heads(head_map: HeadMap, num_heads_s: int, num_heads_t: int, device: to
     a matrix that lies on the CPU is also checked for negative entries and row sums (elsewhere: no host sync).
     """
     if isinstance(head_map, str):
-        return _plan_by_name(head_map, num_heads_s, num_heads_t, device)
-    matrix = torch.as_tensor(head_map, dtype=torch.float32).detach()
+        return _plan_by_name(head_map, num_heads_s, num_heads_t, like)
+    matrix = torch.as_tensor(head_map, dtype=_dtype(like)).detach()
     _check_matrix(matrix, num_heads_s, num_heads_t)
-    return HeadPlan(num_heads_s, 1, 1, matrix.to(device, non_blocking=True).contiguous())
+    return HeadPlan(num_heads_s, 1, 1, matrix.to(like.device, non_blocking=True).contiguous())
 
 
-def _plan_by_name(name: str, num_heads_s: int, num_heads_t: int, device: torch.device) -> HeadPlan:
+def _dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _plan_by_name(name: str, num_heads_s: int, num_heads_t: int, like: Tensor) -> HeadPlan:
     if name == "repeat":
         if num_heads_s % num_heads_t:
             raise ValueError(
@@ -58,14 +62,16 @@ def _plan_by_name(name: str, num_heads_s: int, num_heads_t: int, device: torch.d
         return HeadPlan(num_heads_s, 1, num_heads_s // num_heads_t, None)
     if name == "mean":
         num_maps = math.gcd(num_heads_s, num_heads_t)
-        mixing = None if num_maps == num_heads_t else _block_average(num_maps, num_heads_t, device)
+        mixing = None if num_maps == num_heads_t else _block_average(num_maps, num_heads_t, like)
         return HeadPlan(num_maps, num_heads_s // num_maps, 1, mixing)
     raise ValueError(f"head_map={name!r}: unknown; use 'repeat', 'mean' or a matrix [student heads, teacher heads]")
 
 
-def _block_average(num_maps: int, num_heads_t: int, device: torch.device) -> Tensor:
+def _block_average(num_maps: int, num_heads_t: int, like: Tensor) -> Tensor:
     per_map = num_heads_t // num_maps
-    return torch.eye(num_maps, device=device).repeat_interleave(per_map, dim=1) / per_map
+    owner = torch.arange(num_heads_t, device=like.device) // per_map
+    mine = owner == torch.arange(num_maps, device=like.device)[:, None]
+    return mine.to(_dtype(like)) / per_map
 
 
 def _check_matrix(matrix: Tensor, num_heads_s: int, num_heads_t: int) -> None:
@@ -76,5 +82,5 @@ def _check_matrix(matrix: Tensor, num_heads_s: int, num_heads_t: int) -> None:
         )
     if matrix.device.type != "cpu":
         return
-    if bool((matrix < 0).any()) or not torch.allclose(matrix.sum(1), torch.ones(num_heads_s), atol=1e-4):
+    if bool((matrix < 0).any()) or bool(((matrix.sum(1) - 1).abs() > 1e-4).any()):
         raise ValueError("head_map: every row of the mixing matrix must be non-negative and sum to 1")

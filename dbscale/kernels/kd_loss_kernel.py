@@ -162,23 +162,34 @@ def _rewrite(student, teacher, grad, row, label, y, num_classes, rate, shifts, s
 
 
 @triton.jit
-def _cross_entropy(student, soft, labels_a, labels_b, lam, row, skew, num_classes, smoothing, max_s, sum_1,
+def _cross_entropy(student, soft, labels_a, labels_b, lam, row, num_classes, smoothing, max_s, sum_1,
                    TARGET: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The cross-entropy, Σq of the smoothed target q, and (label, label, share of the first) of hard labels."""
+    """The cross-entropy, and Σq of the smoothed target q."""
     shifted_sum, mass, expected = 0.0, 1.0, 0.0
-    label_a, label_b, share_a = row, row - row - 1, 1.0
     if (TARGET == SOFT) | (smoothing > 0.0):
         shifted_sum, mass, expected = _target_sums(student, soft, row, num_classes, max_s, TARGET == SOFT, BLOCK)
     if TARGET != SOFT:
         mass = 1.0
-        label_a = tl.load(labels_a + row)
-        expected = _logit(student, row, label_a, num_classes) - max_s
+        expected = _logit(student, row, tl.load(labels_a + row), num_classes) - max_s
     if TARGET == TWO_LABELS:
-        share_a, label_b = tl.load(lam + row), tl.load(labels_b + row)
-        expected = share_a * expected + (1.0 - share_a) * (_logit(student, row, label_b, num_classes) - max_s)
+        share_a = tl.load(lam + row)
+        expected_b = _logit(student, row, tl.load(labels_b + row), num_classes) - max_s
+        expected = share_a * expected + (1.0 - share_a) * expected_b
     mass = (1.0 - smoothing) * mass + smoothing
-    ce = mass * tl.log(sum_1) - (1.0 - smoothing) * expected - smoothing / num_classes * shifted_sum
-    return ce, mass, label_a, label_b, share_a
+    return mass * tl.log(sum_1) - (1.0 - smoothing) * expected - smoothing / num_classes * shifted_sum, mass
+
+
+@triton.jit
+def _rewrite_labels(student, teacher, grad, labels_a, labels_b, lam, row, num_classes, rate, shifts, slopes,
+                    TARGET: tl.constexpr, SQUARINGS: tl.constexpr):  # fmt: skip
+    """The gradient at the hard labels, which `_write_slopes` wrote as if no label were there."""
+    label_a, share_a = tl.load(labels_a + row), 1.0
+    if TARGET == TWO_LABELS:
+        label_b, share_b = tl.load(labels_b + row), 1.0 - tl.load(lam + row)
+        share_a = tl.where(label_a == label_b, 1.0, 1.0 - share_b)
+        share_b = tl.where(label_a == label_b, 1.0, share_b)
+        _rewrite(student, teacher, grad, row, label_b, share_b, num_classes, rate, shifts, slopes, SQUARINGS)
+    _rewrite(student, teacher, grad, row, label_a, share_a, num_classes, rate, shifts, slopes, SQUARINGS)
 
 
 @triton.jit
@@ -191,7 +202,7 @@ def _divergence(student, teacher, row, skew, num_classes, rate, max_s, max_t, su
     if (kl < NEAR) & (sum_t > 0.0):
         excess = _excess(
             student, teacher, row, skew, num_classes, rate, max_s, max_t, 1.0 / sum_s, 1.0 / sum_t, mean_gap,
-            tl.exp(kl), BLOCK, VECTOR,
+            tl.exp(kl), BLOCK // 2, VECTOR,
         )  # fmt: skip
         kl = log1p_small(tl.maximum(excess, 0.0))
     return tl.where(sum_t == 0.0, 0.0, kl)
@@ -214,14 +225,19 @@ def kd_kernel(
         sum_s, sum_t, sum_1, gaps = _sums(
             student, teacher, row, skew, num_classes, rate, max_s, max_t, SQUARINGS, True, BLOCK, VECTOR
         )
-    ce, mass, label_a, label_b, share_a = _cross_entropy(
-        student, soft, labels_a, labels_b, lam, row, skew, num_classes, smoothing, max_s, sum_1, TARGET, BLOCK
-    )
     # Equal sums give exactly 1, which the hardware's division does not promise.
     ratio = tl.where(sum_s == sum_t, 1.0, sum_s / sum_t)
     kl = _divergence(
         student, teacher, row, skew, num_classes, rate, max_s, max_t, sum_s, sum_t, ratio, gaps, BLOCK, VECTOR
     )
+    ce, mass = _cross_entropy(
+        student, soft, labels_a, labels_b, lam, row, num_classes, smoothing, max_s, sum_1, TARGET, BLOCK
+    )
+    # A part of weight 0 is left out: 0 · inf would be NaN.
+    loss = tl.where(ce_weight == 0.0, 0.0, ce_weight * ce) + tl.where(kl_weight == 0.0, 0.0, kl_weight * kl)
+    tl.store(losses + row, row_scale * loss)
+    tl.store(ces + row, ce)
+    tl.store(kls + row, kl)
     if WANT_GRAD:
         is_empty = sum_t == 0.0
         ce_slope = ce_weight * grad_scale
@@ -232,16 +248,8 @@ def kd_kernel(
                       SQUARINGS, BLOCK, VECTOR)  # fmt: skip
         if TARGET != SOFT:
             tl.debug_barrier()  # the label's column has been written by another thread
-            is_same = label_a == label_b
-            y_a, y_b = tl.where(is_same, 1.0, share_a), tl.where(is_same, 1.0, 1.0 - share_a)
-            _rewrite(student, teacher, grad, row, label_a, y_a, num_classes, rate, shifts, slopes, SQUARINGS)
-            if TARGET == TWO_LABELS:
-                _rewrite(student, teacher, grad, row, label_b, y_b, num_classes, rate, shifts, slopes, SQUARINGS)
-    # A part of weight 0 is left out: 0 · inf would be NaN.
-    loss = tl.where(ce_weight == 0.0, 0.0, ce_weight * ce) + tl.where(kl_weight == 0.0, 0.0, kl_weight * kl)
-    tl.store(losses + row, row_scale * loss)
-    tl.store(ces + row, ce)
-    tl.store(kls + row, kl)
+            _rewrite_labels(student, teacher, grad, labels_a, labels_b, lam, row, num_classes, rate, shifts, slopes,
+                            TARGET, SQUARINGS)  # fmt: skip
 
 
 @triton.jit

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from dbscale.laws.advice import Advice, advise
     from dbscale.laws.allocation import Allocation, allocate
     from dbscale.laws.boundary import Boundary, find_boundary
-    from dbscale.laws.resample import Bootstrap, bootstrap
     from dbscale.laws.cost import Prices
     from dbscale.laws.delta_curve import PairedDelta
     from dbscale.laws.errors import LawError, NotEnoughData
@@ -21,19 +20,71 @@ if TYPE_CHECKING:
     from dbscale.laws.forms import FORMS, find_form
     from dbscale.laws.law_fit import LawFit
     from dbscale.laws.losses import LOSSES, Loss
+    from dbscale.laws.profile import profile_interval
+    from dbscale.laws.resample import Bootstrap, bootstrap
+    from dbscale.laws.select import Candidate, Selection, select_law
+    from dbscale.laws.surface import boundaries_by_group, boundary_surface
+    from dbscale.laws.transfer import TransferGap, effective_data_transferred, transfer_gap, transfer_gaps
+    from dbscale.laws.weights import error_weights, seed_spread
 
-_HOME = {
-    "FORMS": "forms", "find_form": "forms", "Form": "form", "fit_law": "fit", "LawFit": "law_fit", "LOSSES": "losses",
-    "Loss": "losses", "LawError": "errors", "NotEnoughData": "errors", "bootstrap": "resample", "Bootstrap": "resample",
-    "find_boundary": "boundary", "Boundary": "boundary", "PairedDelta": "delta_curve", "Prices": "cost",
-    "allocate": "allocation", "Allocation": "allocation", "advise": "advice", "Advice": "advice", "NotEnoughData": "errors",
-}  # fmt: skip
-__all__ = sorted(_HOME)
+_MEMBERS = {
+    "advice": ("Advice", "advise"),
+    "allocation": ("Allocation", "allocate"),
+    "boundary": ("Boundary", "find_boundary"),
+    "surface": ("boundaries_by_group", "boundary_surface"),
+    "cost": ("Prices",),
+    "delta_curve": ("PairedDelta",),
+    "errors": ("LawError", "NotEnoughData"),
+    "fit": ("fit_law",),
+    "form": ("Form",),
+    "forms": ("FORMS", "find_form"),
+    "law_fit": ("LawFit",),
+    "losses": ("LOSSES", "Loss"),
+    "profile": ("profile_interval",),
+    "resample": ("Bootstrap", "bootstrap"),
+    "select": ("Candidate", "Selection", "select_law"),
+    "transfer": ("TransferGap", "effective_data_transferred", "transfer_gap", "transfer_gaps"),
+    "weights": ("error_weights", "seed_spread"),
+}
+_HOME = {name: module for module, names in _MEMBERS.items() for name in names}
+__all__ = [
+    "FORMS",
+    "LOSSES",
+    "Advice",
+    "Allocation",
+    "Bootstrap",
+    "Boundary",
+    "Candidate",
+    "Form",
+    "LawError",
+    "LawFit",
+    "Loss",
+    "NotEnoughData",
+    "PairedDelta",
+    "Prices",
+    "Selection",
+    "TransferGap",
+    "advise",
+    "allocate",
+    "bootstrap",
+    "boundaries_by_group",
+    "boundary_surface",
+    "effective_data_transferred",
+    "error_weights",
+    "find_boundary",
+    "find_form",
+    "fit_law",
+    "profile_interval",
+    "seed_spread",
+    "select_law",
+    "transfer_gap",
+    "transfer_gaps",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value

@@ -55,7 +55,9 @@ def advise(
     num_draws: int = 1000,
     seed: int = 0,
 ) -> Advice:
-    """Compare the arms `plain` and `distilled` at one point. Raises LawError when an arm is missing or a value not above 0."""
+    """Compare the arms `plain` and `distilled` at one point. Raises LawError when an arm is missing or a value not
+    above 0.
+    """
     if set(fits) != {"plain", "distilled"}:
         raise LawError(f"advise needs fits for 'plain' and 'distilled', got {sorted(fits)}")
     point = {"upstream_samples": upstream_samples, "num_params": num_params, "downstream_samples": downstream_samples}
@@ -63,7 +65,9 @@ def advise(
         if not (np.isfinite(value) and value > 0):
             raise LawError(f"advise: {name} must be above 0, got {value!r}")
     boundary = find_boundary(fits["plain"], fits["distilled"], at=point, level=level, num_draws=num_draws, seed=seed)
-    errors = {arm: _errors(fits[arm], point, num_draws, seed + 7919 * k) for k, arm in enumerate(("plain", "distilled"))}
+    errors = {
+        arm: _errors(fits[arm], point, num_draws, seed + 7919 * k) for k, arm in enumerate(("plain", "distilled"))
+    }
     count = min(len(e) for e in errors.values()) - 1
     better = float(np.mean(errors["distilled"][1 : count + 1] < errors["plain"][1 : count + 1]))
     decision = "distill" if better >= SURE else "plain" if better <= 1 - SURE else "undecided"
@@ -88,17 +92,25 @@ def _row(arm: str, errors: np.ndarray, level: float) -> dict[str, object]:
 
 def _outside(fits: Mapping, point: Mapping[str, float]) -> tuple[str, ...]:
     measured = law_of(fits["plain"]).x
-    return tuple(n for n, v in point.items() if n in measured and not measured[n].min() * 0.999 <= v <= measured[n].max() * 1.001)
+    return tuple(
+        n for n, v in point.items() if n in measured and not measured[n].min() * 0.999 <= v <= measured[n].max() * 1.001
+    )
 
 
 def _sentence(decision: str, better: float, rows: tuple, boundary, outside: tuple, point: Mapping[str, float]) -> str:
     plain, distilled = (float(r["expected_error"]) for r in rows)
     verdict = {"distill": "Distil", "plain": "Do not distil", "undecided": "Undecided: either arm may win"}[decision]
-    text = f"{verdict}: expected error {distilled:.3f} distilled, {plain:.3f} plain (distilled better with probability {better:.0%})"
+    text = (
+        f"{verdict}: expected error {distilled:.3f} distilled, {plain:.3f} plain "
+        f"(distilled better with probability {better:.0%})"
+    )
     if boundary.root is not None:
         side = "below" if point["upstream_samples"] < boundary.root else "above"
         low, high = boundary.interval
-        text += f", because {point['upstream_samples']:,.0f} upstream images lie {side} the boundary at {boundary.root:,.0f} ({low:,.0f} to {high:,.0f})"
+        text += (
+            f", because {point['upstream_samples']:,.0f} upstream images lie {side} the boundary "
+            f"at {boundary.root:,.0f} ({low:,.0f} to {high:,.0f})"
+        )
         text += ", itself an extrapolation" if boundary.status == "extrapolated" else ""
     else:
         text += "; no boundary is established"

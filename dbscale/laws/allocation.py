@@ -1,7 +1,8 @@
-"""Where the money should go: the split of a budget that the fitted laws say gives the lowest error, and how sure that is.
+"""Where the money should go: the split of a budget that the fitted laws say gives the lowest error, and how sure that
+is.
 
-For every D_p and model size on a grid, the rest of the budget buys downstream labels; the best point wins. The same is
-done for every draw from the fits' uncertainty, which gives the advice its own.
+For every D_p and model size on a grid, the rest of the budget buys downstream labels; the best point wins. The same
+is done for every draw from the fits' uncertainty, which gives the advice its own.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from dbscale.laws.resample import Bootstrap
 from dbscale.laws.cost import Prices
 from dbscale.laws.errors import LawError
 from dbscale.laws.law_fit import LawFit
+from dbscale.laws.resample import Bootstrap
 
 LEVERS = ("upstream_samples", "num_params", "downstream_samples")
 STEPS = 48
@@ -35,7 +36,9 @@ class Allocation:
     expected_error: float
     error_interval: tuple[float, float]
     spend: dict[str, float]
-    """Money by purpose: upstream_images, upstream_training, teacher, downstream_labels, downstream_training, unspent."""
+    """Money by purpose: upstream_images, upstream_training, teacher, downstream_labels, downstream_training,
+    unspent.
+    """
     ranges: dict[str, tuple[float, float]]
     """Interval of each lever over the draws: how sure the split is."""
     exchange_rates: dict[str, tuple[float, float, float]]
@@ -64,9 +67,9 @@ def allocate(
 ) -> Allocation:
     """Split `budget` between upstream images, parameters, labels and distillation.
 
-    `fits` maps plain and/or distilled to laws over any of upstream_samples, num_params, downstream_samples; `at` gives the
-    levers that no law varies; `limits` the allowed range of each lever (default: measured range, stretched 4 times).
-    Raises LawError when nothing within the limits is affordable.
+    `fits` maps plain and/or distilled to laws over any of upstream_samples, num_params, downstream_samples; `at`
+    gives the levers that no law varies; `limits` the allowed range of each lever (default: measured range, stretched
+    4 times). Raises LawError when nothing within the limits is affordable.
     """
     if not fits or not set(fits) <= {"plain", "distilled"}:
         raise LawError(f"allocate: fits must map 'plain' and/or 'distilled' to fits, got {sorted(fits)}")
@@ -110,30 +113,51 @@ class Plan:
     drawn_points: dict[str, np.ndarray]
 
     @classmethod
-    def make(cls, arm: str, fit: LawFit | Bootstrap, prices: Prices, budget: float, ranges: Mapping, num_draws: int, seed: int) -> Plan:
+    def make(
+        cls,
+        arm: str,
+        fit: LawFit | Bootstrap,
+        prices: Prices,
+        budget: float,
+        ranges: Mapping,
+        num_draws: int,
+        seed: int,
+    ) -> Plan:
+        """Search the whole grid, then twice more around the best point; the draws search the whole grid."""
         law = _law(fit)
         theta = fit.theta[:num_draws] if isinstance(fit, Bootstrap) else law.draws(num_draws, seed)
-        for _ in range(3):
-            columns = affordable(arm, prices, budget, ranges)
-            best = int(np.nanargmin(predict_at(law, columns, law.theta[None])[0]))
-            point = {n: float(c[best]) for n, c in columns.items()}
-            wide, ranges = columns if _ == 0 else wide, zoom(ranges, point)
-        drawn = predict_at(law, wide, theta)
-        picks = np.nanargmin(drawn, axis=1)
-        one = {n: np.array([v]) for n, v in point.items()}
+        wide = affordable(arm, prices, budget, ranges)
+        point = best_point(law, wide)
+        for _ in range(2):
+            ranges = zoom(ranges, point)
+            point = best_point(law, affordable(arm, prices, budget, ranges))
+        drawn = np.where(np.isfinite(errors := predict_at(law, wide, theta)), errors, np.inf)
+        picks, rows = drawn.argmin(axis=1), np.arange(len(theta))
+        here = predict_at(law, {n: np.array([v]) for n, v in point.items()}, np.concatenate([law.theta[None], theta]))[
+            :, 0
+        ]
         return cls(
-            arm,
-            law,
-            theta,
-            point,
-            float(predict_at(law, one, law.theta[None])[0, 0]),
-            drawn[np.arange(len(picks)), picks],
-            predict_at(law, one, theta)[:, 0],
-            {n: c[picks] for n, c in wide.items()},
+            arm=arm,
+            fit=law,
+            theta=theta,
+            point=point,
+            error=float(here[0]),
+            drawn_errors=drawn[rows, picks],
+            errors_here=here[1:],
+            drawn_points={n: c[picks] for n, c in wide.items()},
         )
 
 
-def affordable(arm: str, prices: Prices, budget: float, ranges: Mapping[str, tuple[float, float]]) -> dict[str, np.ndarray]:
+def best_point(law: LawFit, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The point of lowest expected error."""
+    errors = predict_at(law, columns, law.theta[None])[0]
+    best = int(np.where(np.isfinite(errors), errors, np.inf).argmin())
+    return {n: float(c[best]) for n, c in columns.items()}
+
+
+def affordable(
+    arm: str, prices: Prices, budget: float, ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, np.ndarray]:
     """A grid over D_p and M with the D_f that the rest of the budget buys; only points inside the limits."""
     d_p, size = (a.ravel() for a in np.meshgrid(*(np.geomspace(*ranges[n], STEPS) for n in LEVERS[:2])))
     left = budget - prices.upstream_step(arm, size) * d_p
@@ -163,7 +187,9 @@ def predict_at(law: LawFit, columns: Mapping[str, np.ndarray], theta: np.ndarray
 
 
 def exchange_rates(plan: Plan, level: float) -> dict[str, tuple[float, float, float]]:
-    """How many upstream samples one labelled downstream sample, or 1 % more parameters, is worth at the advised point."""
+    """How many upstream samples one labelled downstream sample, or 1 % more parameters, is worth at the advised
+    point.
+    """
     names = [n for n in LEVERS if n in plan.fit.form.variable_names]
     worth = {"downstream_samples": 1.0, "num_params": 0.01 * plan.point["num_params"]}
     if "upstream_samples" not in names:
@@ -178,7 +204,11 @@ def exchange_rates(plan: Plan, level: float) -> dict[str, tuple[float, float, fl
             rate = np.where(np.isfinite(rate), rate, np.nan)
             low, high = np.nanquantile(rate[1:], [0.5 - level / 2, 0.5 + level / 2])
             label = "per_downstream_sample" if name == "downstream_samples" else "per_percent_of_params"
-            out[f"upstream_samples_{label}"] = (float(np.nan_to_num(rate[0])), float(np.nan_to_num(low)), float(np.nan_to_num(high)))
+            out[f"upstream_samples_{label}"] = (
+                float(np.nan_to_num(rate[0])),
+                float(np.nan_to_num(low)),
+                float(np.nan_to_num(high)),
+            )
     return out
 
 
@@ -202,7 +232,14 @@ def _spend(arm: str, point: Mapping[str, float], prices: Prices, budget: float) 
     return {k: float(v) for k, v in {**out, "unspent": max(budget - sum(out.values()), 0.0)}.items()}
 
 
-def _advice(arm: str, plans: Mapping[str, Plan], fits: Mapping, prices: Prices, budget: float, level: float) -> Allocation:
+def _ends(values: np.ndarray, tails: list[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, tails)
+    return float(low), float(high)
+
+
+def _advice(
+    arm: str, plans: Mapping[str, Plan], fits: Mapping, prices: Prices, budget: float, level: float
+) -> Allocation:
     plan = plans[arm]
     other = next((p for a, p in plans.items() if a != arm), None)
     tails = [0.5 - level / 2, 0.5 + level / 2]
@@ -213,8 +250,9 @@ def _advice(arm: str, plans: Mapping[str, Plan], fits: Mapping, prices: Prices, 
     outside = tuple(n for n, m in measured.items() if not m.min() * 0.999 <= plan.point[n] <= m.max() * 1.001)
     verb = {"plain": "Train without distillation", "distilled": "Distil"}[arm]
     sentence = (
-        f"{verb} on {plan.point['upstream_samples']:,.0f} upstream images with {plan.point['num_params']:,.0f} parameters and "
-        f"{plan.point['downstream_samples']:,.0f} labelled downstream images: expected error {plan.error:.3f} ({low:.3f} to {high:.3f})"
+        f"{verb} on {plan.point['upstream_samples']:,.0f} upstream images with {plan.point['num_params']:,.0f} "
+        f"parameters and {plan.point['downstream_samples']:,.0f} labelled downstream images: "
+        f"expected error {plan.error:.3f} ({low:.3f} to {high:.3f})"
         + (f"; this arm is the better one in {sure:.0%} of the draws." if other else ".")
     )
     return Allocation(
@@ -224,7 +262,7 @@ def _advice(arm: str, plans: Mapping[str, Plan], fits: Mapping, prices: Prices, 
         expected_error=plan.error,
         error_interval=(low, high),
         spend=_spend(arm, plan.point, prices, budget),
-        ranges={n: tuple(float(q) for q in np.quantile(c, tails)) for n, c in plan.drawn_points.items()},  # type: ignore[misc]
+        ranges={n: _ends(c, tails) for n, c in plan.drawn_points.items()},
         exchange_rates=exchange_rates(plan, level),
         other_arm={**other.point, "expected_error": other.error} if other else None,
         extrapolated=outside,

@@ -2,7 +2,7 @@
 
 Two roads to it: from two fitted laws, and free of any law from paired measurements (`delta_curve`). Both give curves of
 ΔE drawn from their uncertainty; this module reads roots off the curves and says what they mean. "No crossing" and
-"extrapolated" are answers. The surface over model size and D_f is in `boundary_surface`.
+"extrapolated" are answers. The surface over model size and D_f is in `surface`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from dbscale.laws.boundary_words import explain
-from dbscale.laws.resample import Bootstrap
 from dbscale.laws.delta_curve import DeltaCurves, PairedDelta, gaussian_process_curves, isotonic_curves
 from dbscale.laws.errors import LawError
 from dbscale.laws.law_fit import LawFit
+from dbscale.laws.resample import Bootstrap
 
 SCHEMA = "dbscale.laws/boundary/1"
-CERTAIN_ENOUGH = 0.9
+CERTAIN_ENOUGH = 0.95
 """A crossing is reported when at least this share of the drawn curves has one."""
 GRID = 161
 
@@ -83,12 +83,13 @@ def find_boundary(
     method: str = "gaussian_process",
     seed: int = 0,
 ) -> Boundary:
-    """The boundary from two fits, `find_boundary(plain, distilled, at={...})`, or from pairs, `find_boundary(PairedDelta(...))`.
+    """The boundary from two fits, `find_boundary(plain, distilled, at={...})`, or from pairs,
+    `find_boundary(PairedDelta(...))`.
 
-    `at` fixes the laws' other variables (num_params, downstream_samples); the variable sought is upstream_samples, or x in laws
-    of one variable. Two Bootstraps made with the same seed and clusters stay paired. `reach` says how many times beyond
-    the measured range to look; without a law it is at most 4. `method` (pairs only): gaussian_process or isotonic.
-    Raises LawError for a missing arm, a missing `at`, or fewer than 3 distinct D_p.
+    `at` fixes the laws' other variables (num_params, downstream_samples); the variable sought is upstream_samples, or
+    x in laws of one variable. Two Bootstraps made with the same seed and clusters stay paired. `reach` says how many
+    times beyond the measured range to look; without a law it is at most 4. `method` (pairs only): gaussian_process or
+    isotonic. Raises LawError for a missing arm, a missing `at`, or fewer than 3 distinct D_p.
     """
     if isinstance(plain, PairedDelta):
         make = {"gaussian_process": gaussian_process_curves, "isotonic": isotonic_curves}
@@ -127,7 +128,9 @@ def shared_range(plain: LawFit, distilled: LawFit) -> tuple[float, float]:
     return float(max(a.min(), b.min())), float(min(a.max(), b.max()))
 
 
-def law_curves(plain: LawFit | Bootstrap, distilled: LawFit | Bootstrap, at: dict, grid: np.ndarray, num_draws: int, seed: int) -> DeltaCurves:
+def law_curves(
+    plain: LawFit | Bootstrap, distilled: LawFit | Bootstrap, at: dict, grid: np.ndarray, num_draws: int, seed: int
+) -> DeltaCurves:
     """ΔE curves from two laws and their uncertainty. Bootstraps are used draw by draw; plain fits by normal draws."""
     arms = []
     for number, arm in enumerate((plain, distilled)):
@@ -151,7 +154,9 @@ def law_columns(fit: LawFit, grid: np.ndarray, at: Mapping[str, float]) -> dict[
 
 
 def downward_roots(grid: np.ndarray, curves: np.ndarray) -> np.ndarray:
-    """Where each curve [S, n] last turns from positive to negative, interpolated in log D_p; nan where it never does."""
+    """Where each curve [S, n] last turns from positive to negative, interpolated in log D_p; nan where it never
+    does.
+    """
     turns = (curves[:, :-1] > 0) & (curves[:, 1:] <= 0)
     last = curves.shape[1] - 2 - np.argmax(turns[:, ::-1], axis=1)
     rows, logs = np.arange(len(curves)), np.log(grid)
@@ -161,7 +166,9 @@ def downward_roots(grid: np.ndarray, curves: np.ndarray) -> np.ndarray:
     return np.where(turns.any(axis=1), roots, np.nan)
 
 
-def read_boundary(curves: DeltaCurves, *, level: float, method: str, at: dict, measured: tuple[float, float]) -> Boundary:
+def read_boundary(
+    curves: DeltaCurves, *, level: float, method: str, at: dict, measured: tuple[float, float]
+) -> Boundary:
     """Roots, probabilities and words from curves of ΔE."""
     low, high = measured
     roots = downward_roots(curves.grid, curves.drawn)
@@ -201,7 +208,7 @@ def read_boundary(curves: DeltaCurves, *, level: float, method: str, at: dict, m
 def read_direction(best: np.ndarray, lower: np.ndarray, upper: np.ndarray, status: str) -> str:
     """How ΔE behaves over the measured range: a sign counts where its interval excludes 0."""
     positive, negative = np.flatnonzero(lower > 0), np.flatnonzero(upper < 0)
-    if status == "crossing" or positive.size and negative.size and positive[0] < negative[-1]:
+    if status == "crossing" or (positive.size and negative.size and positive[0] < negative[-1]):
         return "positive_to_negative"
     if positive.size and negative.size:
         return "negative_to_positive"

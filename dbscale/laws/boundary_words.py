@@ -6,7 +6,12 @@ import numpy as np
 
 
 def explain(
-    status: str, direction: str, probability: float, root: float | None, measured: tuple[float, float], delta: np.ndarray
+    status: str,
+    direction: str,
+    probability: float,
+    root: float | None,
+    measured: tuple[float, float],
+    delta: np.ndarray,
 ) -> list[str]:
     """Sentences for the report. `delta` is the best curve of ΔE over the measured range."""
     low, high = measured
@@ -31,10 +36,19 @@ def explain(
 def _without_crossing(direction: str, delta: np.ndarray) -> list[str]:
     if direction == "always_positive":
         trend = "and does not shrink" if delta[-1] >= delta[0] else "though it shrinks towards the end"
-        return [f"ΔE stays positive {trend}: is the plain arm undertrained, or the range too short?" if delta[-1] < delta[0]
-                else f"ΔE stays positive {trend}: is the teacher undertrained at large D_p, or the plain arm trained too briefly?"]
+        return [
+            f"ΔE stays positive {trend}: is the plain arm undertrained, or the range too short?"
+            if delta[-1] < delta[0]
+            else f"ΔE stays positive {trend}: is the teacher undertrained at large D_p, or the plain arm too?"
+        ]
     if direction == "always_negative":
-        return ["ΔE is negative throughout: distilling never pays here; is the teacher too weak, or D_p already beyond the boundary?"]
+        return [
+            "ΔE is negative throughout: distilling never pays here; is the teacher too weak, or D_p beyond the boundary?"
+        ]
     if direction == "negative_to_positive":
-        return ["ΔE turns from negative to positive, the reverse of a boundary: is the teacher undertrained at small D_p?"]
-    return ["ΔE lies within its noise everywhere: more seeds or more test images are needed before any sign can be read."]
+        return [
+            "ΔE turns from negative to positive, the reverse of a boundary: is the teacher undertrained at small D_p?"
+        ]
+    return [
+        "ΔE lies within its noise everywhere: more seeds or more test images are needed before any sign can be read."
+    ]

@@ -1,4 +1,6 @@
-"""What a point of the grid costs in money: images, labels, training, and the teacher, in the four cases of 2502.08606."""
+"""What a point of the grid costs in money: images, labels, training, and the teacher, in the four cases of
+2502.08606.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,14 @@ class Prices:
     def __post_init__(self) -> None:
         if self.teacher_case not in TEACHER_CASES:
             raise LawError(f"teacher_case {self.teacher_case!r}; {nearest(self.teacher_case, TEACHER_CASES)}")
-        for name in ("upstream_image", "downstream_label", "train_flop", "teacher_params", "upstream_epochs", "downstream_epochs"):
+        for name in (
+            "upstream_image",
+            "downstream_label",
+            "train_flop",
+            "teacher_params",
+            "upstream_epochs",
+            "downstream_epochs",
+        ):
             if not getattr(self, name) >= 0:
                 raise LawError(f"Prices.{name} must not be negative, got {getattr(self, name)!r}")
 
@@ -48,8 +57,14 @@ class Prices:
 
     def downstream_step(self, num_params: np.ndarray | float) -> np.ndarray | float:
         """Money per downstream sample: its label and the finetuning on it."""
-        return self.downstream_label + self.train_flop * self.tokens_per_image * self.downstream_epochs * TRAIN_FLOPS * num_params
+        return (
+            self.downstream_label
+            + self.train_flop * self.tokens_per_image * self.downstream_epochs * TRAIN_FLOPS * num_params
+        )
 
     def total(self, arm: str, upstream_samples, num_params, downstream_samples):
         """Money for one study point."""
-        return self.upstream_step(arm, num_params) * upstream_samples + self.downstream_step(num_params) * downstream_samples
+        return (
+            self.upstream_step(arm, num_params) * upstream_samples
+            + self.downstream_step(num_params) * downstream_samples
+        )

@@ -12,34 +12,37 @@ WEAK_RELATIVE_ERROR = 1.0
 
 
 def theta_covariance(problem: Problem, theta: np.ndarray, weights: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """[p, p] covariance of an M-estimate, zero outside `free`: E[ψ²]/E[ψ′]² · (Σ w J Jᵀ)⁻¹, with n − p in place of n.
+    """[p, p] covariance of the estimate, zero outside `free`.
 
-    For least squares this is s²(JᵀWJ)⁻¹. For Huber with δ below the noise, E[ψ′] is the residuals' density at 0, which is
-    counted in a window of half their spread, as δ itself holds too few points.
+    Least squares: s²(JᵀWJ)⁻¹. Huber: the sandwich B⁻¹(Σ w²ψ²JJᵀ)B⁻¹·n/(n − p), whose bread B = Σ wψ′JJᵀ counts
+    residuals in a window of the residuals' own spread (Powell's estimate), as δ itself usually holds too few of them.
     """
     residual, jacobian = (a[0] for a in problem.residual_jacobian(theta[None]))
     w = weights / weights.mean()
-    num_free = int(free.sum())
-    spare = max(int(np.sum(w > 0)) - num_free, 1)
-    score = float(np.sum(w * problem.loss.psi(residual) ** 2)) / spare
-    bread = (jacobian * w)[free] @ jacobian[free].T
+    slopes, spare = jacobian[free], max(int(np.sum(w > 0)) - int(free.sum()), 1)
     covariance = np.zeros((len(theta), len(theta)))
-    covariance[np.ix_(free, free)] = np.linalg.pinv(bread, rcond=1e-14, hermitian=True) * score / mean_curvature(problem, residual, w) ** 2
+    if problem.loss.kind == "least_squares":
+        inner = np.linalg.pinv((slopes * w) @ slopes.T, rcond=1e-14, hermitian=True) * float(w @ residual**2) / spare
+    else:
+        bread = np.linalg.pinv(
+            (slopes * (w * smooth_curvature(problem, residual))) @ slopes.T, rcond=1e-14, hermitian=True
+        )
+        meat = (slopes * (w * problem.loss.psi(residual)) ** 2) @ slopes.T
+        inner = bread @ meat @ bread * len(w) / spare
+    covariance[np.ix_(free, free)] = inner
     return covariance
 
 
-def mean_curvature(problem: Problem, residual: np.ndarray, weights: np.ndarray) -> float:
-    """E[ψ′], smoothed over half the residuals' spread when Huber's δ is narrower than that."""
-    if problem.loss.kind == "least_squares":
-        return 1.0
-    spread = 0.5 * 1.4826 * float(np.median(np.abs(residual)))
-    window = max(problem.loss.delta, spread)
-    share = float(np.average(np.abs(residual) <= window, weights=weights))
-    return max(share * problem.loss.delta / window, 1e-6)
+def smooth_curvature(problem: Problem, residual: np.ndarray) -> np.ndarray:
+    """ψ′ [n] with Huber's corner widened to the residuals' spread."""
+    window = max(problem.loss.delta, 1.4826 * float(np.median(np.abs(residual))))
+    return (np.abs(residual) <= window) * problem.loss.delta / window
 
 
 def weak_params(form: Form, covariance: np.ndarray, free: np.ndarray) -> list[str]:
     """Words for amplitudes known to no better than a factor e, and a note when none is known at all."""
     sizes = np.sqrt(np.maximum(np.diag(covariance), 0.0))
-    weak = [p.name for p, s, f in zip(form.params, sizes, free, strict=True) if f and p.kind == "log" and s > WEAK_LOG_ERROR]
+    weak = [
+        p.name for p, s, f in zip(form.params, sizes, free, strict=True) if f and p.kind == "log" and s > WEAK_LOG_ERROR
+    ]
     return [f"weakly identified (uncertain by more than a factor e): {', '.join(weak)}"] if weak else []

@@ -1,7 +1,8 @@
 """Curves of ΔE against log D_p from paired measurements, free of any law.
 
-A Gaussian process (constant, slope and smooth bend in log D_p; noise from the given standard errors plus a scatter between
-seeds that is inferred) with its hyperparameters averaged over their posterior, or an isotonic fit under a bootstrap.
+A Gaussian process (constant, slope and smooth bend in log D_p; noise from the given standard errors plus a scatter
+between seeds that is inferred) with its hyperparameters averaged over their posterior, or an isotonic fit under a
+bootstrap.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import numpy as np
 
 from dbscale.laws.errors import LawError
 from dbscale.laws.form import as_numbers
+
+LENGTHS, BENDS, OFFSETS = (0.25, 0.5, 1.0), (0.1, 0.3, 1.0), (0.0, 0.5)
+"""Hyperparameters averaged over: bend's length in units of the measured log range, its size, seeds' shared share."""
+NODES = 20
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,18 @@ class PairedDelta:
     delta: np.ndarray
     """[n] difference of error rates."""
     stderr: np.ndarray | None = None
-    """[n] standard error of each difference from the finite test set (paired: from the samples on which the arms differ)."""
+    """[n] standard error of each difference from the finite test set (paired: from the samples on which the arms
+    differ).
+    """
     seeds: np.ndarray | None = None
     """[n] labels; rows of one seed may share an offset."""
 
     def __post_init__(self) -> None:
         d_p, delta = as_numbers("upstream_samples", self.upstream_samples), as_numbers("delta", self.delta)
         stderr = np.zeros(len(delta)) if self.stderr is None else as_numbers("stderr", self.stderr)
-        seeds = np.arange(len(delta)) if self.seeds is None else np.unique(np.asarray(self.seeds), return_inverse=True)[1]
+        seeds = (
+            np.arange(len(delta)) if self.seeds is None else np.unique(np.asarray(self.seeds), return_inverse=True)[1]
+        )
         if not len(d_p) == len(delta) == len(stderr) == len(seeds):
             raise LawError("PairedDelta: upstream_samples, delta, stderr and seeds must have equal lengths")
         if not (np.isfinite(delta).all() and np.isfinite(d_p).all() and np.isfinite(stderr).all()):
@@ -58,22 +67,30 @@ class PairedDelta:
 
 
 def gaussian_process_curves(pairs: PairedDelta, *, num_draws: int, grid: np.ndarray, seed: int) -> DeltaCurves:
-    """Posterior draws of ΔE on `grid`, hyperparameters included."""
+    """Posterior draws of ΔE on `grid`, hyperparameters (bend, its length, scatter between seeds, seeds' offsets)
+    included.
+    """
     low, high = np.log(pairs.measured_range)
     t, t_grid = (np.log(pairs.upstream_samples) - low) / (high - low), (np.log(grid) - low) / (high - low)
     level = max(float(np.sqrt(np.mean(pairs.delta**2))), 1e-12)
-    posteriors, scores = [], []
-    for hyper in itertools.product((0.25, 0.5, 1.0), (0.1, 0.3, 1.0), scatter_levels(pairs)):
-        score, mean, covariance = _posterior(pairs, t, t_grid, level, *hyper)
-        posteriors.append((mean, covariance))
-        scores.append(score)
-    share = np.exp(np.array(scores) - max(scores))
+    weights = [
+        _posterior(pairs, level * _features(t, t_grid, length, bend), scatter, offset)
+        for length, bend, scatter, offset in itertools.product(LENGTHS, BENDS, scatter_levels(pairs), OFFSETS)
+    ]
+    bases = [level * _features(t_grid, t_grid, length, bend) for length in LENGTHS for bend in BENDS]
+    scores = np.array([score for score, _, _ in weights])
+    share = np.exp(scores - scores.max())
     share /= share.sum()
-    counts = np.random.default_rng(seed).multinomial(num_draws, share)
-    rng = np.random.default_rng([seed, 1])
-    drawn = [_draw(mean, cov, k, rng) for (mean, cov), k in zip(posteriors, counts, strict=True) if k]
-    best = np.einsum("h,hn->n", share, np.array([m for m, _ in posteriors]))
-    return DeltaCurves(grid, best, np.concatenate(drawn))
+    per_basis = len(weights) // len(bases)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(num_draws, share)
+    drawn = [
+        (mean + rng.standard_normal((count, len(mean))) @ root.T) @ bases[k // per_basis].T
+        for k, (count, (_, mean, root)) in enumerate(zip(counts, weights, strict=True))
+        if count
+    ]
+    best = sum(s * bases[k // per_basis] @ mean for k, (s, (_, mean, _)) in enumerate(zip(share, weights, strict=True)))
+    return DeltaCurves(grid, np.asarray(best), np.concatenate(drawn))
 
 
 def scatter_levels(pairs: PairedDelta) -> tuple[float, ...]:
@@ -88,27 +105,41 @@ def scatter_levels(pairs: PairedDelta) -> tuple[float, ...]:
     return tuple(float(pooled * f) for f in (0.25, 0.5, 0.75, 1.0, 1.4, 2.0))
 
 
-def _kernel(a: np.ndarray, b: np.ndarray, level: float, length: float, bend: float) -> np.ndarray:
-    """Constant + slope + smooth bend, in units of the data's level."""
-    gap = a[:, None] - b[None, :]
-    return level**2 * (4.0 + 4.0 * np.outer(a - 0.5, b - 0.5) + bend**2 * np.exp(-0.5 * (gap / length) ** 2))
+def _features(t: np.ndarray, span: np.ndarray, length: float, bend: float) -> np.ndarray:
+    """Columns whose standard-normal weights give constant + slope + smooth bend [len(t), 2 + NODES] (Nyström, unit
+    level).
+    """
+    nodes = np.linspace(min(span.min(), t.min()), max(span.max(), t.max()), NODES)
+
+    def kernel(a: np.ndarray) -> np.ndarray:
+        return np.exp(-0.5 * ((a[:, None] - nodes[None, :]) / length) ** 2)
+
+    values, vectors = np.linalg.eigh(kernel(nodes))
+    kept = values > 1e-8 * values.max()
+    smooth = kernel(t) @ vectors[:, kept] / np.sqrt(values[kept])
+    return np.column_stack([np.full(len(t), 2.0), 2.0 * (t - 0.5), bend * smooth])
 
 
 def _posterior(
-    pairs: PairedDelta, t: np.ndarray, t_grid: np.ndarray, level: float, length: float, bend: float, scatter: float
+    pairs: PairedDelta, features: np.ndarray, scatter: float, offset: float
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Log marginal likelihood, posterior mean [n] and covariance [n, n] on the grid."""
-    noise = np.diag(pairs.stderr**2 + scatter**2)
-    root = np.linalg.cholesky(_kernel(t, t, level, length, bend) + noise + 1e-12 * level**2 * np.eye(len(t)))
-    across = np.linalg.solve(root, _kernel(t, t_grid, level, length, bend))
-    white = np.linalg.solve(root, pairs.delta)
-    score = -0.5 * float(white @ white) - float(np.log(np.diag(root)).sum())
-    return score, across.T @ white, _kernel(t_grid, t_grid, level, length, bend) - across.T @ across
+    """Log marginal likelihood, posterior mean [q] and a root of the covariance [q, q] of the features' weights.
 
-
-def _draw(mean: np.ndarray, covariance: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    values, vectors = np.linalg.eigh(covariance)
-    return mean + rng.standard_normal((count, len(mean))) @ (vectors * np.sqrt(np.maximum(values, 0.0))).T
+    `offset` is the share of the scatter's variance that all rows of one seed have in common.
+    """
+    same_seed = pairs.seeds[:, None] == pairs.seeds[None, :]
+    noise = np.diag(pairs.stderr**2 + (1 - offset) * scatter**2) + offset * scatter**2 * same_seed
+    root = np.linalg.cholesky(noise + 1e-18 * np.eye(len(noise)))
+    white = np.linalg.solve(root, np.column_stack([features, pairs.delta]))
+    design, target = white[:, :-1], white[:, -1]
+    precision = np.eye(features.shape[1]) + design.T @ design
+    factor = np.linalg.cholesky(precision)
+    half = np.linalg.solve(factor, design.T @ target)
+    score = -0.5 * float(target @ target - half @ half) - float(
+        np.log(np.diag(factor)).sum() + np.log(np.diag(root)).sum()
+    )
+    inverse = np.linalg.inv(factor)
+    return score, inverse.T @ half, inverse.T
 
 
 def isotonic_curves(pairs: PairedDelta, *, num_draws: int, grid: np.ndarray, seed: int) -> DeltaCurves:

@@ -38,17 +38,20 @@ def fit_law(
     Weights are relative: `weights.py` makes them from test-set sizes and seeds. Deterministic for a given seed.
     Raises LawError for tables, names or options that cannot be fitted, NotEnoughData for too few distinct points.
     """
-    law_loss = make_loss(loss)
-    table = make_table(_restricted(find_form(form), x), x, y, weights, log_loss=law_loss.is_log)
-    search = Search(table, law_loss, dict(bounds or {}), dict(fixed or {}), seed)
-    check_names(table.form, search.bounds, search.fixed)
-    num_free = len(table.form.params) - len(search.fixed)
-    if table.num_distinct < num_free:
+    return fit_in(
+        Search.make(find_form(form), x, y, weights, make_loss(loss), dict(bounds or {}), dict(fixed or {}), seed)
+    )
+
+
+def fit_in(search: Search) -> LawFit:
+    """Run a search to its end; contained laws that it has already found are not searched for again."""
+    num_free = len(search.table.form.params) - len(search.fixed)
+    if search.table.num_distinct < num_free:
         raise NotEnoughData(
-            f"{table.form.name} has {num_free} free parameters, the table {table.num_distinct} distinct points: "
-            "fix parameters, or use a smaller law"
+            f"{search.table.form.name} has {num_free} free parameters, "
+            f"the table {search.table.num_distinct} distinct points: fix parameters, or use a smaller law"
         )
-    return finish(search, search.run(table.form))
+    return finish(search, search.run(search.table.form))
 
 
 def _restricted(form: Form, x: object) -> Form:
@@ -69,7 +72,7 @@ def check_names(form: Form, bounds: Bounds, fixed: Mapping[str, float]) -> None:
             raise LawError(f"bounds of {name!r}: {low} is above {high}")
     for p in form.params:
         value = fixed.get(p.name)
-        if value is not None and (not np.isfinite(value) or p.kind == "log" and value < 0):
+        if value is not None and (not np.isfinite(value) or (p.kind == "log" and value < 0)):
             raise LawError(f"fixed {p.name!r} = {value!r} is outside its domain")
 
 
@@ -84,9 +87,29 @@ class Search:
     seed: int
     found: dict[str, tuple[Problem, Minima]] = field(default_factory=dict)
 
+    @classmethod
+    def make(
+        cls,
+        form: Form,
+        x,
+        y,
+        weights,
+        loss: Loss,
+        bounds: Bounds,
+        fixed: Mapping[str, float],
+        seed: int,
+        found: dict | None = None,
+    ) -> Search:
+        """Check the table and the options."""
+        table = make_table(_restricted(form, x), x, y, weights, log_loss=loss.is_log)
+        check_names(table.form, bounds, fixed)
+        return cls(table, loss, bounds, fixed, seed, {} if found is None else found)
+
     def units(self, form: Form) -> dict[str, float]:
         """Geometric means; 1 where a bounded or fixed amplitude would no longer be a box in scaled coordinates."""
-        pinned = {rule.variable for rule in form.scaling if rule.amplitude in self.bounds or rule.amplitude in self.fixed}
+        pinned = {
+            rule.variable for rule in form.scaling if rule.amplitude in self.bounds or rule.amplitude in self.fixed
+        }
         shared = {v.name: v.unit_of or v.name for v in form.variables}
         pinned = {shared[name] for name in pinned}
         means = {name: float(np.exp(np.mean(np.log(c)))) for name, c in self.table.x.items()}
@@ -180,7 +203,9 @@ def finish(search: Search, solved: tuple[Problem, Minima]) -> LawFit:
 def _doubts(table: Table, form: Form, minima: Minima) -> list[str]:
     notes = []
     if table.num_distinct <= len(form.params) + 1:
-        notes.append(f"{table.num_distinct} distinct points for {len(form.params)} parameters: the fit all but interpolates")
+        notes.append(
+            f"{table.num_distinct} distinct points for {len(form.params)} parameters: the fit all but interpolates"
+        )
     if not minima.converged[0]:
         notes.append("the optimiser stopped before it converged")
     return notes

@@ -1,8 +1,8 @@
 """What a law's form is: its equation as a pure function, its parameters, their scaling, and the laws it contains.
 
-The optimiser works in *coordinates*: logarithms of amplitudes and the plain values of exponents, over variables divided
-by their geometric mean. A form states how amplitudes move when a variable's unit changes (`scaling`); nothing else about
-the optimiser is known here. Fitting is left to `fit`, the list of forms to `forms`.
+The optimiser works in *coordinates*: logarithms of amplitudes and the plain values of exponents, over variables
+divided by their geometric mean. A form states how amplitudes move when a variable's unit changes (`scaling`); nothing
+else about the optimiser is known here. Fitting is left to `fit`, the list of forms to `forms`.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Contains:
 class Form:
     """A functional form.
 
-    `value(x, p)` is the equation: columns of shape [n] (or broadcastable) and parameters of shape [..., 1] give y of shape
-    [..., n]; it must accept complex parameters, from which Jacobians follow. `gradient(x, p)` may give the same derivatives
-    by hand, y and one ∂y/∂parameter per name, where speed matters; a test holds the two together.
+    `value(x, p)` is the equation: columns of shape [n] (or broadcastable) and parameters of shape [..., 1] give y of
+    shape [..., n]; it must accept complex parameters, from which Jacobians follow. `gradient(x, p)` may give the same
+    derivatives by hand, y and one ∂y/∂parameter per name, where speed matters; a test holds the two together.
     """
 
     name: str
@@ -146,7 +146,9 @@ class Form:
         return np.stack(np.broadcast_arrays(*steps), axis=-2)
 
     def unscaling(self, units: Mapping[str, float]) -> np.ndarray:
-        """Matrix [p, p + 1]: coordinates for scaled variables to coordinates for the table's units (last column: shift)."""
+        """Matrix [p, p + 1]: coordinates for scaled variables to coordinates for the table's units (last column:
+        shift).
+        """
         place = {p.name: k for k, p in enumerate(self.params)}
         matrix = np.eye(len(self.params), len(self.params) + 1)
         for rule in self.scaling:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dbscale.laws.errors import LawError, nearest
 from dbscale.laws.form import Form
 from dbscale.laws.forms_curves import BNSL, LOG_LAW, M4, RECTIFIED, SATURATING
-from dbscale.laws.forms_power import CHINCHILLA, EFFECTIVE_DATA, POWER, POWER_PLUS, TRANSFER_GAP, additive_form, product_form
+from dbscale.laws.forms_power import (
+    CHINCHILLA,
+    EFFECTIVE_DATA,
+    POWER,
+    POWER_PLUS,
+    TRANSFER_GAP,
+    additive_form,
+    product_form,
+)
 from dbscale.laws.forms_scaling import APPLE_DISTILLATION, APPLE_SUPERVISED, DATA_CONSTRAINED
 
 FORMS: dict[str, Form] = {
@@ -31,7 +39,9 @@ FORMS: dict[str, Form] = {
 
 
 def find_form(form: str | Form, variables: tuple[str, ...] | None = None) -> Form:
-    """A form by name (or as it is), over fewer variables where it allows that. Raises LawError with the nearest name."""
+    """A form by name (or as it is), over fewer variables where it allows that. Raises LawError with the nearest
+    name.
+    """
     if not isinstance(form, Form):
         if form not in FORMS:
             raise LawError(f"unknown law {form!r}; {nearest(str(form), FORMS)}")

@@ -82,7 +82,9 @@ def m4_parts(x: Columns, p: Values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def m4_value(x: Columns, p: Values) -> np.ndarray:
-    """ε from (ε − E)/(E0 − ε)^a = b·x^c. At a = 0 this is E + b·x^c, whatever E0. A Newton step carries complex parts."""
+    """ε from (ε − E)/(E0 − ε)^a = b·x^c. At a = 0 this is E + b·x^c, whatever E0. A Newton step carries complex
+    parts.
+    """
     above, below = m4_parts(x, p)
     if not any(np.iscomplexobj(v) for v in p.values()):
         return p["E"] + above
@@ -172,7 +174,9 @@ BNSL = Form(
     scaling=(Scaling("b", "x", "c0", 1.0), Scaling("d1", "x", None, 1.0)),
     contains=(
         Contains("power_plus", lambda p: {"a": p["E"], "b": p["b"], "c0": -p["c"], "c1": 0.0, "d1": 1.0, "f1": 0.5}),
-        Contains("saturating", lambda p: {"a": 0.0, "b": p["b"], "c0": p["c"], "c1": -p["c"], "d1": 1 / p["g"], "f1": 1.0}),
+        Contains(
+            "saturating", lambda p: {"a": 0.0, "b": p["b"], "c0": p["c"], "c1": -p["c"], "d1": 1 / p["g"], "f1": 1.0}
+        ),
         Contains("rectified", rectified_as_bnsl),
     ),
     domain="x > 0; one break",

@@ -132,7 +132,9 @@ TRANSFER_GAP = power_sum(
     offset="E_inf",
     source="Barnett 2408.16947; without E_inf Mikami et al. 2108.11018",
     contains=(
-        Contains("product", lambda p: {"E_inf": p["E_inf"], "A": p["K"], "G": 0.0, "alpha": p["alpha"], "beta": p["gamma"]}),
+        Contains(
+            "product", lambda p: {"E_inf": p["E_inf"], "A": p["K"], "G": 0.0, "alpha": p["alpha"], "beta": p["gamma"]}
+        ),
     ),
 )
 

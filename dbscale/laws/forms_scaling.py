@@ -41,12 +41,12 @@ DATA_CONSTRAINED = Form(
         Param("B", "log", (0.02, 1.5), unit="y_mid"),
         Param("alpha", "linear", EXPONENT_START, 1e-3, 10.0),
         Param("beta", "linear", EXPONENT_START, 1e-3, 10.0),
-        Param("R_D", "log", (1.0, 100.0), 1e-3, 1e12),
-        Param("R_N", "log", (1.0, 100.0), 1e-3, 1e12),
+        Param("R_D", "log", (1.0, 100.0), 1e-3),
+        Param("R_N", "log", (1.0, 100.0), 1e-3),
     ),
     value=data_constrained_value,
     scaling=(Scaling("A", "num_params", "alpha", 1.0), Scaling("B", "num_samples", "beta", 1.0)),
-    contains=(Contains("chinchilla", lambda p: {**p, "R_D": 1e12, "R_N": 1e12}),),
+    contains=(Contains("chinchilla", lambda p: {**p, "R_D": 1e20, "R_N": 1e20}),),
     domain="num_samples >= unique_samples > 0",
     source="Muennighoff et al. 2305.16264",
 )
@@ -54,7 +54,9 @@ DATA_CONSTRAINED = Form(
 
 def apple_supervised_value(x: Columns, p: Values) -> np.ndarray:
     """E + (A/N^α + B/D^β)^γ."""
-    inner = p["A"] * np.exp(-p["alpha"] * np.log(x["num_params"])) + p["B"] * np.exp(-p["beta"] * np.log(x["num_samples"]))
+    inner = p["A"] * np.exp(-p["alpha"] * np.log(x["num_params"])) + p["B"] * np.exp(
+        -p["beta"] * np.log(x["num_samples"])
+    )
     return p["E"] + np.exp(p["gamma"] * np.log(inner))
 
 
@@ -84,7 +86,9 @@ def apple_distillation_value(x: Columns, p: Values) -> np.ndarray:
     t = (teacher - np.log(x["supervised_loss"]) - np.log(p["d1"])) / p["f1"]
     above = np.real(t) > 0
     bend = np.where(above, t, 0) + np.log1p(np.exp(np.where(above, -t, t)))
-    inner = p["A"] * np.exp(-p["alpha"] * np.log(x["num_params"])) + p["B"] * np.exp(-p["beta"] * np.log(x["num_samples"]))
+    inner = p["A"] * np.exp(-p["alpha"] * np.log(x["num_params"])) + p["B"] * np.exp(
+        -p["beta"] * np.log(x["num_samples"])
+    )
     return x["teacher_loss"] + np.exp(-p["c0"] * teacher - p["c1"] * p["f1"] * bend + p["gamma"] * np.log(inner))
 
 
@@ -110,6 +114,6 @@ APPLE_DISTILLATION = Form(
     ),
     value=apple_distillation_value,
     scaling=(Scaling("A", "num_params", "alpha", 1.0), Scaling("B", "num_samples", "beta", 1.0)),
-    domain="losses, student loss above the teacher's; supervised_loss is what apple_supervised predicts for the same N and D",
+    domain="student loss above the teacher's; supervised_loss: what apple_supervised predicts for the same N and D",
     source="Busbridge et al. 2502.08606; c1 is weakly identified",
 )

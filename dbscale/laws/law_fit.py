@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from dbscale.laws.errors import LawError
 from dbscale.laws.form import Form
+from dbscale.laws.forms import find_form
 from dbscale.laws.losses import Loss
+from dbscale.laws.prediction import calibration_of, mean_interval, prediction_interval
+from dbscale.laws.quantiles import student_quantile
 
 SCHEMA = "dbscale.laws/law_fit/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LawFit:
     """One law fitted to one table. Made by `fit_law`; holds its table, so that it can be resampled and calibrated."""
 
@@ -43,8 +46,6 @@ class LawFit:
     at_bound: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     seed: int = 0
-    calibration: Mapping[str, object] | None = field(default=None, compare=False)
-    """Held-out errors from `calibrate`, which prediction intervals use."""
 
     @property
     def name(self) -> str:
@@ -114,31 +115,53 @@ class LawFit:
         y = self.predict(self.x)
         return np.log(y) - np.log(self.y) if self.loss.is_log else y - self.y
 
-    def interval(self, x: Mapping[str, object] | object, level: float = 0.9, *, kind: str = "prediction") -> tuple[np.ndarray, np.ndarray]:
+    def interval(
+        self, x: Mapping[str, object] | object, level: float = 0.9, *, kind: str = "prediction"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bound of y at `x`: `prediction` for a new measurement, `mean` for the law's curve itself."""
-        from dbscale.laws.prediction import mean_interval, prediction_interval
-
         if not 0 < level < 1:
             raise LawError(f"level must lie between 0 and 1, got {level}")
         if kind not in ("prediction", "mean"):
             raise LawError(f"kind {kind!r}: use 'prediction' or 'mean'")
         return (prediction_interval if kind == "prediction" else mean_interval)(self, x, level)
 
+    def parameter_interval(self, level: float = 0.9) -> dict[str, tuple[float, float]]:
+        """Student-t interval of each parameter, symmetric in the coordinates (so amplitudes stay positive).
+
+        Fixed parameters and those at a bound have an interval of no width; see `profile_interval` for a check that does
+        not rely on the curvature at the optimum.
+        """
+        reach = student_quantile(level, self.num_points - self.num_free)
+        matrix = self.form.unscaling(self.units)
+        middle = self.theta @ matrix[:, :-1].T + matrix[:, -1]
+        half = reach * np.sqrt(np.maximum(np.diag(matrix[:, :-1] @ self.theta_covariance @ matrix[:, :-1].T), 0.0))
+        with np.errstate(over="ignore"):
+            ends = [np.where(self.form.is_log, np.exp(middle + s * half), middle + s * half) for s in (-1, 1)]
+        return {n: (float(a), float(b)) for n, a, b in zip(self.form.param_names, *ends, strict=True)}
+
     def report(self) -> str:
         """A page of text: the equation, parameters with errors, quality, and every warning."""
         rms = float(np.sqrt(np.average(self.residuals**2, weights=self.weights)))
         lines = [f"{self.name}: {self.form.equation}   ({self.form.source})"]
         for name, value in self.params.items():
-            note = "fixed" if name in self.fixed else "at its bound" if name in self.at_bound else f"± {self.stderr[name]:.3g}"
+            note = (
+                "fixed"
+                if name in self.fixed
+                else "at its bound"
+                if name in self.at_bound
+                else f"± {self.stderr[name]:.3g}"
+            )
             lines.append(f"  {name:10s} {value:12.6g}  {note}")
         lines.append(
-            f"  {self.num_points} points, objective {self.objective:.8g} ({self.loss.kind} on {self.loss.space} residuals), "
-            f"rms residual {rms:.4g}; {self.num_starts_reached} of {self.num_starts} starts reached it"
+            f"  {self.num_points} points, objective {self.objective:.8g} "
+            f"({self.loss.kind} on {self.loss.space} residuals), rms residual {rms:.4g}; {self.num_starts_reached} of {self.num_starts} starts reached it"
         )
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
 
-    def to_dict(self) -> dict:
-        """JSON-ready; see docs of the schema in `from_dict`. nan becomes null."""
+    def to_dict(self, *, calibrate: bool = False) -> dict:
+        """JSON-ready; nan becomes null. `calibrate` adds how prediction intervals were calibrated and what they
+        covered.
+        """
         return {
             "schema": SCHEMA,
             "form": self.name,
@@ -168,7 +191,7 @@ class LawFit:
                 "y": self.y.tolist(),
                 "weights": self.weights.tolist(),
             },
-            "calibration": dict(self.calibration) if self.calibration else None,
+            "calibration": calibration_of(self).to_dict() if calibrate else None,
         }
 
     def to_json(self) -> str:
@@ -177,8 +200,6 @@ class LawFit:
     @classmethod
     def from_dict(cls, data: Mapping) -> LawFit:
         """The fit back from `to_dict`; refuses other schemas and unknown forms."""
-        from dbscale.laws.forms import find_form
-
         if data.get("schema") != SCHEMA:
             raise LawError(f"not a law fit: schema {data.get('schema')!r}, expected {SCHEMA!r}")
         scaled, table, starts = data["scaled"], data["table"], data["starts"]
@@ -200,7 +221,6 @@ class LawFit:
             at_bound=tuple(data["at_bound"]),
             warnings=tuple(data["warnings"]),
             seed=data["seed"],
-            calibration=data["calibration"],
         )
 
     @classmethod

@@ -1,7 +1,7 @@
 """Resample a table and refit the law, all resamples at once.
 
-Rows are resampled within a hierarchy: first clusters (such as cells), then seeds within them, then rows. Two fits with the
-same clusters and seed of the generator draw the same ones, which is what pairs the arms.
+Rows are resampled within a hierarchy: first clusters (such as cells), then seeds within them, then rows. Two fits
+with the same clusters and seed of the generator draw the same ones, which is what pairs the arms.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Bootstrap:
 
 
 def bootstrap(fit: LawFit, *, num_resamples: int = 1000, clusters: object = None, seed: int = 0) -> Bootstrap:
-    """Refit `fit` to `num_resamples` resampled tables. `clusters` [n] labels rows that are drawn together (default: rows)."""
+    """Refit `fit` to `num_resamples` resampled tables. `clusters` [n] labels rows that are drawn together (default:
+    rows).
+    """
     counts = resample_counts(fit.num_points if clusters is None else clusters, num_resamples, seed)
     if counts.shape[1] != fit.num_points:
         raise LawError(f"clusters has {counts.shape[1]} labels, the fit {fit.num_points} rows")

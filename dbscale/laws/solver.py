@@ -64,7 +64,9 @@ class Minima:
 
 @dataclass
 class State:
-    """The problems still running: coordinates [S, p], residual [S, n], Jacobian [S, p, n], weights [S, n], objective [S]."""
+    """The problems still running: coordinates [S, p], residual [S, n], Jacobian [S, p, n], weights [S, n], objective
+    [S].
+    """
 
     theta: np.ndarray
     residual: np.ndarray
@@ -86,6 +88,7 @@ class State:
             getattr(self, name)[rows] = getattr(other, name)[rows]
 
 
+@np.errstate(all="ignore")
 def newton_step(problem: Problem, state: State, damping: np.ndarray) -> np.ndarray:
     """The damped step [S, p] for coordinates inside the box; blocked coordinates stay."""
     loss, weights, theta, residual, jacobian = problem.loss, state.weights, state.theta, state.residual, state.jacobian
@@ -99,7 +102,9 @@ def newton_step(problem: Problem, state: State, damping: np.ndarray) -> np.ndarr
     floor = 1e-9 * diagonal.max(axis=-1, keepdims=True) + 1e-300
     matrix = majorant
     if loss.kind != "least_squares":
-        matrix = (jacobian * (weights * loss.curvature(residual))[:, None, :]) @ transposed + damping[:, None, None] * majorant
+        matrix = (jacobian * (weights * loss.curvature(residual))[:, None, :]) @ transposed + damping[
+            :, None, None
+        ] * majorant
     ridge = damping[:, None] * np.maximum(diagonal, floor) + 1e-3 * floor
     matrix = matrix + np.eye(theta.shape[-1]) * ridge[:, None, :]
     step = finite(np.linalg.solve(matrix, -np.where(blocked, 0.0, gradient)[..., None])[..., 0])
@@ -107,7 +112,13 @@ def newton_step(problem: Problem, state: State, damping: np.ndarray) -> np.ndarr
     with np.errstate(all="ignore"):
         ahead = problem.residual(theta + probe * step) - residual
     bend = finite(2 / probe * (ahead / probe - (transposed @ step[..., None])[..., 0]))
-    push = -0.5 * (jacobian @ (weights * (loss.curvature(residual) + damping[:, None] * loss.majorant(residual)) * bend)[..., None])[..., 0]
+    push = (
+        -0.5
+        * (
+            jacobian
+            @ (weights * (loss.curvature(residual) + damping[:, None] * loss.majorant(residual)) * bend)[..., None]
+        )[..., 0]
+    )
     second = finite(np.linalg.solve(matrix, push[..., None])[..., 0])
     scale = np.sqrt(np.maximum(diagonal, floor))
     fits = np.linalg.norm(second * scale, axis=-1) <= 0.5 * np.linalg.norm(step * scale, axis=-1)
@@ -118,6 +129,7 @@ def finite(a: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(a), a, 0.0)
 
 
+@np.errstate(all="ignore")
 def minimise(
     problem: Problem, theta: np.ndarray, weights: np.ndarray, *, max_steps: int = 300, tolerance: float = 1e-12
 ) -> Minima:

@@ -13,12 +13,14 @@ SCREENED_PER_PARAM = 48
 
 
 def spread_starts(form: Form, y: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` coordinates [count, p], stratified in each parameter (a Latin hypercube drawn from the seed and the name)."""
+    """`count` coordinates [count, p], stratified in each parameter (a Latin hypercube drawn from the seed and the
+    name).
+    """
     rng = np.random.default_rng([seed, zlib.crc32(form.name.encode())])
     level = {"": 1.0, "y_low": y.min(), "y_mid": float(np.median(y)), "y_high": y.max()}
     theta = np.empty((count, len(form.params)))
     for k, p in enumerate(form.params):
-        low, high = (np.log(np.maximum(p.start, 1e-300)) if p.kind == "log" else np.array(p.start, dtype=float))
+        low, high = np.log(np.maximum(p.start, 1e-300)) if p.kind == "log" else np.array(p.start, dtype=float)
         u = (rng.permutation(count) + rng.random(count)) / count
         theta[:, k] = low + (high - low) * u
         scale = max(level[p.unit], 1e-300)

@@ -14,6 +14,8 @@ from dbscale.laws.errors import LawError
 from dbscale.laws.form import Form, as_numbers
 
 COLLINEAR = 0.97
+HUGE = 1e100
+"""Beyond this, or below its inverse, a column is refused: its unit is wrong, or it is no measurement."""
 
 
 @dataclass(frozen=True)
@@ -60,27 +62,36 @@ def _check_lengths(columns: Mapping[str, np.ndarray], y: np.ndarray) -> None:
 
 
 def _check_values(name: str, column: np.ndarray, *, positive: bool) -> None:
-    for wrong, what, fix in (
-        (~np.isfinite(column), "not a finite number", "drop those rows or repair them"),
-        (column <= 0 if positive else np.zeros(len(column), bool), "not above 0", "a power law has no value there; keep those rows (such as 'from scratch') apart"),
-    ):
-        rows = np.flatnonzero(wrong)
-        if rows.size:
-            shown = ", ".join(str(r) for r in rows[:5]) + (" …" if rows.size > 5 else "")
-            raise LawError(f"{name}: {rows.size} value(s) {what} (rows {shown}: {column[rows[0]]!r}); {fix}")
+    """Refuse values that no law can take, naming the rows."""
+    size = np.abs(column)
+    apart = "a power law has no value there; keep those rows (such as 'from scratch') apart"
+    _refuse(name, column, ~np.isfinite(column), "not a finite number", "drop those rows or repair them")
+    if positive:
+        _refuse(name, column, column <= 0, "not above 0", apart)
+    absurd = (size > HUGE) | (size < 1 / HUGE) & (size > 0)
+    _refuse(name, column, absurd, f"beyond {HUGE:g} or below its inverse", "change the column's unit")
+
+
+def _refuse(name: str, column: np.ndarray, wrong: np.ndarray, what: str, fix: str) -> None:
+    rows = np.flatnonzero(wrong)
+    if rows.size:
+        shown = ", ".join(str(r) for r in rows[:5]) + (" …" if rows.size > 5 else "")
+        raise LawError(f"{name}: {rows.size} value(s) {what} (rows {shown}: {float(column[rows[0]])!r}); {fix}")
 
 
 def _lift_zeros(y: np.ndarray, notes: list[str]) -> np.ndarray:
     """A measured error of 0 has no logarithm: it stands for 'below the smallest error seen'."""
     if np.any(y < 0):
         rows = np.flatnonzero(y < 0)
-        raise LawError(f"y: {rows.size} negative value(s) (row {rows[0]}: {y[rows[0]]!r}) under a log loss; use loss='least_squares'")
+        raise LawError(f"y: {rows.size} negative value(s) (row {rows[0]}: {y[rows[0]]!r}); use loss='least_squares'")
     if not np.any(y == 0):
         return y
     if not np.any(y > 0):
         raise LawError("y is 0 in every row: nothing to fit")
     floor = 0.5 * y[y > 0].min()
-    notes.append(f"{np.sum(y == 0)} row(s) with y = 0 were taken as {floor:.3g}, half the smallest y above 0 (log loss)")
+    notes.append(
+        f"{np.sum(y == 0)} row(s) with y = 0 were taken as {floor:.3g}, half the smallest y above 0 (log loss)"
+    )
     return np.where(y == 0, floor, y)
 
 
@@ -104,8 +115,12 @@ def _drop_constant(form: Form, columns: dict[str, np.ndarray], notes: list[str])
         name = constant[0]
         raise LawError(f"{name} has one distinct value ({columns[name][0]:g}); a law needs at least three or four")
     if form.restrict is None:
-        raise LawError(f"{form.name} needs {constant[0]} to vary; it has one distinct value ({columns[constant[0]][0]:g})")
-    notes.append(f"{', '.join(constant)} has one distinct value: its term was dropped, its effect is in the other constants")
+        raise LawError(
+            f"{form.name} needs {constant[0]} to vary; it has one distinct value ({columns[constant[0]][0]:g})"
+        )
+    notes.append(
+        f"{', '.join(constant)} has one distinct value: its term was dropped, its effect is in the other constants"
+    )
     kept = tuple(n for n in form.variable_names if n not in constant)
     return form.restrict(kept), {n: columns[n] for n in kept}
 
@@ -121,15 +136,26 @@ def _look(columns: dict[str, np.ndarray], y: np.ndarray) -> list[str]:
     rows = np.column_stack([*columns.values(), y])
     num_copies = len(rows) - len(np.unique(rows, axis=0))
     if num_copies:
-        notes.append(f"{num_copies} row(s) repeat another exactly; they count in the fit, not in the information criteria")
+        notes.append(
+            f"{num_copies} row(s) repeat another exactly; they count in the fit, not in the information criteria"
+        )
     names = list(columns)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            r = np.corrcoef(np.log(columns[a]), np.log(columns[b]))[0, 1]
+            r = _correlation(np.log(columns[a]), np.log(columns[b]))
             if abs(r) > COLLINEAR:
-                notes.append(f"{a} and {b} vary together (correlation of logs {r:.3f}): their terms cannot be told apart")
-    if len(names) == 1 and np.corrcoef(np.log(columns[names[0]]), y)[0, 1] > 0.5:
+                notes.append(
+                    f"{a} and {b} vary together (correlation of logs {r:.3f}): their terms cannot be told apart"
+                )
+    if len(names) == 1 and _correlation(np.log(columns[names[0]]), y) > 0.5:
         notes.append(f"y rises with {names[0]}: these laws are made for errors and losses that fall")
     if np.any(y == 1) and np.all(y <= 1):
         notes.append(f"{np.sum(y == 1)} row(s) with y = 1: at chance or ceiling, where power laws do not hold")
     return notes
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r; 0 where a column hardly varies."""
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size > 0 else 0.0

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dbscale.laws import Advice as LawAdvice
+from dbscale.laws import Bootstrap
 from dbscale.laws import advise as advise_from_laws
-from dbscale.report.arm_fits import LAWS, make_resamples
-from dbscale.report.fits import Options, choose, fit_candidate
+from dbscale.report.fits import Options, fit_laws
 from dbscale.report.table import RunTable, Setting, TableError
 from dbscale.study.strict import nearest
 
@@ -36,21 +36,30 @@ class Advice:
 
     def text(self) -> str:
         """The sentence and a small table, for a terminal."""
-        return f"{self.sentence}\n\n{self.from_laws.table()}\n{self.law} law; intervals hold {self.from_laws.level:.0%} of refits."
+        basis = f"{self.law} law; intervals hold {self.from_laws.level:.0%} of refits."
+        return f"{self.sentence}\n\n{self.from_laws.table()}\n{basis}"
 
 
 def advise(
     table: RunTable, upstream_samples: float, downstream_samples: float, num_params: float, *,
     dataset: str | None = None, wrong: Mapping[str, np.ndarray] | None = None, options: Options | None = None,
 ) -> tuple[Advice, ...]:  # fmt: skip
-    """One advice for every downstream set (or for `dataset`). Raises TableError where the table holds no pair of arms."""
+    """One advice for every downstream set (or for `dataset`). Raises TableError without both arms or for bad values."""
     settings = [setting for setting in table.settings if dataset in (None, setting.dataset)]
     if not settings:
         known = table.pretrained.values("dataset")
-        raise TableError(f"no runs on {dataset!r}; {nearest(str(dataset), known)}" if known else "the table has no runs with upstream data")
+        raise TableError(
+            f"no runs on {dataset!r}; {nearest(str(dataset), known)}"
+            if known
+            else "the table has no runs with upstream data"
+        )
     if "distilled" not in table.arms or "plain" not in table.arms:
         raise TableError(f"advice compares a plain and a distilled arm; the table has {', '.join(table.arms)} only")
-    point = {"upstream_samples": upstream_samples, "downstream_samples": downstream_samples, "num_params": num_params}
+    point = {
+        "upstream_samples": upstream_samples,
+        "downstream_samples": downstream_samples,
+        "num_params": num_params,
+    }
     for name, value in point.items():
         if not (np.isfinite(value) and value > 0):
             raise TableError(f"{name} is {value:g}; it must be above 0")
@@ -58,18 +67,26 @@ def advise(
 
 
 def _advice(
-    table: RunTable, setting: Setting, point: Mapping[str, float], wrong: dict[str, np.ndarray], options: Options
+    table: RunTable,
+    setting: Setting,
+    point: Mapping[str, float],
+    wrong: dict[str, np.ndarray],
+    options: Options,
 ) -> Advice:
     runs = table.pretrained.where(setting=setting)
-    chosen = choose(runs, [fit_candidate(law, runs, setting, options) for law in LAWS])
-    if chosen is None or set(chosen.arms) != {"plain", "distilled"}:
+    _, chosen = fit_laws(runs, setting, wrong, options)
+    if chosen is None or len(chosen.usable) < 2:
         raise TableError(f"no law fits both arms on {setting.label(table)}: `dbscale report` says why")
-    chosen = chosen.resampled(runs, make_resamples(runs, wrong, count=options.num_bootstraps, seed=options.seed), 1)
     student = None
     if None not in chosen.arms["plain"].fits:
         student = min(runs.students, key=lambda name: abs(np.log(runs.params(name) / point["num_params"])))
     fits = {arm: fit.of(student or runs.students[0]) for arm, fit in chosen.arms.items()}
-    return Advice(setting.label(table), chosen.law, student, advise_from_laws(fits, **point, level=options.level))
+    return Advice(setting.label(table), chosen.law, student, _ask(fits, point, options.level))
+
+
+def _ask(fits: Mapping[str, Bootstrap], point: Mapping[str, float], level: float) -> LawAdvice:
+    upstream, labels, params = (point[name] for name in ("upstream_samples", "downstream_samples", "num_params"))
+    return advise_from_laws(fits, upstream_samples=upstream, downstream_samples=labels, num_params=params, level=level)
 
 
 UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}

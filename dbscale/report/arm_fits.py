@@ -23,6 +23,12 @@ AXES = ("upstream_samples", "num_params", "downstream_samples")
 LOSS = Loss("huber", "log", 0.1)
 """Quadratic for the noise of seeds (about 10 %), linear for runs that went astray."""
 SMALLEST_ERROR = 1e-4
+SEED_NOISE = 0.05
+"""Spread of log error between seeds that weights assume, beside the test set's own noise."""
+EXPONENTS = (0.0, 2.0)
+"""Beyond 2 an exponent only says that a term vanished after its first value."""
+FEWEST_SIZES = 3
+GAP_AXES = ("upstream_samples", "downstream_samples")
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,17 @@ class ArmFit:
         """The same fits with refits to every bootstrap world."""
         groups = grouped(self.law, runs)
         return replace(
-            self, fits={key: Bootstrap(found.fit, _refits(found.fit, groups[key], resamples)) for key, found in self.fits.items()}
+            self,
+            fits={
+                key: Bootstrap(found.fit, _refits(found.fit, groups[key], resamples))
+                for key, found in self.fits.items()
+            },
         )
+
+    @property
+    def num_params(self) -> int:
+        """Free parameters of all its fits together."""
+        return sum(found.fit.num_free for found in self.fits.values())
 
     def predict_runs(self, runs: Sequence[Run]) -> np.ndarray:
         """Predicted error of each run, [n]; nan for students without a fit."""
@@ -95,7 +110,7 @@ def columns_of(runs: Sequence[Run]) -> dict[str, np.ndarray]:
 
 
 def make_resamples(table: RunTable, wrong: dict[str, np.ndarray], *, count: int, seed: int) -> Resamples:
-    """Bootstrap worlds of a setting's pretrained runs. `wrong` maps keys to per-sample mistakes [samples] (may be empty)."""
+    """Bootstrap worlds of a setting's pretrained runs. `wrong` maps keys to mistakes [samples], or is empty."""
     clusters = np.array([f"{run.student}|{run.upstream_samples}|{run.seed}" for run in table])
     counts = resample_counts(clusters, count, seed)
     return Resamples(table.runs, counts, _redrawn_errors(table, wrong, count, seed))
@@ -132,13 +147,37 @@ def fit_arm(law: str, setting: Setting, arm: str, runs: Sequence[Run], *, seed: 
 
 
 def _fit(law: str, runs: Sequence[Run], seed: int) -> LawFit:
-    if len({run.upstream_samples for run in runs}) < 3:
-        raise NotEnoughData("a law in upstream data needs at least 3 values of D_p")
+    if len({run.upstream_samples for run in runs}) < FEWEST_SIZES:
+        raise NotEnoughData(f"a law in upstream data needs at least {FEWEST_SIZES} values of D_p")
     columns = columns_of(runs)
     errors = np.array([run.error_rate for run in runs])
     if law == "transfer_gap":
         columns.pop("num_params")
-    return fit_law(law, columns, errors, loss=LOSS, seed=seed)
+    bounds = {name: EXPONENTS for name in exponents_of(law, [c for c in columns if len(set(columns[c])) > 1])}
+    return fit_law(law, columns, errors, weights=weights_of(runs), loss=LOSS, bounds=bounds, seed=seed)
+
+
+def exponents_of(law: str, varying: Sequence[str]) -> list[str]:
+    """Names of the exponents of the variables that vary."""
+    names = {"upstream_samples": "alpha", "num_params": "beta", "downstream_samples": "gamma"}
+    if law == "transfer_gap":
+        names = {"upstream_samples": "alpha", "downstream_samples": "beta"} if len(varying) == len(GAP_AXES) else {}
+    return [names[axis] for axis in varying if axis in names]
+
+
+def weights_of(runs: Sequence[Run]) -> np.ndarray:
+    """1 / variance of each log error: the test set's binomial noise plus the spread between seeds, mean 1.
+
+    Errors are averaged over seeds first, so that a lucky run does not weigh more than an unlucky one.
+    """
+    cells: dict[tuple[str, int, int], list[float]] = {}
+    places = [(run.student, run.upstream_samples, run.downstream_samples) for run in runs]
+    for place, run in zip(places, runs, strict=True):
+        cells.setdefault(place, []).append(run.error_rate)
+    error = np.array([max(float(np.mean(cells[place])), SMALLEST_ERROR) for place in places])
+    samples = np.array([float(run.num_test_samples or np.inf) for run in runs])
+    variance = SEED_NOISE**2 + (1 - np.minimum(error, 1 - SMALLEST_ERROR)) / (error * samples)
+    return (1 / variance) / np.mean(1 / variance)
 
 
 def _refits(fit: LawFit, runs: Sequence[Run], resamples: Resamples) -> np.ndarray:
@@ -147,9 +186,9 @@ def _refits(fit: LawFit, runs: Sequence[Run], resamples: Resamples) -> np.ndarra
     return refit(fit, counts * fit.weights, targets)
 
 
-def rmsd_log(predicted: np.ndarray, measured: np.ndarray) -> float | None:
-    """Root mean square of log(predicted / measured); None without points."""
+def rmsd_log(predicted: np.ndarray, measured: np.ndarray, weights: np.ndarray | None = None) -> float | None:
+    """Root (weighted) mean square of log(predicted / measured); None without points."""
     if len(measured) == 0:
         return None
     ratio = np.log(np.maximum(predicted, SMALLEST_ERROR)) - np.log(np.maximum(measured, SMALLEST_ERROR))
-    return float(np.sqrt(np.mean(ratio**2))) if np.isfinite(ratio).all() else None
+    return float(np.sqrt(np.average(ratio**2, weights=weights))) if np.isfinite(ratio).all() else None

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dbscale.laws import find_boundary
 from dbscale.laws.boundary import Boundary, read_boundary
 from dbscale.laws.delta_curve import DeltaCurves, PairedDelta
-from dbscale.laws.errors import LawError
-from dbscale.report.arm_fits import ArmFit
+from dbscale.laws.errors import LawError, NotEnoughData
+from dbscale.report.arm_fits import FEWEST_SIZES, ArmFit
 from dbscale.report.curves import MARGIN, rounded
-from dbscale.report.deltas import Pair, sampling_variance
+from dbscale.report.deltas import Pair, complete_groups, sampling_variance
 from dbscale.report.schema import BoundaryRecord, Curve, Estimate
 from dbscale.report.table import RunTable, Setting
 
@@ -37,11 +38,11 @@ class Cell:
 
 
 def cells_of(runs: RunTable, setting: Setting) -> list[Cell]:
-    """Every student and D_f of a setting, pooled last."""
+    """Every student and D_f that both arms measured, pooled last."""
     singles = [
         Cell(setting, student, runs.params(student), labels)
-        for student in runs.students
-        for labels in runs.values("downstream_samples")
+        for student in runs.both_arms.students
+        for labels in runs.both_arms.values("downstream_samples")
     ]
     return [*singles, Cell(setting, None, None, None)]
 
@@ -55,7 +56,9 @@ def law_boundaries(
     curves: list[DeltaCurves] = []
     for cell in cells_of(runs, setting):
         if cell.student is None:
-            pooled = DeltaCurves(curves[0].grid, *(np.mean([getattr(c, n) for c in curves], axis=0) for n in ("best", "drawn")))
+            pooled = DeltaCurves(
+                curves[0].grid, *(np.mean([getattr(c, n) for c in curves], axis=0) for n in ("best", "drawn"))
+            )
             found = read_boundary(pooled, level=level, method="laws", at={}, measured=measured)
         else:
             own = _delta_curves(arms, cell, measured)
@@ -78,7 +81,13 @@ def _delta_curves(arms: Mapping[str, ArmFit], cell: Cell, measured: tuple[float,
 
 
 def free_boundaries(
-    runs: RunTable, setting: Setting, pairs: Sequence[Pair], wrong: dict[str, np.ndarray], *, level: float, seed: int
+    runs: RunTable,
+    setting: Setting,
+    pairs: Sequence[Pair],
+    wrong: dict[str, np.ndarray],
+    *,
+    level: float,
+    seed: int,
 ) -> Iterator[BoundaryRecord]:
     """From the paired measurements alone, every cell and pooled."""
     for cell in cells_of(runs, setting):
@@ -87,29 +96,34 @@ def free_boundaries(
             found = find_boundary(paired, level=level, reach=REACH, seed=seed)
         except LawError as error:
             yield BoundaryRecord(
-                **_names(cell), method="law_free", status="not_enough_data", measured_range=_measured(runs), words=(str(error),)
+                **_names(cell),
+                method="law_free",
+                status="not_enough_data",
+                measured_range=_measured(runs),
+                words=(str(error),),
             )
             continue
         yield record(cell, found, "law_free", None)
 
 
 def paired_delta(pairs: Sequence[Pair], wrong: dict[str, np.ndarray], cell: Cell) -> PairedDelta:
-    """ΔE by D_p and seed; pooled means average over students and D_f."""
-    groups: dict[tuple[int, int], list[Pair]] = {}
-    for pair in pairs:
-        run = pair.plain
-        if cell.student in (None, run.student) and cell.downstream_samples in (None, run.downstream_samples):
-            groups.setdefault((run.upstream_samples, run.seed), []).append(pair)
-    places = sorted(groups)
-    full = max((len(group) for group in groups.values()), default=0)
-    places = [place for place in places if len(groups[place]) == full]
+    """ΔE by D_p and seed; pooled means average over students and D_f. Raises NotEnoughData below three D_p."""
+    groups = complete_groups(
+        [
+            pair
+            for pair in pairs
+            if cell.student in (None, pair.plain.student)
+            and cell.downstream_samples in (None, pair.plain.downstream_samples)
+        ]
+    )
+    sizes, seeds = [size for size, _ in groups], [seed for _, seed in groups]
+    if len(set(sizes)) < FEWEST_SIZES:
+        raise NotEnoughData(f"complete pairs at {len(set(sizes))} values of D_p, a boundary needs {FEWEST_SIZES}.")
+    deltas = [np.mean([pair.delta for pair in group]) for group in groups.values()]
     # Without single results the noise of the test set shows in the scatter between seeds, which is inferred.
-    noise = [np.sqrt(np.mean([sampling_variance(p, wrong) for p in groups[q]]) / full) if wrong else 0.0 for q in places]
+    noise = [np.sqrt(np.mean([sampling_variance(pair, wrong) for pair in group])) for group in groups.values()]
     return PairedDelta(
-        np.array([float(place[0]) for place in places]),
-        np.array([np.mean([pair.delta for pair in groups[place]]) for place in places]),
-        np.array(noise),
-        np.array([place[1] for place in places]),
+        np.array(sizes, dtype=float), np.array(deltas), np.array(noise) if wrong else None, np.array(seeds)
     )
 
 
@@ -128,7 +142,7 @@ def record(cell: Cell, found: Boundary, method: str, law: str | None) -> Boundar
     )  # fmt: skip
 
 
-def _names(cell: Cell) -> dict[str, object]:
+def _names(cell: Cell) -> dict[str, Any]:
     return {
         **cell.setting._asdict(), "student": cell.student, "num_params": cell.num_params,
         "downstream_samples": cell.downstream_samples,

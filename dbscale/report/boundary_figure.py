@@ -9,6 +9,9 @@ from dbscale.report.plotly_axes import Figure, Spec, axis_title, base_layout, lo
 from dbscale.report.schema import BoundaryRecord
 from dbscale.report.style import LOOKS, MUTED, RULE
 
+NO_BOX = "<extra></extra>"
+"""Plotly names the trace in a second box unless told not to."""
+
 
 def boundary_figure(records: Sequence[BoundaryRecord], ticks: Sequence[float], figure_id: str) -> Figure:
     """Every boundary with its interval, one line each: from the laws and law-free."""
@@ -18,9 +21,14 @@ def boundary_figure(records: Sequence[BoundaryRecord], ticks: Sequence[float], f
     traces = [_boundary_trace(records, labels, method) for method in ("law", "law_free")]
     layout = base_layout(height)
     layout |= {
-        "xaxis": log_axis(ticks) | {"title": axis_title("D_p*: upstream images at which distillation stops paying"), "range": log_range(low / 4.4, high * 4.4)},
+        "xaxis": log_axis(ticks)
+        | {
+            "title": axis_title("D_p*: upstream images at which distillation stops paying"),
+            "range": log_range(low / 4.4, high * 4.4),
+        },
         "yaxis": {
-            "tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels[::-1], "range": [-0.7, len(labels) - 0.3],
+            "tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels[::-1],
+            "range": [-0.7, len(labels) - 0.3],
             "gridcolor": RULE, "zeroline": False, "fixedrange": True, "ticks": "",
         },
         "shapes": [
@@ -51,10 +59,13 @@ def _boundary_trace(records: Sequence[BoundaryRecord], labels: list[str], method
             "array": [(root.high or reach[1] * 4) - root.value for root, reach in zip(roots, span, strict=True)],
             "arrayminus": [root.value - (root.low or reach[0] / 4) for root, reach in zip(roots, span, strict=True)],
         },
-        "marker": {"color": look.color if method == "law" else "#ffffff", "symbol": "square", "size": 8, "line": {"color": look.color, "width": 1.6}},
+        "marker": {
+            "color": look.color if method == "law" else "#ffffff", "symbol": "square", "size": 8,
+            "line": {"color": look.color, "width": 1.6},
+        },
         "name": "from the fitted laws" if method == "law" else "from the paired runs, no law assumed",
         "customdata": [[record.probability, _boundary_label(record)] for record in found],
-        "hovertemplate": "%{customdata[1]}<br>boundary at %{x:,.0f}<br>crosses in %{customdata[0]:.0%} of draws<extra></extra>",
+        "hovertemplate": "%{customdata[1]}<br>boundary at %{x:,.0f}, crosses in %{customdata[0]:.0%} of draws" + NO_BOX,
     }  # fmt: skip
 
 
@@ -63,10 +74,15 @@ def _without_root(records: Sequence[BoundaryRecord], labels: list[str], x: float
     for record in records:
         if record.upstream_samples is None:
             shift = 0.14 if record.method == "law" else -0.14
-            says = {"always_positive": "distilling helps throughout", "always_negative": "distilling never helps", None: "too little data"}
+            says = {
+                "always_positive": "distilling helps throughout",
+                "always_negative": "distilling never helps",
+                None: "too little data",
+            }
             text = says.get(record.direction, "no boundary established")
             how = "laws" if record.method == "law" else "paired runs"
             yield {
-                "x": math.log10(x), "y": len(labels) - 1 - labels.index(_boundary_label(record)) + shift, "xref": "x", "yref": "y",
+                "x": math.log10(x), "y": len(labels) - 1 - labels.index(_boundary_label(record)) + shift, "xref": "x",
+                "yref": "y",
                 "text": f"{how}: {text}", "showarrow": False, "font": {"size": 10, "color": MUTED},
             }  # fmt: skip

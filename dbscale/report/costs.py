@@ -48,7 +48,8 @@ class Cost:
             return f"{text}."
         if self.num_done < self.num_cells:
             return f"{text}; the plan predicts {duration(self.predicted_s)} for all of them."
-        return f"{text}; the plan predicted {duration(self.predicted_s)}, {self.actual_s / self.predicted_s:.2f} times that was used."
+        share = self.actual_s / self.predicted_s
+        return f"{text}; the plan predicted {duration(self.predicted_s)}, {share:.2f} times that was used."
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ def cost_of(plan: PlanRecord, rows: Sequence[Row]) -> Cost:
     for row in rows:
         groups.setdefault((row.stage, row.timing.device, row.timing.host), []).append(row)
     order = ("pretrain", "distill", "finetune")
-    stages = [_stage(*place, group) for place, group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0]))]
+    stages = [
+        _stage(*place, group)
+        for place, group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0]))
+    ]
     actual = sum(row.timing.device_time_s for row in rows)
     return Cost(tuple(stages), actual, plan.predicted_device_s, len(rows), len(plan.cells))
 
@@ -75,13 +79,14 @@ def cost_of(plan: PlanRecord, rows: Sequence[Row]) -> Cost:
 def _stage(stage: str, device: str, host: str, rows: Sequence[Row]) -> StageCost:
     times = [row.timing.device_time_s for row in rows]
     return StageCost(
-        stage, device, host, len(rows), sum(times), max(times), float(np.median([row.timing.images_per_s for row in rows])),
+        stage, device, host, len(rows), sum(times), max(times),
+        float(np.median([row.timing.images_per_s for row in rows])),
         float(np.mean([row.timing.data_wait_share for row in rows])), sum(row.timing.num_attempts for row in rows),
     )  # fmt: skip
 
 
 def lost_cells(table: RunTable, store: Store, plan: PlanRecord) -> list[LostCell]:
-    """Cells that failed or were blocked, first the ones that stand in the way of most points; then whatever is unfinished."""
+    """Cells without a row, failed ones first, then by how many points they stand in the way of."""
     found: dict[str, list[MissingPoint]] = {}
     for point in table.missing:
         found.setdefault(point.culprit, []).append(point)

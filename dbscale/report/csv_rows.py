@@ -109,9 +109,9 @@ def _without_repeats(table: RunTable, where: str) -> tuple[tuple[Run, ...], list
             repeats += 1
         if first.error_rate != run.error_rate:
             raise TableError(
-                f"{where}, row {number}: the same point ({run.arm}, {run.student}, D_p {run.upstream_samples}, {run.dataset}, "
-                f"D_f {run.downstream_samples}, seed {run.seed}) already has error_rate {first.error_rate}, here {run.error_rate}; "
-                "remove one, or name their variants apart"
+                f"{where}, row {number}: the same point ({run.arm}, {run.student}, D_p {run.upstream_samples}, "
+                f"{run.dataset}, D_f {run.downstream_samples}, seed {run.seed}) already has "
+                f"error_rate {first.error_rate}, here {run.error_rate}; remove one, or name their variants apart"
             )
     notes = [f"{where}: {repeats} repeated rows were counted once"] if repeats else []
     return tuple(seen.values()), notes
@@ -124,8 +124,12 @@ def _oddities(table: RunTable) -> list[str]:
         for name, what in (("num_classes", "class counts"), ("num_test_samples", "test set sizes")):
             found = sorted({value for value in part.column(name) if value is not None})
             if len(found) > 1:
-                notes.append(f"{dataset} appears with several {what} ({', '.join(map(str, found))}): are two studies mixed?")
+                notes.append(
+                    f"{dataset} appears with several {what} ({', '.join(map(str, found))}): are two studies mixed?"
+                )
         extreme = sum(run.error_rate in (0.0, 1.0) for run in part)
         if extreme:
-            notes.append(f"{extreme} runs on {dataset} have an error of exactly 0 or 1: the test set is too small to resolve them")
+            notes.append(
+                f"{extreme} runs on {dataset} have an error of exactly 0 or 1: too small a test set to resolve them"
+            )
     return notes

@@ -32,7 +32,7 @@ def few(values: Sequence[int]) -> list[int]:
 
 def curves_of(table: RunTable, fit: ArmFit, *, level: float) -> Iterator[Curve]:
     """E over upstream data, labels and parameters, wherever the axis has at least two values."""
-    runs = table.pretrained.where(setting=fit.setting)
+    runs = table.pretrained.where(setting=fit.setting, arm=fit.arm)
     upstream, labels = runs.values("upstream_samples"), runs.values("downstream_samples")
     for student in runs.students:
         for size in labels:

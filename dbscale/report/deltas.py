@@ -6,6 +6,7 @@ A pair shares student, D_p, D_f and seed, hence initialisation, sample order and
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,12 +36,21 @@ def pairs_of(table: RunTable, setting: Setting) -> list[Pair]:
 
 
 def sampling_variance(pair: Pair, wrong: dict[str, np.ndarray]) -> float:
-    """Variance of ΔE from the finite test set: paired by sample where single results are at hand, else an upper bound."""
+    """Variance of ΔE from the finite test set: paired by sample where single results exist, else an upper bound."""
     plain, distilled = wrong.get(pair.plain.key), wrong.get(pair.distilled.key)
     if plain is not None and distilled is not None and len(plain) == len(distilled):
         return float(np.var(plain.astype(float) - distilled.astype(float)) / len(plain))
     runs = (pair.plain, pair.distilled)
     return sum(run.error_rate * (1 - run.error_rate) / (run.num_test_samples or math.inf) for run in runs)
+
+
+def complete_groups(pairs: Sequence[Pair]) -> dict[tuple[int, int], list[Pair]]:
+    """Pairs by (D_p, seed), those only that hold every student and D_f: means over them are comparable."""
+    groups: dict[tuple[int, int], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.plain.upstream_samples, pair.plain.seed), []).append(pair)
+    wanted = len({(pair.plain.student, pair.plain.downstream_samples) for pair in pairs})
+    return {place: group for place, group in sorted(groups.items()) if len(group) == wanted}
 
 
 def delta_points(pairs: list[Pair], wrong: dict[str, np.ndarray], *, level: float) -> list[DeltaPoint]:
@@ -95,22 +105,21 @@ def _point(group: list[Pair], spread: Spread, wrong: dict[str, np.ndarray]) -> D
 def _pooled_points(pairs: list[Pair], wrong: dict[str, np.ndarray], level: float) -> list[DeltaPoint]:
     """At every D_p the mean over students and D_f, for the seeds that have all of them."""
     groups: dict[int, dict[int, list[Pair]]] = {}
-    for pair in pairs:
-        groups.setdefault(pair.plain.upstream_samples, {}).setdefault(pair.plain.seed, []).append(pair)
-    full = max((len(group) for seeds in groups.values() for group in seeds.values()), default=0)
+    for (size, seed), group in complete_groups(pairs).items():
+        groups.setdefault(size, {})[seed] = group
     means = {
-        size: [float(np.mean([pair.delta for pair in group])) for group in seeds.values() if len(group) == full]
+        size: [float(np.mean([pair.delta for pair in group])) for group in seeds.values()]
         for size, seeds in groups.items()
     }
     spread = Spread.of(list(means.values()), level)
     return [
         DeltaPoint(
-            **pairs[0].plain.setting._asdict(), student=None, num_params=None, upstream_samples=size, downstream_samples=None,
+            **pairs[0].plain.setting._asdict(), student=None, num_params=None, upstream_samples=size,
+            downstream_samples=None,
             num_seeds=len(by_seed), by_seed=tuple(by_seed),
             delta=spread.estimate(by_seed, _shared_sampling(groups[size], wrong, len(by_seed))),
         )
         for size, by_seed in means.items()
-        if by_seed
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dbscale.report.panels import AXIS_TITLES, Panel, PanelGrid, Series
-from dbscale.report.plotly_axes import Figure, Spec, axis_title, base_layout, grid_layout, log_axis, placed
+from dbscale.report.plotly_axes import Figure, Spec, axis_title, base_layout, error_ticks, grid_layout, log_axis, placed
 from dbscale.report.schema import BoundaryRecord, Curve
 from dbscale.report.style import INK, LOOKS, MUTED, RULE
 
@@ -17,7 +17,7 @@ POOLED_HEIGHT = 300
 
 def error_figure(grid: PanelGrid, figure_id: str) -> Figure:
     """Error against an axis: runs, means, laws and bands of every arm."""
-    layout = grid_layout(grid, "top-1 error", log_y=True, tick_format=".0%")
+    layout = grid_layout(grid, "top-1 error", log_y=True, tick_format=".3~%", y_ticks=error_ticks(grid.error_range))
     traces: list[Spec] = []
     shown: set[str] = set()
     for panel, axes in placed(grid):
@@ -30,7 +30,7 @@ def error_figure(grid: PanelGrid, figure_id: str) -> Figure:
 
 def _error_traces(series: Series, axes: Spec, shown: set[str]) -> Iterator[Spec]:
     look = LOOKS[series.arm]
-    group = {"legendgroup": series.arm, "meta": {"arm": series.arm}, "name": look.name}
+    group = {"legendgroup": series.arm, "meta": {"arm": series.arm}, "name": look.name, "legendrank": look.rank}
     if series.curve is not None:
         yield from _band(series.curve, look.faded(0.13), {**axes, **group})
         yield {
@@ -40,8 +40,12 @@ def _error_traces(series: Series, axes: Spec, shown: set[str]) -> Iterator[Spec]
         }  # fmt: skip
     if series.x:
         yield {
-            **axes, **group, "type": "scatter", "mode": "markers", "x": series.x, "y": series.y, "customdata": series.seeds,
-            "marker": {"color": look.color, "symbol": look.marker, "size": 7, "line": {"width": 1.4, "color": look.color}, "opacity": 0.8},
+            **axes, **group, "type": "scatter", "mode": "markers", "x": series.x, "y": series.y,
+            "customdata": series.seeds,
+            "marker": {
+                "color": look.color, "symbol": look.marker, "size": 7, "opacity": 0.8,
+                "line": {"width": 1.4, "color": look.color},
+            },
             "showlegend": series.arm not in shown,
             "hovertemplate": f"{look.name}, seed %{{customdata}}<br>%{{x:,}}: %{{y:.2%}}<extra></extra>",
         }  # fmt: skip
@@ -50,7 +54,15 @@ def _error_traces(series: Series, axes: Spec, shown: set[str]) -> Iterator[Spec]
 
 def _band(curve: Curve, fill: str, common: Spec) -> Iterator[Spec]:
     """Two invisible edges with the space between them filled."""
-    edge = {**common, "type": "scatter", "mode": "lines", "x": curve.x, "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+    edge = {
+        **common,
+        "type": "scatter",
+        "mode": "lines",
+        "x": curve.x,
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
     yield {**edge, "y": curve.low}
     yield {**edge, "y": curve.high, "fill": "tonexty", "fillcolor": fill}
 
@@ -61,8 +73,10 @@ def _scratch_trace(grid: PanelGrid, level: float, axes: Spec, shown: set[str]) -
     shown.add("scratch")
     ends = (min(grid.ticks) / 1.5, max(grid.ticks) * 1.5)
     return {
-        **axes, "type": "scatter", "mode": "lines", "x": ends, "y": [level, level], "name": look.name, "showlegend": first,
-        "legendgroup": "scratch", "meta": {"arm": "scratch"}, "line": {"color": look.color, "width": 1.6, "dash": look.dash},
+        **axes, "type": "scatter", "mode": "lines", "x": ends, "y": [level, level], "name": look.name,
+        "showlegend": first,
+        "legendgroup": "scratch", "legendrank": look.rank, "meta": {"arm": "scratch"},
+        "line": {"color": look.color, "width": 1.6, "dash": look.dash},
         "hovertemplate": f"{look.name}: %{{y:.2%}}<extra></extra>",
     }  # fmt: skip
 
@@ -89,7 +103,10 @@ def pooled_figure(panel: Panel, ticks: Sequence[float], figure_id: str) -> Figur
     curve = panel.series[0].curve
     layout |= {
         "xaxis": log_axis(ticks) | {"title": axis_title(AXIS_TITLES["upstream_samples"])},
-        "yaxis": {"title": axis_title("ΔE, percentage points"), "tickformat": "+.3~g", "gridcolor": RULE, "zeroline": False, "nticks": 6},
+        "yaxis": {
+            "title": axis_title("ΔE, percentage points"), "tickformat": "+.3~g", "gridcolor": RULE, "zeroline": False,
+            "nticks": 6,
+        },
         "shapes": [_zero_line(axes), *_boundary_shapes(panel.boundary, axes)], "annotations": [*_sides(axes)],
         "showlegend": False, "margin": {"l": 58, "r": 8, "t": 8, "b": 44},
     }  # fmt: skip
@@ -101,7 +118,8 @@ def _sides(axes: Spec) -> Iterator[Spec]:
     """Which side of zero means what, written at the zero line."""
     for text, anchor, shift in (("▲ distilled is better", "bottom", 1), ("▼ plain is better", "top", -1)):
         yield {
-            "xref": f"{axes['xaxis']} domain", "x": 0.01, "yref": axes["yaxis"], "y": 0, "xanchor": "left", "yanchor": anchor,
+            "xref": f"{axes['xaxis']} domain", "x": 0.01, "yref": axes["yaxis"], "y": 0, "xanchor": "left",
+            "yanchor": anchor,
             "yshift": shift, "showarrow": False, "text": text, "font": {"size": 11, "color": MUTED},
         }  # fmt: skip
 
@@ -132,9 +150,11 @@ def _delta_points(panel: Panel, axes: Spec, first: bool) -> Iterator[Spec]:
     wins = ["distilled" if mean > 0 else "plain" for mean in means]
     yield {
         **axes, "type": "scatter", "mode": "markers", "x": [point.upstream_samples for point in points], "y": means,
-        "error_y": {"type": "data", "array": up, "thickness": 1.4, "width": 4, "color": MUTED}, "meta": {"arm": "delta"},
+        "error_y": {"type": "data", "array": up, "thickness": 1.4, "width": 4, "color": MUTED},
+        "meta": {"arm": "delta"},
         "marker": {
-            "color": [LOOKS[win].color for win in wins], "size": 9, "line": {"width": 1.6, "color": [LOOKS[win].color for win in wins]},
+            "color": [LOOKS[win].color for win in wins], "size": 9,
+            "line": {"width": 1.6, "color": [LOOKS[win].color for win in wins]},
             "symbol": [LOOKS[win].marker for win in wins],
         },
         "customdata": [point.num_seeds for point in points], "name": "measured: mean over paired seeds, with interval",
@@ -158,5 +178,18 @@ def _boundary_shapes(records: Sequence[BoundaryRecord], axes: Spec) -> Iterator[
             continue
         place = {"xref": axes["xaxis"], "yref": f"{axes['yaxis']} domain", "y0": 0, "y1": 1, "layer": "below"}
         low, high = root.low or record.measured_range[0] / 2, root.high or record.measured_range[1] * 2
-        yield {**place, "type": "rect", "x0": low, "x1": high, "fillcolor": "rgba(60,69,87,0.10)", "line": {"width": 0}}
-        yield {**place, "type": "line", "x0": root.value, "x1": root.value, "line": {"color": INK, "width": 1.2, "dash": "dot"}}
+        yield {
+            **place,
+            "type": "rect",
+            "x0": low,
+            "x1": high,
+            "fillcolor": "rgba(60,69,87,0.10)",
+            "line": {"width": 0},
+        }
+        yield {
+            **place,
+            "type": "line",
+            "x0": root.value,
+            "x1": root.value,
+            "line": {"color": INK, "width": 1.2, "dash": "dot"},
+        }

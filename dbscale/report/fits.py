@@ -13,11 +13,20 @@ from typing import Any
 import numpy as np
 
 from dbscale.report import schema, words
-from dbscale.report.arm_fits import LAWS, ArmFit, Resamples, fit_arm, make_resamples, rmsd_log
+from dbscale.report.arm_fits import LAWS, ArmFit, Resamples, fit_arm, make_resamples, rmsd_log, weights_of
 from dbscale.report.boundaries import free_boundaries, law_boundaries
 from dbscale.report.curves import curves_of
 from dbscale.report.deltas import delta_points, pairs_of, seed_noise_log
-from dbscale.report.schema import BoundaryFile, BoundaryRecord, Curve, DeltaPoint, Estimate, FitRecord, LawsFile, Prediction
+from dbscale.report.schema import (
+    BoundaryFile,
+    BoundaryRecord,
+    Curve,
+    DeltaPoint,
+    Estimate,
+    FitRecord,
+    LawsFile,
+    Prediction,
+)
 from dbscale.report.table import Run, RunTable, Setting
 
 METHOD_VERSION = 1
@@ -56,25 +65,41 @@ class Candidate:
     held_out: dict[str, ArmFit]
     """Fitted without the largest D_p."""
 
+    @property
+    def usable(self) -> dict[str, ArmFit]:
+        """The arms that it describes."""
+        return {arm: fit for arm, fit in self.arms.items() if fit.usable}
+
     def resampled(self, runs: RunTable, resamples: Resamples, every: int) -> Candidate:
         """With bootstrap draws from one resample in `every`."""
         part = resamples.every(every)
-        return replace(self, arms={arm: fit.resampled(runs.where(arm=arm).runs, part) for arm, fit in self.arms.items()})
+        return replace(
+            self, arms={arm: fit.resampled(runs.where(arm=arm).runs, part) for arm, fit in self.arms.items()}
+        )
 
-    def score(self, runs: RunTable) -> float:
-        """Mean over arms of in-sample and held-out residuals: a law must describe and predict. Infinite when it cannot."""
-        if not all(fit.usable for fit in self.arms.values()):
+    def score(self, runs: RunTable, arms: Sequence[str]) -> float:
+        """Mean over `arms` of log(in-sample residual per degree of freedom × held-out residual); inf if it cannot.
+
+        A law must both describe and predict. Residuals are weighted as in the fit.
+        """
+        if not all(self.arms[arm].usable for arm in arms):
             return float("inf")
-        scores = []
-        for arm, fit in self.arms.items():
-            own = runs.where(arm=arm).runs
-            inside, outside = residual(fit, own), residual(self.held_out.get(arm), last_size(own))
-            scores.append((inside or 0.0) + (outside if outside is not None else inside or 0.0))
-        return float(np.mean(scores))
+        return float(np.mean([self._arm_score(arm, runs.where(arm=arm).runs) for arm in arms]))
+
+    def _arm_score(self, arm: str, runs: Sequence[Run]) -> float:
+        fit = self.arms[arm]
+        freedom = max(len(runs) - fit.num_params, 1)
+        inside = (residual(fit, runs, weighted=True) or 0.0) * np.sqrt(len(runs) / freedom)
+        outside = residual(self.held_out.get(arm), last_size(runs), weighted=True)
+        return float(np.log(max(inside, 1e-9)) + np.log(max(inside if outside is None else outside, 1e-9)))
 
 
 def fit_grid(
-    table: RunTable, *, wrong: Mapping[str, np.ndarray] | None = None, options: Options | None = None, source: str = ""
+    table: RunTable,
+    *,
+    wrong: Mapping[str, np.ndarray] | None = None,
+    options: Options | None = None,
+    source: str = "",
 ) -> Findings:
     """Fit every law to every arm of every setting, choose one, and find the boundaries.
 
@@ -84,17 +109,18 @@ def fit_grid(
     options, wrong = options or Options(), dict(wrong or {})
     parts = [fit_setting(table, setting, wrong, options) for setting in table.settings]
     boundaries = [record for part in parts for record in part.boundaries]
+    fits = [fit for part in parts for fit in part.fits]
     curves = [curve for part in parts for curve in part.curves]
     common: dict[str, Any] = {"grid": table.grid, "source": source, "level": options.level}
     laws = LawsFile(
         **common, num_bootstraps=options.num_bootstraps, seed=options.seed,
-        fits=tuple(fit for part in parts for fit in part.fits),
+        fits=tuple(fits),
         curves=tuple(curve for curve in curves if curve.arm != "delta"),
         predictions=tuple(item for part in parts for item in part.predictions),
         notes=(*table.warnings, *words.about_missing(table), *(note for part in parts for note in part.notes)),
     )  # fmt: skip
     boundary = BoundaryFile(
-        **common, answers=tuple(words.answers(table, boundaries)), boundaries=tuple(boundaries),
+        **common, answers=tuple(words.answers(table, boundaries, fits, level=options.level)), boundaries=tuple(boundaries),
         points=tuple(point for part in parts for point in part.points),
         curves=tuple(curve for curve in curves if curve.arm == "delta"),
         notes=tuple(note for part in parts for note in words.about_delta(part.boundaries, part.points, table)),
@@ -116,23 +142,31 @@ class SettingFindings:
 
 def fit_setting(table: RunTable, setting: Setting, wrong: dict[str, np.ndarray], options: Options) -> SettingFindings:
     runs = table.pretrained.where(setting=setting)
-    candidates = [fit_candidate(law, runs, setting, options) for law in LAWS]
-    best = choose(runs, candidates)
-    resamples = make_resamples(runs, wrong, count=options.num_bootstraps, seed=options.seed)
-    candidates = [candidate.resampled(runs, resamples, 1 if candidate is best else 4) for candidate in candidates]
-    chosen = next((candidate for candidate in candidates if best is not None and candidate.law == best.law), None)
-    fits = tuple(record for candidate in candidates for record in records_of(runs, candidate, candidate is chosen, options))
-    curves = [curve for fit in chosen.arms.values() for curve in curves_of(table, fit, level=options.level)] if chosen else []
+    candidates, chosen = fit_laws(runs, setting, wrong, options)
+    usable = chosen.usable if chosen else {}
     pairs = pairs_of(table, setting)
-    found = list(law_boundaries(runs, chosen.arms, level=options.level)) if chosen and pairs else []
+    from_laws = list(law_boundaries(runs, usable, level=options.level)) if len(usable) == 2 and pairs else []
     free = free_boundaries(runs, setting, pairs, wrong, level=options.level, seed=options.seed) if pairs else ()
+    fits = tuple(record for each in candidates for record in records_of(runs, each, each is chosen, options))
+    curves = [curve for fit in usable.values() for curve in curves_of(table, fit, level=options.level)]
     return SettingFindings(
-        fits=fits, curves=(*curves, *(curve for _, curve in found)),
+        fits=fits, curves=(*curves, *(curve for _, curve in from_laws)),
         predictions=tuple(predictions_of(runs, chosen)) if chosen else (),
-        boundaries=(*(record for record, _ in found), *free),
+        boundaries=(*(record for record, _ in from_laws), *free),
         points=tuple(delta_points(pairs, wrong, level=options.level)),
         notes=tuple(words.about_fits(table, setting, fits)),
     )  # fmt: skip
+
+
+def fit_laws(
+    runs: RunTable, setting: Setting, wrong: dict[str, np.ndarray], options: Options
+) -> tuple[list[Candidate], Candidate | None]:
+    """Every law with its bootstrap, and the chosen one among them."""
+    candidates = [fit_candidate(law, runs, setting, options) for law in LAWS]
+    best = choose(runs, candidates)
+    resamples = make_resamples(runs, wrong, count=options.num_bootstraps, seed=options.seed)
+    drawn = [each.resampled(runs, resamples, 1 if each is best else 4) for each in candidates]
+    return drawn, next((each for each in drawn if best is not None and each.law == best.law), None)
 
 
 def fit_candidate(law: str, runs: RunTable, setting: Setting, options: Options) -> Candidate:
@@ -146,8 +180,14 @@ def fit_candidate(law: str, runs: RunTable, setting: Setting, options: Options) 
 
 
 def choose(runs: RunTable, candidates: Sequence[Candidate]) -> Candidate | None:
-    """The law whose residuals, seen and held out, are smallest; None where none could be fitted."""
-    scores = [candidate.score(runs) for candidate in candidates]
+    """The law whose residuals, seen and held out, are smallest; None where none could be fitted.
+
+    An arm that no law fits yet, as in a study half done, has no say.
+    """
+    arms = [arm for arm in runs.arms if any(candidate.arms[arm].usable for candidate in candidates)]
+    if not arms:
+        return None
+    scores = [candidate.score(runs, arms) for candidate in candidates]
     best = int(np.argmin(scores))
     return candidates[best] if np.isfinite(scores[best]) else None
 
@@ -163,11 +203,12 @@ def without_last_size(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.upstream_samples < largest]
 
 
-def residual(fit: ArmFit | None, runs: Sequence[Run]) -> float | None:
+def residual(fit: ArmFit | None, runs: Sequence[Run], *, weighted: bool = False) -> float | None:
     """Root mean square log residual over runs; None where the fit cannot say."""
     if fit is None or not fit.fits:
         return None
-    return rmsd_log(fit.predict_runs(runs), np.array([run.error_rate for run in runs]))
+    errors = np.array([run.error_rate for run in runs])
+    return rmsd_log(fit.predict_runs(runs), errors, weights_of(runs) if weighted else None)
 
 
 def records_of(runs: RunTable, candidate: Candidate, chosen: bool, options: Options) -> Iterator[FitRecord]:
@@ -178,7 +219,9 @@ def records_of(runs: RunTable, candidate: Candidate, chosen: bool, options: Opti
             yield _record(fit, student, part, candidate.held_out[arm], chosen, options)
 
 
-def _record(fit: ArmFit, student: str | None, runs: RunTable, held_out: ArmFit, chosen: bool, options: Options) -> FitRecord:
+def _record(
+    fit: ArmFit, student: str | None, runs: RunTable, held_out: ArmFit, chosen: bool, options: Options
+) -> FitRecord:
     common: dict[str, Any] = {
         "law": fit.law, **fit.setting._asdict(), "arm": fit.arm, "student": student, "num_runs": len(runs),
         "noise_log": seed_noise_log(list(runs)),
@@ -215,7 +258,8 @@ def predictions_of(runs: RunTable, chosen: Candidate) -> Iterator[Prediction]:
 def _predictions(fit: ArmFit, runs: Sequence[Run], *, held_out: bool) -> Iterator[Prediction]:
     for run, value in zip(runs, fit.predict_runs(runs), strict=True):
         yield Prediction(
-            key=run.key, arm=run.arm, **run.setting._asdict(), student=run.student, upstream_samples=run.upstream_samples,
+            key=run.key, arm=run.arm, **run.setting._asdict(), student=run.student,
+            upstream_samples=run.upstream_samples,
             downstream_samples=run.downstream_samples, seed=run.seed, measured=run.error_rate,
             predicted=float(value) if np.isfinite(value) else None, held_out=held_out,
         )  # fmt: skip

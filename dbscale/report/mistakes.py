@@ -1,4 +1,4 @@
-"""Which test samples each run got wrong, from the cells' `correct.npz`: what paired tests and the bootstrap draw from."""
+"""Which test samples each run got wrong, from the cells' `correct.npz`: what the bootstrap draws from."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from dbscale.report import panels
 from dbscale.report.boundary_figure import boundary_figure
 from dbscale.report.checklist import Part, checklist
 from dbscale.report.costs import Cost, LostCell, cost_of, duration, lost_cells
-from dbscale.report.fits import Findings
 from dbscale.report.figures import delta_figure, error_figure, pooled_figure
+from dbscale.report.fits import Findings
 from dbscale.report.plotly_axes import Figure
 from dbscale.report.predictors import Correlation, correlations
 from dbscale.report.reduce import load_plan
@@ -29,7 +29,7 @@ from dbscale.report.schema import BoundaryFile, FitRecord, LawsFile
 from dbscale.report.style import LOOKS
 from dbscale.report.table import RunTable, Setting
 from dbscale.report.trust_figures import predicted_figure, residual_figure
-from dbscale.report.words import percent
+from dbscale.report.words import percent, symbols
 from dbscale.study.plan import PlanRecord
 from dbscale.study.store import Store, atomic_open
 
@@ -96,7 +96,7 @@ class Page:
 
 
 def write_report(store: Store, grid_name: str) -> Path:
-    """Write `<store>/grids/<name>/report.html` (and, where rows changed, rows.csv, laws.json, boundary.json); returns its path."""
+    """Write `<store>/grids/<name>/report.html`, fitting anew only where rows changed; returns its path."""
     table, findings = refresh(store, grid_name)
     page = make_page(store, load_plan(store, grid_name), table, findings)
     path = store.grid_dir(grid_name) / "report.html"
@@ -113,7 +113,11 @@ def render(page: Page) -> str:
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"duration": duration, "share": lambda value: "–" if value is None else percent(value)}
+    environment.filters |= {
+        "duration": duration,
+        "symbol": symbols,
+        "share": lambda value: "–" if value is None else percent(value),
+    }
     parts = {name: Markup((TEMPLATES / f"report.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
     return environment.get_template("report.html.j2").render(
         page=page, css=parts["css"], javascript=parts["js"], plotly=Markup(get_plotlyjs())
@@ -132,7 +136,8 @@ def make_page(store: Store, plan: PlanRecord, table: RunTable, findings: Finding
             _setting(table, laws, boundary, setting, number) for number, setting in enumerate(table.settings, start=1)
         ),
         arms=tuple(_arm(name) for name in (*table.arms, *(("scratch",) if len(table.scratch) else ()))),
-        level=percent(laws.level, 0), law_names=_law_names(laws), predictors=tuple(correlations(table, level=laws.level)),
+        level=percent(laws.level, 0), law_names=_law_names(laws),
+        predictors=tuple(correlations(table, level=laws.level)),
         cost=cost, missing=tuple(lost_cells(table, store, plan)), cells=tuple(_cells(store, plan, rows)),
         checklist=checklist(table, laws, boundary, specs),
         footer=f"dbscale {__version__}. Planned {_day(plan.created)}; page written {_day(None)}. "
@@ -141,7 +146,11 @@ def make_page(store: Store, plan: PlanRecord, table: RunTable, findings: Finding
 
 
 def _day(seconds: float | None) -> str:
-    moment = datetime.datetime.now(tz=datetime.UTC) if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    moment = (
+        datetime.datetime.now(tz=datetime.UTC)
+        if seconds is None
+        else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    )
     return f"{moment:%d %B %Y %H:%M} UTC"
 
 
@@ -155,7 +164,10 @@ def _tiles(table: RunTable, cost: Cost) -> Iterable[Tile]:
     yield Tile(f"{len(table)} of {total}", "measured points finished")
     if len(table.pretrained):
         best = min(table.pretrained, key=lambda run: run.error_rate)
-        yield Tile(percent(best.error_rate), f"lowest error: {best.dataset}, {best.arm} {best.student}, {best.upstream_samples:,} upstream images")
+        yield Tile(
+            percent(best.error_rate),
+            f"lowest error: {best.dataset}, {best.arm} {best.student}, {best.upstream_samples:,} upstream images",
+        )
         yield _upstream_tile(table)
     yield Tile(duration(cost.actual_s), f"device time for {cost.num_done} cells")
 
@@ -167,11 +179,15 @@ def _upstream_tile(table: RunTable) -> Tile:
     for size in (sizes[0], sizes[-1]):
         errors = [max(run.error_rate, 1e-4) for run in table.pretrained.where(upstream_samples=size)]
         ends.append(math.exp(float(np.mean(np.log(errors)))))
-    return Tile(f"× {ends[1] / ends[0]:.2f}", f"error, typical change from {sizes[0]:,} to {sizes[-1]:,} upstream images")
+    return Tile(
+        f"× {ends[1] / ends[0]:.2f}",
+        f"error, typical change from {sizes[0]:,} to {sizes[-1]:,} upstream images",
+    )
 
 
 def _setting(table: RunTable, laws: LawsFile, boundary: BoundaryFile, setting: Setting, number: int) -> SettingPart:
     records = [r for r in boundary.boundaries if (r.variant, r.upstream_dataset, r.dataset) == tuple(setting)]
+    known = [record for record in records if record.status != "not_enough_data"]
     predictions = [p for p in laws.predictions if (p.variant, p.upstream_dataset, p.dataset) == tuple(setting)]
     runs = table.pretrained.where(setting=setting)
     delta = panels.delta_by_upstream(table, boundary, setting)
@@ -188,8 +204,10 @@ def _setting(table: RunTable, laws: LawsFile, boundary: BoundaryFile, setting: S
     return SettingPart(
         label=setting.label(table),
         pooled=pooled_figure(pooled, grids["upstream"].ticks, f"s{number}-pooled") if records else None,
-        boundary=boundary_figure(records, runs.values("upstream_samples"), f"s{number}-boundary") if records else None,
-        delta=tuple(delta_figure(block, f"s{number}-delta-{i}") for i, block in enumerate(delta.blocks(WIDEST))) if records else (),
+        boundary=boundary_figure(known, runs.values("upstream_samples"), f"s{number}-boundary") if known else None,
+        delta=tuple(delta_figure(block, f"s{number}-delta-{i}") for i, block in enumerate(delta.blocks(WIDEST)))
+        if records
+        else (),
         by_upstream=drawn["upstream"],
         by_labels=drawn["labels"] if len(runs.values("downstream_samples")) > 1 else (),
         by_params=drawn["params"] if len(runs.students) > 1 else (),
@@ -210,7 +228,13 @@ def _arm(name: str) -> dict[str, Any]:
         "scratch": "",
     }
     dashes = {"solid": "none", "dash": "5 3", "dot": "2 2"}[look.dash]
-    return {"name": name, "label": look.name, "color": look.color, "dashes": dashes, "glyph": Markup(glyphs[name]).format(look.color)}
+    return {
+        "name": name,
+        "label": look.name,
+        "color": look.color,
+        "dashes": dashes,
+        "glyph": Markup(glyphs[name]).format(look.color),
+    }
 
 
 def _cells(store: Store, plan: PlanRecord, rows: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -225,7 +249,8 @@ def _cell(store: Store, key: str, row: Any) -> dict[str, Any]:
             ("arm", "dataset", "samples", "seed", "params", "error", "time"), ""
         )
     return {
-        "key": key, "state": "done", "arm": row.arm, "dataset": row.dataset, "samples": f"{row.num_samples:,}", "seed": row.seed,
-        "params": panels.count_text(row.num_params), "error": percent(row.error_rate), "time": duration(row.timing.device_time_s),
+        "key": key, "state": "done", "arm": row.arm, "dataset": row.dataset, "samples": f"{row.num_samples:,}",
+        "seed": row.seed,
+        "params": panels.count_text(row.num_params), "error": percent(row.error_rate),
+        "time": duration(row.timing.device_time_s),
     }  # fmt: skip
-

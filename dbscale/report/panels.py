@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dbscale.report.schema import AxisName, BoundaryFile, BoundaryRecord, Curve, DeltaPoint, LawsFile
 from dbscale.report.curves import few
+from dbscale.report.schema import AxisName, BoundaryFile, BoundaryRecord, Curve, DeltaPoint, LawsFile
 from dbscale.report.table import Run, RunTable, Setting
 
 ARM_NAMES = {"plain": "plain", "distilled": "distilled", "scratch": "no upstream data"}
@@ -66,6 +66,14 @@ class PanelGrid:
     panels: tuple[Panel, ...]
     ticks: tuple[float, ...] = field(default=())
 
+    @property
+    def error_range(self) -> tuple[float, float]:
+        """Smallest and largest error of any run or fitted curve; (0.1, 1) where there is none."""
+        values = [y for panel in self.panels for series in panel.series for y in series.y]
+        values += [y for panel in self.panels for series in panel.series if series.curve for y in series.curve.y if y]
+        values = [y for y in values if y > 0]
+        return (min(values), max(values)) if values else (0.1, 1.0)
+
     def blocks(self, width: int) -> list[PanelGrid]:
         """The same panels in grids of at most `width` columns."""
         parts = [self.columns[i : i + width] for i in range(0, len(self.columns), width)]
@@ -103,7 +111,13 @@ def error_by_labels(table: RunTable, laws: LawsFile, setting: Setting) -> PanelG
         for student in runs.students:
             part = runs.where(student=student, upstream_samples=size)
             curves = _curves(laws, setting, "downstream_samples", student=student, upstream_samples=size)
-            panels.append(Panel(student_label(runs, student), upstream_label(size), _series(part, "downstream_samples", curves)))
+            panels.append(
+                Panel(
+                    student_label(runs, student),
+                    upstream_label(size),
+                    _series(part, "downstream_samples", curves),
+                )
+            )
     return _grid("error_by_labels", setting, "downstream_samples", panels, runs)
 
 
@@ -120,8 +134,8 @@ def error_by_params(table: RunTable, laws: LawsFile, setting: Setting) -> PanelG
 
 
 def delta_by_upstream(table: RunTable, boundary: BoundaryFile, setting: Setting) -> PanelGrid:
-    """Columns are students, rows are D_f; measured ΔE, its curve and the boundary."""
-    runs = table.pretrained.where(setting=setting)
+    """Columns are students with both arms, rows are D_f; measured ΔE, its curve and the boundary."""
+    runs = table.pretrained.where(setting=setting).both_arms
     panels = [
         delta_panel(boundary, setting, student, labels, student_label(runs, student), labels_label(labels))
         for labels in runs.values("downstream_samples")

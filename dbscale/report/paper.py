@@ -1,4 +1,4 @@
-"""The same panels as figures for a paper: SVG and PDF, drawn by matplotlib with the page's colours, marks and dashes."""
+"""The page's panels as figures for a paper: SVG and PDF by matplotlib, with the same colours, marks and dashes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def _draw(grid: PanelGrid, draw_panel: Callable[[Axes, Panel], None], label: str
 
     rows, columns = len(grid.rows), len(grid.columns)
     size = (PANEL_INCHES[0] * columns + 0.8, PANEL_INCHES[1] * rows + 0.9)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
     for panel in grid.panels:
         place = grid.rows.index(panel.row), grid.columns.index(panel.column)
         one = axes[place]
@@ -124,7 +126,8 @@ def _draw_series(axes: Axes, series: Series) -> None:
         _draw_curve(axes, series.curve, look.color, look.mpl_dash)
     hollow = "none" if series.arm == "distilled" else look.color
     axes.plot(
-        series.x, series.y, look.mpl_marker, color=look.color, markerfacecolor=hollow, markersize=3.5, markeredgewidth=0.9,
+        series.x, series.y, look.mpl_marker, color=look.color, markerfacecolor=hollow, markersize=3.5,
+        markeredgewidth=0.9,
         label=look.name,
     )  # fmt: skip
 
@@ -151,11 +154,18 @@ def _draw_delta(axes: Axes, panel: Panel) -> None:
         arm = LOOKS["distilled" if point.delta.value > 0 else "plain"]
         half = 100 * (point.delta.high - point.delta.value) if point.delta.high is not None else 0
         axes.errorbar(
-            point.upstream_samples, 100 * point.delta.value, yerr=half, fmt=arm.mpl_marker, color=arm.color, ecolor=MUTED,
+            point.upstream_samples, 100 * point.delta.value, yerr=half, fmt=arm.mpl_marker, color=arm.color,
+            ecolor=MUTED,
             elinewidth=0.9, capsize=2, markersize=4, markerfacecolor="white" if point.delta.value > 0 else arm.color,
         )  # fmt: skip
     for record in panel.boundary:
         if record.method == "law" and record.upstream_samples is not None:
             root = record.upstream_samples
-            axes.axvspan(root.low or record.measured_range[0], root.high or record.measured_range[1], color=look.color, alpha=0.1, linewidth=0)
+            axes.axvspan(
+                root.low or record.measured_range[0],
+                root.high or record.measured_range[1],
+                color=look.color,
+                alpha=0.1,
+                linewidth=0,
+            )
             axes.axvline(root.value, color=INK, linestyle=":", linewidth=0.9)

@@ -34,7 +34,8 @@ def placed(grid: PanelGrid) -> Iterator[tuple[Panel, Spec]]:
 
 def base_layout(height: int) -> Spec:
     return {
-        "height": height, "autosize": True, "font": {"family": FONT, "size": 12, "color": INK}, "paper_bgcolor": "rgba(0,0,0,0)",
+        "height": height, "autosize": True, "font": {"family": FONT, "size": 12, "color": INK},
+        "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)", "hovermode": "closest", "shapes": [], "annotations": [],
         "margin": {"l": 64, "r": 8, "t": TOP, "b": BOTTOM},
         "legend": {"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top", "font": {"size": 12}},
@@ -42,8 +43,15 @@ def base_layout(height: int) -> Spec:
     }  # fmt: skip
 
 
-def grid_layout(grid: PanelGrid, y_title: str, *, log_y: bool, tick_format: str) -> Spec:
-    """Axes of a grid of panels: shared ticks, titles on the outer edge, names of columns above and of rows at the right."""
+def error_ticks(ends: tuple[float, float]) -> list[float]:
+    """Round error rates for a log axis: the wider its range, the sparser they stand."""
+    ratio = ends[1] / ends[0]
+    steps = (1, 2, 5) if ratio > 12 else (1, 2, 3, 5, 7) if ratio > 4 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    return [step * 10.0**power for power in range(-4, 1) for step in steps if step * 10.0**power <= 1]
+
+
+def grid_layout(grid: PanelGrid, y_title: str, *, log_y: bool, tick_format: str, y_ticks: Sequence[float] = ()) -> Spec:
+    """Axes of a grid of panels: shared ticks, titles on the outer edge, columns named above, rows at the right."""
     rows, columns = len(grid.rows), len(grid.columns)
     top = TOP + 26
     height = top + BOTTOM + rows * PANEL_HEIGHT + (rows - 1) * GAP_Y
@@ -56,12 +64,17 @@ def grid_layout(grid: PanelGrid, y_title: str, *, log_y: bool, tick_format: str)
             number = row * columns + column + 1
             suffix = "" if number == 1 else str(number)
             x0, y1 = column * (width + GAP_X), 1 - row * (tall + gap_y)
-            x_axis = log_axis(grid.ticks) | {"domain": [x0, x0 + width], "anchor": f"y{suffix}", "showticklabels": row == rows - 1}
+            x_axis = log_axis(grid.ticks) | {
+                "domain": [x0, x0 + width],
+                "anchor": f"y{suffix}",
+                "showticklabels": row == rows - 1,
+            }
             y_axis = {
-                "domain": [max(0.0, y1 - tall), y1], "anchor": f"x{suffix}", "showticklabels": column == 0, "gridcolor": RULE,
+                "domain": [max(0.0, y1 - tall), y1], "anchor": f"x{suffix}", "showticklabels": column == 0,
+                "gridcolor": RULE,
                 "zeroline": False, "tickformat": tick_format, "nticks": 5, "ticks": "", "automargin": False,
             }  # fmt: skip
-            y_axis |= {"type": "log", "dtick": "D2"} if log_y else {}
+            y_axis |= {"type": "log", "tickmode": "array", "tickvals": list(y_ticks)} if log_y else {}
             x_axis |= {"matches": "x"} if number > 1 else {}
             y_axis |= {"matches": "y"} if number > 1 else {}
             layout[f"xaxis{suffix}"], layout[f"yaxis{suffix}"] = x_axis, y_axis
@@ -80,16 +93,26 @@ def _names(grid: PanelGrid, width: float, tall: float, gap_y: float) -> Iterator
         }  # fmt: skip
     for number, row in enumerate(grid.rows):
         yield {
-            **common, "x": 1, "y": 1 - number * (tall + gap_y), "xanchor": "right", "yanchor": "top", "text": escape(row),
+            **common, "x": 1, "y": 1 - number * (tall + gap_y), "xanchor": "right", "yanchor": "top",
+            "text": escape(row),
             "bgcolor": "rgba(255,255,255,0.8)", "borderpad": 2, "font": {"size": 12, "color": MUTED},
         }  # fmt: skip
 
 
 def _titles(grid: PanelGrid, y_title: str) -> Iterator[Spec]:
     common = {"xref": "paper", "yref": "paper", "showarrow": False, "font": {"size": 12, "color": MUTED}}
-    yield {**common, "x": 0.5, "y": 0, "xanchor": "center", "yanchor": "top", "yshift": -26, "text": AXIS_TITLES[grid.axis]}
     yield {
-        **common, "x": 0, "y": 0.5, "xanchor": "right", "yanchor": "middle", "xshift": -44, "textangle": -90, "text": y_title,
+        **common,
+        "x": 0.5,
+        "y": 0,
+        "xanchor": "center",
+        "yanchor": "top",
+        "yshift": -26,
+        "text": AXIS_TITLES[grid.axis],
+    }
+    yield {
+        **common, "x": 0, "y": 0.5, "xanchor": "right", "yanchor": "middle", "xshift": -44, "textangle": -90,
+        "text": y_title,
     }  # fmt: skip
 
 

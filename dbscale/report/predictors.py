@@ -49,7 +49,7 @@ def correlations(table: RunTable, *, level: float) -> Iterator[Correlation]:
 def _correlation(dataset: str, labels: int, name: str, pairs: np.ndarray, level: float) -> Correlation:
     from scipy import stats
 
-    rho = float(stats.spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
+    rho = float(np.corrcoef(*(stats.rankdata(column) for column in pairs.T))[0, 1])
     low = high = None
     if abs(rho) < 1 and len(pairs) > 3:
         # Fisher's z with Bonett and Wright's variance for ranks.

@@ -94,9 +94,12 @@ def _missing(store: Store, point: PointRecord, rows: dict[str, Row | None]) -> M
     culprit = next(key for key in path if rows.get(key) is None)
     attempt = store.last_attempt(culprit)
     state = store.state(culprit)
-    reason = attempt.reason if attempt and attempt.reason else f"the cell is {'not started' if state == 'new' else state}"
+    reason = (
+        attempt.reason if attempt and attempt.reason else f"the cell is {'not started' if state == 'new' else state}"
+    )
     return MissingPoint(
-        point.variant, point.arm, point.student, point.upstream_num_samples, point.dataset, point.num_samples, point.seed,
+        point.variant, point.arm, point.student, point.upstream_num_samples, point.dataset, point.num_samples,
+        point.seed,
         point.cell, culprit, state, reason, (attempt.log if attempt else None) or "",
     )  # fmt: skip
 

@@ -25,7 +25,9 @@ def refresh(store: Store, grid_name: str, options: Options | None = None) -> tup
     folder = store.grid_dir(grid_name)
     wanted = digest(table, options)
     try:
-        found = Findings(schema.read(LawsFile, folder / "laws.json"), schema.read(BoundaryFile, folder / "boundary.json"))
+        found = Findings(
+            schema.read(LawsFile, folder / "laws.json"), schema.read(BoundaryFile, folder / "boundary.json")
+        )
     except (ConfigError, ValueError):
         found = None
     if found is None or (found.laws.source, found.boundary.source) != (wanted, wanted):
@@ -37,6 +39,10 @@ def refresh(store: Store, grid_name: str, options: Options | None = None) -> tup
 def digest(table: RunTable, options: Options) -> str:
     """Equal for equal rows, gaps and options under the same version."""
     text = to_csv(table) + canonical_json(
-        {"missing": [asdict(point) for point in table.missing], "options": asdict(options), "version": [__version__, METHOD_VERSION]}
+        {
+            "missing": [asdict(point) for point in table.missing],
+            "options": asdict(options),
+            "version": [__version__, METHOD_VERSION],
+        }
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

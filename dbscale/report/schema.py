@@ -15,7 +15,9 @@ from dbscale.study.strict import Strict, validate
 SCHEMA_VERSION = 1
 AxisName = Literal["upstream_samples", "downstream_samples", "num_params"]
 BoundaryStatus = Literal["crossing", "extrapolated", "no_crossing", "not_enough_data"]
-Direction = Literal["positive_to_negative", "negative_to_positive", "always_positive", "always_negative", "within_noise"]
+Direction = Literal[
+    "positive_to_negative", "negative_to_positive", "always_positive", "always_negative", "within_noise"
+]
 
 
 class Estimate(Strict):

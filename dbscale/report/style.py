@@ -17,6 +17,8 @@ class Look:
     dash: str
     mpl_marker: str
     mpl_dash: str
+    rank: int = 1000
+    """Place in a legend."""
 
     def faded(self, alpha: float) -> str:
         red, green, blue = (int(self.color[i : i + 2], 16) for i in (1, 3, 5))
@@ -25,9 +27,9 @@ class Look:
 
 # Blue and orange differ in lightness too: they survive deuteranopia, protanopia and a grey print.
 LOOKS = {
-    "plain": Look("plain", "#1f4e8c", "circle", "solid", "o", "-"),
-    "distilled": Look("distilled", "#d9730d", "diamond-open", "dash", "D", "--"),
-    "scratch": Look("no upstream data", "#7b8494", "x-thin-open", "dot", "x", ":"),
+    "plain": Look("plain", "#1f4e8c", "circle", "solid", "o", "-", 1),
+    "distilled": Look("distilled", "#d9730d", "diamond-open", "dash", "D", "--", 2),
+    "scratch": Look("no upstream data", "#7b8494", "x-thin-open", "dot", "x", ":", 3),
     "delta": Look("law", "#3c4557", "square", "solid", "s", "-"),
     "law_free": Look("paired runs", "#3c4557", "square-open", "dot", "s", ":"),
 }

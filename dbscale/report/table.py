@@ -171,6 +171,12 @@ class RunTable:
         return self.where(lambda run: run.upstream_samples == SCRATCH)
 
     @cached_property
+    def both_arms(self) -> RunTable:
+        """Runs of students that have a plain and a distilled arm; a teacher among them has the plain one only."""
+        students = {arm: {run.student for run in self.runs if run.arm == arm} for arm in ("plain", "distilled")}
+        return self.where(lambda run: run.student in students["plain"] & students["distilled"])
+
+    @cached_property
     def settings(self) -> tuple[Setting, ...]:
         """In grid order."""
         return tuple(dict.fromkeys(run.setting for run in self.pretrained))

@@ -44,5 +44,9 @@ def _fit_line(fit: FitRecord) -> str:
 def _boundary_line(record: BoundaryRecord) -> str:
     whom = "pooled" if record.student is None else f"{record.student}, {record.downstream_samples:,} labels"
     root = record.upstream_samples
-    found = f"{about(root.value)} ({interval_text(root)})" if root else (record.direction or "too little data").replace("_", " ")
+    found = (
+        f"{about(root.value)} ({interval_text(root)})"
+        if root
+        else (record.direction or "too little data").replace("_", " ")
+    )
     return f"    {record.dataset:<14}{whom:<26}{found}{'  extrapolated' if record.status == 'extrapolated' else ''}"

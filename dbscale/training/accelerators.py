@@ -26,6 +26,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from dbscale.study.recipe import Training
 from dbscale.study.resources import Resources
 from dbscale.training.errors import TrainingError
+from dbscale.training.trackers import tracker_options
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 LONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -58,16 +59,24 @@ def world_size_from_environment() -> int:
 
 
 @contextlib.contextmanager
-def open_accelerator(training: Training, resources: Resources, batching: Batching) -> Iterator[Accelerator]:
-    """An Accelerator for one cell; on leaving, its memory is freed and the process is ready for the next cell."""
+def open_accelerator(
+    training: Training, resources: Resources, batching: Batching, folder: Path
+) -> Iterator[Accelerator]:
+    """An Accelerator for one cell, whose tracker (if any) writes to `folder`.
+
+    On leaving, its memory is freed and the process is ready for the next cell. Raises TrainingError.
+    """
     _configure_process(resources)
     on_cpu = resources.device == "cpu" or not torch.cuda.is_available()
     if resources.device == "cuda" and on_cpu:
         raise TrainingError("resources.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
+    if training.precision == "fp16" and on_cpu:
+        raise TrainingError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    tracker = tracker_options(resources.tracker, folder)
     with _rank_environment(resources.zero_stage, on_cpu):
         _settle_memory(resources.zero_stage is not None)
         try:
-            accelerator = _make_accelerator(training, resources, batching, on_cpu)
+            accelerator = _make_accelerator(training, resources, batching, on_cpu, tracker)
         except Exception:
             AcceleratorState._reset_state(reset_partial_state=True)  # half made, it would spoil the next cell
             raise
@@ -77,7 +86,9 @@ def open_accelerator(training: Training, resources: Resources, batching: Batchin
             accelerator.free_memory()
 
 
-def _make_accelerator(training: Training, resources: Resources, batching: Batching, on_cpu: bool) -> Accelerator:
+def _make_accelerator(
+    training: Training, resources: Resources, batching: Batching, on_cpu: bool, tracker: dict[str, Any]
+) -> Accelerator:
     plain_on_cpu = on_cpu and resources.zero_stage is None
     # A process that changes between plain and DeepSpeed cells needs a fresh PartialState; the process group stays.
     changed = PartialState._shared_state.get("_cpu", plain_on_cpu) != plain_on_cpu
@@ -92,6 +103,7 @@ def _make_accelerator(training: Training, resources: Resources, batching: Batchi
         deepspeed_plugin=plugin,
         # Without it a world of CPU ranks is silently 1.
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and "RANK" in os.environ else [],
+        **tracker,
     )
 
 
@@ -105,8 +117,11 @@ def _deepspeed_plugin(stage: int, training: Training, batching: Batching) -> Dee
 
 @cache
 def _settle_memory(uses_deepspeed: bool) -> None:
-    """Once per set of imports: what the imports left behind is never garbage. Accelerate collects after each cell, and walking
-    torch's half a million objects again would take longer than making the next cell's model."""
+    """Once per set of imports: what the imports left behind is never garbage.
+
+    Accelerate collects after each cell, and walking torch's half a million objects again would take longer than
+    making the next cell's model.
+    """
     gc.collect()
     gc.freeze()
 

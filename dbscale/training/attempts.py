@@ -45,7 +45,9 @@ class Admission:
 def admit(store: Store, key: str, *, num_devices: int, job: str | None, log: str | None) -> Iterator[Admission]:
     """Hold the cell's lock; inside, an attempt is open unless the cell is done, blocked or someone else's."""
     if not (store.cell_dir(key) / "recipe.json").exists():
-        yield Admission(key, ("failed", f"no cell {key!r} in {store.root}; `dbscale plan` lists the cells of a grid", None))
+        yield Admission(
+            key, ("failed", f"no cell {key!r} in {store.root}; `dbscale plan` lists the cells of a grid", None)
+        )
         return
     with _lock(store.cell_dir(key) / ".lock") as held:
         row = store.read_row(key)

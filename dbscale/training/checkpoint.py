@@ -21,12 +21,15 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from dbscale.study.store import StoreError, read_json, sync_folder, write_json
+from dbscale.training.elastic import load_repartitioned, repartition
 from dbscale.training.ema import EMA
 from dbscale.training.errors import TrainingError
 from dbscale.training.progress import LossRecord
 
 NUM_KEPT = 2
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Of what `_seal` writes."""
 
 
 @dataclass
@@ -38,6 +41,9 @@ class LoopState:
     record: LossRecord = field(default_factory=LossRecord)
     train_time_s: float = 0.0
     data_wait_s: float = 0.0
+    checkpoint_time_s: float = 0.0
+    """Time that training stood still for checkpoints."""
+    energy_j: float | None = None
     replaced_samples: int = 0
 
     @classmethod
@@ -55,8 +61,10 @@ class Checkpointer:
     model: nn.Module
     """The bare student."""
     ema: EMA | None
-    layout: str
-    """Engine and world size: a checkpoint loads only into the same."""
+    engine: str
+    """plain, or zero0 … zero3: a checkpoint loads into the same engine, with any number of processes."""
+    wrapped: nn.Module
+    """The student as the engine wraps it."""
 
     def save(self, state: LoopState) -> Path:
         """Write `step-<n>`; returns when it is safe on disk. Raises StoreError when it cannot be written."""
@@ -88,34 +96,48 @@ class Checkpointer:
             return None
         folder, manifest = Path(chosen[0][0]), chosen[0][1]
         self._refuse_foreign(folder, manifest)
-        _load_accelerator_state(self.accelerator, folder)
-        own = torch.load(folder / self._rank_file, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(own["buffers"][name])
-            if self.ema is not None:
-                for average, saved in zip(self.ema.average, own["ema"], strict=True):
-                    average.copy_(saved)
+        if manifest["world_size"] == self.accelerator.num_processes or not self.engine.startswith("zero"):
+            self.accelerator.load_state(str(folder))
+        else:
+            load_repartitioned(self.accelerator, self.wrapped, folder)
+        self._load_own(folder, manifest["world_size"])
         return LoopState.from_json(manifest["state"])
 
     @property
     def _is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    @property
-    def _rank_file(self) -> str:
-        return f"rank-{self.accelerator.process_index}.pt"
+    @torch.no_grad()
+    def _load_own(self, folder: Path, world_size: int) -> None:
+        """Buffers and EMA: of this rank, or, when the number of ranks has changed, put together from all."""
+        accelerator = self.accelerator
+        same = world_size == accelerator.num_processes
+        ranks = [accelerator.process_index] if same else range(world_size)
+        parts = [torch.load(rank_file(folder, rank), map_location="cpu", weights_only=True) for rank in ranks]
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(parts[0]["buffers"][name])
+        for position, average in enumerate(self.ema.average if self.ema else []):
+            pieces = [part["ema"][position] for part in parts]
+            is_cut = not same and self.engine == "zero3"
+            average.copy_(repartition(pieces, average, accelerator.process_index) if is_cut else pieces[0])
 
     def _write_parts(self, folder: Path) -> None:
         _save_accelerator_state(self.accelerator, folder)
         buffers: dict[str, Tensor] = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()}
         average = [] if self.ema is None else [piece.cpu() for piece in self.ema.average]
-        torch.save({"buffers": buffers, "ema": average}, folder / self._rank_file)
+        torch.save({"buffers": buffers, "ema": average}, rank_file(folder, self.accelerator.process_index))
 
     def _seal(self, temporary: Path, final: Path, state: LoopState) -> None:
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sums = {str(path.relative_to(temporary)): _checksum(path, sync=True) for path in files}
-        manifest = {"cell": self.cell_id, "layout": self.layout, "state": asdict(state), "files": sums}
+        manifest = {
+            "format": FORMAT,
+            "cell": self.cell_id,
+            "engine": self.engine,
+            "world_size": self.accelerator.num_processes,
+            "state": asdict(state),
+            "files": sums,
+        }
         write_json(temporary / MANIFEST, manifest)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -137,11 +159,16 @@ class Checkpointer:
                 f"{folder} is a checkpoint of cell {manifest['cell']}, not of {self.cell_id}: another recipe's state "
                 "cannot be resumed; remove the folder to start afresh"
             )
-        if manifest["layout"] != self.layout:
+        if manifest["engine"] != self.engine:
             raise TrainingError(
-                f"{folder} was saved by {manifest['layout']}, this run is {self.layout}; resume with the same "
-                "resources, or remove the folder to start afresh"
+                f"{folder} was saved by the engine {manifest['engine']}, this run's is {self.engine}; resume with "
+                "the zero_stage it was saved with, or remove the folder to start afresh"
             )
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """What only that rank has."""
+    return folder / f"rank-{rank}.pt"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -152,9 +179,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        sums = read_json(folder / MANIFEST)["files"]
+        manifest = read_json(folder / MANIFEST)
+        sums = manifest["files"]
     except (OSError, StoreError, KeyError) as error:
         return f"no readable {MANIFEST} ({error})"
+    if manifest.get("format") != FORMAT:
+        return f"it has format {manifest.get('format', 1)}, this version of dbscale reads {FORMAT}"
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
@@ -177,7 +207,3 @@ def _checksum(path: Path, *, sync: bool = False) -> str:
 def _save_accelerator_state(accelerator: Accelerator, folder: Path) -> None:
     extra = {"save_latest": False} if accelerator.distributed_type == "DEEPSPEED" else {}
     accelerator.save_state(str(folder), **extra)  # type: ignore[arg-type]
-
-
-def _load_accelerator_state(accelerator: Accelerator, folder: Path) -> None:
-    accelerator.load_state(str(folder))

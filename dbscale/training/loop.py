@@ -20,6 +20,7 @@ from dbscale.data import Batch, TrainLoader, Transform, mix_batch
 from dbscale.study.recipe import Recipe
 from dbscale.study.stop import StopRequest
 from dbscale.training.checkpoint import Checkpointer, LoopState
+from dbscale.training.device import energy_j
 from dbscale.training.ema import EMA
 from dbscale.training.losses import Losses, Objective, Target
 from dbscale.training.optimizer import learning_rate, set_learning_rate
@@ -67,6 +68,7 @@ def train(run: Run) -> bool:
     state, recipe = run.state, run.recipe
     # A frozen backbone keeps its batch statistics and drops no paths.
     run.model.train(recipe.training.scope == "full")
+    energy = energy_j(run.accelerator.device)
     saved_at = mark = time.perf_counter()
     for step in range(state.step, recipe.num_steps):
         batch = next(run.loader)
@@ -90,10 +92,13 @@ def train(run: Run) -> bool:
         is_due = now - saved_at > run.checkpoint_interval_s
         request = _agree(run, Request.STOP if run.stop.requested else Request(int(is_due)))
         if request is not Request.GO_ON:
+            energy = _add_energy(run, energy)
             _save(run)
             if request is Request.STOP:
                 return False
             saved_at = mark = time.perf_counter()
+            state.checkpoint_time_s += saved_at - now
+    _add_energy(run, energy)
     return True
 
 
@@ -101,7 +106,7 @@ def _to_device(run: Run, batch: Batch, step: int) -> tuple[Tensor, Target]:
     """This rank's images, float32 [b, 3, S, S], augmented and mixed, and what they should be classified as."""
     device, augment = run.accelerator.device, run.recipe.training.augment
     assert isinstance(batch.images, Tensor), "lists of pixels are transformed in the loader"
-    images = batch.images.to(device, non_blocking=True)
+    images = batch.images.to(device, non_blocking=True)  # uint8 where the device augments, a quarter of the bytes
     labels = batch.labels.to(device, non_blocking=True)
     if run.device_transform is not None:
         images = run.device_transform(images, epoch=batch.epoch, sample_ids=batch.sample_ids)
@@ -151,7 +156,9 @@ def _micro_batches(images: Tensor, target: Target, num: int) -> list[tuple[Tenso
 def _mean(collected: list[Losses]) -> Losses:
     if len(collected) == 1:
         return collected[0]
-    terms = [[term.detach() for term in terms] if terms[0] is not None else None for terms in zip(*collected, strict=True)]
+    terms = [
+        [term.detach() for term in terms] if terms[0] is not None else None for terms in zip(*collected, strict=True)
+    ]
     return Losses(*(None if values is None else torch.stack(values).mean() for values in terms))
 
 
@@ -168,6 +175,15 @@ def _agree(run: Run, request: Request) -> Request:
 @cache
 def _host_group() -> dist.ProcessGroup | None:
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def _add_energy(run: Run, since: float | None) -> float | None:
+    """Charge the run for what all its devices used since the last reading; the new reading."""
+    now = energy_j(run.accelerator.device)
+    if now is not None and since is not None:
+        used = run.accelerator.reduce(torch.tensor(now - since, device=run.accelerator.device), reduction="sum")
+        run.state.energy_j = (run.state.energy_j or 0.0) + float(used)
+    return now
 
 
 def _save(run: Run) -> None:

@@ -37,9 +37,7 @@ Objective = Callable[[nn.Module, Tensor, Target], Losses]
 """(student, images [b, 3, S, S], target) -> Losses."""
 
 
-def make_objective(
-    recipe: Recipe, resources: Resources, teacher: nn.Module | None, student: nn.Module
-) -> Objective:
+def make_objective(recipe: Recipe, resources: Resources, teacher: nn.Module | None, student: nn.Module) -> Objective:
     """The objective of a recipe. Terms of weight zero are not computed, so a distill cell with alpha = beta = 0 is
     bitwise the pretrain cell. `student` is the bare timm model, whose attention the teacher guides."""
     smoothing, settings = recipe.training.label_smoothing, recipe.distill

@@ -19,8 +19,8 @@ from dbscale.training.accelerators import AMP_DTYPE, Batching
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.ema import EMA
 from dbscale.training.errors import TrainingError
-from dbscale.training.losses import make_objective, wants_maps
 from dbscale.training.loop import Run
+from dbscale.training.losses import make_objective, wants_maps
 from dbscale.training.models import freeze_backbone, load_backbone, make_model
 from dbscale.training.optimizer import make_optimizer
 from dbscale.training.progress import Reporter, truncate_metrics
@@ -63,7 +63,8 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         accelerator=accelerator,
         model=student,
         ema=ema,
-        layout=describe_layout(context),
+        engine=engine_name(context.resources),
+        wrapped=model,
     )
     state = checkpointer.load_latest() or LoopState()
     if accelerator.is_main_process:
@@ -162,8 +163,6 @@ def make_batches(
     return loader, transform if on_device else None
 
 
-def describe_layout(context: Context) -> str:
-    """Engine and world size, as checkpoints and rows name them."""
-    stage = context.resources.zero_stage
-    engine = "plain" if stage is None else f"zero{stage}"
-    return f"{engine} on {context.batching.world_size} process{'es' * (context.batching.world_size > 1)}"
+def engine_name(resources: Resources) -> str:
+    """As checkpoints and rows name it."""
+    return "plain" if resources.zero_stage is None else f"zero{resources.zero_stage}"

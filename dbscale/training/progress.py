@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from dbscale.study.recipe import Recipe
 from dbscale.study.store import Progress, Store
@@ -43,6 +44,10 @@ class LossRecord:
         return self.tail_sum / max(self.tail_steps, 1)
 
 
+class NonFiniteLoss(TrainingError):
+    """The run diverged."""
+
+
 class Reporter:
     """Collects the losses of one cell; rank 0 writes them."""
 
@@ -54,6 +59,8 @@ class Reporter:
         self._terms: tuple[str, ...] = ()
         self._next_heartbeat, self._mark = 0.0, (time.monotonic(), 0)
         self._images_per_s, self._loss = 0.0, None
+        hidden = not accelerator.is_main_process or not sys.stderr.isatty()
+        self._bar = tqdm(total=recipe.num_steps, unit="step", dynamic_ncols=True, leave=False, disable=hidden)
 
     def add(self, step: int, losses: Losses) -> None:
         """Take the losses of 0-based `step`, this rank's share of the batch."""
@@ -63,12 +70,17 @@ class Reporter:
         if (step + 1) % self._interval == 0 or step + 1 == self._recipe.num_steps:
             self.flush(step)
             self._write_line(step)
+        self._bar.update(step + 1 - self._bar.n)
         self._heartbeat(step + 1)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
 
     def flush(self, step: int) -> None:
         """Fetch what is still on the device, averaged over ranks; every rank calls it at the same step.
 
-        Raises TrainingError at a non-finite loss.
+        Raises NonFiniteLoss.
         """
         if not self._on_device:
             return
@@ -84,7 +96,7 @@ class Reporter:
         loss = terms["loss"]
         if not math.isfinite(loss):
             rate = learning_rate(step, self._recipe)
-            raise TrainingError(
+            raise NonFiniteLoss(
                 f"loss is {loss} at step {step + 1} of {self._recipe.num_steps}, learning rate {rate:.3g} "
                 f"({', '.join(f'{name} {value:.4g}' for name, value in terms.items())}); lower lr, lengthen the "
                 "warm-up, set clip_norm, or train in bf16 or fp32"
@@ -108,6 +120,8 @@ class Reporter:
             if values:
                 line[name] = math.fsum(values) / len(values)  # type: ignore[arg-type]
         line["images_per_s"] = round(self._images_per_s, 1)
+        self._accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step + 1)
+        self._bar.set_postfix_str(f"loss {self._loss:.3f}, {self._images_per_s:,.0f} img/s", refresh=False)
         with metrics_path(self._store, self._key).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -123,15 +137,6 @@ class Reporter:
             updated=time.time(),
         )
         self._store.write_progress(self._key, progress)
-        if sys.stderr.isatty():
-            print("\r" + describe(progress), end="", file=sys.stderr, flush=True)
-
-
-def describe(progress: Progress) -> str:
-    """One line for people: share done, loss, speed."""
-    share = progress.step / progress.num_steps
-    loss = "" if progress.loss is None else f" loss {progress.loss:.3f}"
-    return f"{share:4.0%} step {progress.step}/{progress.num_steps}{loss} {progress.images_per_s:,.0f} img/s"
 
 
 def metrics_path(store: Store, key: str) -> Path:

@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from dbscale.data import Dataset, make_eval_loader, make_transform
+from dbscale.data import make_eval_loader, make_transform
 from dbscale.kernels import resolve_backend
 from dbscale.study.cell import Arm, CellSpec, model_label
+from dbscale.study.recipe import Recipe
 from dbscale.study.row import Row, Timing, Upstream
 from dbscale.study.store import Attempt, Store, atomic_open, read_json, write_json
 from dbscale.training.checkpoint import LoopState
+from dbscale.training.device import device_name, peak_flops, peak_memory_bytes
 from dbscale.training.evaluate import Evaluation, evaluate
 from dbscale.training.flops import count_train_flops
 from dbscale.training.loop import Run
 from dbscale.training.models import load_whole, make_model
-from dbscale.training.prepare import Context, describe_layout, open_cell_dataset, set_precision
+from dbscale.training.prepare import Context, engine_name, open_cell_dataset, set_precision
 from dbscale.training.weights import WEIGHTS_NAME, export_weights, sha256_of
 
 TRAINED_NAME = "trained.json"
@@ -48,7 +50,7 @@ def finish_training(run: Run, spec: CellSpec, store: Store) -> None:
     export_weights(folder / WEIGHTS_NAME, accelerator, run.model, run.ema)
     if accelerator.is_main_process:
         trained = Trained(
-            run.state, run.num_classes, peak_memory_bytes(accelerator), sha256_of(folder / WEIGHTS_NAME)
+            run.state, run.num_classes, peak_memory_bytes(accelerator.device), sha256_of(folder / WEIGHTS_NAME)
         )
         write_json(folder / TRAINED_NAME, asdict(trained))
     accelerator.wait_for_everyone()
@@ -97,7 +99,12 @@ def write_correct(path: Path, evaluation: Evaluation) -> None:
 
 
 def make_row(
-    spec: CellSpec, trained: Trained, evaluation: Evaluation, eval_time_s: float, context: Context, attempts: list[Attempt]
+    spec: CellSpec,
+    trained: Trained,
+    evaluation: Evaluation,
+    eval_time_s: float,
+    context: Context,
+    attempts: list[Attempt],
 ) -> Row:
     """Everything a table of cells needs; `attempts` are all tries, the last one still running."""
     recipe, store, accelerator = spec.recipe, context.store, context.accelerator
@@ -105,6 +112,7 @@ def make_row(
     model = make_model(
         recipe.model, num_classes=trained.num_classes, image_size=recipe.data.image_size, seed=0
     )  # fmt: skip
+    train_flops = count_train_flops(recipe, teacher, trained.num_classes)
     return Row(
         key=spec.key,
         id=spec.id,
@@ -118,7 +126,7 @@ def make_row(
         num_classes=trained.num_classes,
         num_steps=trained.state.step,
         samples_seen=trained.state.step * recipe.training.global_batch,
-        train_flops=count_train_flops(recipe, teacher, trained.num_classes),
+        train_flops=train_flops,
         error_rate=evaluation.error_rate,
         top5_error_rate=evaluation.top5_error_rate,
         test_loss=evaluation.loss,
@@ -129,9 +137,11 @@ def make_row(
         replaced_samples=trained.state.replaced_samples,
         upstream=_upstream(spec, store),
         teacher=spec.teacher,
-        kd_backend=resolve_backend(context.resources.kd_backend, "kd_loss", accelerator.device.type) if teacher else None,
+        kd_backend=resolve_backend(context.resources.kd_backend, "kd_loss", accelerator.device.type)
+        if teacher
+        else None,
         resources=_how(recipe.training.precision, context),
-        timing=_timing(trained, eval_time_s, recipe.training.global_batch, accelerator, attempts),
+        timing=_timing(recipe, trained, train_flops, eval_time_s, accelerator, attempts),
     )
 
 
@@ -139,15 +149,6 @@ def clear_scratch(folder: Path) -> None:
     """Drop what only an unfinished cell needs."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / TRAINED_NAME).unlink(missing_ok=True)
-
-
-def peak_memory_bytes(accelerator: Accelerator) -> int:
-    """Most memory this process held: on the device if it is one, else resident in the host."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(accelerator.device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _arm(spec: CellSpec, store: Store) -> Arm:
@@ -174,8 +175,7 @@ def _upstream(spec: CellSpec, store: Store) -> Upstream | None:
 
 def _how(precision: str, context: Context) -> dict[str, str | int | float | bool | None]:
     return {
-        "layout": describe_layout(context),
-        "zero_stage": context.resources.zero_stage,
+        "engine": engine_name(context.resources),
         "world_size": context.batching.world_size,
         "micro_batch": context.batching.micro_batch,
         "accumulation": context.batching.accumulation,
@@ -188,21 +188,29 @@ def _how(precision: str, context: Context) -> dict[str, str | int | float | bool
 
 
 def _timing(
-    trained: Trained, eval_time_s: float, global_batch: int, accelerator: Accelerator, attempts: list[Attempt]
+    recipe: Recipe,
+    trained: Trained,
+    train_flops: float,
+    eval_time_s: float,
+    accelerator: Accelerator,
+    tries: list[Attempt],
 ) -> Timing:
     state, num_devices = trained.state, accelerator.num_processes
-    on_gpu = accelerator.device.type == "cuda"
-    wall_s = sum((attempt.ended or time.time()) - attempt.started for attempt in attempts if attempt.status != "blocked")
+    tries = [each for each in tries if each.status != "blocked"]
+    name, train_time_s = device_name(accelerator.device), max(state.train_time_s, 1e-9)
+    peak = peak_flops(name, recipe.training.precision)
     return Timing(
         train_time_s=state.train_time_s,
         eval_time_s=eval_time_s,
         step_time_s=state.train_time_s / max(state.step, 1),
-        images_per_s=state.step * global_batch / max(state.train_time_s, 1e-9),
-        data_wait_share=min(state.data_wait_s / max(state.train_time_s, 1e-9), 1.0),
-        device_time_s=wall_s * num_devices,
+        images_per_s=state.step * recipe.training.global_batch / train_time_s,
+        data_wait_share=min(state.data_wait_s / train_time_s, 1.0),
+        device_time_s=sum(((each.ended or time.time()) - each.started) * each.num_devices for each in tries),
         peak_memory_bytes=trained.peak_memory_bytes,
-        num_attempts=len(attempts),
+        mfu=None if peak is None else train_flops / (train_time_s * num_devices * peak),
+        energy_j=state.energy_j,
+        num_attempts=len(tries),
         num_devices=num_devices,
-        device=torch.cuda.get_device_name(accelerator.device) if on_gpu else "cpu",
+        device=name,
         host=socket.gethostname(),
     )

@@ -26,8 +26,11 @@ from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
 from dbscale.training.accelerators import make_batching, open_accelerator, world_size_from_environment
 from dbscale.training.attempts import Admission, admit, close_attempt
+from dbscale.training.checkpoint import list_checkpoints
+from dbscale.training.device import reset_peak_memory
 from dbscale.training.loop import train
 from dbscale.training.prepare import Context, open_cell_dataset, prepare_run
+from dbscale.training.progress import NonFiniteLoss
 from dbscale.training.results import (
     clear_scratch,
     evaluate_cell,
@@ -35,6 +38,7 @@ from dbscale.training.results import (
     make_row,
     read_trained,
 )
+from dbscale.training.trackers import open_tracker
 
 Status = Literal["done", "failed", "interrupted", "blocked", "busy"]
 
@@ -75,13 +79,15 @@ def run_cell(
     is_main = os.environ.get("RANK", "0") == "0"
     world_size = world_size_from_environment()
     with contextlib.ExitStack() as stack:
-        admission = stack.enter_context(admit(store, key, num_devices=world_size, job=job, log=log)) if is_main else None
+        admission = (
+            stack.enter_context(admit(store, key, num_devices=world_size, job=job, log=log)) if is_main else None
+        )
         if world_size == 1 and admission is not None and admission.refusal is not None:
             return Outcome(*admission.refusal)
         with _failures_recorded(store, key, admission, resources) as outcome:
-            spec = store.read_spec(key)
+            spec, folder = store.read_spec(key), store.cell_dir(key)
             batching = make_batching(spec.recipe.training.global_batch, world_size, resources.micro_batch)
-            accelerator = stack.enter_context(open_accelerator(spec.recipe.training, resources, batching))
+            accelerator = stack.enter_context(open_accelerator(spec.recipe.training, resources, batching, folder))
             refusal = _from_main(admission.refusal if admission else None, accelerator)
             if refusal is not None:
                 return Outcome(*refusal)
@@ -93,12 +99,14 @@ def run_cell(
 def _train_and_evaluate(spec: CellSpec, context: Context, admission: Admission | None) -> Outcome:
     store, accelerator = context.store, context.accelerator
     folder = store.cell_dir(spec.key)
+    reset_peak_memory(accelerator.device)
     trained = _from_main(read_trained(folder) if accelerator.is_main_process else None, accelerator)
     if trained is None:
         run = prepare_run(spec, open_cell_dataset(spec, context.data_dir, "train"), context)
         if admission is not None:
             admission.resumed_from(run.state.step)
-        with contextlib.closing(run.loader):
+        tracker = open_tracker(accelerator, spec, folder, context.resources.tracker)
+        with contextlib.closing(run.loader), contextlib.closing(run.reporter), tracker:
             if not train(run):
                 if admission is not None:
                     close_attempt(store, admission, "interrupted", context.stop.reason)
@@ -122,9 +130,7 @@ class _Box:
 
 
 @contextlib.contextmanager
-def _failures_recorded(
-    store: Store, key: str, admission: Admission | None, resources: Resources
-) -> Iterator[_Box]:
+def _failures_recorded(store: Store, key: str, admission: Admission | None, resources: Resources) -> Iterator[_Box]:
     """Turn whatever goes wrong inside into an outcome and an attempt that say why; the log gets the traceback."""
     box = _Box(Outcome("failed", "nothing was run"))
     try:
@@ -132,6 +138,9 @@ def _failures_recorded(
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         reason = _explain(error, resources)
+        if isinstance(error, NonFiniteLoss):
+            whole = list_checkpoints(store.cell_dir(key) / "checkpoints")
+            reason += f"; last good checkpoint: {whole[0] if whole else 'none'}"
         box.value = Outcome("failed", reason)
         if admission is not None:
             close_attempt(store, admission, "failed", reason)

@@ -16,7 +16,7 @@ from dbscale.training.weights import verified_weights
 
 
 def load_teacher(store: Store, spec: CellSpec, *, num_classes: int, device: torch.device) -> nn.Module | None:
-    """The teacher of a distill cell, ready to guide; None for other stages. Raises TrainingError when it does not fit."""
+    """The teacher of a distill cell, ready to guide; None for other stages. Raises TrainingError if it does not fit."""
     if spec.teacher is None:
         return None
     parent = store.read_spec(spec.teacher)

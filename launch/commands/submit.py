@@ -87,13 +87,14 @@ def submit_to_slurm(study: Study) -> int:
     queued = look_at_queue(study)
     plan, cost = plan_study(study, queued.cells)
     write_records(study, plan, cost)
-    print(plan_command.describe(study, plan, cost), flush=True)
-    waiting = plan.count()["running"]
-    if not plan.waves and (
-        waiting or report_is_current(study.store, study.grid.name, [cell.key for cell in plan.cells])
-    ):
-        print(f"nothing to submit: {waiting} cells wait or run in SLURM" if waiting else "all done, and reported")
+    waiting, keys = plan.count()["running"], [cell.key for cell in plan.cells]
+    if not plan.waves and waiting:
+        print(f"nothing to submit: {waiting} cells wait or run in SLURM, {len(keys) - waiting} are done")
         return 0
+    if not plan.waves and report_is_current(study.store, study.grid.name, keys):
+        print(f"all {len(keys)} cells are done; the report: {study.store.grid_dir(study.grid.name) / 'report.html'}")
+        return 0
+    print(plan_command.describe(study, plan, cost), flush=True)
     for made in Submission(study, plan, cost, queued).run():
         what = f"{len(made.elements)} bundles of wave {made.wave}" if made.kind == "bundles" else "the reducer"
         after = f", after {', '.join(map(str, made.after))}" if made.after else ""

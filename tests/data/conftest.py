@@ -16,7 +16,6 @@ from shards.pack import pack
 from shards.source import FieldSource, Listing
 from shards.sources import make_source
 
-
 # Under a deadline hypothesis fails tests on a busy machine.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")

@@ -72,7 +72,7 @@ def test_errors_name_what_there_is(folder: Path, tmp_path: Path) -> None:
         open_dataset(folder, tier="gpu")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="encoding 'raw', which the decode tier 'jpeg256' cannot read"):
         open_dataset(folder, tier="jpeg256")
-    with pytest.raises(DataError, match="no manifest .the folder does not exist"):
+    with pytest.raises(DataError, match="the folder does not exist"):
         load_manifest(tmp_path / "absent")
 
 

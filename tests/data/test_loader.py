@@ -1,8 +1,8 @@
-"""Batches are bitwise the same however many workers, ranks and resumes there are; evaluation counts each sample once."""
+"""Batches are bitwise the same for all workers, ranks and resumes; evaluation counts each sample once."""
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def subset(folder: Path) -> Subset:
 
 
 @pytest.fixture(scope="session")
-def transform():  # noqa: ANN201
+def transform():
     return make_transform(image_size=8, train=True, augment=AUGMENT, seed=3)
 
 
@@ -74,7 +74,7 @@ def test_workers_and_ranks_together_change_nothing(subset: Subset, transform, re
     assert_equal(global_batches(subset, transform, 9, world_size=2, num_workers=2), reference)
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 6, 12])), min_size=1, max_size=5),
 )
@@ -149,8 +149,7 @@ def test_the_callers_random_state_is_left_alone(subset: Subset, transform) -> No
 def test_evaluation_counts_every_sample_once(folder: Path, n: int, batch_size: int, world_size: int) -> None:
     subset = open_dataset(folder, "test").subset(n)
     loaders = [
-        make_eval_loader(subset, batch_size=batch_size, rank=rank, world_size=world_size)
-        for rank in range(world_size)
+        make_eval_loader(subset, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
     batches: list[list[Batch]] = [list(loader) for loader in loaders]
     assert {len(part) for part in batches} == {len(loaders[0])}
@@ -185,3 +184,23 @@ def test_batches_smaller_than_the_subset_and_larger(make_folder_of: Callable[...
     assert batch.epoch.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 6}, "has seed 5, this run has 6"),
+        ({"global_batch": 24}, "has global batch 12, this run has 24"),
+        ({"repeats": 2}, "has repeats 1, this run has 2"),
+    ],
+)
+def test_a_foreign_state_is_refused_with_both_values(subset: Subset, change: dict[str, int], message: str) -> None:
+    saved = make_loader(subset, global_batch=12, seed=5).identity
+    options: dict[str, Any] = {"global_batch": 12, "seed": 5, **change}
+    with pytest.raises(DataError, match=message):
+        make_loader(subset, **options).refuse_foreign(saved)
+    make_loader(subset, global_batch=12, seed=5, world_size=4, num_workers=0, consumed=24).refuse_foreign(saved)
+
+
+def test_another_subset_is_refused(subset: Subset) -> None:
+    saved = make_loader(subset, global_batch=12, seed=5).identity
+    with pytest.raises(DataError, match="the saved state has subset fingerprint"):
+        make_loader(subset.dataset.subset(40), global_batch=12, seed=5).refuse_foreign(saved)

@@ -39,9 +39,7 @@ def test_block_shuffle_reads_runs_of_neighbours(n: int, block: int, epoch: int) 
     start = 0
     while start < n:
         length = next(
-            size
-            for size in range(min(block, n - start), 0, -1)
-            if np.ptp(positions[start : start + size]) == size - 1
+            size for size in range(min(block, n - start), 0, -1) if np.ptp(positions[start : start + size]) == size - 1
         )
         start += length
         assert length <= block
@@ -52,7 +50,7 @@ def test_block_shuffle_reads_runs_of_neighbours(n: int, block: int, epoch: int) 
 
 def test_orders_are_spread_evenly() -> None:
     """Each sample is about equally often in each place (chi-square, 5 sigma)."""
-    n, epochs = 12, 4000
+    n, epochs = 12, 1200
     counts = np.zeros((n, n))
     for epoch in range(epochs):
         counts[np.arange(n), order(9, epoch, n)] += 1

@@ -73,13 +73,15 @@ class Workplace:
 
     def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         process = self.start(command, *arguments)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def behave(self, **wanted: Any) -> None:
         """How the stand-in for training should (mis)behave."""
         self.store.root.mkdir(parents=True, exist_ok=True)
-        (self.store.root / "fake.json").write_text(json.dumps(wanted))
+        new = self.store.root / "fake.json.new"
+        new.write_text(json.dumps(wanted))
+        new.replace(self.store.root / "fake.json")
 
     def done(self) -> list[str]:
         return sorted(path.parent.name for path in self.store.root.glob("cells/*/row.json"))
@@ -123,7 +125,7 @@ def num_cells() -> Iterator[int]:
 def wait_until() -> Callable[..., None]:
     import time
 
-    def wait(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
+    def wait(condition: Callable[[], Any], timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, "waited in vain"

@@ -13,7 +13,6 @@ import pytest
 
 from launch.cli import main
 
-
 ONE = ("--set", "cluster.workers=1")
 
 
@@ -74,7 +73,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     driver = workplace.start("submit", start_new_session=True)
     wait_until(workplace.steps)
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to the driver, submitit's controllers and the workers
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 130
     assert "go on from their last" in errors
     assert 0 < len(workplace.steps()) < num_cells
@@ -94,7 +93,7 @@ def test_workers_notice_that_their_driver_was_killed(
     workers = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.communicate()
-    psutil.wait_procs(workers, timeout=20)
+    psutil.wait_procs(workers, timeout=300)
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     workplace.behave(steps=300, step_s=0)
     assert workplace.run("submit", *ONE).returncode == 0
@@ -109,7 +108,7 @@ def test_a_killed_worker_is_started_again(workplace: Any, num_cells: int, wait_u
     store = workplace.store
     running = [key for key in workplace.steps() if store.state(key) == "running"]
     os.kill(store.last_attempt(running[0]).pid, signal.SIGKILL)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
     assert "a worker died" in errors
     assert len(workplace.done()) == num_cells
@@ -123,5 +122,5 @@ def test_a_second_driver_is_told_who_has_the_store(workplace: Any, wait_until: C
     assert second.returncode == 1
     assert f"pid {driver.pid}" in second.stderr
     assert workplace.run("cancel").returncode == 0
-    driver.communicate(timeout=30)
+    driver.communicate(timeout=300)
     assert driver.returncode == 130

@@ -9,16 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dbscale.report.page import write_report
 from dbscale.report.table import Run, RunTable
 from dbscale.study.cell import Cell
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, Point, expand
 from dbscale.study.plan import PlanRecord, make_plan, record, write_plan
+from dbscale.study.recipe import DeiT
 from dbscale.study.row import Row, Timing, Upstream
 from dbscale.study.store import Attempt, Store
 from dbscale.study.strict import validate
 
 BOUNDARY = 8000.0
+MODELS = {
+    name: {"kind": "deit", "heads": heads, "head_width": 16, "depth": 4, "patch_size": 8}
+    for name, heads in (("h1", 1), ("h2", 2), ("h4", 4))
+}
 PARAMS = {"h1": 50_000, "h2": 200_000, "h4": 800_000}
 TEST_SAMPLES = 2000
 
@@ -55,7 +61,9 @@ def make_table() -> Callable[..., RunTable]:
                 error_rate=noisy(error(arm, size, students[student], labels), rng, noise=noise),
                 key=f"{arm}-{student}-{size}-{dataset}-{labels}-{seed}",
             )
-            for seed, (arm, size), student, dataset, labels in itertools.product(seeds, arms, students, datasets, downstream)
+            for seed, (arm, size), student, dataset, labels in itertools.product(
+                seeds, arms, students, datasets, downstream
+            )
         )  # fmt: skip
         return RunTable(runs, grid="synthetic", question="Does distillation pay?")
 
@@ -64,14 +72,13 @@ def make_table() -> Callable[..., RunTable]:
 
 def grid_config() -> dict:
     training = {"budget": {"epochs": 2}, "optim": {"lr": 1e-3}, "global_batch": 64, "precision": "fp32"}
-    heads = {"h1": 1, "h2": 2, "h4": 4}
     return {
         "name": "tiny", "question": "Does distilling from h1 <pay>?",
         "datasets": {"fractals": {"source": "fractals"}, "digits": {"source": "digits"}},
         "upstream": {"dataset": "fractals", "num_samples": [500, 2000, 8000, 32000]},
         "downstream": [{"dataset": "digits", "num_samples": [100, 1000]}],
         "image_size": 32, "scratch": True, "seeds": [0, 1],
-        "models": {name: {"kind": "deit", "heads": count, "head_width": 16, "depth": 4, "patch_size": 8} for name, count in heads.items()},
+        "models": MODELS,
         "students": ["h2", "h4"], "teachers": {"h2": "h1", "h4": "h1"},
         "pretrain": training, "finetune": training, "distill": {"alpha": 0.5},
     }  # fmt: skip
@@ -91,21 +98,32 @@ def cell_row(cell: Cell, rng: np.random.Generator) -> Row:
             linear_probe_error=min(1.0, error + 0.1), transrate=1 / (error + 0.1),
         )  # fmt: skip
     timing = Timing(
-        train_time_s=3.0, eval_time_s=0.5, step_time_s=0.01, images_per_s=900.0, data_wait_share=0.01, device_time_s=3.6,
+        train_time_s=3.0, eval_time_s=0.5, step_time_s=0.01, images_per_s=900.0, data_wait_share=0.01,
+        device_time_s=3.6,
         peak_memory_bytes=10**8, device="cpu", host="node <1>",
     )  # fmt: skip
     return Row(
         key=cell.key, id=cell.id, stage=recipe.stage, arm=cell.arm, model="deit", dataset=recipe.data.dataset,
         num_samples=recipe.data.num_samples, seed=recipe.seed, num_params=params, num_classes=10,
         num_steps=recipe.num_steps, samples_seen=recipe.num_steps * 64, train_flops=1e12, error_rate=error,
-        test_loss=2 * error, num_test_samples=TEST_SAMPLES, train_loss=error, weights_sha256="0" * 64, upstream=upstream,
+        test_loss=2 * error, num_test_samples=TEST_SAMPLES, train_loss=error, weights_sha256="0" * 64,
+        upstream=upstream,
         timing=timing,
     )  # fmt: skip
 
 
 def attempt(number: int, status: str, reason: str | None, log: str | None) -> Attempt:
     return Attempt.model_validate(
-        {"number": number, "status": status, "host": "node", "pid": 1, "started": 10.0, "ended": 12.0, "reason": reason, "log": log}
+        {
+            "number": number,
+            "status": status,
+            "host": "node",
+            "pid": 1,
+            "started": 10.0,
+            "ended": 12.0,
+            "reason": reason,
+            "log": log,
+        }
     )
 
 
@@ -121,7 +139,7 @@ MakeStore = Callable[..., Store]
 
 @pytest.fixture(scope="session")
 def make_store_in() -> MakeStore:
-    """`make_store_in(folder, failed)`: a store with a planned grid `tiny` and rows of its cells but those that `failed` picks."""
+    """`make_store_in(folder, failed)`: a planned grid `tiny` with rows of all cells but those that `failed` picks."""
 
     def make(folder: Path, failed: Callable[[Cell], bool] = lambda cell: False) -> Store:
         store = Store(folder / "out")
@@ -143,6 +161,18 @@ def make_store_in() -> MakeStore:
         return store
 
     return make
+
+
+@pytest.fixture(scope="session")
+def reported(make_store_in: MakeStore, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A grid in which one teacher failed, with its report written."""
+
+    def fails(cell: Cell) -> bool:
+        return (cell.recipe.model, cell.recipe.data.num_samples, cell.recipe.seed) == (DeiT(**MODELS["h1"]), 2000, 1)
+
+    store = make_store_in(tmp_path_factory.mktemp("reported"), fails)
+    write_report(store, "tiny")
+    return store
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbscale.report.advise import advise, parse_count
@@ -43,7 +43,8 @@ def test_impossible_points_are_refused(table, point):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("200k", 2e5), ("22M", 2.2e7), ("1_281_167", 1281167), ("2e5", 2e5), ("1,000", 1000), ("1.3G", 1.3e9)]
+    ("text", "value"),
+    [("200k", 2e5), ("22M", 2.2e7), ("1_281_167", 1281167), ("2e5", 2e5), ("1,000", 1000), ("1.3G", 1.3e9)],
 )
 def test_counts_are_read_as_people_write_them(text, value):
     assert parse_count(text) == pytest.approx(value)
@@ -55,6 +56,7 @@ def test_what_is_no_count_is_refused(text):
         parse_count(text)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**12))
 def test_plain_integers_are_themselves(number):
     assert parse_count(str(number)) == number

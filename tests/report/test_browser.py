@@ -10,13 +10,19 @@ from typing import Any
 
 import pytest
 
-from dbscale.report.page import write_report
+from dbscale.study.store import Store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PATIENCE_MS = 180_000
 """A busy machine is slow, not wrong."""
 
@@ -24,11 +30,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (a
 
 
 @pytest.fixture(scope="module")
-def opened(make_store_in, tmp_path_factory) -> Iterator[tuple[Any, list[str]]]:
+def opened(reported: Store) -> Iterator[tuple[Any, list[str]]]:
     """The report of a synthetic grid, and what the browser had to say about it."""
     from playwright.sync_api import sync_playwright
 
-    path = write_report(make_store_in(tmp_path_factory.mktemp("browser")), "tiny")
+    path = reported.grid_dir("tiny") / "report.html"
     said: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, timeout=PATIENCE_MS)
@@ -36,7 +42,10 @@ def opened(make_store_in, tmp_path_factory) -> Iterator[tuple[Any, list[str]]]:
         page.set_default_timeout(PATIENCE_MS)
         page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.on("request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else said.append(request.url))
+        page.on(
+            "request",
+            lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else said.append(request.url),
+        )
         page.goto(path.as_uri(), timeout=PATIENCE_MS)
         page.wait_for_selector("#s1-pooled .main-svg")
         yield page, said
@@ -45,7 +54,8 @@ def opened(make_store_in, tmp_path_factory) -> Iterator[tuple[Any, list[str]]]:
 
 def visible_traces(page: Any, figure: str, arm: str) -> int:
     return page.evaluate(
-        "([id, arm]) => document.getElementById(id).data.filter((t) => (t.meta || {}).arm === arm && t.visible !== false).length",
+        "([id, arm]) => document.getElementById(id).data"
+        ".filter((trace) => (trace.meta || {}).arm === arm && trace.visible !== false).length",
         [figure, arm],
     )
 

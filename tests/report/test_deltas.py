@@ -69,7 +69,10 @@ def test_pooled_variance_is_the_mean_of_unbiased_ones():
 
 
 def test_mistakes_are_read_from_packed_bits(tmp_path):
-    correct, counted = np.array([1, 0, 1, 0, 1, 1, 0, 1, 1, 0], bool), np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1], bool)
+    correct, counted = (
+        np.array([1, 0, 1, 0, 1, 1, 0, 1, 1, 0], bool),
+        np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1], bool),
+    )
     path = tmp_path / "correct.npz"
     np.savez(path, num_samples=np.int64(10), correct=np.packbits(correct), counted=np.packbits(counted))
     assert read_mistakes(path).tolist() == (~correct[counted]).tolist()

@@ -31,7 +31,7 @@ def test_the_true_law_is_chosen_and_recovered(findings: Findings):
     assert {fit.law for fit in chosen.values()} == {"additive"}
     for arm, alpha in (("plain", 0.5), ("distilled", 0.3)):
         assert chosen[arm].params["alpha"].value == pytest.approx(alpha, abs=0.07)
-        assert chosen[arm].rmsd_log < 0.1
+        assert (chosen[arm].rmsd_log or 1.0) < 0.1
 
 
 def test_every_law_is_fitted_to_each_arm(findings: Findings):
@@ -125,6 +125,14 @@ def test_too_few_sizes_are_an_answer(make_table):
     assert all("at least 3 values of D_p" in fit.reason for fit in found.laws.fits)
     assert "too little data" in found.boundary.answers[0]
     assert any("only measurements are shown" in note for note in found.laws.notes)
+
+
+def test_a_half_finished_study_fits_the_arm_it_has(make_table):
+    table = make_table(**SMALL).where(lambda run: run.arm != "distilled" or run.upstream_samples < 1000)
+    found = fit_grid(table, options=FAST)
+    assert {fit.arm for fit in found.laws.fits if fit.chosen and fit.status == "fitted"} == {"plain"}
+    assert {curve.arm for curve in found.laws.curves} == {"plain"}
+    assert "complete pairs at 1 values of D_p" in found.boundary.answers[0]
 
 
 def test_one_student_and_one_label_count_still_have_laws(make_table):

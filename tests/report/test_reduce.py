@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbscale.report.csv_rows import from_records, to_csv
@@ -68,10 +68,14 @@ def test_empty_store_says_what_to_do(tmp_path: Path):
 
 def record_of(**changes: object) -> dict[str, object]:
     run = Run(
-        variant="base", arm="plain", student="h2", num_params=10, upstream_dataset="up", upstream_samples=100, dataset="down",
+        variant="base", arm="plain", student="h2", num_params=10, upstream_dataset="up", upstream_samples=100,
+        dataset="down",
         downstream_samples=10, seed=0, error_rate=0.5,
     )  # fmt: skip
-    return {**{name: value for name, value in dataclasses.asdict(run).items() if value not in (None, "")}, **changes}
+    return {
+        **{name: value for name, value in dataclasses.asdict(run).items() if value not in (None, "")},
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
@@ -90,7 +94,11 @@ def record_of(**changes: object) -> dict[str, object]:
 )
 def test_bad_values_name_row_column_and_value(change, message):
     with pytest.raises(TableError, match=message) as caught:
-        from_records([record_of(), record_of(seed=1, **change) if "seed" not in change else record_of(**change)], COLUMNS, where="t.csv")
+        from_records(
+            [record_of(), record_of(seed=1, **change) if "seed" not in change else record_of(**change)],
+            COLUMNS,
+            where="t.csv",
+        )
     assert "t.csv, row 2" in str(caught.value)
 
 
@@ -127,9 +135,13 @@ def test_a_foreign_table_needs_only_the_measured_columns(tmp_path: Path):
     assert "notes" in table.warnings[0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_floats_survive_csv_exactly(errors):
-    runs = tuple(dataclasses.replace(from_records([record_of()], COLUMNS, where="t").runs[0], seed=i, error_rate=e) for i, e in enumerate(errors))
+    runs = tuple(
+        dataclasses.replace(from_records([record_of()], COLUMNS, where="t").runs[0], seed=i, error_rate=e)
+        for i, e in enumerate(errors)
+    )
     lines = to_csv(RunTable(runs)).splitlines()
     header = lines[0].split(",")
     again = from_records([dict(zip(header, line.split(","), strict=True)) for line in lines[1:]], header, where="t")

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from dbscale.report import words
-from dbscale.report.schema import BoundaryRecord, Estimate
+from dbscale.report.schema import BoundaryRecord, Estimate, FitRecord
 from dbscale.report.table import MissingPoint, RunTable
 
 
@@ -21,24 +21,36 @@ def boundary(**changes: object) -> BoundaryRecord:
     return BoundaryRecord.model_validate(common | changes)
 
 
+def unclear() -> BoundaryRecord:
+    """What the paired runs alone may say."""
+    return boundary(
+        method="law_free",
+        law=None,
+        status="no_crossing",
+        direction="within_noise",
+        upstream_samples=None,
+        probability=0.4,
+    )
+
+
 @pytest.fixture
 def table(make_table) -> RunTable:
     return make_table(students={"h2": 200_000}, downstream=(100, 1000))
 
 
 def test_a_crossing_is_said_with_its_interval(table):
-    (text,) = words.answers(table, [boundary()])
+    (text,) = words.answers(table, [boundary(), unclear()])
     assert "about 8,100 upstream images (90 % interval 6,500 to 9,900)" in text
 
 
 def test_an_open_interval_is_not_hidden(table):
-    (text,) = words.answers(table, [boundary(upstream_samples=Estimate(value=8000.0, low=6000.0, high=None))])
+    (text,) = words.answers(table, [boundary(upstream_samples=Estimate(value=8000.0, low=6000.0)), unclear()])
     assert "6,000 to beyond the searched range" in text
 
 
 def test_an_extrapolation_is_called_one(table):
     root = Estimate(value=300_000.0, low=200_000.0, high=500_000.0)
-    (text,) = words.answers(table, [boundary(status="extrapolated", upstream_samples=root)])
+    (text,) = words.answers(table, [boundary(status="extrapolated", upstream_samples=root), unclear()])
     assert "an extrapolation" in text
     assert "outside the measured 500 to 128,000" in text
 
@@ -54,15 +66,34 @@ def test_an_extrapolation_is_called_one(table):
     ],
 )
 def test_no_crossing_is_an_answer(table, direction, phrase):
-    (text,) = words.answers(table, [boundary(status="no_crossing", direction=direction, upstream_samples=None)])
+    free = boundary(method="law_free", law=None, status="no_crossing", direction=direction, upstream_samples=None)
+    (text,) = words.answers(table, [free])
     assert phrase in text
     assert "mean difference" in text
 
 
 def test_a_second_opinion_that_disagrees_is_given(table):
-    free = boundary(method="law_free", law=None, status="no_crossing", direction="within_noise", upstream_samples=None, probability=0.4)
-    (text,) = words.answers(table, [boundary(), free])
+    (text,) = words.answers(table, [boundary(), unclear()])
     assert "do not establish it (probability 40 %)" in text
+
+
+def test_a_poor_law_does_not_give_the_answer(table):
+    poor = FitRecord(
+        law="additive", variant="base", upstream_dataset="fractals", dataset="digits", arm="plain", student=None,
+        status="fitted", chosen=True, rmsd_log=0.4, noise_log=0.05,
+    )  # fmt: skip
+    free = boundary(method="law_free", law=None, upstream_samples=Estimate(value=2000.0, low=1000.0, high=4000.0))
+    (text,) = words.answers(table, [boundary(), free], [poor])
+    assert "about 2,000 upstream images" in text
+    assert "8,100" not in text
+    assert "too poorly to locate a boundary" in text
+
+
+def test_a_law_that_contradicts_the_measured_sign_is_not_believed(table):
+    wrong = "always_negative" if words.mean_delta(table, table.settings[0]) > 0 else "always_positive"
+    law = boundary(status="no_crossing", direction=wrong, upstream_samples=None)
+    (text,) = words.answers(table, [law, unclear()])
+    assert "do not differ beyond noise" in text
 
 
 def lost(run, state: str = "failed") -> MissingPoint:
@@ -77,7 +108,7 @@ def test_missing_cells_say_what_their_absence_does(table):
     rest = table.where(lambda run: run not in gone.runs)
     notes = " ".join(words.about_missing(dataclasses.replace(rest, missing=tuple(lost(run) for run in gone))))
     assert f"{len(gone)} of {len(table)} points have no result ({len(gone)} failed)" in notes
-    assert "No distilled run on digits at 2,000 upstream images finished" in notes
+    assert "No distilled run on digits at 2,000 upstream images has finished" in notes
     assert f"{len(gone)} pairs" in notes
 
 

@@ -8,14 +8,14 @@
   const drawn = new Map();
 
   const armOf = (trace) => (trace.meta || {}).arm;
-  const isErrorAxis = (name, axis) => name.startsWith("yaxis") && axis && axis.tickformat === ".0%";
+  const isErrorAxis = (name, axis) => name.startsWith("yaxis") && axis && axis.tickformat === ".3~%";
 
   function draw(element) {
     const figure = figures[element.id];
     if (!figure || drawn.has(element.id)) return Promise.resolve();
     drawn.set(element.id, element);
     for (const trace of figure.data) if (hidden.has(armOf(trace))) trace.visible = false;
-    for (const [name, axis] of Object.entries(figure.layout)) if (isErrorAxis(name, axis) && element.dataset.scale) axis.type = scale;
+    for (const [name, axis] of Object.entries(figure.layout)) if (isErrorAxis(name, axis) && element.dataset.scale && scale === "linear") { axis.type = scale; axis.tickmode = "auto"; }
     return Plotly.newPlot(element, figure.data, figure.layout, config);
   }
 
@@ -27,7 +27,15 @@
   plots.forEach((element) => observer.observe(element));
 
   function drawAll() { plots.filter(visible).forEach((element) => { draw(element); Plotly.Plots.resize(element); }); }
-  window.addEventListener("beforeprint", () => { document.querySelectorAll("details").forEach((d) => { d.open = true; }); drawAll(); });
+  const parts = [...document.querySelectorAll("div[data-setting]")];
+  let unprinted = [];
+  window.addEventListener("beforeprint", () => {
+    document.querySelectorAll("details").forEach((d) => { d.open = true; });
+    unprinted = parts.filter((part) => part.hidden);
+    unprinted.forEach((part) => { part.hidden = false; });
+    drawAll();
+  });
+  window.addEventListener("afterprint", () => unprinted.forEach((part) => { part.hidden = true; }));
 
   function press(button, on) { button.setAttribute("aria-pressed", on ? "true" : "false"); }
 
@@ -48,7 +56,7 @@
       if (!element.dataset.scale) continue;
       const change = {};
       for (const [name, axis] of Object.entries(figures[id].layout)) if (isErrorAxis(name, axis)) {
-        change[name + ".type"] = scale; change[name + ".autorange"] = true; change[name + ".dtick"] = scale === "log" ? "D2" : null;
+        change[name + ".type"] = scale; change[name + ".autorange"] = true; change[name + ".tickmode"] = scale === "log" ? "array" : "auto";
       }
       Plotly.relayout(element, change);
     }
@@ -56,7 +64,7 @@
 
   document.querySelectorAll("button[data-setting]").forEach((button) => button.addEventListener("click", () => {
     document.querySelectorAll("button[data-setting]").forEach((other) => press(other, other === button));
-    document.querySelectorAll("div[data-setting]").forEach((part) => { part.hidden = part.dataset.setting !== button.dataset.setting; });
+    parts.forEach((part) => { part.hidden = part.dataset.setting !== button.dataset.setting; });
     plots.filter(visible).forEach((element) => { if (drawn.has(element.id)) Plotly.Plots.resize(element); });
   }));
 

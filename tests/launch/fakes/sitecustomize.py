@@ -32,6 +32,7 @@ def behaviour(store) -> dict:
     path = store.root / "fake.json"
     return {
         "steps": 3,
+        "checkpoint": 0,
         "step_s": 0.01,
         "fail": [],
         "die": [],
@@ -79,12 +80,15 @@ def train(store, key, stop):
         print("Traceback: as the test asked", file=sys.stderr)
         return "failed", "loss is not finite at step 2"
     checkpoint = store.cell_dir(key) / "checkpoint.json"
-    done = json.loads(checkpoint.read_text())["step"] if checkpoint.exists() else 0
+    text = checkpoint.read_text() if checkpoint.exists() else ""
+    done = json.loads(text)["step"] if text else 0
     for step in range(done, wanted["steps"]):
+        if wanted["checkpoint"] and step % wanted["checkpoint"] == 0:
+            checkpoint.write_text(json.dumps({"step": step}))
         if stop.requested:
             checkpoint.write_text(json.dumps({"step": step}))
             return "interrupted", stop.reason
-        time.sleep(wanted["step_s"])
+        time.sleep(behaviour(store)["step_s"])
         if any(part in key for part in wanted["die"]):
             os.kill(os.getpid(), signal.SIGKILL)
         with (store.cell_dir(key) / "steps.txt").open("a") as file:

@@ -1,0 +1,63 @@
+"""What a device can do and what it used: peak FLOPs, peak memory, energy.  None where nobody can say."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from dbscale.study.cost import DEVICES
+from dbscale.study.recipe import Precision
+
+PROC = Path("/proc/self")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_flops(name: str, precision: Precision) -> float | None:
+    """Dense 16-bit peak of a known accelerator, operations a second; None for others, for CPUs and for float32."""
+    if precision == "fp32":
+        return None
+    words = name.lower().replace("-", " ").split()
+    return next((device.peak_flops for kind, device in DEVICES.items() if kind != "cpu" and kind in words), None)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new high-water mark, so that a cell is not charged for the ones before it in the same process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        (PROC / "clear_refs").write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held since the last reset: of the device if it is one, else resident in the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = (PROC / "status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def energy_j(device: torch.device) -> float | None:
+    """Joules the device has used since its driver was loaded, where NVML counts them; differences are what means
+    something."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except Exception:  # an optional reading: no library, no permission or no counter all mean the same
+        return None

@@ -1,0 +1,88 @@
+"""A finished cell as a folder anyone can use: plain timm weights, timm's config, the recipe and a model card.
+
+`timm.create_model("local-dir:<folder>")` loads it as it stands. The command line face is launch's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from timm.models import save_config_for_hf
+
+from dbscale.data import IMAGENET_MEAN, IMAGENET_STD
+from dbscale.study.cell import CellSpec
+from dbscale.study.row import Row
+from dbscale.study.store import Store, atomic_open, write_json
+from dbscale.training.errors import TrainingError
+from dbscale.training.models import make_model, timm_arguments
+from dbscale.training.weights import WEIGHTS_NAME, verified_weights
+
+
+def export_cell(store: Store, key: str, target: Path) -> Path:
+    """Write `model.safetensors`, `config.json`, `recipe.json`, `row.json` and the card `README.md` into `target`.
+
+    Raises TrainingError when the cell is not done or its weights are damaged, StoreError when `target` cannot be
+    written.
+    """
+    spec, row = store.read_spec(key), store.read_row(key)
+    if row is None:
+        raise TrainingError(f"cell {key} is {store.state(key)}; only finished cells are exported")
+    weights = verified_weights(store, row)
+    target.mkdir(parents=True, exist_ok=True)
+    with weights.open("rb") as source, atomic_open(target / WEIGHTS_NAME, "wb") as copy:
+        shutil.copyfileobj(source, copy)
+    _write_config(spec, row, target / "config.json")
+    write_json(target / "recipe.json", spec.model_dump(mode="json"))
+    write_json(target / "row.json", row.model_dump(mode="json"))
+    with atomic_open(target / "README.md", "w") as file:
+        file.write(model_card(spec, row))
+    return target
+
+
+def _write_config(spec: CellSpec, row: Row, path: Path) -> None:
+    size = spec.recipe.data.image_size
+    model = make_model(spec.recipe.model, num_classes=row.num_classes, image_size=size)
+    preprocessing = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": (3, size, size), "crop_pct": 1.0}
+    save_config_for_hf(model, str(path), data_config=preprocessing)
+
+
+def model_card(spec: CellSpec, row: Row) -> str:
+    """Markdown: what it is, how good, how it was trained, how to load it."""
+    recipe = spec.recipe
+    name, arguments = timm_arguments(recipe.model, num_classes=row.num_classes, image_size=recipe.data.image_size)
+    keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    top5 = "" if row.top5_error_rate is None else f", top-5 {row.top5_error_rate:.2%}"
+    calibration = "" if row.calibration_error is None else f", expected calibration error {row.calibration_error:.4f}"
+    lineage = "".join(f"- {role}: `{parent}`\n" for role, parent in _parents(spec))
+    return f"""---
+library_name: timm
+tags: [image-classification, timm, dbscale]
+---
+# {row.key}
+
+`{row.model}` with {row.num_params:,} parameters, {row.num_classes} classes, {recipe.data.image_size} px: stage
+{row.stage}, {row.arm} arm, trained on {row.num_samples:,} samples of `{row.dataset}`, seed {row.seed}.
+
+- top-1 error {row.error_rate:.2%}{top5} on {row.num_test_samples:,} test images, loss {row.test_loss:.4f}{calibration}
+- {row.num_steps:,} steps, {row.samples_seen:,} samples seen, {row.train_flops:.3g} training FLOPs, \
+{row.timing.device_time_s:,.0f} device-seconds on {row.timing.device}
+- SHA-256 of `{WEIGHTS_NAME}`: `{row.weights_sha256}`
+{lineage}
+The whole recipe is in `recipe.json`, all results in `row.json`.
+
+```python
+import timm
+
+model = timm.create_model("local-dir:.")
+# or, without config.json
+model = timm.create_model("{name}", {keywords}, checkpoint_path="{WEIGHTS_NAME}")
+```
+
+Images: RGB on the 0…1 scale, normalised with mean {IMAGENET_MEAN} and standard deviation {IMAGENET_STD}.
+"""
+
+
+def _parents(spec: CellSpec) -> list[tuple[str, str]]:
+    roles = (("distilled from", spec.teacher), ("finetuned from", spec.init))
+    return [(role, parent) for role, parent in roles if parent is not None]

@@ -1,0 +1,222 @@
+"""Fits of public scaling-law tables, with time per fit: `make bench-laws`, or `python tests/bench/bench_laws.py`.
+
+Prints one markdown table: what was measured, the figure, and the goal. The tables are read from ../shared/data/laws (or
+$DBSCALE_SHARED/data/laws) and their README states the protocols; without the folder it says so and stops.
+`--simulate N` adds N simulated worlds for parameter coverage and the boundary. One core is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dbscale.laws import PairedDelta, Prices, allocate, bootstrap, find_boundary, fit_law, select_law
+
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+ERROR_RATE = {"E0": (None, 1.0)}
+ONE_VARIABLE = ("power", "power_plus", "saturating", "rectified", "m4", "bnsl")
+
+
+def table_folder() -> Path | None:
+    beside = Path(__file__).resolve().parents[2].parent / "shared"
+    folder = Path(os.environ.get("DBSCALE_SHARED", beside)) / "data" / "laws"
+    return folder if folder.is_dir() else None
+
+
+def show(what: str, figure: str, goal: str = "") -> None:
+    print(f"| {what} | {figure} | {goal} |", flush=True)
+
+
+def timed(work: Callable) -> tuple[object, float]:
+    start = time.process_time()
+    return work(), time.process_time() - start
+
+
+def rmsle(predicted: np.ndarray, y: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((np.log(predicted) - np.log(y)) ** 2)))
+
+
+def chinchilla(folder: Path, num_resamples: int) -> None:
+    with (folder / "chinchilla.csv").open() as file:
+        rows = np.array([[float(v) for v in row.values()] for row in csv.DictReader(file)])
+    size, flops, loss = rows[np.argsort(rows[:, 2])[:-5]].T
+    x = {"num_params": size, "num_samples": flops / (6 * size)}
+    fits, seconds = zip(*(timed(lambda s=s: fit_law("chinchilla", x, loss, seed=s)) for s in range(10)), strict=True)
+    show("Chinchilla objective, worst of 10 seeds", f"{max(f.objective for f in fits):.9f}", "≤ 0.00101828")
+    show("Chinchilla parameters", ", ".join(f"{k} {v:.6g}" for k, v in fits[0].params.items()), "within 1 %")
+    show("Chinchilla, CPU seconds per fit (mean)", f"{np.mean(seconds):.3f}")
+    resampled, took = timed(lambda: bootstrap(fits[0], num_resamples=num_resamples))
+    show(
+        f"Chinchilla standard errors, {num_resamples:,} resamples",
+        ", ".join(f"{k} {v:.4g}" for k, v in resampled.stderr.items()),
+        "A 124.5, B 1293, E .0257, alpha .0154, beta .0206 within 10 %",
+    )
+    show("… CPU seconds on one core", f"{took:.1f}", "≤ 15 s on two cores")
+
+
+def revisiting(folder: Path, domain: str) -> Iterator[Curve]:
+    rows = defaultdict(list)
+    with (folder / "revisiting.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["domain"] == domain:
+                key = row["task"], row["model"]
+                rows[key].append((float(row["seen_examples"]), float(row["loss"]), row["split"] == "fit"))
+    for curve in rows.values():
+        x, y, seen = np.array(curve).T
+        seen = seen > 0
+        yield x[seen], y[seen], x[~seen], y[~seen]
+
+
+GOALS = {
+    ("IC", "m4"): "≤ .034", ("IC", "bnsl"): "≤ .0315", ("IC", "own pick"): "≤ .030",
+    ("NMT", "own pick"): "≤ .0105", ("LM", "own pick"): "≤ .0009",
+}  # fmt: skip
+
+
+def learning_curves(folder: Path, domain: str, limit: int | None) -> None:
+    errors, seconds, covered, widths = defaultdict(list), defaultdict(list), [], []
+    for x, y, ahead, truth in list(revisiting(folder, domain))[:limit]:
+        bounds = {"m4": ERROR_RATE} if domain == "IC" else {}
+        for name in ONE_VARIABLE:
+            fit, took = timed(lambda n=name: fit_law(n, x, y, loss="least_squares_log", bounds=bounds.get(n)))
+            errors[name].append(rmsle(fit.predict(ahead), truth))
+            seconds[name].append(took)
+        own, took = timed(lambda: select_law(x, y, bounds=bounds))
+        errors["own pick"].append(rmsle(own.predict(ahead), truth))
+        seconds["own pick"].append(took)
+        low, high = own.interval(ahead, 0.9)
+        covered.append((low <= truth) & (truth <= high))
+        widths.append(np.log(high / low))
+    count = len(covered)
+    for name, each in errors.items():
+        figure = f"{np.mean(each):.5f} (median {np.median(each):.4f}; {np.mean(seconds[name]):.2f} s, at most {max(seconds[name]):.2f})"
+        show(f"{domain}, {count} curves: {name}", figure, GOALS.get((domain, name), ""))
+    inside, width = np.concatenate(covered), np.concatenate(widths)
+    by_curve = np.mean([c.mean() for c in covered])
+    show(
+        f"{domain}: 90 % prediction intervals, coverage (by point; by curve)",
+        f"{inside.mean():.2f}; {by_curve:.2f}",
+        "≥ .75" if domain == "IC" else "",
+    )
+    show(f"{domain}: median log-width of those intervals", f"{np.median(width):.3f}", "≤ .15" if domain == "IC" else "")
+
+
+def rectified(folder: Path) -> None:
+    with (folder / "rectified_flan.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    sizes = [c for c in rows[0] if c.isdigit() and c != "0"]
+    x = np.array([float(s) for s in sizes])
+    inside, ahead, plain = [], [], []
+    for row in rows:
+        y = np.array([float(row[s]) for s in sizes])
+        fit = fit_law("rectified", x, y, loss="least_squares_log")
+        inside.append(rmsle(fit.predict(x), y))
+        plain.append(rmsle(fit_law("power_plus", x, y, loss="least_squares_log").predict(x), y))
+        early = x <= 204_800
+        short = fit_law("rectified", x[early], y[early], loss="least_squares_log")
+        ahead.append(rmsle(short.predict(x[~early]), y[~early]))
+    show("FLAN, 30 models: rectified, in-sample RMSD of log loss", f"{np.mean(inside):.5f}", "≤ .008")
+    show("FLAN: power_plus, in-sample", f"{np.mean(plain):.4f}", ".036 published for the plain law")
+    show("FLAN: rectified from ≤ 204,800, larger sizes", f"{np.mean(ahead):.4f}", "≤ .029")
+
+
+def syn2real(folder: Path) -> None:
+    with (folder / "syn2real.csv").open() as file:
+        rows = [r for r in csv.DictReader(file) if float(r["upstream_samples"]) > 0]
+    names = ("upstream_samples", "downstream_samples")
+    for model in dict.fromkeys(r["model"] for r in rows):
+        mine = [r for r in rows if r["model"] == model]
+        x = {n: np.array([float(r[n]) for r in mine]) for n in names}
+        if len(np.unique(x["downstream_samples"])) < 2:
+            continue
+        y = np.array([float(r["error_rate"]) for r in mine])
+        try:
+            gap, small = (fit_law(n, x, y, loss="least_squares_log") for n in ("transfer_gap", "product"))
+        except ValueError as error:
+            show(f"syn2real {model}", str(error))
+            continue
+        figure = f"{gap.objective:.3g} against {small.objective:.3g}, G {gap.params['G']:.3g}"
+        show(f"syn2real {model}: transfer_gap against product, objective", figure, "never worse")
+
+
+def simulated_coverage(count: int) -> None:
+    x, truth = np.geomspace(1e3, 1e6, 20), {"E": 0.1, "b": 8.0, "c": -0.4}
+    hits = defaultdict(int)
+    for seed in range(count):
+        y = (0.1 + 8 * x**-0.4) * np.exp(0.03 * np.random.default_rng(seed).standard_normal(20))
+        fit = fit_law("power_plus", x, y, loss="least_squares_log")
+        for kind, found in (("curvature", fit.parameter_interval(0.9)), ("bootstrap", bootstrap(fit, num_resamples=300).interval(0.9))):
+            for name, (low, high) in found.items():
+                hits[kind, name] += low <= truth[name] <= high
+    for kind in ("curvature", "bootstrap"):
+        figure = ", ".join(f"{n} {hits[kind, n] / count:.3f}" for n in truth)
+        show(f"coverage of 90 % parameter intervals, {kind}, {count} draws", figure, ".85 to .95")
+
+
+def simulated_boundary(count: int) -> None:
+    levels, errors, covered, none, found = np.geomspace(1e3, 2.56e5, 7), [], [], [], 0
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        root, slope, bend = np.exp(rng.uniform(np.log(3e3), np.log(8e4))), rng.uniform(0.025, 0.05), rng.uniform(0, 0.3)
+        level, size = rng.uniform(0.01, 0.04), np.sqrt(0.1 / 10_000)
+        d_p, labels = np.repeat(levels, 3), np.tile(np.arange(3), len(levels))
+        decade = np.log10(d_p / root)
+        crossing = -slope * (decade + bend * decade**2 / 2)
+        without = (np.full(len(d_p), level), level * (d_p / 1e3) ** -0.3, np.zeros(len(d_p)))[seed % 3]
+        noise = rng.normal(0, np.hypot(size, 0.004), (2, len(d_p)))
+        stderr = np.full(len(d_p), size)
+        seen = find_boundary(PairedDelta(d_p, crossing + noise[0], stderr, labels), num_draws=300)
+        none.append(find_boundary(PairedDelta(d_p, without + noise[1], stderr, labels), num_draws=300).status)
+        if seen.root is not None and seen.interval is not None:
+            found += 1
+            errors.append(abs(np.log2(seen.root / root)))
+            covered.append(seen.interval[0] <= root <= seen.interval[1])
+    show(f"boundary from pairs, {count} worlds: crossing reported", f"{found / count:.3f}")
+    show("… median absolute error of log2 D_p*", f"{np.median(errors):.3f}", "≤ .25")
+    show("… coverage of 90 % intervals", f"{np.mean(covered):.3f}", ".85 to .95")
+    show("… 'no crossing' reported where there is none", f"{np.mean(np.array(none) == 'no_crossing'):.3f}", "≥ .95")
+
+
+def allocation() -> None:
+    axes = (np.geomspace(1e3, 2.56e5, 5), [2.5e6, 1e7, 3.8e7], [300.0, 1000.0, 3000.0])
+    d_p, size, d_f = (c.ravel() for c in np.meshgrid(*axes))
+    y = 0.03 + 6 * d_p**-0.35 + 20 * size**-0.35 + 1.5 * d_f**-0.35
+    x = {"upstream_samples": d_p, "num_params": size, "downstream_samples": d_f}
+    law, took = timed(lambda: fit_law("additive", x, y, loss="least_squares_log"))
+    show("additive on 45 cells, CPU seconds per fit", f"{took:.2f}")
+    prices = Prices(upstream_image=1e-3, downstream_label=0.1, train_flop=1e-16)
+    _, took = timed(lambda: allocate({"plain": law}, prices, 500.0))
+    show("allocate, CPU seconds", f"{took:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--resamples", type=int, default=4000)
+    parser.add_argument("--curves", type=int, default=None, help="only the first N curves of each domain")
+    parser.add_argument("--simulate", type=int, default=0, help="simulated worlds for coverage and the boundary")
+    options = parser.parse_args()
+    folder = table_folder()
+    print("| measured | figure | goal |\n|---|---|---|")
+    if folder is None:
+        show("public tables", "skipped: shared/data/laws is not here; set DBSCALE_SHARED to its shared folder")
+    else:
+        chinchilla(folder, options.resamples)
+        rectified(folder)
+        syn2real(folder)
+        for domain in ("NMT", "LM", "IC"):
+            learning_curves(folder, domain, options.curves)
+    allocation()
+    if options.simulate:
+        simulated_coverage(options.simulate)
+        simulated_boundary(options.simulate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Every kind of image file becomes RGB, or a DecodeError that says why not."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbscale.data import decode
+from dbscale.data.decode import DecodeError, decode_image, encode_ppm, image_shape, image_suffix
+
+Photograph = Callable[[int, int, int], Image.Image]
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM", "BMP", "TIFF"])
+@pytest.mark.parametrize("size", [(1, 1), (31, 17)])
+def test_lossless_files_are_exact(make_photograph: Photograph, kind: str, size: tuple[int, int]) -> None:
+    image = make_photograph(1, *size)
+    data = saved(image, kind)
+    assert np.array_equal(decode_image(data), np.asarray(image))
+    assert image_shape(data) == (size[1], size[0])
+
+
+def test_our_ppm_is_what_pillow_reads() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), dtype=np.uint8)
+    data = encode_ppm(pixels)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+    assert np.array_equal(decode_image(data), pixels)
+
+
+def test_a_commented_ppm_of_another_program(make_photograph: Photograph) -> None:
+    image = make_photograph(1, 4, 3)
+    data = b"P6 # by hand\n4 3\n255\n" + image.tobytes()
+    assert np.array_equal(decode_image(data), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_match_pillow(make_photograph: Photograph, mode: str) -> None:
+    data = saved(make_photograph(2, 64, 48).convert(mode), "JPEG", quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(decode_image(data).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
+def test_other_modes_become_rgb(make_photograph: Photograph, mode: str) -> None:
+    image = make_photograph(3, 20, 10).convert(mode)
+    assert np.array_equal(decode_image(saved(image, "PNG")), np.asarray(image.convert("RGB")))
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.array([[0, 255, 256, 0x7FFF, 0xFFFF]], np.uint16)
+    data = saved(Image.fromarray(values), "PNG")
+    assert decode_image(data)[0, :, 0].tolist() == [0, 0, 1, 0x7F, 0xFF]
+
+
+def test_the_format_is_told_from_the_bytes(make_photograph: Photograph) -> None:
+    image = make_photograph(4, 8, 8)
+    assert [image_suffix(saved(image, kind)) for kind in ("JPEG", "PNG", "WEBP", "GIF")] == [
+        "jpg",
+        "png",
+        "webp",
+        "gif",
+    ]
+
+
+@pytest.mark.parametrize("data", [b"", b"hello, I am no image", b"\x80\x04\x95pickle"])
+def test_what_is_no_image_says_so(data: bytes) -> None:
+    with pytest.raises(DecodeError, match="not an image"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("keep", [12, 200])
+def test_cut_files_are_damaged(make_photograph: Photograph, kind: str, keep: int) -> None:
+    with pytest.raises(DecodeError, match="damaged"):
+        decode_image(saved(make_photograph(5, 64, 64), kind)[:keep])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_decompression_bombs_are_refused_unread(
+    make_photograph: Photograph, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
+    with pytest.raises(DecodeError, match="64×32 px is more than 1,000 pixels: refused as a decompression bomb"):
+        decode_image(saved(make_photograph(6, 64, 32), kind))

@@ -1,0 +1,144 @@
+"""Damaged shards stop with the mending command; a bad sample is replaced and counted."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dbscale.data import DataError, Dataset, make_eval_loader, make_loader, make_transform, open_dataset
+from dbscale.data.manifest import Encoding, load_manifest
+
+
+def damage(folder: Path, position: int, split: str = "train") -> None:
+    """Flip one byte in the middle of a sample."""
+    dataset = open_dataset(folder, split, image_size=8)
+    record = dataset.index[position]
+    path = folder / dataset.split.shards[int(record["shard"])].name
+    with open(path, "r+b") as file:
+        file.seek(int(record["offset"]) + int(record["size"]) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x10]))
+
+
+@pytest.fixture(params=["resident", "raw"])
+def open_small(request: pytest.FixtureRequest) -> Callable[..., Dataset]:
+    return lambda folder, split="train": open_dataset(folder, split, tier=request.param)
+
+
+def test_a_cut_shard_is_named_with_both_sizes(own_folder: Path, open_small: Callable[..., Dataset]) -> None:
+    path = own_folder / "train-000002.tar"
+    expected = path.stat().st_size
+    os.truncate(path, expected - 512)
+    loader = make_loader(open_small(own_folder).subset(), global_batch=53, seed=0)
+    with pytest.raises(
+        DataError, match=rf"train-000002.tar: shard has {expected - 512:,} bytes, expected {expected:,}"
+    ):
+        next(loader)
+
+
+def test_a_missing_shard_names_the_command(own_folder: Path, open_small: Callable[..., Dataset]) -> None:
+    (own_folder / "train-000001.tar").unlink()
+    loader = make_loader(open_small(own_folder).subset(), global_batch=53, seed=0)
+    with pytest.raises(DataError, match=r"train-000001\.tar: shard is missing; run `dbscale shards pack arrays`"):
+        next(loader)
+
+
+def test_an_error_reaches_the_caller_from_a_worker(own_folder: Path) -> None:
+    (own_folder / "train-000001.tar").unlink()
+    loader = make_loader(open_dataset(own_folder, tier="raw").subset(), global_batch=53, seed=0, num_workers=2)
+    with pytest.raises(DataError, match=r"train-000001.tar: shard is missing"):
+        next(loader)
+    loader.close()
+
+
+def test_an_absent_or_foreign_index_is_named(own_folder: Path, make_folder_of: Callable[..., Path]) -> None:
+    path = own_folder / "train.index.npy"
+    path.write_bytes((make_folder_of((3, 3)) / "train.index.npy").read_bytes())
+    with pytest.raises(DataError, match="6 records, the manifest says 53"):
+        open_dataset(own_folder, tier="raw").labels.sum()
+    path.write_bytes(b"no array")
+    with pytest.raises(DataError, match="index missing or damaged"):
+        open_dataset(own_folder, tier="raw").labels.sum()
+
+
+def test_a_bad_sample_is_replaced_by_the_next_of_its_class(
+    own_folder: Path, open_small: Callable[..., Dataset]
+) -> None:
+    good = next(make_loader(open_dataset(own_folder, tier="raw").subset(), global_batch=53, seed=0))
+    damage(own_folder, 6)
+    subset = open_small(own_folder).subset()
+    loader = make_loader(subset, global_batch=53, seed=0, max_bad_share=0.1)
+    batch = next(loader)
+    assert loader.num_bad_samples == 1
+    assert batch.bad_ids.tolist() == [6]
+    successor = next(position for position in range(7, 53) if subset.labels[position] == subset.labels[6])
+    pixels = dict(zip(good.sample_ids.tolist(), good.images, strict=True))
+    for number, image in zip(batch.sample_ids.tolist(), batch.images, strict=True):
+        assert torch.equal(torch.as_tensor(image), torch.as_tensor(pixels[successor if number == 6 else number]))
+    assert torch.equal(batch.labels, good.labels)
+    assert batch.weights.min() == 1
+
+
+def test_more_bad_samples_than_allowed_stop_the_run(own_folder: Path, open_small: Callable[..., Dataset]) -> None:
+    damage(own_folder, 6)
+    damage(own_folder, 20)
+    loader = make_loader(open_small(own_folder).subset(), global_batch=53, seed=0, max_bad_share=0.01)
+    with pytest.raises(DataError, match="2 of 53 samples are unreadable, more than the allowed share"):
+        next(loader)
+
+
+def test_a_class_without_a_readable_sample_stops_the_run(own_folder: Path) -> None:
+    for position in range(8):
+        damage(own_folder, position)
+    loader = make_loader(open_dataset(own_folder, tier="raw").subset(8), global_batch=8, seed=0, max_bad_share=1)
+    with pytest.raises(DataError, match="no readable sample of class 'class-"):
+        next(loader)
+
+
+def test_a_bad_evaluation_sample_weighs_nothing(own_folder: Path, open_small: Callable[..., Dataset]) -> None:
+    damage(own_folder, 6, "test")
+    (batch,) = make_eval_loader(open_small(own_folder, "test").subset(), batch_size=53)
+    assert batch.bad_ids.tolist() == [6]
+    assert batch.weights.sum() == 52
+    assert batch.weights[6] == 0
+
+
+@pytest.mark.parametrize("encoding", ["original", "jpeg256", "raw"])
+def test_photographs_come_as_they_are(jpeg_folder: Callable[[Encoding], Path], encoding: Encoding) -> None:
+    """All encodings of a photograph show the same picture."""
+    transform = make_transform(image_size=224, train=False, tier="jpeg", mean=(0, 0, 0), std=(1, 1, 1))
+    subset = open_dataset(jpeg_folder(encoding), "train").subset()
+    (batch,) = make_eval_loader(subset, batch_size=18, transform=transform)
+    (plain,) = make_eval_loader(
+        open_dataset(jpeg_folder("original"), "train").subset(), batch_size=18, transform=transform
+    )
+    assert isinstance(batch.images, torch.Tensor) and isinstance(plain.images, torch.Tensor)
+    assert batch.images.shape == (18, 3, 224, 224)
+    # 256-short copies are resized and compressed once more; raw ones are cut to their central square first.
+    assert (batch.images - plain.images).abs().mean() < {"original": 1e-9, "jpeg256": 0.03, "raw": 0.03}[encoding]
+
+
+@pytest.mark.parametrize("encoding", ["original", "jpeg256"])
+def test_photographs_load_the_same_with_workers(jpeg_folder: Callable[[Encoding], Path], encoding: Encoding) -> None:
+    augment = {"random_resized_crop": (0.08, 1.0), "hflip": 0.5}
+    transform = make_transform(image_size=64, train=True, augment=augment, seed=1, tier="jpeg")
+    subset = open_dataset(jpeg_folder(encoding)).subset(17)
+    plain, workers = (make_loader(subset, global_batch=6, seed=0, transform=transform, num_workers=n) for n in (0, 2))
+    for _ in range(4):
+        ours, theirs = next(plain), next(workers)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))  # type: ignore[arg-type]
+    workers.close()
+
+
+def test_the_default_tier_follows_the_encoding(folder: Path, jpeg_folder: Callable[[Encoding], Path]) -> None:
+    assert open_dataset(folder).tier == "resident"
+    assert [open_dataset(jpeg_folder(e)).tier for e in ("original", "jpeg256", "raw")] == ["jpeg", "jpeg256", "raw"]
+    assert load_manifest(jpeg_folder("raw")).image.square
+    with pytest.raises(DataError, match="the resident tier needs one size: pass image_size"):
+        open_dataset(jpeg_folder("original"), tier="resident")
+    small = open_dataset(jpeg_folder("original"), tier="resident", image_size=32).subset(3)
+    assert np.asarray(next(make_loader(small, global_batch=3, seed=0)).images).shape == (3, 3, 32, 32)

@@ -1,0 +1,102 @@
+"""Staging copies what is needed once, survives races and kills, and cleans up after itself."""
+
+import errno
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dbscale.data import DataError, open_dataset
+from dbscale.data.stage import needed_shards, release, remove_unused, stage_subset
+
+
+def images(subset) -> np.ndarray:
+    return np.asarray(subset.dataset.reader.fetch(subset.indices)[0])
+
+
+def test_only_the_needed_shards_are_copied(folder: Path, tmp_path: Path) -> None:
+    subset = open_dataset(folder, tier="raw").subset(15)
+    staged = stage_subset(subset, tmp_path)
+    assert [shard.name for shard in needed_shards(subset)] == [f"train-{n:06d}.tar" for n in range(3)]
+    assert sorted(path.name for path in staged.dataset.folder.glob("*.tar")) == [f"train-{n:06d}.tar" for n in range(3)]
+    assert staged.dataset.folder.parent == tmp_path
+    assert staged.fingerprint == subset.fingerprint
+    assert np.array_equal(images(staged), images(subset))
+    release(staged)
+
+
+def test_the_resident_tier_is_staged_whole(folder: Path, tmp_path: Path) -> None:
+    subset = open_dataset(folder).subset(3)
+    staged = stage_subset(subset, tmp_path)
+    assert np.array_equal(images(staged), images(subset))
+    release(staged)
+
+
+def test_a_cut_off_copy_goes_on(folder: Path, tmp_path: Path) -> None:
+    subset = open_dataset(folder, tier="raw").subset(15)
+    staged = stage_subset(subset, tmp_path)
+    whole, cut, missing = sorted(staged.dataset.folder.glob("*.tar"))
+    os.truncate(cut, 100)
+    missing.unlink()
+    stamp = whole.stat().st_mtime_ns
+    again = stage_subset(subset, tmp_path)
+    assert np.array_equal(images(again), images(subset))
+    assert whole.stat().st_mtime_ns == stamp
+    release(again)
+
+
+def test_folders_in_use_are_kept_and_others_removed(folder: Path, tmp_path: Path) -> None:
+    staged = stage_subset(open_dataset(folder, tier="raw").subset(5), tmp_path)
+    assert remove_unused(tmp_path) == []
+    release(staged)
+    assert remove_unused(tmp_path) == [staged.dataset.folder]
+    assert not staged.dataset.folder.exists()
+    assert remove_unused(tmp_path) == []
+
+
+def _stage(folder: Path, staging: Path) -> int:
+    return int(images(stage_subset(open_dataset(folder, tier="raw").subset(40), staging)).sum())
+
+
+def test_jobs_may_race(folder: Path, tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        sums = pool.starmap(_stage, [(folder, tmp_path)] * 4)
+    assert set(sums) == {int(images(open_dataset(folder, tier="raw").subset(40)).sum())}
+    # The processes have ended, so nobody holds the folder any more.
+    assert len(remove_unused(tmp_path)) == 1
+
+
+def test_a_full_disk_frees_unused_folders_first(
+    folder: Path, make_folder_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = stage_subset(open_dataset(make_folder_of((3, 3)), tier="raw").subset(), tmp_path)
+    release(old)
+    copy = shutil.copyfileobj
+
+    def copy_while_there_is_room(reader, writer, length) -> None:
+        if old.dataset.folder.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(reader, writer, length)
+
+    monkeypatch.setattr(shutil, "copyfileobj", copy_while_there_is_room)
+    staged = stage_subset(open_dataset(folder, tier="raw").subset(5), tmp_path)
+    assert len(images(staged)) == 5
+    release(staged)
+
+
+def test_a_full_disk_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(DataError, match="the disk is full"):
+        stage_subset(open_dataset(folder, tier="raw").subset(5), tmp_path)
+
+
+def test_a_damaged_shard_is_not_staged(own_folder: Path, tmp_path: Path) -> None:
+    os.truncate(own_folder / "train-000000.tar", 1024)
+    with pytest.raises(DataError, match=r"train-000000.tar: shard has 1,024 bytes, expected"):
+        stage_subset(open_dataset(own_folder, tier="raw").subset(5), tmp_path)

@@ -1,0 +1,120 @@
+"""Every form: its gradient, its scaling, the laws it says it contains, and the equations that define it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dbscale.laws import FORMS, LawError, find_form
+from dbscale.laws.starts import spread_starts
+
+EVERY_FORM = pytest.mark.parametrize("name", FORMS)
+
+
+def columns(name: str, n: int = 25) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    x = {v: np.exp(rng.normal(0, 1.5, n)) for v in FORMS[name].variable_names}
+    if "teacher_loss" in x:
+        x |= {"teacher_loss": 1 + rng.random(n), "supervised_loss": 1 + rng.random(n)}
+    if "unique_samples" in x:
+        x["num_samples"] = x["unique_samples"] * (1 + 9 * rng.random(n))
+    return x
+
+
+def thetas(name: str, count: int = 20) -> np.ndarray:
+    return spread_starts(FORMS[name], np.array([0.3, 0.35, 0.4]), count, seed=0)
+
+
+@EVERY_FORM
+def test_the_jacobian_is_the_derivative(name: str) -> None:
+    form, x, theta = FORMS[name], columns(name), thetas(name)
+    y, jacobian = form.jacobian(x, theta)
+    inside = np.isfinite(y) & (y < 1e6)
+    assert inside.mean() > 0.8
+    for k in range(theta.shape[1]):
+        step = np.zeros(theta.shape[1])
+        step[k] = 1e-6
+        slope = (form.evaluate(x, theta + step) - form.evaluate(x, theta - step)) / 2e-6
+        size = np.abs(jacobian).max(axis=1) + np.abs(y)
+        assert np.max(np.abs(slope - jacobian[:, k])[inside] / size[inside]) < 1e-6
+
+
+@EVERY_FORM
+def test_the_gradient_by_hand_equals_complex_steps(name: str) -> None:
+    form, x, theta = FORMS[name], columns(name), thetas(name)
+    y, jacobian = form.jacobian(x, theta)
+    exact = form.complex_step_jacobian(x, theta)
+    inside = np.broadcast_to(np.isfinite(y)[:, None, :], exact.shape)
+    np.testing.assert_allclose(jacobian[inside], exact[inside], rtol=1e-9, atol=1e-12)
+
+
+@EVERY_FORM
+def test_scaled_coordinates_describe_the_same_curve(name: str) -> None:
+    form, x, theta = FORMS[name], columns(name), thetas(name)
+    units = {v.name: 1.0 if not v.scaled else 37.0 if v.unit_of or v.name == "num_samples" else 5.0 for v in form.variables}
+    matrix = form.unscaling(units)
+    plain = form.evaluate(x, theta @ matrix[:, :-1].T + matrix[:, -1])
+    scaled = form.evaluate({n: c / units[n] for n, c in x.items()}, theta)
+    inside = np.isfinite(plain) & np.isfinite(scaled) & (np.abs(plain) < 1e12)
+    assert inside.any()
+    np.testing.assert_allclose(scaled[inside], plain[inside], rtol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "inner"), [(f.name, c.name) for f in FORMS.values() for c in f.contains])
+def test_a_law_reproduces_the_laws_it_contains(name: str, inner: str) -> None:
+    form = FORMS[name]
+    small = find_form(inner, form.variable_names)
+    embed = next(c.embed for c in form.contains if c.name == inner)
+    x = columns(name)
+    if "unique_samples" in x:
+        x["num_samples"] = x["unique_samples"] * 1.5
+    for theta in spread_starts(small, np.array([0.3, 0.4]), 10, seed=3):
+        values = {k: float(v[0]) for k, v in small.natural(theta).items()}
+        if name == "data_constrained" and not 1 / 3 < values["alpha"] / values["beta"] < 3:
+            continue  # the compute-optimal size leaves the range of floats
+        expected = small.evaluate(x, theta)
+        np.testing.assert_allclose(form.evaluate(x, form.coordinates(embed(values))), expected, rtol=1e-6)
+
+
+def test_m4_solves_its_equation() -> None:
+    p = {"E": 0.1, "E0": 0.9, "a": 0.7, "b": 3.0, "c": -0.4}
+    x = np.geomspace(1e-6, 1e9, 60)
+    y = FORMS["m4"].evaluate({"x": x}, FORMS["m4"].coordinates(p))
+    inner = slice(5, 50)  # further out y equals E0 or E to rounding
+    left = (y[inner] - p["E"]) / (p["E0"] - y[inner]) ** p["a"]
+    np.testing.assert_allclose(left, p["b"] * x[inner] ** p["c"], rtol=1e-6)
+    assert np.all(np.diff(y) <= 0) and np.all((y >= p["E"]) & (y <= p["E0"]))
+
+
+def test_published_constants_give_published_losses() -> None:
+    """Chinchilla at N = 70e9, D = 1.4e12 with the constants of 2404.10102: E + A/N^α + B/D^β by hand."""
+    p = {"E": 1.81722, "A": 477.83, "B": 2143.4, "alpha": 0.34731, "beta": 0.36717}
+    form = FORMS["chinchilla"]
+    x = {"num_params": np.array([70e9]), "num_samples": np.array([1.4e12])}
+    by_hand = 1.81722 + 477.83 * 70e9**-0.34731 + 2143.4 * 1.4e12**-0.36717
+    assert form.evaluate(x, form.coordinates(p))[0] == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_data_constrained_counts_repeats_ever_less() -> None:
+    form = FORMS["data_constrained"]
+    p = {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.353, "beta": 0.353, "R_D": 15.4, "R_N": 5.31}
+    epochs = np.array([1.0, 2.0, 4.0, 16.0, 64.0, 1000.0])
+    x = {"num_params": np.full(6, 1e9), "unique_samples": np.full(6, 1e10), "num_samples": 1e10 * epochs}
+    loss = form.evaluate(x, form.coordinates(p))
+    gains = -np.diff(loss) / np.diff(epochs)
+    assert np.all(gains > -1e-12) and np.all(np.diff(gains) < 1e-12)
+
+
+def test_unknown_laws_and_columns_name_the_nearest() -> None:
+    with pytest.raises(LawError, match="did you mean 'power_plus'"):
+        find_form("powerplus")
+    with pytest.raises(LawError, match="upstream_samples"):
+        FORMS["transfer_gap"].columns({"upstream_sample": [1.0], "downstream_samples": [1.0]})
+
+
+def test_importing_the_laws_needs_neither_scipy_nor_torch() -> None:
+    code = "import sys, dbscale.laws as l; l.fit_law; sys.exit(any(m in sys.modules for m in ('scipy', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

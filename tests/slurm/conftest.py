@@ -1,0 +1,187 @@
+"""A real SLURM for the tests: raised once, torn down at the end; and a workplace whose jobs run on it.
+
+Needs root and Debian's slurm-wlm, slurmdbd, munge and mariadb-server (`tests/slurm/sandbox.sh install`). Without them
+the tests skip with the reason, unless DBSCALE_REQUIRE_SLURM=1 says that they must run. With SANDBOX_DIR set, the
+sandbox of that folder is used and left standing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+HERE = Path(__file__).parent
+PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd")
+CLUSTER = {
+    "executor": "slurm",
+    "target_min": 60,
+    "requeue_limit": 8,
+    "resources": {"threads": 1, "zero_stage": None, "device": "cpu", "checkpoint_interval_s": 1},
+    "slurm": {"partition": "low", "time_limit_min": 10, "signal_delay_s": 60, "array_parallelism": 4},
+    "reducer": {"memory_gb": 0.5},
+}
+
+_spec = importlib.util.spec_from_file_location("dbscale_launch_conftest", HERE.parent / "launch" / "conftest.py")
+assert _spec is not None and _spec.loader is not None
+_launch = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = _launch
+_spec.loader.exec_module(_launch)
+workplace, wait_until, num_cells = _launch.workplace, _launch.wait_until, _launch.num_cells
+"""The same stand-ins for training as the launch tests use."""
+
+
+def missing() -> str | None:
+    """Why no sandbox can be raised here."""
+    absent = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    if absent:
+        return f"not installed: {', '.join(absent)} (tests/slurm/sandbox.sh install)"
+    return None if os.geteuid() == 0 else "a SLURM sandbox needs root"
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """The cluster, and what can go wrong with it."""
+
+    environment: dict[str, str]
+    num_nodes: int = 2
+
+    def script(self, *words: str) -> str:
+        done = subprocess.run(
+            [str(HERE / "sandbox.sh"), *words], env=self.environment, capture_output=True, text=True, timeout=180
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def slurm(self, *words: str) -> str:
+        """A SLURM command; tried again while slurmctld is away."""
+        for _ in range(20):
+            done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=120)
+            if done.returncode == 0:
+                return done.stdout
+            time.sleep(1)
+        raise AssertionError(f"{words}: {done.stderr}")
+
+    def jobs(self, *states: str) -> list[str]:
+        """Raw ids of the jobs in these states, or of all that are left."""
+        only = [f"--states={','.join(states)}"] if states else []
+        return self.slurm("squeue", "--noheader", "--array", *only, "--format=%A").split()
+
+    def preempt(self, seconds: int = 2) -> None:
+        """A job of the high partition takes all nodes for a while."""
+        self.slurm("sbatch", "--partition=high", f"--nodes={self.num_nodes}", "--exclusive", "--output=/dev/null",
+                   "--wrap", f"sleep {seconds}")  # fmt: skip
+
+    def send(self, job: str, name: str) -> None:
+        self.slurm("scancel", f"--signal={name}", job)
+
+    def requeue(self, job: str) -> None:
+        self.slurm("scontrol", "requeue", job)
+
+    def kill_rank(self, job: str, number: int = signal.SIGKILL) -> bool:
+        """Send a signal to one training process of a job; False when it has none just now."""
+        ranks = [process for process in psutil.process_iter() if self._is_rank(process, job)]
+        for process in ranks[:1]:
+            process.send_signal(number)
+        return bool(ranks)
+
+    def _is_rank(self, process: psutil.Process, job: str) -> bool:
+        try:
+            environment = process.environ()
+            return (
+                environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                and environment.get("SLURM_JOB_ID") == job
+                and "submitit.core._submit" in process.cmdline()
+            )
+        except psutil.Error:
+            return False
+
+    def power_off(self, node: int, seconds: float = 3.0) -> None:
+        """Everything of a node dies at once; it comes back and reports what it lost."""
+        self.script("kill-node", str(node))
+        time.sleep(seconds)
+        self.script("start-node", str(node))
+
+    def restart_controller(self, seconds: float = 3.0) -> None:
+        self.script("stop-ctld")
+        time.sleep(seconds)
+        self.script("start-ctld")
+
+    def clear(self) -> None:
+        """Cancel everything and wait for an empty queue."""
+        self.slurm("scancel", "--user=root")
+        deadline = time.monotonic() + 60
+        while self.jobs() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody listens on."""
+    for first in range(21800, 29000, 50):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    reason = missing()
+    if reason is not None:
+        if os.environ.get("DBSCALE_REQUIRE_SLURM") == "1":
+            pytest.fail(f"DBSCALE_REQUIRE_SLURM=1, but {reason}")
+        pytest.skip(reason)
+    kept = os.environ.get("SANDBOX_DIR")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("slurm")
+    wanted = {"DIR": folder, "GRACE": 4, "CRED_EXPIRE": 3, "KILLWAIT": 3, "TIMEOUT": 120}
+    if not kept:
+        wanted["PORT"] = free_ports(8)
+    environment = {**os.environ, **{f"SANDBOX_{name}": str(value) for name, value in wanted.items()}}
+    environment["SLURM_CONF"] = str(folder / "slurm.conf")
+    cluster = Sandbox(environment)
+    cluster.script("up")
+    os.environ["SLURM_CONF"] = environment["SLURM_CONF"]
+    try:
+        yield cluster
+    finally:
+        del os.environ["SLURM_CONF"]
+        if not kept:
+            cluster.script("down", "--wipe")
+
+
+@pytest.fixture
+def place(workplace: Any, sandbox: Sandbox) -> Iterator[Any]:
+    """A workplace whose `make grid` goes to the sandbox."""
+    (workplace.folder / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
+    environment = {**workplace.environment, "SLURM_CONF": sandbox.environment["SLURM_CONF"]}
+    yield replace(workplace, environment=environment)
+    sandbox.clear()
+
+
+@pytest.fixture
+def submit(place: Any) -> Callable[..., Any]:
+    """`make grid CLUSTER=…` as typed on a login node."""
+    return lambda *options: place.run("submit", "--cluster", str(place.folder / "cluster.yaml"), *options)
+
+
+@pytest.fixture
+def all_ended(sandbox: Sandbox, wait_until: Callable[..., None]) -> Callable[[], None]:
+    """Wait until nothing waits or runs."""
+    return lambda: wait_until(lambda: not sandbox.jobs(), 300)

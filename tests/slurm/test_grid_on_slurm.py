@@ -1,0 +1,117 @@
+"""`make grid CLUSTER=slurm` on a real SLURM, with a stand-in for training: to the end, again, cancelled, broken off."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+ONE_BUNDLE_EACH = ("--set", "cluster.target_min=0.01")
+
+
+def test_a_grid_goes_through_and_typed_again_submits_nothing(
+    place: Any, submit: Callable[..., Any], all_ended: Callable[[], None], num_cells: int
+) -> None:
+    place.behave(steps=20, step_s=0.05)
+    first = submit(*ONE_BUNDLE_EACH)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("submitted") == 3  # one array a wave, and the reducer
+    during = submit(*ONE_BUNDLE_EACH)
+    assert re.search(r"nothing to submit: \d+ cells wait or run", during.stdout)
+    assert "in SLURM" in place.run("status").stdout
+    all_ended()
+    assert len(place.done()) == num_cells
+    assert all(steps == list(range(20)) for steps in place.steps().values())
+    assert (place.store.grid_dir("tiny") / "report.html").exists()
+    assert "complete" in place.run("status").stdout
+    assert "cells are done" in submit(*ONE_BUNDLE_EACH).stdout
+    attempts = [place.store.last_attempt(key) for key in place.done()]
+    assert all(each.job and each.log for each in attempts)
+    assert all("=== " in Path(each.log).read_text() for each in attempts)
+    leftovers = [path for path in place.store.grid_dir("tiny").glob("jobs/*/*") if path.suffix in (".pkl", ".fence")]
+    assert len(leftovers) <= 2  # the reducer's own
+
+
+def test_a_new_value_submits_only_the_new_cells(
+    place: Any, submit: Callable[..., Any], all_ended: Callable[[], None], num_cells: int
+) -> None:
+    place.behave(steps=30, step_s=0.1)
+    assert submit().returncode == 0
+    assert submit("--set", "downstream.0.num_samples=[10, 20, 30]").returncode == 0
+    records = [json.loads(path.read_text()) for path in place.store.grid_dir("tiny").glob("submits/*.json")]
+    cells = [key for record in records for keys in record["elements"] for key in keys]
+    assert len(cells) == len(set(cells)) == num_cells + 6
+    place.behave(steps=30, step_s=0)
+    all_ended()
+    assert len(place.done()) == num_cells + 6
+    assert (place.store.grid_dir("tiny") / "report.html").exists()
+
+
+def test_cancel_stops_this_grid_for_good_and_nothing_else(
+    place: Any, submit: Callable[..., Any], sandbox: Any, wait_until: Callable[..., None],
+    all_ended: Callable[[], None], num_cells: int,
+) -> None:  # fmt: skip
+    place.behave(steps=2000, step_s=0.05)
+    assert submit().returncode == 0
+    sandbox.slurm("sbatch", "--output=/dev/null", "--wrap", "sleep 300")
+    wait_until(place.steps)
+    cancelled = place.run("cancel")
+    assert "cancelled job" in cancelled.stdout, cancelled.stderr
+    wait_until(lambda: len(sandbox.jobs()) == 1)
+    time.sleep(5)  # a requeue would show by now
+    assert len(sandbox.jobs()) == 1
+    sandbox.clear()
+    states = {place.store.state(key) for key in place.steps()}
+    assert states == {"interrupted"}
+    place.behave(steps=2000, step_s=0)
+    assert submit().returncode == 0
+    all_ended()
+    assert len(place.done()) == num_cells
+    assert all(steps == list(range(2000)) for steps in place.steps().values())
+
+
+def test_a_failed_teacher_blocks_its_students_with_the_reason(
+    place: Any, submit: Callable[..., Any], all_ended: Callable[[], None], num_cells: int
+) -> None:
+    place.behave(fail=["pretrain-deit_h1w16d2-up-n16"])
+    assert submit().returncode == 0
+    all_ended()
+    assert len(place.done()) == num_cells - 6
+    status = place.run("status").stdout
+    assert "loss is not finite" in status
+    assert "blocked" in status
+
+
+def test_a_login_node_that_dies_while_submitting_leaves_nothing_twice(
+    place: Any, submit: Callable[..., Any], all_ended: Callable[[], None], num_cells: int
+) -> None:
+    place.behave(steps=20, step_s=0.02)
+    for delay_s in (0.8, 1.4, 2.0):
+        process = place.start("submit", "--cluster", str(place.folder / "cluster.yaml"), *ONE_BUNDLE_EACH)
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert submit(*ONE_BUNDLE_EACH).returncode == 0
+    all_ended()
+    assert len(place.done()) == num_cells
+    assert all(sorted(set(steps)) == list(range(20)) for steps in place.steps().values())
+    assert (place.store.grid_dir("tiny") / "report.html").exists()
+
+
+def test_job_scripts_that_cannot_start_are_shown_as_lost(
+    place: Any, submit: Callable[..., Any], all_ended: Callable[[], None]
+) -> None:
+    broken = submit("--set", "cluster.slurm.setup=[exit 7]", "--set", "cluster.requeue_limit=0")
+    assert broken.returncode == 0
+    all_ended()
+    time.sleep(2)  # accounting lags
+    status = place.run("status").stdout
+    assert "FAILED, exit code 7:0" in status
+    assert "log: " in status

@@ -1,0 +1,106 @@
+"""One rank of a test with several: run the cells that a JSON file lists, in turn, and write down how each ended.
+
+python rank_script.py JOB.json, with RANK, WORLD_SIZE and the rest of torch's rank variables in the environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+warnings.simplefilter("ignore")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+
+from dbscale.study.resources import Resources  # noqa: E402
+from dbscale.study.stop import StopRequest  # noqa: E402
+from dbscale.study.store import Store  # noqa: E402
+from dbscale.training import loop, run  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@dataclass
+class StopAt(StopRequest):
+    """Asks to stop at the n-th look; only rank 1 asks, so that the ranks have something to agree on."""
+
+    at: int | None = None
+    looks: int = 0
+
+    @property
+    def requested(self) -> bool:
+        self.looks += 1
+        return (
+            self.at is not None and self.looks >= self.at and os.environ["RANK"] == os.environ.get("ASKING_RANK", "1")
+        )
+
+
+def note_end(results: dict[str, Any]) -> None:
+    """Hash optimizer state and EMA of this rank when training ends."""
+    original = run.finish_training
+
+    def noting(finished: loop.Run, spec: Any, store: Store) -> None:
+        digest = hashlib.sha256()
+        state = finished.optimizer.state_dict()
+        inner = getattr(finished.optimizer.optimizer, "optimizer", None)
+        for each in tensors([state, inner.state_dict() if inner is not None else None]):
+            digest.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for each in [] if finished.ema is None else finished.ema.average:
+            digest.update(each.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        results["end"] = digest.hexdigest()
+        original(finished, spec, store)
+
+    run.finish_training = noting
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [each for key in sorted(value, key=str) for each in tensors(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [each for item in value for each in tensors(item)]
+    return []
+
+
+def kill_at_step(step: int) -> None:
+    original = loop._optimizer_step
+    count = iter(range(1_000_000))
+
+    def trapped(*arguments: Any) -> Any:
+        if next(count) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    loop._optimizer_step = trapped
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    rank, results = os.environ["RANK"], []
+    for each in job["runs"]:
+        if each.get("kill_rank") == int(rank):
+            kill_at_step(each["kill_step"])
+        result: dict[str, Any] = {}
+        note_end(result)
+        outcome = run.run_cell(
+            Store(Path(each["store"])),
+            each["key"],
+            data_dir=Path(job["data_dir"]),
+            resources=Resources(**each["resources"]),
+            stop=StopAt(at=each.get("stop_at")),
+        )
+        results.append({"status": outcome.status, "reason": outcome.reason, **result})
+    Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

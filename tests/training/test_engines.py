@@ -1,0 +1,154 @@
+"""Two real processes under every engine: they agree, resume bitwise, and go on with another number of processes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from dbscale.study.recipe import Distill
+
+ENGINES = {"ddp": None, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+
+
+def resources(engine, **more):
+    return {"num_processes": 2, "zero_stage": ENGINES[engine], "threads": 1, **more}
+
+
+def listed(bench, cell, how, **more):
+    return {"store": str(bench.store.root), "key": cell.key, "resources": how, **more}
+
+
+def test_two_ranks_stopped_and_resumed_under_each_engine(bench_of, ranks):
+    """One start of two processes for all: each engine trains a cell whole, and the same cell stopped at step 5."""
+    kinds = {
+        "ddp": ({"ema_decay": 0.9}, {}),
+        "zero0": ({"precision": "bf16"}, {}),
+        "zero1": ({"precision": "bf16", "ema_decay": 0.9}, {"micro_batch": 4}),
+        "zero2": ({}, {}),
+        "zero3": ({"ema_decay": 0.9}, {}),
+    }
+    runs, benches = [], {}
+    for engine, (options, more) in kinds.items():
+        whole, cut = benches[engine] = bench_of(f"{engine}-whole"), bench_of(f"{engine}-cut")
+        cell = whole.cell(**options)
+        cut.cell(**options)
+        how = resources(engine, **more)
+        runs += [listed(whole, cell, how), listed(cut, cell, how, stop_at=5), listed(cut, cell, how)]
+
+    first, second = ranks.run(runs)
+
+    assert [each["status"] for each in first] == ["done", "interrupted", "done"] * len(kinds)
+    assert [each["status"] for each in second] == [each["status"] for each in first]
+    for number, (engine, (whole, cut)) in enumerate(benches.items()):
+        key = runs[3 * number]["key"]
+        cell = whole.cell(**kinds[engine][0])
+        assert cut.fingerprint(cell) == whole.fingerprint(cell), engine
+        assert cut.store.attempts(key)[-1].resumed_from_step == 5
+        for results in (first, second):
+            assert results[3 * number]["end"] == results[3 * number + 2]["end"], engine
+
+
+def test_engines_agree_with_one_process_within_rounding(bench_of, ranks):
+    """Same batches, same loss: the engine is how, not what."""
+    options = {"drop_path": 0.0}
+    runs, benches = [], []
+    for engine in ("ddp", "zero1", "zero3"):
+        bench = bench_of(engine)
+        benches.append(bench)
+        teacher = bench.cell(seed=1, **options)
+        cell = bench.cell("distill", teacher=teacher, distill=Distill(alpha=0.5), **options)
+        runs += [listed(bench, each, resources(engine)) for each in (teacher, cell)]
+    alone = bench_of("alone")
+    cell = alone.cell("distill", teacher=alone.cell(seed=1, **options), distill=Distill(alpha=0.5), **options)
+    alone.run(cell.teacher)
+    expected = alone.run(cell).row
+
+    ranks.run(runs)
+
+    for bench in benches:
+        row = bench.store.read_row(cell.key)
+        assert row.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
+        assert row.num_test_samples == expected.num_test_samples
+        assert row.timing.num_devices == 2
+
+
+def test_elastic_resume_of_ddp(bench_of, ranks, stop_after):
+    whole, cut = bench_of("whole"), bench_of("cut")
+    options = {"drop_path": 0.0, "ema_decay": 0.9}
+    cell = whole.cell(**options)
+    cut.cell(**options)
+    expected = whole.run(cell).row
+    ranks.run([listed(cut, cell, resources("ddp"), stop_at=5)])
+    row = cut.run(cell).row
+    assert cut.store.attempts(cell.key)[-1].resumed_from_step == 5
+    assert row.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_elastic_resume_of_zero(engine, before, after, bench_of, ranks):
+    whole, cut = bench_of("whole"), bench_of("cut")
+    options = {"drop_path": 0.0, "ema_decay": 0.9}
+    cell = whole.cell(**options)
+    cut.cell(**options)
+    expected = whole.run(cell).row
+    how = resources(engine)
+    (first, *_) = ranks.run([listed(cut, cell, how, stop_at=5)], world_size=before)
+    assert first[0]["status"] == "interrupted"
+    (last, *_) = ranks.run([listed(cut, cell, how)], world_size=after)
+    assert last[0]["status"] == "done", last[0]["reason"]
+    row = cut.store.read_row(cell.key)
+    assert cut.store.attempts(cell.key)[-1].resumed_from_step == 5
+    assert row.train_loss == pytest.approx(expected.train_loss, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "precision"), list(itertools.product(ENGINES, ["fp32", "bf16"])))
+def test_a_rank_killed_again_and_again(engine, precision, bench_of, ranks):
+    """kill -9 of either rank at random steps; the other one ends with an error, and both are started anew."""
+    whole, cut = bench_of("whole"), bench_of("cut")
+    options = {"precision": precision, "ema_decay": 0.9}
+    cell = whole.cell(**options)
+    cut.cell(**options)
+    how = resources(engine, checkpoint_interval_s=1e-9, micro_batch=4)
+    (expected, *_) = ranks.run([listed(whole, cell, how)])
+    draw = random.Random(f"{engine} {precision}")
+    for rank in (0, 1, 1):
+        ranks.run([listed(cut, cell, how, kill_rank=rank, kill_step=draw.randrange(1, 4))])
+    (found, *_) = ranks.run([listed(cut, cell, how)])
+    assert found[0]["status"] == "done", found[0]["reason"]
+    assert found[0]["end"] == expected[0]["end"]
+    assert cut.fingerprint(cell) == whole.fingerprint(cell)
+    assert len(cut.store.attempts(cell.key)) == 4
+
+
+def test_launching_by_hand(bench, data_dir, tmp_path):
+    """`accelerate launch` with a config of ours and one process; two processes are in the slow test below."""
+    _launch(bench, data_dir, "single", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "zero0", "zero1", "zero2", "zero3"])
+def test_launching_two_processes_by_hand(config, bench, data_dir):
+    _launch(bench, data_dir, config, 2)
+
+
+def _launch(bench, data_dir, config, world_size):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    cell = bench.cell()
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", f"configs/accelerate/{config}.yaml", "launch/train.py", "--cell", cell.key]
+    command += ["--store", str(bench.store.root), "--data", str(data_dir)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert f"{cell.key}: done" in done.stdout
+    row = bench.store.read_row(cell.key)
+    assert row.resources["engine"] == ("plain" if config in ("single", "ddp") else config)
+    assert row.timing.num_devices == world_size

@@ -1,0 +1,85 @@
+"""The learning rate is a function of the step; groups decay what they should and slow down towards the input."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbscale.study.recipe import Budget, Data, DeiT, Optim, Recipe, TimmModel, Training
+from dbscale.training.accelerators import make_batching
+from dbscale.training.errors import TrainingError
+from dbscale.training.models import freeze_backbone, make_model
+from dbscale.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+
+MODEL = DeiT(heads=2, head_width=8, depth=3, patch_size=4)
+
+
+def recipe(steps=100, batch=64, **optim):
+    return Recipe(
+        stage="pretrain",
+        model=MODEL,
+        data=Data(dataset="x", num_samples=1000, image_size=16),
+        training=Training(budget=Budget(steps=steps), optim=Optim(**{"lr": 1e-3, **optim}), global_batch=batch),
+        seed=0,
+    )
+
+
+@given(steps=st.integers(1, 400), share=st.floats(0, 1))
+def test_rate_rises_to_the_peak_and_falls_to_the_floor(steps, share):
+    cell = recipe(steps, warmup_share=share, min_lr=1e-5)
+    rates = [learning_rate(step, cell) for step in range(steps)]
+    warmup = round(share * steps)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert all(0 < rate <= 1e-3 * (1 + 1e-12) for rate in rates)
+    if warmup > 0:
+        assert rates[warmup - 1] == pytest.approx(1e-3)
+    if warmup < steps:
+        assert rates[warmup] == pytest.approx(1e-3)
+        assert rates[-1] >= 1e-5 * (1 - 1e-12)
+
+
+def test_rate_scales_with_the_batch():
+    small, large = recipe(batch=64, lr_reference_batch=64), recipe(batch=256, lr_reference_batch=64)
+    assert learning_rate(50, large) == pytest.approx(4 * learning_rate(50, small))
+
+
+def test_biases_norms_positions_and_class_tokens_do_not_decay():
+    model = make_model(MODEL, num_classes=5, image_size=16)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decaying, resting = set(), set()
+    for group in make_optimizer(model, Optim(lr=1e-3, weight_decay=0.05)).param_groups:
+        (decaying if group["weight_decay"] else resting).update(names[id(each)] for each in group["params"])
+    assert decaying == {name for name in names.values() if name.endswith("weight") and "norm" not in name}
+    assert {"pos_embed", "cls_token", "norm.weight", "head.bias"} <= resting
+
+
+def test_layer_decay_slows_each_block_below_the_head():
+    model = make_model(MODEL, num_classes=5, image_size=16)
+    optimizer = make_optimizer(model, Optim(lr=1e-3, layer_decay=0.5))
+    set_learning_rate(optimizer, 1.0)
+    rate = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    blocks = [rate[id(block.attn.qkv.weight)] for block in model.blocks]
+    assert rate[id(model.head.weight)] == 1.0
+    assert blocks == [0.125, 0.25, 0.5]
+    assert rate[id(model.patch_embed.proj.weight)] == rate[id(model.pos_embed)] == 0.0625
+
+
+def test_linear_probe_optimizes_the_head_alone():
+    model = make_model(TimmModel(kind="timm", name="resnet10t"), num_classes=5, image_size=32)
+    freeze_backbone(model)
+    groups = make_optimizer(model, Optim(lr=1e-3)).param_groups
+    assert sum(each.numel() for group in groups for each in group["params"]) == 5 * 512 + 5
+
+
+@given(a_rank=st.integers(1, 300), world=st.integers(1, 8), micro=st.one_of(st.none(), st.integers(1, 300)))
+def test_micro_batches_are_equal_and_fit(a_rank, world, micro):
+    batching = make_batching(a_rank * world, world, micro)
+    assert batching.micro_batch * batching.accumulation == a_rank
+    assert batching.micro_batch <= (micro or a_rank)
+
+
+def test_a_world_that_does_not_divide_is_refused_with_those_that_do():
+    with pytest.raises(TrainingError, match=r"5 processes do not divide the global batch 12; valid: 1, 2, 3, 4, 6, 12"):
+        make_batching(12, 5, None)
