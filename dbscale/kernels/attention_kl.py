@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dbscale.kernels.attention_arguments import MapPair, TokenSlice, as_autocast, make_map_pair
-from dbscale.kernels.attention_kl_chunked import kl_rows_chunked, total_kl_chunked
+from dbscale.kernels.attention_kl_chunked import kl_rows_chunked, out_and_total_kl_chunked, total_kl_chunked
 from dbscale.kernels.attention_kl_eager import kl_rows_eager, out_and_kl_rows_eager
 from dbscale.kernels.attention_kl_sdpa import kl_rows_sdpa
 from dbscale.kernels.backend import resolve_backend
@@ -95,6 +95,10 @@ def sdpa_with_attention_kl(
     weight = _row_weight(row_weight, pair, reduction)
     v = as_autocast(v)
     with torch.autocast(q.device.type, enabled=False):
+        is_whole = pair.rows_shape[2] == q.shape[2]
+        if chosen == "chunked" and reduction != "none" and is_whole:
+            out, total = out_and_total_kl_chunked(pair, v, _total_weight(pair, weight, reduction))
+            return AttentionWithKL(out, total)
         if chosen in ("sdpa", "chunked"):
             out = F.scaled_dot_product_attention(pair.q_s, pair.k_s, v, scale=pair.scale_s)
             return AttentionWithKL(out, _reduced_kl(pair.sliced(), weight, reduction, chosen))
@@ -104,10 +108,16 @@ def sdpa_with_attention_kl(
 
 def _reduced_kl(pair: MapPair, weight: Tensor | None, reduction: str, backend: str) -> Tensor:
     if backend == "chunked" and reduction != "none":
-        scale = 1.0 / max(math.prod(pair.rows_shape), 1) if reduction == "batchmean" else 1.0
-        ones = wide(pair.q_s.new_ones(())).expand(pair.rows_shape) if weight is None else weight
-        return total_kl_chunked(pair, ones * scale)
+        return total_kl_chunked(pair, _total_weight(pair, weight, reduction))
     return _reduce(_rows(backend)(pair), weight, reduction)
+
+
+def _total_weight(pair: MapPair, weight: Tensor | None, reduction: str) -> Tensor:
+    """The factor of every row in the reduced KL, [B, M, N]."""
+    scale = 1.0 / max(math.prod(pair.rows_shape), 1) if reduction == "batchmean" else 1.0
+    if weight is None:
+        return wide(pair.q_s.new_full((), scale)).expand(pair.rows_shape)
+    return wide(weight) * scale
 
 
 def _reduce(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

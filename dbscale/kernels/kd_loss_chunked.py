@@ -7,7 +7,7 @@ for backward. What `kd_loss` runs on the CPU. Leaves checks and reduction to `kd
 import torch
 from torch import Tensor
 
-from dbscale.kernels.closed_forms import kl_of_scores, softmax_parts
+from dbscale.kernels.closed_forms import expectation, may_hold, refine_near
 from dbscale.kernels.kd_loss_eager import wide
 from dbscale.kernels.kd_target import KDTarget, KDWeights
 
@@ -89,17 +89,43 @@ def _one_block(
     ce: Tensor, kl: Tensor, grad: Tensor | None,
 ) -> None:  # fmt: skip
     """Fill ce, kl [r] and grad [r, C] of one block of rows."""
-    found = kl_of_scores(student, teacher, weights.temperature)
-    kl.copy_(found.kl.squeeze(-1))
-    if weights.temperature == 1.0:
-        p_1, maximum, total = found.p_s, found.maximum_s, found.total_s
-    else:
-        p_1, maximum, total = softmax_parts(student)
+    p_s, maximum, total = _softmax(student, weights.temperature)
+    p_t, maximum_t, total_t = _softmax(teacher, weights.temperature)
+    gap = (maximum - maximum_t).squeeze(-1) - expectation(p_t, student - teacher)
+    # Maxima are subtracted from each other before the sums join in: the log-sum-exps themselves may be large.
+    plain = gap / weights.temperature + (total / total_t).log_().squeeze(-1)
+
+    def scores(rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (student, teacher) if rows is None else (student[rows], teacher[rows])
+
+    is_empty = total_t.squeeze(-1) == 0
+    kl.copy_(refine_near(plain, scores, weights.temperature))
+    if may_hold(is_empty):
+        kl.masked_fill_(is_empty, 0.0)
+        p_t = torch.where(is_empty[:, None], p_s, p_t)  # a teacher without mass pulls nowhere
+    p_1 = p_s
+    if weights.temperature != 1.0:
+        p_1, maximum, total = _softmax(student, 1.0)
     ce.copy_(_cross_entropy(student, maximum, total, target, weights.label_smoothing))
     if grad is not None:
         # d(KL)/dz = (p_s − p_t)/T, formed before anything is added to it: it may be small.
-        slope = (found.p_s - found.p_t).mul_(weights.kl_weight / weights.temperature * weights.row_scale)
+        slope = (p_s - p_t).mul_(weights.kl_weight / weights.temperature * weights.row_scale)
         grad.copy_(_add_ce_slope(slope, p_1, target, weights))
+
+
+def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(logits / T), the row maximum of the logits and the row sum of exp((logits − maximum)/T).
+
+    A row of −inf alone gets the maximum 0, the sum 0 and probabilities 0.
+    """
+    maximum = logits.amax(-1, keepdim=True)
+    maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    probability = torch.sub(logits, maximum)
+    if temperature != 1.0:
+        probability.div_(temperature)
+    probability.exp_()
+    total = probability.sum(-1, keepdim=True)
+    return probability.div_(total.masked_fill(total == 0, 1.0)), maximum, total
 
 
 def _cross_entropy(

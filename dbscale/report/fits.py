@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dbscale.report import schema, words
+from dbscale.report import schema
+from dbscale.report.answers import answers
 from dbscale.report.arm_fits import LAWS, ArmFit, Resamples, fit_arm, make_resamples, rmsd_log, weights_of
 from dbscale.report.boundaries import free_boundaries, law_boundaries
 from dbscale.report.curves import curves_of
 from dbscale.report.deltas import delta_points, pairs_of, seed_noise_log
+from dbscale.report.notes import about_delta, about_fits, about_missing
 from dbscale.report.schema import (
     BoundaryFile,
     BoundaryRecord,
@@ -117,13 +119,13 @@ def fit_grid(
         fits=tuple(fits),
         curves=tuple(curve for curve in curves if curve.arm != "delta"),
         predictions=tuple(item for part in parts for item in part.predictions),
-        notes=(*table.warnings, *words.about_missing(table), *(note for part in parts for note in part.notes)),
+        notes=(*table.warnings, *about_missing(table), *(note for part in parts for note in part.notes)),
     )  # fmt: skip
     boundary = BoundaryFile(
-        **common, answers=tuple(words.answers(table, boundaries, fits, level=options.level)), boundaries=tuple(boundaries),
+        **common, answers=tuple(answers(table, boundaries, fits, level=options.level)), boundaries=tuple(boundaries),
         points=tuple(point for part in parts for point in part.points),
         curves=tuple(curve for curve in curves if curve.arm == "delta"),
-        notes=tuple(note for part in parts for note in words.about_delta(part.boundaries, part.points, table)),
+        notes=tuple(note for part in parts for note in about_delta(part.boundaries, part.points, table)),
     )  # fmt: skip
     return Findings(laws, boundary)
 
@@ -154,7 +156,7 @@ def fit_setting(table: RunTable, setting: Setting, wrong: dict[str, np.ndarray],
         predictions=tuple(predictions_of(runs, chosen)) if chosen else (),
         boundaries=(*(record for record, _ in from_laws), *free),
         points=tuple(delta_points(pairs, wrong, level=options.level)),
-        notes=tuple(words.about_fits(table, setting, fits)),
+        notes=tuple(about_fits(table, setting, fits)),
     )  # fmt: skip
 
 

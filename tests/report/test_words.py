@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 
-from dbscale.report import words
+from dbscale.report.answers import answers, mean_delta
+from dbscale.report.notes import about_fits, about_missing
 from dbscale.report.schema import BoundaryRecord, Estimate, FitRecord
 from dbscale.report.table import MissingPoint, RunTable
+from dbscale.report.words import about
 
 
 def boundary(**changes: object) -> BoundaryRecord:
@@ -39,18 +41,18 @@ def table(make_table) -> RunTable:
 
 
 def test_a_crossing_is_said_with_its_interval(table):
-    (text,) = words.answers(table, [boundary(), unclear()])
+    (text,) = answers(table, [boundary(), unclear()])
     assert "about 8,100 upstream images (90 % interval 6,500 to 9,900)" in text
 
 
 def test_an_open_interval_is_not_hidden(table):
-    (text,) = words.answers(table, [boundary(upstream_samples=Estimate(value=8000.0, low=6000.0)), unclear()])
+    (text,) = answers(table, [boundary(upstream_samples=Estimate(value=8000.0, low=6000.0)), unclear()])
     assert "6,000 to beyond the searched range" in text
 
 
 def test_an_extrapolation_is_called_one(table):
     root = Estimate(value=300_000.0, low=200_000.0, high=500_000.0)
-    (text,) = words.answers(table, [boundary(status="extrapolated", upstream_samples=root), unclear()])
+    (text,) = answers(table, [boundary(status="extrapolated", upstream_samples=root), unclear()])
     assert "an extrapolation" in text
     assert "outside the measured 500 to 128,000" in text
 
@@ -67,13 +69,13 @@ def test_an_extrapolation_is_called_one(table):
 )
 def test_no_crossing_is_an_answer(table, direction, phrase):
     free = boundary(method="law_free", law=None, status="no_crossing", direction=direction, upstream_samples=None)
-    (text,) = words.answers(table, [free])
+    (text,) = answers(table, [free])
     assert phrase in text
     assert "mean difference" in text
 
 
 def test_a_second_opinion_that_disagrees_is_given(table):
-    (text,) = words.answers(table, [boundary(), unclear()])
+    (text,) = answers(table, [boundary(), unclear()])
     assert "do not establish it (probability 40 %)" in text
 
 
@@ -83,16 +85,16 @@ def test_a_poor_law_does_not_give_the_answer(table):
         status="fitted", chosen=True, rmsd_log=0.4, noise_log=0.05,
     )  # fmt: skip
     free = boundary(method="law_free", law=None, upstream_samples=Estimate(value=2000.0, low=1000.0, high=4000.0))
-    (text,) = words.answers(table, [boundary(), free], [poor])
+    (text,) = answers(table, [boundary(), free], [poor])
     assert "about 2,000 upstream images" in text
     assert "8,100" not in text
     assert "too poorly to locate a boundary" in text
 
 
 def test_a_law_that_contradicts_the_measured_sign_is_not_believed(table):
-    wrong = "always_negative" if words.mean_delta(table, table.settings[0]) > 0 else "always_positive"
+    wrong = "always_negative" if mean_delta(table, table.settings[0]) > 0 else "always_positive"
     law = boundary(status="no_crossing", direction=wrong, upstream_samples=None)
-    (text,) = words.answers(table, [law, unclear()])
+    (text,) = answers(table, [law, unclear()])
     assert "do not differ beyond noise" in text
 
 
@@ -106,21 +108,21 @@ def lost(run, state: str = "failed") -> MissingPoint:
 def test_missing_cells_say_what_their_absence_does(table):
     gone = table.where(arm="distilled", upstream_samples=2000)
     rest = table.where(lambda run: run not in gone.runs)
-    notes = " ".join(words.about_missing(dataclasses.replace(rest, missing=tuple(lost(run) for run in gone))))
+    notes = " ".join(about_missing(dataclasses.replace(rest, missing=tuple(lost(run) for run in gone))))
     assert f"{len(gone)} of {len(table)} points have no result ({len(gone)} failed)" in notes
     assert "No distilled run on digits at 2,000 upstream images has finished" in notes
     assert f"{len(gone)} pairs" in notes
 
 
 def test_a_complete_table_needs_no_words(table):
-    assert not list(words.about_missing(table))
+    assert not list(about_missing(table))
 
 
 def test_two_values_of_an_axis_are_not_an_exponent(table):
-    notes = list(words.about_fits(table, table.settings[0], []))
+    notes = list(about_fits(table, table.settings[0], []))
     assert any("two values of D_f only" in note for note in notes)
 
 
 @pytest.mark.parametrize(("value", "text"), [(8123, "8,100"), (999, "1,000"), (12.4, "12"), (1_281_167, "1,300,000")])
 def test_counts_are_said_with_two_digits(value, text):
-    assert words.about(value) == text
+    assert about(value) == text

@@ -58,7 +58,7 @@ def test_cancel_stops_this_grid_for_good_and_nothing_else(
     place: Any, submit: Callable[..., Any], sandbox: Any, wait_until: Callable[..., None],
     all_ended: Callable[[], None], num_cells: int,
 ) -> None:  # fmt: skip
-    place.behave(steps=2000, step_s=0.05)
+    place.behave(steps=400, step_s=0.1)
     assert submit().returncode == 0
     sandbox.slurm("sbatch", "--output=/dev/null", "--wrap", "sleep 300")
     wait_until(place.steps)
@@ -70,11 +70,11 @@ def test_cancel_stops_this_grid_for_good_and_nothing_else(
     sandbox.clear()
     states = {place.store.state(key) for key in place.steps()}
     assert states == {"interrupted"}
-    place.behave(steps=2000, step_s=0)
+    place.behave(steps=400, step_s=0)
     assert submit().returncode == 0
     all_ended()
     assert len(place.done()) == num_cells
-    assert all(steps == list(range(2000)) for steps in place.steps().values())
+    assert all(steps == list(range(400)) for steps in place.steps().values())
 
 
 def test_a_failed_teacher_blocks_its_students_with_the_reason(

@@ -1,0 +1,146 @@
+"""Everything a reader must be warned of, in words: curves that do not fall, poor fits, missing cells, signs of failure.
+
+Pure functions of the table and the findings; every judgement names the number it rests on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from dbscale.report.schema import BoundaryRecord, DeltaPoint, FitRecord
+from dbscale.report.table import RunTable, Setting
+from dbscale.report.words import listed, percent
+
+POOR_FIT = 2.0
+"""A fit is poor when its residuals exceed the noise between seeds this many times."""
+LEAST_NOISE = 0.02
+"""Residuals of this size (2 %) are fine, however small the noise."""
+
+
+def about_fits(table: RunTable, setting: Setting, fits: Sequence[FitRecord]) -> Iterator[str]:
+    """Curves that do not fall, laws that fit poorly or not at all."""
+    name = setting.label(table)
+    for arm in table.arms:
+        yield from _not_falling(table, setting, arm, name)
+    if any(fit.chosen for fit in fits):
+        yield from _two_values(table, setting, name)
+    yield from _unfitted(fits, name)
+    for fit in fits:
+        if fit.chosen and is_poor(fit):
+            yield _poor(fit, f"{fit.arm} error on {name}" + (f" with {fit.student}" if fit.student else ""))
+    if not any(fit.chosen for fit in fits):
+        yield f"No law could be fitted on {name}: only measurements are shown."
+
+
+def _unfitted(fits: Sequence[FitRecord], name: str) -> Iterator[str]:
+    """Laws without a fit, one sentence for each reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for fit in fits:
+        if fit.status != "fitted":
+            reasons.setdefault((fit.arm, fit.reason), []).append(fit.law)
+    for (arm, reason), laws in reasons.items():
+        yield f"No fit of {listed(dict.fromkeys(laws))} to {arm} error on {name}: {reason}."
+
+
+def _poor(fit: FitRecord, whom: str) -> str:
+    size = fit.rmsd_log or 0.0
+    noise = f", {size / fit.noise_log:.1f} times the spread between seeds" if fit.noise_log else ""
+    miss = f"misses {whom} by {percent(size, 0)} (root mean square){noise}"
+    return f"The {fit.law} law {miss}: take its curves as a guide only."
+
+
+def _two_values(table: RunTable, setting: Setting, name: str) -> Iterator[str]:
+    """Two values of an axis fix a difference, not an exponent."""
+    runs = table.pretrained.where(setting=setting)
+    for column, what in (("num_params", "model size"), ("downstream_samples", "D_f")):
+        if len(runs.values(column)) == 2:
+            yield (
+                f"{name} was measured at two values of {what} only: its exponent is not determined; "
+                "do not read the law between or beyond them."
+            )
+
+
+def is_poor(fit: FitRecord) -> bool:
+    """Residuals well beyond what repeated seeds explain."""
+    return fit.rmsd_log is not None and fit.rmsd_log > POOR_FIT * max(fit.noise_log or 0.05, LEAST_NOISE)
+
+
+def _not_falling(table: RunTable, setting: Setting, arm: str, name: str) -> Iterator[str]:
+    runs = table.pretrained.where(setting=setting, arm=arm)
+    flat, total = [], 0
+    for student in runs.students:
+        for labels in runs.where(student=student).values("downstream_samples"):
+            part = runs.where(student=student, downstream_samples=labels)
+            if len(part.values("upstream_samples")) < 2:
+                continue
+            total += 1
+            first, last = ends_of(part)
+            if last >= first:
+                flat.append(f"{student} at {labels:,} labels ({percent(first)} to {percent(last)})")
+    if flat:
+        shown = ", ".join(flat[:4]) + (f" and {len(flat) - 4} more" if len(flat) > 4 else "")
+        fails = f"does not fall with upstream data in {len(flat)} of {total} curves"
+        yield f"{arm.capitalize()} error on {name} {fails}: {shown}."
+
+
+def about_missing(table: RunTable) -> Iterator[str]:
+    """What the absence of failed cells does to the fits."""
+    if not table.missing:
+        return
+    total = len(table) + len(table.missing)
+    states = ", ".join(f"{count} {state}" for state, count in Counter(point.state for point in table.missing).items())
+    gone = f"{len(table.missing)} of {total} points have no result ({states})"
+    yield f"{gone}; laws and boundary rest on the other {len(table)}."
+    yield from _gaps(table)
+    pairs = {
+        (p.variant, p.student, p.upstream_samples, p.dataset, p.downstream_samples, p.seed)
+        for p in table.missing
+        if p.upstream_samples
+    }
+    if pairs and "distilled" in {run.arm for run in table}:
+        yield f"{len(pairs)} pairs of a plain and a distilled run are incomplete and left out of the measured ΔE."
+
+
+def _gaps(table: RunTable) -> Iterator[str]:
+    """Sizes at which a whole arm is missing."""
+    gone: dict[tuple[str, str], set[int]] = {}
+    for point in table.missing:
+        if not len(table.where(dataset=point.dataset, arm=point.arm, upstream_samples=point.upstream_samples)):
+            gone.setdefault((point.dataset, point.arm), set()).add(point.upstream_samples)
+    for (dataset, arm), sizes in gone.items():
+        where = "" if sizes == {0} else f" at {listed(f'{size:,}' for size in sorted(sizes))} upstream images"
+        yield f"No {arm} run on {dataset}{where} has finished: its curve is interpolated there, or ends before."
+
+
+def about_delta(boundaries: Sequence[BoundaryRecord], points: Sequence[DeltaPoint], table: RunTable) -> Iterator[str]:
+    """The signs of failure, in words."""
+    boundaries = [record for record in boundaries if record.status != "not_enough_data"]
+    if not boundaries:
+        return
+    name = setting_of(boundaries[0]).label(table)
+    for record in boundaries:
+        if record.student is None:
+            how = "from the laws" if record.method == "law" else "from the paired runs"
+            yield from (f"{name}, {how}: {sentence}" for sentence in record.words)
+    for method, how in (("law", "The laws establish"), ("law_free", "The paired runs alone establish")):
+        single = [record for record in boundaries if record.student is not None and record.method == method]
+        found = sum(record.upstream_samples is not None for record in single)
+        if found < len(single):
+            yield f"{how} a boundary on {name} for {found} of {len(single)} combinations of student and labels."
+    few = [point for point in points if point.num_seeds < 2 and point.student is not None]
+    if few:
+        yield f"{len(few)} points of ΔE on {name} rest on one seed: their intervals borrow the spread of the others."
+
+
+def ends_of(runs: RunTable) -> tuple[float, float]:
+    """Mean error at the smallest and at the largest D_p."""
+    sizes = runs.values("upstream_samples")
+    first, last = (np.mean(runs.where(upstream_samples=size).column("error_rate")) for size in (sizes[0], sizes[-1]))
+    return float(first), float(last)
+
+
+def setting_of(record: BoundaryRecord | DeltaPoint | FitRecord) -> Setting:
+    return Setting(record.variant, record.upstream_dataset, record.dataset)

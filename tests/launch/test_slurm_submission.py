@@ -1,0 +1,220 @@
+"""What goes to SLURM, against stand-ins for its commands: scripts, arrays, records, and a second `make grid`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.cli import main
+
+BIN = Path(__file__).parent / "fakes" / "bin"
+CLUSTER = {
+    "executor": "slurm",
+    "target_min": 0.005,
+    "requeue_limit": 5,
+    "slurm": {"partition": "gpu", "gpus_per_node": 1, "memory_gb": 4, "setup": ["module load cuda"]},
+}
+NUM_BUNDLES = 6
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, workplace: Any, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of the fake SLURM; its commands come first on PATH."""
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    monkeypatch.setenv("FAKE_SLURM", str(folder))
+    monkeypatch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def submit(slurm: Path, workplace: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*options: str, command: str = "submit") -> tuple[int, str, str]:
+        cluster = ["--cluster", str(workplace.folder / "cluster.yaml")] if command != "status" else []
+        code = main([command, *workplace.where, *cluster, *options])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def calls(slurm: Path, name: str) -> list[str]:
+    lines = (slurm / "calls").read_text().splitlines() if (slurm / "calls").exists() else []
+    return [line for line in lines if line.startswith(f"{name} ")]
+
+
+def scripts(slurm: Path) -> list[str]:
+    return [path.read_text() for path in sorted(slurm.glob("script-*"))]
+
+
+def records(workplace: Any) -> list[dict[str, Any]]:
+    paths = sorted(workplace.store.grid_dir("tiny").glob("submits/*.json"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def test_one_array_a_wave_and_a_reducer_after_all(submit: Any, slurm: Path, workplace: Any) -> None:
+    assert submit()[0] == 0
+    first, second, reducer = scripts(slurm)
+    assert "#SBATCH --array=0-3%4" in first
+    assert "--dependency" not in first
+    assert "#SBATCH --array=0-1%2" in second
+    assert "#SBATCH --dependency=afterany:101\n" in second
+    assert "#SBATCH --dependency=afterany:101:102\n" in reducer
+    assert "--gpus-per-node" not in reducer
+    for line in ("--partition=gpu", "--gpus-per-node=1", "--mem=4096M", "--requeue", "--signal=USR2@120"):
+        assert f"#SBATCH {line}\n" in first
+    assert "module load cuda\n" in first
+    assert "export PYTHONSAFEPATH=1\n" in first
+    made = records(workplace)
+    assert [record["job"] for record in made] == [101, 102, 103]
+    keys = [key for record in made for keys in record["elements"] for key in keys]
+    assert len(keys) == len(set(keys)) == 18
+
+
+def test_a_dry_run_prints_the_scripts_that_would_be_submitted(submit: Any, slurm: Path, workplace: Any) -> None:
+    _, shown, _ = submit("--dry-run")
+    assert not calls(slurm, "sbatch")
+    assert not workplace.store.root.exists()
+    submit()
+
+    def plain(text: str) -> str:
+        text = re.sub(r"\d{8}-\d{6}-\d{6}-[0-9a-f]{4}|UID", "UID", text)
+        return re.sub(r"afterany:[\d:]+", "afterany:N", text)
+
+    for script in scripts(slurm):
+        assert plain(script) in plain(shown)
+
+
+def test_arrays_are_cut_at_the_clusters_limit(submit: Any, slurm: Path) -> None:
+    (slurm / "max_array").write_text("3")
+    assert submit()[0] == 0
+    sizes = [found[1] for text in scripts(slurm) if (found := re.search(r"--array=0-(\d+)%", text))]
+    assert sizes == ["2", "1"]  # 3 of wave 1; its fourth stands alone, no array; 2 of wave 2
+    assert len(scripts(slurm)) == 4
+
+
+def test_other_shapes_are_other_arrays(submit: Any, slurm: Path) -> None:
+    change = "cluster.stages={finetune: {slurm: {gpus_per_node: 0, partition: cpu}}}"
+    assert submit("--set", change)[0] == 0
+    partitions = [re.search(r"--partition=(\w+)", text)[1] for text in scripts(slurm)]  # type: ignore[index]
+    assert partitions == ["gpu", "cpu", "gpu", "cpu", "gpu"]
+    waits = [re.search(r"afterany:([\d:]+)", text) for text in scripts(slurm)]
+    assert [found and found[1] for found in waits] == [None, "101", "101", "103", "101:102:103:104"]
+
+
+def test_what_waits_or_runs_is_not_submitted_again(submit: Any, slurm: Path, workplace: Any) -> None:
+    submit()
+    waiting = [f"101|{i}|PENDING||Priority" for i in range(4)] + ["102|0|PENDING||Dependency", "103|N/A|PENDING||x"]
+    (slurm / "queue").write_text("\n".join(waiting) + "\n999|N/A|RUNNING|n1|None\n102|1|CANCELLED||None\n")
+    code, out, _ = submit()
+    assert code == 0
+    assert len(calls(slurm, "sbatch")) == 3 + 2  # the cancelled element of 102, and a new reducer
+    again = records(workplace)[3]
+    assert again["elements"] == [records(workplace)[1]["elements"][1]]
+    assert again["after"] == [101]  # where its teacher waits
+    assert calls(slurm, "scancel") == ["scancel 103"]  # the reducer that would come too early
+    (slurm / "queue").write_text("\n".join(waiting) + "\n104|N/A|RUNNING|n1|None\n105|N/A|PENDING||x\n")
+    _, out, _ = submit()
+    assert "nothing to submit: 18 cells wait or run" in out
+    assert len(calls(slurm, "sbatch")) == 5
+
+
+def test_cells_that_are_done_are_not_submitted(submit: Any, slurm: Path, workplace: Any) -> None:
+    workplace.behave(fail=["distill"])
+    main(["submit", *workplace.where, "--cluster", "inline"])
+    workplace.behave()
+    submit()
+    keys = [key for record in records(workplace) for keys in record["elements"] for key in keys]
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize("job", [101, 102, 103])
+def test_a_login_node_that_dies_while_submitting_leaves_no_orphans(
+    submit: Any, slurm: Path, workplace: Any, job: int
+) -> None:
+    (slurm / f"die-after-{job}").touch()
+    words = ["submit", "--cluster", str(workplace.folder / "cluster.yaml")]
+    environment = {**workplace.environment, "FAKE_SLURM": str(slurm), "PATH": os.environ["PATH"]}
+    process = replace(workplace, environment=environment).start(*words)
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    cut_off = next(record for record in records(workplace) if record["job"] is None)
+    (slurm / "queue").write_text("".join(f"{each}|0|RUNNING|n1|None\n" for each in range(101, job)))
+    assert submit()[0] == 0
+    assert calls(slurm, "scancel")[0] == f"scancel --name=dbscale-tiny-{cut_off['uid']}"
+    assert all(record["job"] is not None for record in records(workplace))
+    cells = [key for record in records(workplace) for keys in record["elements"][:1] for key in keys]
+    assert len(cells) == len(set(cells))
+
+
+def test_cancel_touches_only_this_grids_jobs(submit: Any, slurm: Path) -> None:
+    submit()
+    (slurm / "queue").write_text("101|0|RUNNING|n1|None\n103|N/A|PENDING||x\n7|N/A|RUNNING|n1|None\n")
+    code, out, _ = submit(command="cancel")
+    assert code == 0
+    assert calls(slurm, "scancel") == ["scancel 101 103"]
+    assert "cancelled job 101" in out
+
+
+def test_status_counts_what_waits_and_works_while_slurm_is_silent(submit: Any, slurm: Path, workplace: Any) -> None:
+    submit()
+    (slurm / "queue").write_text("".join(f"101|{i}|PENDING||Priority\n" for i in range(3)))
+    (slurm / "ended").write_text("101_3|FAILED|1:0\n102_0|NODE_FAIL|0:0\n102_[1]|CANCELLED by 0|0:0\n")
+    _, out, _ = submit(command="status")
+    assert "0 jobs run and 3 wait in SLURM" in out
+    assert re.search(r"wave +stage +queued +new", out)
+    assert "SLURM says FAILED, exit code 1:0" in out
+    assert "SLURM says NODE_FAIL" in out
+    assert len(calls(slurm, "squeue")) == 1 + 1
+    assert len(calls(slurm, "sacct")) == 1
+    (slurm / "broken").touch()
+    code, out, _ = submit(command="status")
+    assert code == 0
+    assert "Unable to contact slurm controller; what follows is from the store alone" in out
+    assert submit()[0] == 1
+
+
+@pytest.mark.parametrize("bad", ["$(touch x)", "a\nb", "`id`", "it's", 'say "x"', "100%", "a\\b", "a;b"])
+def test_paths_that_a_shell_or_slurm_could_misread_are_refused(
+    submit: Any, slurm: Path, workplace: Any, bad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = str(workplace.folder / "cluster.yaml")
+    code = main(["submit", *workplace.where, "--cluster", cluster, "--store", str(workplace.folder / bad)])
+    assert code == 1
+    assert "could misread" in capsys.readouterr().err
+    assert not calls(slurm, "sbatch")
+
+
+def test_a_space_in_a_path_is_one_word_to_the_shell(submit: Any, slurm: Path, workplace: Any) -> None:
+    store = workplace.folder / "my store"
+    assert submit("--store", str(store))[0] == 0
+    lines = scripts(slurm)[0].splitlines()
+    command = shlex.split(next(line for line in lines if line.startswith("srun ")))
+    assert command[-1].startswith(str(store))
+    assert next(line for line in lines if "--output=" in line) == f"#SBATCH --output='{command[3].replace('%t', '0')}'"
+
+
+def test_the_script_is_shell_that_keeps_the_exit_code(submit: Any, slurm: Path, workplace: Any) -> None:
+    """Run the script itself with a failing srun: requeue while the limit allows and the job still runs, then fail."""
+    submit()
+    script = slurm / "script-101"
+    script.write_text(script.read_text().replace("module load cuda", "srun() { return 9; }"))
+    for state, restarts, requeued in (("RUNNING", "0", 1), ("RUNNING", "5", 0), ("CANCELLED", "0", 0), ("PENDING", "1", 0)):
+        (slurm / "queue").write_text(state)
+        (slurm / "calls").unlink(missing_ok=True)
+        environment = {**os.environ, "SLURM_JOB_ID": "55", "SLURM_RESTART_COUNT": restarts}
+        assert subprocess.run(["bash", str(script)], env=environment, check=False).returncode == 9
+        assert len(calls(slurm, "scontrol")) == requeued, state
