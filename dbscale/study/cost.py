@@ -34,7 +34,7 @@ class Device:
 
 
 DEVICES = {
-    "cpu": Device("cpu", 1e11, 0.45, 0.002),
+    "cpu": Device("cpu", 1e11, 0.30, 0.012),
     "a100": Device("a100", 312e12, 0.35, 0.004),
     "h100": Device("h100", 989e12, 0.25, 0.004),
     "h200": Device("h200", 989e12, 0.25, 0.004),
