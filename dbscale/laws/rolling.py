@@ -31,11 +31,16 @@ class RollingErrors:
     error: np.ndarray
     """log ŷ − log y (ŷ − y for linear losses) [O, n]."""
 
-    @property
-    def rms(self) -> float:
-        """Root mean over origins of each origin's mean square within HORIZON; nan without origins."""
+    inside: np.ndarray
+    """The same for the rows that were trained on [O, n]; nan elsewhere."""
+
+    def rms(self, last: int | None = None) -> float:
+        """Root mean over the `last` (default: all) origins of each one's mean square within HORIZON; nan without
+        any.
+        """
         squares = np.where(self.distance <= HORIZON, self.error**2, np.nan)
         rows = squares[np.isfinite(squares).any(axis=1)]
+        rows = rows if last is None else rows[-last:]
         return float(np.sqrt(np.mean(np.nanmean(rows, axis=1)))) if len(rows) else float("nan")
 
 
@@ -59,14 +64,15 @@ def beyond(x: dict[str, np.ndarray], trained: np.ndarray) -> np.ndarray:
 def rolling_origin(fit: Fitted) -> RollingErrors:
     """Held-out errors of a law. Origins with no more distinct points than free parameters are left out (nan)."""
     points, masks = np.stack(list(fit.x.values()), axis=1), training_masks(fit.x)
-    error = np.full(masks.shape, np.nan)
+    residual = np.full(masks.shape, np.nan)
     able = np.array([len(np.unique(points[m], axis=0)) > fit.num_free for m in masks], dtype=bool)
     if able.any():
         target = np.log(fit.y) if fit.loss.is_log else fit.y
         problem = Problem(fit.form, fit.scaled(fit.x), target, fit.loss, fit.lower, fit.upper)
-        error[able] = problem.residual(refit_origins(fit, problem, masks[able]))
-    error = np.where(masks | ~np.isfinite(error), np.nan, error)
-    return RollingErrors(np.array([beyond(fit.x, m) for m in masks]).reshape(masks.shape), error)
+        residual[able] = problem.residual(refit_origins(fit, problem, masks[able]))
+    residual = np.where(np.isfinite(residual), residual, np.nan)
+    distance = np.array([beyond(fit.x, m) for m in masks]).reshape(masks.shape)
+    return RollingErrors(distance, np.where(masks, np.nan, residual), np.where(masks, residual, np.nan))
 
 
 def refit_origins(fit: Fitted, problem: Problem, masks: np.ndarray) -> np.ndarray:

@@ -1,9 +1,6 @@
-"""Choose between laws, or average them: by how well they fit and by how well they foretold the larger part of the
-table.
+"""Choose between laws, or average them: by how well they fit, how well they end, and how well they foretold.
 
-Each law's weight is 1 / (in-sample error per degree of freedom × rolling-origin error)²: the first punishes
-parameters that the data do not support, the second shapes that do not extrapolate. Laws that cannot be fitted stay in
-the table of scores, with the reason.
+`scores` holds the weights' formula and why; laws that cannot be fitted stay in the table, with the reason.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from dbscale.laws.law_fit import LawFit
 from dbscale.laws.losses import Loss, make_loss
 from dbscale.laws.prediction import Calibration, band, distance_beyond, in_sample_noise, make_calibration
 from dbscale.laws.rolling import RollingErrors, rolling_origin
+from dbscale.laws.scores import end_error, level_shift, shifted, weights_of
 
 ONE_VARIABLE = ("power", "power_plus", "saturating", "rectified", "m4", "bnsl")
 NEGLIGIBLE = 0.02
@@ -39,8 +37,12 @@ class Candidate:
     aicc: float = float("nan")
     in_sample: float = float("nan")
     """Rms residual per degree of freedom."""
+    end: float = float("nan")
+    """Rms residual over the largest 30 % of the rows."""
     rolling: float = float("nan")
     """Rms held-out error over rolling origins."""
+    shift: float = 0.0
+    """How far the law was moved to meet the data's end (log y under log losses)."""
     reason: str = ""
 
 
@@ -64,10 +66,15 @@ class Selection:
         return tuple((c.fit, c.weight) for c in self.candidates if c.fit is not None and c.weight > 0)
 
     def predict(self, x: Mapping[str, object] | object) -> np.ndarray:
-        """Weighted geometric mean of the members' predictions (arithmetic under linear losses)."""
-        if self.best.loss.is_log:
-            return np.exp(sum(w * np.log(fit.predict(x)) for fit, w in self.members))
-        return np.asarray(sum(w * fit.predict(x) for fit, w in self.members))
+        """Weighted geometric mean of the members' predictions at the data's level (arithmetic under linear losses)."""
+        mean = np.tensordot([w for _, w in self.members], self.each(x), axes=1)
+        return np.exp(mean) if self.best.loss.is_log else mean
+
+    def each(self, x: Mapping[str, object] | object) -> np.ndarray:
+        """Every member's (log) prediction, moved by its shift [members, …]."""
+        shifts = [c.shift for c in self.candidates if c.fit is not None and c.weight > 0]
+        raw = np.array([fit.predict(x) for fit, _ in self.members])
+        return (np.log(raw) if self.best.loss.is_log else raw) - np.reshape(shifts, (-1, *[1] * (raw.ndim - 1)))
 
     def interval(self, x: Mapping[str, object] | object, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Prediction interval at flat columns x: calibrated on the average's own held-out errors, or the members'
@@ -81,16 +88,15 @@ class Selection:
 
     def spread(self, x: Mapping[str, object] | object) -> np.ndarray:
         """Weighted standard deviation of the members' (log) predictions [n]."""
-        each = np.array([fit.predict(x) for fit, _ in self.members])
-        each = np.log(each) if self.best.loss.is_log else each
+        each = self.each(x)
         shares = np.array([w for _, w in self.members])
         return np.sqrt(np.maximum(shares @ (each - shares @ each) ** 2, 0.0))
 
     def report(self) -> str:
         """The scores of every law, winners and losers."""
-        lines = [f"{'law':18s} weight   in-sample  rolling    BIC"]
+        lines = [f"{'law':18s} weight   in-sample  end        rolling    BIC"]
         for c in self.candidates:
-            scores = f"{c.weight:6.3f}   {c.in_sample:.4f}     {c.rolling:.4f}    {c.bic:.1f}"
+            scores = f"{c.weight:6.3f}   {c.in_sample:.4f}     {c.end:.4f}     {c.rolling:.4f}     {c.bic:.1f}"
             lines.append(f"{c.name:18s} {scores if c.fit else c.reason}")
         shares = ", ".join(f"{float(k):.0%}: {v:.0%}" for k, v in self.calibration.coverage.items())
         return "\n".join(
@@ -105,7 +111,7 @@ class Selection:
                 {
                     "name": c.name,
                     "weight": c.weight,
-                    **{k: _finite(getattr(c, k)) for k in ("bic", "aicc", "in_sample", "rolling")},
+                    **{k: _finite(getattr(c, k)) for k in ("bic", "aicc", "in_sample", "end", "rolling", "shift")},
                     "reason": c.reason,
                     "fit": c.fit.to_dict() if c.fit else None,
                 }
@@ -173,29 +179,40 @@ def default_candidates(x: Mapping[str, object] | object) -> list[Form]:
 
 
 def make_selection(scored: list[tuple[LawFit, RollingErrors]], reasons: list[Candidate]) -> Selection:
-    """Weights from both scores; the average's own rolling errors calibrate its intervals."""
-    inside = np.maximum([in_sample_noise(fit) for fit, _ in scored], 1e-9)
-    ahead = np.array([rolling.rms for _, rolling in scored])
-    worst = np.nanmax(ahead) if np.isfinite(ahead).any() else 1.0
-    weight = (inside * np.maximum(np.where(np.isfinite(ahead), ahead, worst), 1e-9)) ** -2.0
-    weight = np.where(weight < NEGLIGIBLE * weight.sum(), 0.0, weight)
+    """Weights from the scores; the average's own rolling errors calibrate its intervals."""
+    weight = weights_of([*scored])
+    weight = np.where(weight < NEGLIGIBLE, 0.0, weight)
     weight /= weight.sum()
-    made = [
-        Candidate(fit.name, fit, float(w), *information(fit), float(s), float(r))
-        for (fit, _), w, s, r in zip(scored, weight, inside, ahead, strict=True)
-    ]
-    calibration = make_calibration(float(weight @ inside), average_errors([r for _, r in scored], weight))
+    made = [scored_candidate(fit, rolling, float(w)) for (fit, rolling), w in zip(scored, weight, strict=True)]
+    noise = float(weight @ np.array([c.in_sample for c in made]))
+    calibration = make_calibration(noise, average_errors(scored, weight))
     return Selection((*sorted(made, key=lambda c: -c.weight), *reasons), calibration)
 
 
-def average_errors(rolling: list[RollingErrors], weight: np.ndarray) -> RollingErrors:
-    """Held-out errors of the weighted average; where a law is missing, the others share its weight."""
-    errors = np.array([r.error for r in rolling])
+def scored_candidate(fit: LawFit, rolling: RollingErrors, weight: float) -> Candidate:
+    """A fitted law with all its scores."""
+    bic, aicc = information(fit)
+    return Candidate(
+        fit.name,
+        fit,
+        weight=weight,
+        bic=bic,
+        aicc=aicc,
+        in_sample=in_sample_noise(fit),
+        end=end_error(fit),
+        rolling=rolling.rms(),
+        shift=level_shift(fit, fit.residuals),
+    )
+
+
+def average_errors(scored: list[tuple[LawFit, RollingErrors]], weight: np.ndarray) -> RollingErrors:
+    """Held-out errors of the weighted, shifted average; where a law is missing, the others share its weight."""
+    errors = np.array([shifted(fit, rolling) for fit, rolling in scored])
     shares = np.where(np.isfinite(errors), weight[:, None, None], 0.0)
     total = shares.sum(axis=0)
     with np.errstate(all="ignore"):
-        mean = np.where(total > 0, np.nansum(shares * np.nan_to_num(errors), axis=0) / total, np.nan)
-    return RollingErrors(rolling[0].distance, mean)
+        mean = np.where(total > 0, np.sum(shares * np.nan_to_num(errors), axis=0) / total, np.nan)
+    return RollingErrors(scored[0][1].distance, mean, np.full_like(mean, np.nan))
 
 
 def information(fit: LawFit) -> tuple[float, float]:

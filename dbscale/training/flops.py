@@ -1,10 +1,11 @@
-"""Operations of a forward pass, counted by torch on a model without memory; exact for any timm model.
+"""Parameters and operations of a forward pass, counted by torch on a model without memory; exact for any timm model.
 
 `study.cost` predicts the same number for DeiT without torch; a test holds the two together.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,20 +15,30 @@ from dbscale.study.recipe import Model, Recipe
 from dbscale.training.models import make_model
 
 
-def count_forward_flops(model: Model, *, num_classes: int, image_size: int) -> float:
+@dataclass(frozen=True)
+class Size:
+    """What a model is made of."""
+
+    num_params: int
+    forward_flops: float
     """Floating-point operations of one image's forward pass; a multiply-add counts two."""
-    return _count(model.model_dump_json(), type(model), num_classes, image_size)
+
+
+def measure(model: Model, *, num_classes: int, image_size: int) -> Size:
+    """Count parameters and operations."""
+    return _measure(model.model_dump_json(), type(model), num_classes, image_size)
 
 
 @cache
-def _count(model_json: str, kind: type[Model], num_classes: int, image_size: int) -> float:
+def _measure(model_json: str, kind: type[Model], num_classes: int, image_size: int) -> Size:
     model = kind.model_validate_json(model_json)
     with torch.device("meta"):
-        network = make_model(model, num_classes=num_classes, image_size=image_size, seed=0).eval()
+        network = make_model(model, num_classes=num_classes, image_size=image_size).eval()
         images = torch.zeros(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(images)
-    return float(counter.get_total_flops())
+    num_params = sum(parameter.numel() for parameter in network.parameters())
+    return Size(num_params, float(counter.get_total_flops()))
 
 
 def count_train_flops(recipe: Recipe, teacher: Model | None, num_classes: int) -> float:
@@ -36,8 +47,8 @@ def count_train_flops(recipe: Recipe, teacher: Model | None, num_classes: int) -
     A linear probe trains the head alone: its student costs one forward.
     """
     size = recipe.data.image_size
-    student = count_forward_flops(recipe.model, num_classes=num_classes, image_size=size)
+    student = measure(recipe.model, num_classes=num_classes, image_size=size).forward_flops
     a_sample = student * (1 if recipe.training.scope == "linear_probe" else 3)
     if teacher is not None:
-        a_sample += count_forward_flops(teacher, num_classes=num_classes, image_size=size)
+        a_sample += measure(teacher, num_classes=num_classes, image_size=size).forward_flops
     return a_sample * recipe.num_steps * recipe.training.global_batch

@@ -42,10 +42,15 @@ def make_objective(recipe: Recipe, resources: Resources, teacher: nn.Module | No
     bitwise the pretrain cell. `student` is the bare timm model, whose attention the teacher guides."""
     smoothing, settings = recipe.training.label_smoothing, recipe.distill
     maps = wants_maps(settings)
-    if settings is None or teacher is None or (settings.alpha == 0 and not maps):
+    if settings is None or teacher is None or not wants_teacher(settings):
         return lambda model, images, target: _plain(model(images), target, smoothing)
     tap = make_tap(student, teacher, settings.attention, resources.kd_backend) if maps and settings.attention else None
     return _DistillObjective(settings, smoothing, teacher, tap, resources.kd_backend)
+
+
+def wants_teacher(settings: Distill | None) -> bool:
+    """Whether any term of the loss asks a teacher."""
+    return settings is not None and (settings.alpha > 0 or wants_maps(settings))
 
 
 def wants_maps(settings: Distill | None) -> bool:

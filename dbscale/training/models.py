@@ -82,12 +82,18 @@ def load_backbone(model: nn.Module, weights: Path) -> None:
         )
 
 
-def load_whole(model: nn.Module, weights: Path) -> None:
-    """All weights, strictly. Raises TrainingError."""
+def restore_model(model: Model, weights: Path, *, num_classes: int, image_size: int) -> nn.Module:
+    """The model that `weights` were saved from. Raises TrainingError when they do not fit."""
+    state = read_weights(weights)
+    with torch.device("meta"):  # initial values would be drawn only to be overwritten
+        network = make_model(model, num_classes=num_classes, image_size=image_size)
+    if any(buffer.is_meta for name, buffer in network.named_buffers() if name not in state):
+        network = make_model(model, num_classes=num_classes, image_size=image_size)
     try:
-        model.load_state_dict(read_weights(weights))
+        network.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise TrainingError(f"{weights} does not fit its recipe's model: {error}") from None
+    return network
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

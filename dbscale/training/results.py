@@ -22,9 +22,10 @@ from dbscale.study.store import Attempt, Store, atomic_open, read_json, write_js
 from dbscale.training.checkpoint import LoopState
 from dbscale.training.device import device_name, peak_flops, peak_memory_bytes
 from dbscale.training.evaluate import Evaluation, evaluate
-from dbscale.training.flops import count_train_flops
+from dbscale.training.flops import count_train_flops, measure
 from dbscale.training.loop import Run
-from dbscale.training.models import load_whole, make_model
+from dbscale.training.losses import wants_teacher
+from dbscale.training.models import restore_model
 from dbscale.training.prepare import Context, engine_name, open_cell_dataset, set_precision
 from dbscale.training.weights import WEIGHTS_NAME, export_weights, sha256_of
 
@@ -73,9 +74,10 @@ def evaluate_cell(spec: CellSpec, trained: Trained, context: Context) -> tuple[E
     started, recipe, accelerator = time.perf_counter(), spec.recipe, context.accelerator
     size, folder = recipe.data.image_size, context.store.cell_dir(spec.key)
     test = open_cell_dataset(spec, context.data_dir, "test").subset()
-    model = make_model(recipe.model, num_classes=trained.num_classes, image_size=size, seed=0).requires_grad_(False)
-    load_whole(model, folder / WEIGHTS_NAME)
-    set_precision(model.to(accelerator.device), recipe, accelerator)
+    model = restore_model(
+        recipe.model, folder / WEIGHTS_NAME, num_classes=trained.num_classes, image_size=size
+    )  # fmt: skip
+    set_precision(model.to(accelerator.device).requires_grad_(False), recipe, accelerator)
     pixels = EVAL_BATCH_PIXELS * (1 if accelerator.device.type == "cpu" else 16)
     loader = make_eval_loader(
         test,
@@ -108,10 +110,9 @@ def make_row(
 ) -> Row:
     """Everything a table of cells needs; `attempts` are all tries, the last one still running."""
     recipe, store, accelerator = spec.recipe, context.store, context.accelerator
-    teacher = store.read_spec(spec.teacher).recipe.model if spec.teacher else None
-    model = make_model(
-        recipe.model, num_classes=trained.num_classes, image_size=recipe.data.image_size, seed=0
-    )  # fmt: skip
+    uses_teacher = spec.teacher is not None and wants_teacher(recipe.distill)
+    teacher = store.read_spec(spec.teacher).recipe.model if spec.teacher and uses_teacher else None
+    size = measure(recipe.model, num_classes=trained.num_classes, image_size=recipe.data.image_size)
     train_flops = count_train_flops(recipe, teacher, trained.num_classes)
     return Row(
         key=spec.key,
@@ -122,7 +123,7 @@ def make_row(
         dataset=recipe.data.dataset,
         num_samples=recipe.data.num_samples,
         seed=recipe.seed,
-        num_params=sum(parameter.numel() for parameter in model.parameters()),
+        num_params=size.num_params,
         num_classes=trained.num_classes,
         num_steps=trained.state.step,
         samples_seen=trained.state.step * recipe.training.global_batch,

@@ -11,13 +11,14 @@ from torch import nn
 from dbscale.study.cell import CellSpec
 from dbscale.study.store import Store
 from dbscale.training.errors import TrainingError
-from dbscale.training.models import load_whole, make_model
+from dbscale.training.losses import wants_teacher
+from dbscale.training.models import restore_model
 from dbscale.training.weights import verified_weights
 
 
 def load_teacher(store: Store, spec: CellSpec, *, num_classes: int, device: torch.device) -> nn.Module | None:
-    """The teacher of a distill cell, ready to guide; None for other stages. Raises TrainingError if it does not fit."""
-    if spec.teacher is None:
+    """The teacher of a distill cell, ready to guide; None where none is needed. Raises TrainingError if it does not fit."""
+    if spec.teacher is None or not wants_teacher(spec.recipe.distill):
         return None
     parent = store.read_spec(spec.teacher)
     row = store.read_row(spec.teacher)
@@ -31,6 +32,6 @@ def load_teacher(store: Store, spec: CellSpec, *, num_classes: int, device: torc
     size, wanted = parent.recipe.data.image_size, spec.recipe.data.image_size
     if size != wanted:
         raise TrainingError(f"the teacher {spec.teacher} sees {size} px, this cell {wanted} px; they must be equal")
-    teacher = make_model(parent.recipe.model, num_classes=num_classes, image_size=size, seed=0)
-    load_whole(teacher, verified_weights(store, row))
+    weights = verified_weights(store, row)
+    teacher = restore_model(parent.recipe.model, weights, num_classes=num_classes, image_size=size)
     return teacher.to(device).eval().requires_grad_(False)

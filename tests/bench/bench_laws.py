@@ -152,7 +152,10 @@ def simulated_coverage(count: int) -> None:
     for seed in range(count):
         y = (0.1 + 8 * x**-0.4) * np.exp(0.03 * np.random.default_rng(seed).standard_normal(20))
         fit = fit_law("power_plus", x, y, loss="least_squares_log")
-        for kind, found in (("curvature", fit.parameter_interval(0.9)), ("bootstrap", bootstrap(fit, num_resamples=300).interval(0.9))):
+        for kind, found in (
+            ("curvature", fit.parameter_interval(0.9)),
+            ("bootstrap", bootstrap(fit, num_resamples=300).interval(0.9)),
+        ):
             for name, (low, high) in found.items():
                 hits[kind, name] += low <= truth[name] <= high
     for kind in ("curvature", "bootstrap"):

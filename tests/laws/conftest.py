@@ -42,5 +42,8 @@ def arms(grid) -> dict[str, np.ndarray]:
     """Errors of both arms on the grid, 1 % noise: distilled is flatter, so ΔE crosses zero at D_p = 22,766."""
     rng = np.random.default_rng(0)
     rest = 0.03 + 20 * grid["num_params"] ** -0.35 + 1.5 * grid["downstream_samples"] ** -0.35
-    clean = {"plain": rest + 6 * grid["upstream_samples"] ** -0.35, "distilled": rest + 2.2 * grid["upstream_samples"] ** -0.25}
+    clean = {
+        "plain": rest + 6 * grid["upstream_samples"] ** -0.35,
+        "distilled": rest + 2.2 * grid["upstream_samples"] ** -0.25,
+    }
     return {arm: y * np.exp(0.01 * rng.standard_normal(len(y))) for arm, y in clean.items()}

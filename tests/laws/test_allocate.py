@@ -32,7 +32,8 @@ def test_the_split_equals_the_closed_form() -> None:
 
 def test_a_teacher_costs_ever_more_through_the_four_cases() -> None:
     totals = [
-        Prices(train_flop=1e-15, teacher_params=5e6, teacher_case=case).total("distilled", 1e5, 2e7, 1e3) for case in CASES
+        Prices(train_flop=1e-15, teacher_params=5e6, teacher_case=case).total("distilled", 1e5, 2e7, 1e3)
+        for case in CASES
     ]
     plain = Prices(train_flop=1e-15).total("plain", 1e5, 2e7, 1e3)
     assert totals[0] == plain

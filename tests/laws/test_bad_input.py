@@ -87,7 +87,9 @@ def random_table(rng: np.random.Generator) -> tuple[str, object, object]:
     n = int(rng.integers(0, 13))
     strange = np.array([0.0, 1.0, -1.0, np.nan, np.inf, 1e-300, 1e300, 0.5])
     x = np.exp(rng.uniform(0, rng.choice([0.1, 10, 300]), n))
-    y = rng.choice([rng.random(n), np.round(rng.random(n), 1), (x + 1e-300) ** -0.3 * np.exp(0.1 * rng.standard_normal(n))])
+    y = rng.choice(
+        [rng.random(n), np.round(rng.random(n), 1), (x + 1e-300) ** -0.3 * np.exp(0.1 * rng.standard_normal(n))]
+    )
     for column in (x, y):
         if n and rng.random() < 0.3:
             column[rng.integers(0, n)] = rng.choice(strange)

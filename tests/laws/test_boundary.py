@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dbscale.laws import Boundary, LawError, PairedDelta, bootstrap, boundaries_by_group, boundary_surface, find_boundary
+from dbscale.laws import (
+    Boundary,
+    LawError,
+    PairedDelta,
+    bootstrap,
+    boundaries_by_group,
+    boundary_surface,
+    find_boundary,
+)
 from dbscale.laws import fit_law as fit
 
 AT = {"num_params": 1e7, "downstream_samples": 1000.0}

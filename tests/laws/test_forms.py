@@ -54,7 +54,9 @@ def test_the_gradient_by_hand_equals_complex_steps(name: str) -> None:
 @EVERY_FORM
 def test_scaled_coordinates_describe_the_same_curve(name: str) -> None:
     form, x, theta = FORMS[name], columns(name), thetas(name)
-    units = {v.name: 1.0 if not v.scaled else 37.0 if v.unit_of or v.name == "num_samples" else 5.0 for v in form.variables}
+    units = {
+        v.name: 1.0 if not v.scaled else 37.0 if v.unit_of or v.name == "num_samples" else 5.0 for v in form.variables
+    }
     matrix = form.unscaling(units)
     plain = form.evaluate(x, theta @ matrix[:, :-1].T + matrix[:, -1])
     scaled = form.evaluate({n: c / units[n] for n, c in x.items()}, theta)

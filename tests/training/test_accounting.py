@@ -13,14 +13,14 @@ from dbscale.study import cost
 from dbscale.study.recipe import Budget, Data, DeiT, Optim, Recipe, TimmModel, Training
 from dbscale.training.device import peak_flops, peak_memory_bytes, reset_peak_memory
 from dbscale.training.evaluate import calibration_error, summarize
-from dbscale.training.flops import count_forward_flops, count_train_flops
+from dbscale.training.flops import count_train_flops, measure
 from dbscale.training.models import make_model
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_predicted_flops_are_the_counted_ones(heads):
     model = DeiT(heads=heads, head_width=16, depth=3, patch_size=8)
-    counted = count_forward_flops(model, num_classes=10, image_size=32)
+    counted = measure(model, num_classes=10, image_size=32).forward_flops
     head = 2 * model.width * 10
     assert counted - head == cost.forward_flops(model, 32)
 
@@ -43,12 +43,12 @@ def test_training_flops_are_what_torch_counts_in_a_step():
     assert count_train_flops(recipe, None, 10) / 7 == pytest.approx(counter.get_total_flops() + embedding, rel=0.02)
     teacher = DeiT(heads=1, head_width=16, depth=3, patch_size=8)
     more = count_train_flops(recipe, teacher, 10) - count_train_flops(recipe, None, 10)
-    assert more == 7 * 4 * count_forward_flops(teacher, num_classes=10, image_size=32)
+    assert more == 7 * 4 * measure(teacher, num_classes=10, image_size=32).forward_flops
 
 
 def test_flops_of_any_timm_model():
     resnet = TimmModel(kind="timm", name="resnet18")
-    counted = count_forward_flops(resnet, num_classes=1000, image_size=224)
+    counted = measure(resnet, num_classes=1000, image_size=224).forward_flops
     assert counted == pytest.approx(cost.forward_flops(resnet, 224), rel=0.01)
 
 
