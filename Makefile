@@ -45,10 +45,10 @@ fix: $(STAMP) ## Reformat and mend what the linter can
 	@$(VENV)/bin/ruff format .
 
 test: $(STAMP) ## Run the tests (ARGS="-k name" to choose)
-	@$(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not bench" $(ARGS)
+	@$(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not bench and not slurm" $(ARGS)
 
 test-slow: $(STAMP) ## Run the long tests as well
-	@$(VENV)/bin/python -m pytest -q -n 2 -m "not bench" $(ARGS)
+	@$(VENV)/bin/python -m pytest -q -n 2 -m "not bench and not slurm" $(ARGS)
 
 shards: $(STAMP) ## Pack the grid's datasets into tar shards
 	@$(RUN) shards pack $(WHERE)

@@ -67,7 +67,9 @@ def _total_kl(
     return outputs
 
 
-def _outputs(q_s: Tensor, v: Tensor | None, num_maps: int, want_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _outputs(
+    q_s: Tensor, v: Tensor | None, num_maps: int, want_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """total [], out like v, rows [B, M, N], grad_q and grad_k like q_s in the accumulating dtype."""
     dtype = torch.float64 if q_s.dtype == torch.float64 else torch.float32
     batch, num_heads, num_tokens, _ = q_s.shape

@@ -34,9 +34,7 @@ def kl_rows_sdpa(pair: MapPair) -> Tensor:
     return constant - cross + (pull - pull.detach())
 
 
-def _expected_score(
-    q_map: Tensor, k_map: Tensor, scale_map: float, q: Tensor, k: Tensor, scale: float
-) -> Tensor:
+def _expected_score(q_map: Tensor, k_map: Tensor, scale_map: float, q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Σ_j softmax(scale_map · q_map k_mapᵀ)_j · (scale · q·k_j), [B, H, N_q]."""
     width = max(q_map.shape[-1], q.shape[-1])
     # Equal widths keep SDPA on its fused path; zero columns change no score.

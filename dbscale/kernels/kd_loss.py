@@ -102,4 +102,3 @@ def _check(
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"kd_loss: unknown reduction {reduction!r}; use one of {', '.join(REDUCTIONS)}")
-

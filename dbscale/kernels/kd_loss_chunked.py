@@ -36,10 +36,11 @@ def _kd_chunked(
     target = KDTarget(labels_a, labels_b, lam, soft)
     weights = KDWeights(temperature, label_smoothing, ce_weight, kl_weight, row_scale)
     loss, ce, kl, grad = _outputs(student, want_grad)
+    wide_dtype = loss.dtype
     rows_per_block = max(1, ELEMENTS_PER_BLOCK // student.shape[1])
     for start in range(0, student.shape[0], rows_per_block):
         block = slice(start, start + rows_per_block)
-        _one_block(wide(student[block]), wide(teacher[block]), _rows_of(target, block), weights,
+        _one_block(wide(student[block]), wide(teacher[block]), _rows_of(target, block, wide_dtype), weights,
                    ce[block], kl[block], grad[block] if want_grad else None)  # fmt: skip
     loss.zero_()
     for weight, part in ((ce_weight, ce), (kl_weight, kl)):
@@ -79,9 +80,11 @@ def _backward(ctx, upstream, *_unused):
 _kd_chunked.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _rows_of(target: KDTarget, block: slice) -> KDTarget:
-    parts = (target.labels_a_B, target.labels_b_B, target.lam_B, target.soft_BC)
-    return KDTarget(*(None if part is None else part[block] for part in parts))
+def _rows_of(target: KDTarget, block: slice, dtype: torch.dtype) -> KDTarget:
+    def rows(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part[block].to(dtype) if part.is_floating_point() else part[block]
+
+    return KDTarget(*map(rows, (target.labels_a_B, target.labels_b_B, target.lam_B, target.soft_BC)))
 
 
 def _one_block(
@@ -128,15 +131,13 @@ def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor
     return probability.div_(total.masked_fill(total == 0, 1.0)), maximum, total
 
 
-def _cross_entropy(
-    student: Tensor, maximum: Tensor, total: Tensor, target: KDTarget, label_smoothing: float
-) -> Tensor:
+def _cross_entropy(student: Tensor, maximum: Tensor, total: Tensor, target: KDTarget, label_smoothing: float) -> Tensor:
     """−Σ_j q_j log p_j of each row, q = (1 − ε)·target + ε/C."""
     log_total = total.squeeze(-1).log()
     expected = torch.zeros_like(log_total)
-    mass = 1.0 if target.soft_BC is None else label_smoothing + (1 - label_smoothing) * wide(target.soft_BC).sum(-1)
+    mass = 1.0 if target.soft_BC is None else label_smoothing + (1 - label_smoothing) * target.soft_BC.sum(-1)
     if target.soft_BC is not None:
-        expected += (wide(target.soft_BC) * (student - maximum)).sum(-1)
+        expected += (target.soft_BC * (student - maximum)).sum(-1)
     for labels, share in _hard_labels(target, student.dtype):
         expected += share * (student.gather(1, labels[:, None]) - maximum).squeeze(1)
     expected *= 1 - label_smoothing
@@ -153,9 +154,9 @@ def _add_ce_slope(slope: Tensor, p_1: Tensor, target: KDTarget, weights: KDWeigh
     if target.soft_BC is None:
         slope.add_(p_1, alpha=weight)
     else:
-        soft = wide(target.soft_BC)
-        slope.add_(p_1 * (smoothing + (1 - smoothing) * soft.sum(-1, keepdim=True)), alpha=weight)
-        slope.add_(soft, alpha=-weight * (1 - smoothing))
+        mass = smoothing + (1 - smoothing) * target.soft_BC.sum(-1, keepdim=True)
+        slope.add_(p_1 * mass, alpha=weight)
+        slope.add_(target.soft_BC, alpha=-weight * (1 - smoothing))
     for labels, share in _hard_labels(target, slope.dtype):
         slope.scatter_add_(1, labels[:, None], -weight * (1 - smoothing) * share[:, None])
     return slope.sub_(weight * smoothing / slope.shape[1]) if smoothing else slope
@@ -167,5 +168,4 @@ def _hard_labels(target: KDTarget, dtype: torch.dtype) -> list[tuple[Tensor, Ten
         return []
     if target.labels_b_B is None or target.lam_B is None:
         return [(target.labels_a_B, torch.ones_like(target.labels_a_B, dtype=dtype))]
-    share = target.lam_B.to(dtype)
-    return [(target.labels_a_B, share), (target.labels_b_B, 1 - share)]
+    return [(target.labels_a_B, target.lam_B), (target.labels_b_B, 1 - target.lam_B)]

@@ -45,3 +45,39 @@ def near_terms(p_s, p_t, offset, kappa):
 def finite_or_zero(maximum):
     """A row maximum to subtract: 0 instead of −inf, so that an empty row gives exp(−inf) = 0 and not NaN."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def load_rows(matrix, batch, head, tokens, num_tokens, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """[tokens, PADDED] of a [B, H, N, WIDTH] tensor, 0 outside; matrix = (pointer, strides of B, H, N), int64 offsets."""
+    columns = tl.arange(0, PADDED)
+    base = matrix[0] + batch * matrix[1] + head * matrix[2]
+    address = base + tokens.to(tl.int64)[:, None] * matrix[3] + columns[None, :]
+    inside = (tokens < num_tokens)[:, None]
+    if WIDTH != PADDED:
+        inside = inside & (columns < WIDTH)[None, :]
+    return tl.load(address, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(matrix, batch, head, tokens, num_tokens, values, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """The counterpart of `load_rows`."""
+    columns = tl.arange(0, PADDED)
+    base = matrix[0] + batch * matrix[1] + head * matrix[2]
+    address = base + tokens.to(tl.int64)[:, None] * matrix[3] + columns[None, :]
+    inside = (tokens < num_tokens)[:, None]
+    if WIDTH != PADDED:
+        inside = inside & (columns < WIDTH)[None, :]
+    tl.store(address, values.to(matrix[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dot(a, b):
+    """Matrix product accumulated in float32; float32 operands stay float32 rather than TF32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def ratio_of(above, below):
+    """above / below, exactly 1 where they are equal, which the hardware's division does not promise."""
+    return tl.where(above == below, 1.0, above / below)

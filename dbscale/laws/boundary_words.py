@@ -42,9 +42,7 @@ def _without_crossing(direction: str, delta: np.ndarray) -> list[str]:
             else f"ΔE stays positive {trend}: is the teacher undertrained at large D_p, or the plain arm too?"
         ]
     if direction == "always_negative":
-        return [
-            "ΔE is negative throughout: distilling never pays here; is the teacher too weak, or D_p beyond the boundary?"
-        ]
+        return ["ΔE is negative throughout: distilling never pays here; is the teacher too weak, or D_p too large?"]
     if direction == "negative_to_positive":
         return [
             "ΔE turns from negative to positive, the reverse of a boundary: is the teacher undertrained at small D_p?"

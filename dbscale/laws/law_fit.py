@@ -152,10 +152,10 @@ class LawFit:
                 else f"± {self.stderr[name]:.3g}"
             )
             lines.append(f"  {name:10s} {value:12.6g}  {note}")
-        lines.append(
-            f"  {self.num_points} points, objective {self.objective:.8g} "
-            f"({self.loss.kind} on {self.loss.space} residuals), rms residual {rms:.4g}; {self.num_starts_reached} of {self.num_starts} starts reached it"
-        )
+        lines += [
+            f"  {self.num_points} points, objective {self.objective:.8g} ({self.loss.kind}, {self.loss.space}), "
+            f"rms residual {rms:.4g}; {self.num_starts_reached} of {self.num_starts} starts reached it"
+        ]
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
 
     def to_dict(self, *, calibrate: bool = False) -> dict:

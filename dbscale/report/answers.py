@@ -79,8 +79,8 @@ def _verdict(record: BoundaryRecord, table: RunTable, setting: Setting, level: f
 
 
 WITHOUT_ROOT = {
-    "always_positive": "distilling lowers the error throughout, {span} ({mean}); no boundary was found.",
-    "always_negative": "distilling never lowers the error {span} ({mean}); there is no boundary.",
+    "always_positive": "distilling lowers error and nowhere clearly raises it {span} ({mean}); no boundary was found.",
+    "always_negative": "distilling raises error and nowhere clearly lowers it {span} ({mean}); there is no boundary.",
     "negative_to_positive": (
         "distilling hurts with little upstream data and helps with much, {span} ({mean}): the reverse of a boundary."
     ),

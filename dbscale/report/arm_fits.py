@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dbscale.laws import fit_law
+from dbscale.laws import error_weights, fit_law, seed_spread
 from dbscale.laws.errors import LawError, NotEnoughData
 from dbscale.laws.law_fit import LawFit
 from dbscale.laws.losses import Loss
@@ -23,8 +23,9 @@ AXES = ("upstream_samples", "num_params", "downstream_samples")
 LOSS = Loss("huber", "log", 0.1)
 """Quadratic for the noise of seeds (about 10 %), linear for runs that went astray."""
 SMALLEST_ERROR = 1e-4
-SEED_NOISE = 0.05
-"""Spread of log error between seeds that weights assume, beside the test set's own noise."""
+LEAST_SEED_NOISE = 0.05
+"""Spread between seeds, relative to the error, that weights assume at least: few seeds may agree by chance."""
+UNKNOWN_TEST_SIZE = 10**6
 EXPONENTS = (0.0, 2.0)
 """Beyond 2 an exponent only says that a term vanished after its first value."""
 FEWEST_SIZES = 3
@@ -80,13 +81,13 @@ class ArmFit:
     def resampled(self, runs: Sequence[Run], resamples: Resamples) -> ArmFit:
         """The same fits with refits to every bootstrap world."""
         groups = grouped(self.law, runs)
-        return replace(
-            self,
-            fits={
-                key: Bootstrap(found.fit, _refits(found.fit, groups[key], resamples))
-                for key, found in self.fits.items()
-            },
-        )
+        drawn = {
+            key: Bootstrap(
+                found.fit, _refits(found.fit, groups[key], resamples), len({lineage(run) for run in groups[key]})
+            )
+            for key, found in self.fits.items()
+        }
+        return replace(self, fits=drawn)
 
     @property
     def num_params(self) -> int:
@@ -111,9 +112,13 @@ def columns_of(runs: Sequence[Run]) -> dict[str, np.ndarray]:
 
 def make_resamples(table: RunTable, wrong: dict[str, np.ndarray], *, count: int, seed: int) -> Resamples:
     """Bootstrap worlds of a setting's pretrained runs. `wrong` maps keys to mistakes [samples], or is empty."""
-    clusters = np.array([f"{run.student}|{run.upstream_samples}|{run.seed}" for run in table])
-    counts = resample_counts(clusters, count, seed)
+    counts = resample_counts(np.array([lineage(run) for run in table]), count, seed)
     return Resamples(table.runs, counts, _redrawn_errors(table, wrong, count, seed))
+
+
+def lineage(run: Run) -> str:
+    """Runs that are drawn together: one upstream run of either arm, with all its finetunes."""
+    return f"{run.student}|{run.upstream_samples}|{run.seed}"
 
 
 def _redrawn_errors(table: RunTable, wrong: dict[str, np.ndarray], count: int, seed: int) -> np.ndarray | None:
@@ -166,18 +171,17 @@ def exponents_of(law: str, varying: Sequence[str]) -> list[str]:
 
 
 def weights_of(runs: Sequence[Run]) -> np.ndarray:
-    """1 / variance of each log error: the test set's binomial noise plus the spread between seeds, mean 1.
+    """1 / variance of each log error, mean 1: binomial noise of the test set and the spread between seeds.
 
     Errors are averaged over seeds first, so that a lucky run does not weigh more than an unlucky one.
     """
-    cells: dict[tuple[str, int, int], list[float]] = {}
-    places = [(run.student, run.upstream_samples, run.downstream_samples) for run in runs]
+    places = [f"{run.student}|{run.upstream_samples}|{run.downstream_samples}" for run in runs]
+    cells: dict[str, list[float]] = {}
     for place, run in zip(places, runs, strict=True):
         cells.setdefault(place, []).append(run.error_rate)
-    error = np.array([max(float(np.mean(cells[place])), SMALLEST_ERROR) for place in places])
-    samples = np.array([float(run.num_test_samples or np.inf) for run in runs])
-    variance = SEED_NOISE**2 + (1 - np.minimum(error, 1 - SMALLEST_ERROR)) / (error * samples)
-    return (1 / variance) / np.mean(1 / variance)
+    means = np.array([float(np.mean(cells[place])) for place in places])
+    spread = np.maximum(seed_spread([run.error_rate for run in runs], places), LEAST_SEED_NOISE * means)
+    return error_weights(means, [run.num_test_samples or UNKNOWN_TEST_SIZE for run in runs], seed_stderr=spread)
 
 
 def _refits(fit: LawFit, runs: Sequence[Run], resamples: Resamples) -> np.ndarray:

@@ -28,10 +28,12 @@ from dbscale.report.schema import (
     FitRecord,
     LawsFile,
     Prediction,
+    TransferRecord,
 )
 from dbscale.report.table import Run, RunTable, Setting
+from dbscale.report.transfer import transfer_records
 
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 
 
@@ -119,6 +121,7 @@ def fit_grid(
         fits=tuple(fits),
         curves=tuple(curve for curve in curves if curve.arm != "delta"),
         predictions=tuple(item for part in parts for item in part.predictions),
+        transfer=tuple(item for part in parts for item in part.transfer),
         notes=(*table.warnings, *about_missing(table), *(note for part in parts for note in part.notes)),
     )  # fmt: skip
     boundary = BoundaryFile(
@@ -139,6 +142,7 @@ class SettingFindings:
     predictions: tuple[Prediction, ...]
     boundaries: tuple[BoundaryRecord, ...]
     points: tuple[DeltaPoint, ...]
+    transfer: tuple[TransferRecord, ...]
     notes: tuple[str, ...]
 
 
@@ -150,12 +154,14 @@ def fit_setting(table: RunTable, setting: Setting, wrong: dict[str, np.ndarray],
     from_laws = list(law_boundaries(runs, usable, level=options.level)) if len(usable) == 2 and pairs else []
     free = free_boundaries(runs, setting, pairs, wrong, level=options.level, seed=options.seed) if pairs else ()
     fits = tuple(record for each in candidates for record in records_of(runs, each, each is chosen, options))
+    arms = [fit for each in candidates for fit in each.arms.values()]
     curves = [curve for fit in usable.values() for curve in curves_of(table, fit, level=options.level)]
     return SettingFindings(
         fits=fits, curves=(*curves, *(curve for _, curve in from_laws)),
         predictions=tuple(predictions_of(runs, chosen)) if chosen else (),
         boundaries=(*(record for record, _ in from_laws), *free),
         points=tuple(delta_points(pairs, wrong, level=options.level)),
+        transfer=tuple(transfer_records(table, arms, level=options.level)),
         notes=tuple(about_fits(table, setting, fits)),
     )  # fmt: skip
 
@@ -234,12 +240,14 @@ def _record(
         return FitRecord(**common, status=status, reason=str(failure))
     found = fit.fits[student]
     intervals = found.interval(options.level)
+    written = found.fit.to_dict(calibrate=chosen)
+    covered = ((written.get("calibration") or {}).get("coverage") or {}).get("0.9")
     return FitRecord(
         **common, status="fitted", chosen=chosen, equation=found.fit.form.equation,
         variables=found.fit.form.variable_names, warnings=found.fit.warnings,
         params={name: estimate(value, *intervals[name]) for name, value in found.fit.params.items()},
         rmsd_log=residual(fit, runs.runs), held_out_rmsd_log=residual(held_out, last_size(runs.runs)),
-        law_fit=found.fit.to_dict(),
+        coverage=covered, law_fit=written,
     )  # fmt: skip
 
 

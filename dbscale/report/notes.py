@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -14,8 +15,22 @@ from dbscale.report.schema import BoundaryRecord, DeltaPoint, FitRecord
 from dbscale.report.table import RunTable, Setting
 from dbscale.report.words import listed, percent
 
+
+class HasSetting(Protocol):
+    """Any record of laws.json or boundary.json."""
+
+    @property
+    def variant(self) -> str: ...
+    @property
+    def upstream_dataset(self) -> str: ...
+    @property
+    def dataset(self) -> str: ...
+
+
 POOR_FIT = 2.0
 """A fit is poor when its residuals exceed the noise between seeds this many times."""
+FAR_OUT = 3.0
+"""Held-out residuals may exceed the noise between seeds this many times before extrapolation is warned of."""
 LEAST_NOISE = 0.02
 """Residuals of this size (2 %) are fine, however small the noise."""
 
@@ -29,8 +44,13 @@ def about_fits(table: RunTable, setting: Setting, fits: Sequence[FitRecord]) -> 
         yield from _two_values(table, setting, name)
     yield from _unfitted(fits, name)
     for fit in fits:
+        whom = f"{fit.arm} error on {name}" + (f" with {fit.student}" if fit.student else "")
         if fit.chosen and is_poor(fit):
-            yield _poor(fit, f"{fit.arm} error on {name}" + (f" with {fit.student}" if fit.student else ""))
+            yield _poor(fit, whom)
+        if fit.chosen and (fit.held_out_rmsd_log or 0.0) > FAR_OUT * max(fit.noise_log or 0.05, LEAST_NOISE):
+            miss = percent(fit.held_out_rmsd_log or 0.0, 0)
+            told = f"would have missed {whom} there by {miss}"
+            yield f"Without the largest D_p, the {fit.law} law {told}: do not extrapolate."
     if not any(fit.chosen for fit in fits):
         yield f"No law could be fitted on {name}: only measurements are shown."
 
@@ -121,10 +141,7 @@ def about_delta(boundaries: Sequence[BoundaryRecord], points: Sequence[DeltaPoin
     if not boundaries:
         return
     name = setting_of(boundaries[0]).label(table)
-    for record in boundaries:
-        if record.student is None:
-            how = "from the laws" if record.method == "law" else "from the paired runs"
-            yield from (f"{name}, {how}: {sentence}" for sentence in record.words)
+    yield from _signs([record for record in boundaries if record.student is None], name)
     for method, how in (("law", "The laws establish"), ("law_free", "The paired runs alone establish")):
         single = [record for record in boundaries if record.student is not None and record.method == method]
         found = sum(record.upstream_samples is not None for record in single)
@@ -135,6 +152,15 @@ def about_delta(boundaries: Sequence[BoundaryRecord], points: Sequence[DeltaPoin
         yield f"{len(few)} points of ΔE on {name} rest on one seed: their intervals borrow the spread of the others."
 
 
+def _signs(pooled: Sequence[BoundaryRecord], name: str) -> Iterator[str]:
+    """What the pooled ΔE means; a sentence that both methods share is said once."""
+    sources: dict[str, list[str]] = {}
+    for record in pooled:
+        for sentence in record.words:
+            sources.setdefault(sentence, []).append("the laws" if record.method == "law" else "the paired runs")
+    yield from (f"{name}, from {listed(methods)}: {sentence}" for sentence, methods in sources.items())
+
+
 def ends_of(runs: RunTable) -> tuple[float, float]:
     """Mean error at the smallest and at the largest D_p."""
     sizes = runs.values("upstream_samples")
@@ -142,5 +168,5 @@ def ends_of(runs: RunTable) -> tuple[float, float]:
     return float(first), float(last)
 
 
-def setting_of(record: BoundaryRecord | DeltaPoint | FitRecord) -> Setting:
+def setting_of(record: HasSetting) -> Setting:
     return Setting(record.variant, record.upstream_dataset, record.dataset)

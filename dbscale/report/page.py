@@ -21,11 +21,12 @@ from dbscale.report.checklist import Part, checklist
 from dbscale.report.costs import Cost, LostCell, cost_of, duration, lost_cells
 from dbscale.report.figures import delta_figure, error_figure, pooled_figure
 from dbscale.report.fits import Findings
+from dbscale.report.notes import setting_of
 from dbscale.report.plotly_axes import Figure
 from dbscale.report.predictors import Correlation, correlations
 from dbscale.report.reduce import load_plan
 from dbscale.report.refresh import refresh
-from dbscale.report.schema import BoundaryFile, FitRecord, LawsFile
+from dbscale.report.schema import BoundaryFile, FitRecord, LawsFile, TransferRecord
 from dbscale.report.style import LOOKS
 from dbscale.report.table import RunTable, Setting
 from dbscale.report.trust_figures import predicted_figure, residual_figure
@@ -53,6 +54,7 @@ class SettingPart:
     predicted: Figure | None
     residuals: Figure | None
     fits: tuple[FitRecord, ...]
+    transfer: tuple[TransferRecord, ...]
 
     @property
     def equations(self) -> list[str]:
@@ -186,9 +188,9 @@ def _upstream_tile(table: RunTable) -> Tile:
 
 
 def _setting(table: RunTable, laws: LawsFile, boundary: BoundaryFile, setting: Setting, number: int) -> SettingPart:
-    records = [r for r in boundary.boundaries if (r.variant, r.upstream_dataset, r.dataset) == tuple(setting)]
+    records = [record for record in boundary.boundaries if setting_of(record) == setting]
     known = [record for record in records if record.status != "not_enough_data"]
-    predictions = [p for p in laws.predictions if (p.variant, p.upstream_dataset, p.dataset) == tuple(setting)]
+    predictions = [prediction for prediction in laws.predictions if setting_of(prediction) == setting]
     runs = table.pretrained.where(setting=setting)
     delta = panels.delta_by_upstream(table, boundary, setting)
     grids = {
@@ -213,7 +215,8 @@ def _setting(table: RunTable, laws: LawsFile, boundary: BoundaryFile, setting: S
         by_params=drawn["params"] if len(runs.students) > 1 else (),
         predicted=predicted_figure(predictions, f"s{number}-predicted") if predictions else None,
         residuals=residual_figure(predictions, f"s{number}-residuals") if predictions else None,
-        fits=tuple(fit for fit in laws.fits if (fit.variant, fit.upstream_dataset, fit.dataset) == tuple(setting)),
+        fits=tuple(fit for fit in laws.fits if setting_of(fit) == setting),
+        transfer=tuple(item for item in laws.transfer if setting_of(item) == setting),
     )
 
 

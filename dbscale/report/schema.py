@@ -52,6 +52,8 @@ class FitRecord(Strict):
     """Root mean square of log(predicted / measured) over the fitted runs: 0.05 is about 5 %."""
     held_out_rmsd_log: float | None = None
     """The same over the largest D_p, predicted from the smaller ones."""
+    coverage: float | None = None
+    """Share of rolling-origin points that fell into their 90 % prediction interval; of the chosen law."""
     noise_log: float | None = None
     """The spread of repeated seeds on the same scale: what no law can explain."""
     warnings: tuple[str, ...] = ()
@@ -97,6 +99,24 @@ class Prediction(Strict):
     """The law did not see this D_p."""
 
 
+class TransferRecord(Strict):
+    """What `transfer_gap` says of one student and arm: E = (A·D_p^-α + G)·D_f^-β + E∞."""
+
+    variant: str
+    upstream_dataset: str
+    dataset: str
+    arm: str
+    student: str
+    gap: Estimate
+    """G, with its profile-likelihood interval."""
+    gap_error: float
+    """The gap as an error rate at the largest D_f: G·D_f^-β."""
+    share: float
+    """G over A·D_p^-α + G at the largest D_p: near 1, more upstream data of this kind no longer helps."""
+    worth: float | None
+    """Labels that training from scratch would need beyond the middle D_f to match the largest D_p; None: unknown."""
+
+
 class LawsFile(Strict):
     """`laws.json`."""
 
@@ -111,6 +131,7 @@ class LawsFile(Strict):
     fits: tuple[FitRecord, ...]
     curves: tuple[Curve, ...]
     predictions: tuple[Prediction, ...]
+    transfer: tuple[TransferRecord, ...]
     notes: tuple[str, ...]
     """What a reader must know: curves that do not fall, poor fits, missing cells."""
 

@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
 from dbscale.study.recipe import Training
 from dbscale.study.resources import Resources
@@ -86,6 +87,15 @@ def open_accelerator(
             accelerator.free_memory()
 
 
+def reduce_over_ranks(accelerator: Accelerator, tensor: Tensor, reduction: Literal["sum", "mean"]) -> Tensor:
+    """Elementwise over all ranks, equal on each; the tensor itself in a world of one."""
+    if accelerator.num_processes == 1:
+        return tensor
+    reduced = accelerator.reduce(tensor.to(accelerator.device), reduction=reduction)
+    assert isinstance(reduced, Tensor)
+    return reduced
+
+
 def _make_accelerator(
     training: Training, resources: Resources, batching: Batching, on_cpu: bool, tracker: dict[str, Any]
 ) -> Accelerator:
@@ -133,7 +143,7 @@ def _configure_process(resources: Resources) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(resources.deterministic, warn_only=True)
     # Determinism also fills every fresh tensor with NaN to unmask reads of unwritten memory: a cost, no result.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = not resources.deterministic
     torch.set_float32_matmul_precision("high")
 
@@ -174,7 +184,7 @@ def _set_environment(values: dict[str, str | None]) -> None:
 def _open_lone_group(on_cpu: bool) -> None:
     """DeepSpeed wants a process group even for one process: one that lives in memory needs no port."""
     if os.environ["WORLD_SIZE"] == "1" and not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         torch.distributed.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=0, world_size=1)
 
 

@@ -53,7 +53,7 @@ def energy_j(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     try:
-        import pynvml
+        import pynvml  # pyright: ignore[reportMissingImports]
 
         pynvml.nvmlInit()
         uuid = torch.cuda.get_device_properties(device).uuid

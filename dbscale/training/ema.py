@@ -30,7 +30,7 @@ class EMA:
     def update(self) -> None:
         """After each optimizer step."""
         pieces = [local_piece(parameter).float() for parameter in self._parameters]
-        torch._foreach_lerp_(self.average, pieces, 1 - self._decay)
+        torch._foreach_lerp_(self.average, pieces, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dbscale.data import EvalLoader
+from dbscale.training.accelerators import reduce_over_ranks
 
 NUM_CALIBRATION_BINS = 15
 
@@ -40,16 +41,17 @@ class Evaluation:
 def evaluate(model: nn.Module, loader: EvalLoader, num_samples: int, accelerator: Accelerator) -> Evaluation:
     """Evaluate `model` on a loader's pass; every rank gets the whole result."""
     model.eval()
-    table_N5 = torch.zeros(num_samples, 5, dtype=torch.float64)
+    table_N5, num_classes = torch.zeros(num_samples, 5, dtype=torch.float64), 0
     for batch in loader:
+        assert isinstance(batch.images, Tensor), "an evaluation loader transforms"
         logits_BC = model(batch.images.to(accelerator.device, non_blocking=True)).float()
+        num_classes = logits_BC.shape[1]
         rows_B5 = _judge(logits_BC, batch.labels.to(logits_BC.device)).double().cpu()
         counted = batch.weights > 0
         table_N5[batch.sample_ids[counted]] = rows_B5[counted]
-    if accelerator.num_processes > 1:
-        # Each sample was judged by one rank, the others hold zeros: a sum gathers exactly, in a fixed order.
-        table_N5 = accelerator.reduce(table_N5.to(accelerator.device), reduction="sum").cpu()
-    return summarize(table_N5.numpy(), logits_BC.shape[1])
+    # Each sample was judged by one rank, the others hold zeros: a sum gathers exactly.
+    table_N5 = reduce_over_ranks(accelerator, table_N5, "sum").cpu()
+    return summarize(table_N5.numpy(), num_classes)
 
 
 def _judge(logits_BC: Tensor, labels_B: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from timm.models import save_config_for_hf
+from timm.models._hub import save_config_for_hf
 
 from dbscale.data import IMAGENET_MEAN, IMAGENET_STD
 from dbscale.study.cell import CellSpec

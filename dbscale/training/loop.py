@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dbscale.data import Batch, TrainLoader, Transform, mix_batch
 from dbscale.study.recipe import Recipe
 from dbscale.study.stop import StopRequest
+from dbscale.training.accelerators import reduce_over_ranks
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import energy_j
 from dbscale.training.ema import EMA
@@ -156,10 +157,14 @@ def _micro_batches(images: Tensor, target: Target, num: int) -> list[tuple[Tenso
 def _mean(collected: list[Losses]) -> Losses:
     if len(collected) == 1:
         return collected[0]
-    terms = [
-        [term.detach() for term in terms] if terms[0] is not None else None for terms in zip(*collected, strict=True)
-    ]
-    return Losses(*(None if values is None else torch.stack(values).mean() for values in terms))
+
+    def mean(name: str) -> Tensor | None:
+        values = [value.detach() for each in collected if (value := getattr(each, name)) is not None]
+        return torch.stack(values).mean() if values else None
+
+    loss, ce = mean("loss"), mean("ce")
+    assert loss is not None and ce is not None
+    return Losses(loss, ce, mean("kl"), mean("attention_kl"))
 
 
 def _agree(run: Run, request: Request) -> Request:
@@ -174,14 +179,18 @@ def _agree(run: Run, request: Request) -> Request:
 
 @cache
 def _host_group() -> dist.ProcessGroup | None:
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    if dist.get_backend() == "gloo":
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _add_energy(run: Run, since: float | None) -> float | None:
     """Charge the run for what all its devices used since the last reading; the new reading."""
     now = energy_j(run.accelerator.device)
     if now is not None and since is not None:
-        used = run.accelerator.reduce(torch.tensor(now - since, device=run.accelerator.device), reduction="sum")
+        used = reduce_over_ranks(run.accelerator, torch.tensor(now - since), "sum")
         run.state.energy_j = (run.state.energy_j or 0.0) + float(used)
     return now
 

@@ -88,7 +88,7 @@ class _DistillObjective:
         result = kd_loss(
             logits_BC,
             teacher_logits_BC,
-            tuple(target) if isinstance(target, MixTarget) else target,
+            (target.y_a, target.y_b, target.lam) if isinstance(target, MixTarget) else target,
             alpha=settings.alpha,
             temperature=settings.temperature,
             label_smoothing=self.smoothing,

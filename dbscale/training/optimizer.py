@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    param_groups_layer_decay,  # pyright: ignore[reportPrivateImportUsage]
+    param_groups_weight_decay,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch import nn
 
 from dbscale.study.recipe import Optim, Recipe
@@ -19,7 +22,7 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
 
     Groups carry `lr_scale`, the layer-wise factor of their learning rate (Bao et al., 2106.08254).
     """
-    no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    no_decay = getattr(model, "no_weight_decay", set)()
     if optim.layer_decay is None:
         groups = param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=no_decay)
     else:

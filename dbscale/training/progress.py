@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dbscale.study.recipe import Recipe
 from dbscale.study.store import Progress, Store
+from dbscale.training.accelerators import reduce_over_ranks
 from dbscale.training.errors import TrainingError
 from dbscale.training.losses import TERMS, Losses
 from dbscale.training.optimizer import learning_rate
@@ -84,9 +85,7 @@ class Reporter:
         """
         if not self._on_device:
             return
-        values_ST = torch.stack(self._on_device)
-        if self._accelerator.num_processes > 1:
-            values_ST = self._accelerator.reduce(values_ST, reduction="mean")
+        values_ST = reduce_over_ranks(self._accelerator, torch.stack(self._on_device), "mean")
         first = step + 1 - len(self._on_device)
         for offset, row in enumerate(values_ST.tolist()):
             self._take(first + offset, dict(zip(self._terms, row, strict=True)))

@@ -95,9 +95,9 @@ def evaluate_cell(spec: CellSpec, trained: Trained, context: Context) -> tuple[E
 
 def write_correct(path: Path, evaluation: Evaluation) -> None:
     """One bit per test sample, in the split's order: `correct`, and `counted` (0 where it could not be decoded)."""
-    bits = {"correct": np.packbits(evaluation.correct_N), "counted": np.packbits(evaluation.counted_N)}
+    correct, counted = np.packbits(evaluation.correct_N), np.packbits(evaluation.counted_N)
     with atomic_open(path, "wb") as file:
-        np.savez(file, num_samples=np.int64(len(evaluation.correct_N)), **bits)
+        np.savez(file, num_samples=np.int64(len(evaluation.correct_N)), correct=correct, counted=counted)
 
 
 def make_row(

@@ -17,7 +17,7 @@ from dbscale.training.weights import verified_weights
 
 
 def load_teacher(store: Store, spec: CellSpec, *, num_classes: int, device: torch.device) -> nn.Module | None:
-    """The teacher of a distill cell, ready to guide; None where none is needed. Raises TrainingError if it does not fit."""
+    """The teacher of a distill cell, ready to guide; None if none is needed. Raises TrainingError for a misfit."""
     if spec.teacher is None or not wants_teacher(spec.recipe.distill):
         return None
     parent = store.read_spec(spec.teacher)

@@ -48,7 +48,8 @@ def open_tracker(accelerator: Accelerator, spec: CellSpec, folder: Path, tracker
     project = "run" if tracker == "tensorboard" else PROJECT
     accelerator.init_trackers(project, config=flatten(spec.recipe.model_dump()), init_kwargs=options)
     if tracker == "mlflow" and accelerator.is_main_process:
-        write_json(folder / RUN_FILE, {"run_id": accelerator.get_tracker("mlflow", unwrap=True).info.run_id})
+        started: Any = accelerator.get_tracker("mlflow", unwrap=True)
+        write_json(folder / RUN_FILE, {"run_id": started.info.run_id})
     try:
         yield
     finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from accelerate import Accelerator
@@ -19,13 +21,10 @@ WEIGHTS_NAME = "model.safetensors"
 
 def export_weights(path: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None) -> None:
     """Gather the trained weights (their average, if one is kept) and write them as plain float32 timm weights."""
-    if ema is None:
-        state = accelerator.get_state_dict(model)
-    else:
-        with ema.swapped_in():
-            state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        write_weights(path, state)
+    with ema.swapped_in() if ema is not None else contextlib.nullcontext():
+        state: Any = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            write_weights(path, state)  # inside: the state is views of what is swapped
     accelerator.wait_for_everyone()
 
 

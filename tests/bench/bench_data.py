@@ -115,7 +115,7 @@ def webdataset_run(folder: Path, count: int, *, decode: bool) -> Callable[[], in
 
 def mosaic_run(folder: Path, work: Path, count: int) -> Callable[[], int] | None:
     try:
-        from streaming import MDSWriter, StreamingDataset
+        from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]
     except ImportError:
         return None
     dataset = open_dataset(folder)

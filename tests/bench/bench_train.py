@@ -17,18 +17,21 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import timm.optim
-import timm.utils
 import torch
+from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils.clip_grad import dispatch_clip_grad
+from timm.utils.metrics import AverageMeter
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dbscale.data import load_manifest
 from dbscale.study.cell import Cell
-from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Recipe, Training
+from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Precision, Recipe, Training
 from dbscale.study.resources import Resources
 from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
@@ -48,7 +51,7 @@ class Setting:
     model: DeiT
     image_size: int
     batch: int
-    precision: str
+    precision: Precision
     device: torch.device
     steps: int
     num_classes: int = 16
@@ -106,15 +109,15 @@ def bare(setting: Setting) -> float:
 def timm_manner(setting: Setting) -> float:
     """The inner loop of timm's train.py from timm's own parts, synthetic batch, logging every 50 steps."""
     model, images, labels, autocast = fresh(setting)
-    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.05)
-    scheduler = timm.scheduler.CosineLRScheduler(optimizer, t_initial=setting.steps, t_in_epochs=False)
-    meter, loss_fn = timm.utils.AverageMeter(), nn.CrossEntropyLoss(label_smoothing=0.1)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.05)
+    scheduler = CosineLRScheduler(optimizer, t_initial=setting.steps, t_in_epochs=False)
+    meter, loss_fn = AverageMeter(), nn.CrossEntropyLoss(label_smoothing=0.1)
 
     def step(number: int) -> None:
         with autocast:
             loss = loss_fn(model(images), labels)
         loss.backward()
-        timm.utils.dispatch_clip_grad(timm.utils.model_parameters(model), value=1.0, mode="norm")
+        dispatch_clip_grad(model.parameters(), value=1.0, mode="norm")
         optimizer.step()
         optimizer.zero_grad()
         if number % 50 == 0:
@@ -195,7 +198,7 @@ def _run(setting: Setting, resources: Resources, folder: Path) -> dict[str, floa
 
 def variants(setting: Setting, compiled: bool) -> dict[str, Callable[[Setting], float]]:
     threads = torch.get_num_threads() if setting.device.type == "cpu" else None
-    common = {"device": setting.device.type, "threads": threads, "checkpoint_interval_s": 1e9}
+    common: dict[str, Any] = {"device": setting.device.type, "threads": threads, "checkpoint_interval_s": 1e9}
     found = {
         "bare": bare,
         "timm": timm_manner,
@@ -225,7 +228,7 @@ def main() -> None:
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
     print_table(setting, times)
     with tempfile.TemporaryDirectory() as folder:
-        how = Resources(zero_stage=None, device=setting.device.type, threads=arguments.threads or None)
+        how = Resources(zero_stage=None, threads=arguments.threads or None)
         last = _run(setting, how, Path(folder))
     print(
         f"\nAround a further cell of the process (everything but training and evaluation): {last['around_s']:.3f} s; "

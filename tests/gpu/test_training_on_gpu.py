@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,8 @@ def run(store, cell, data_dir, stop=None, **resources):
     from dbscale.training.run import run_cell
 
     how = Resources(**{"device": "cuda", "zero_stage": None, **resources})
-    return run_cell(store, cell.key, data_dir=data_dir, resources=how, stop=stop or StopRequest())
+    outcome: Any = run_cell(store, cell.key, data_dir=data_dir, resources=how, stop=stop or StopRequest())
+    return outcome
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

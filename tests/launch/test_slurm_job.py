@@ -87,9 +87,7 @@ def test_a_failing_cell_is_left_to_people(patience: Callable[..., Patience]) -> 
     assert patience().run(lambda key: Result(key, "failed", "loss is not finite at step 7"), "a").status == "failed"
 
 
-def test_what_failed_in_an_earlier_start_of_the_job_is_not_tried_again(
-    workplace: Any, inline_cell: str
-) -> None:
+def test_what_failed_in_an_earlier_start_of_the_job_is_not_tried_again(workplace: Any, inline_cell: str) -> None:
     store = workplace.store
     assert not failed_in_this_job(store, inline_cell, JOB)
     for reason, job, expected in (

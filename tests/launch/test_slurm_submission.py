@@ -212,7 +212,12 @@ def test_the_script_is_shell_that_keeps_the_exit_code(submit: Any, slurm: Path, 
     submit()
     script = slurm / "script-101"
     script.write_text(script.read_text().replace("module load cuda", "srun() { return 9; }"))
-    for state, restarts, requeued in (("RUNNING", "0", 1), ("RUNNING", "5", 0), ("CANCELLED", "0", 0), ("PENDING", "1", 0)):
+    for state, restarts, requeued in (
+        ("RUNNING", "0", 1),
+        ("RUNNING", "5", 0),
+        ("CANCELLED", "0", 0),
+        ("PENDING", "1", 0),
+    ):
         (slurm / "queue").write_text(state)
         (slurm / "calls").unlink(missing_ok=True)
         environment = {**os.environ, "SLURM_JOB_ID": "55", "SLURM_RESTART_COUNT": restarts}

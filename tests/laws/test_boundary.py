@@ -114,6 +114,10 @@ def test_the_surface_has_a_boundary_for_every_size_and_downstream_set(fits) -> N
     assert [tuple(b.at.values()) for b in surface] == [(m, f) for m in (2.5e6, 1e7) for f in (300.0, 3000.0)]
 
 
+def bending(root: float, slope: float, bend: float):
+    return lambda d: -slope * (np.log10(d / root) + bend * np.log10(d / root) ** 2 / 2)
+
+
 def simulate(count: int) -> dict[str, float]:
     """Many worlds with a crossing (anywhere inside the middle of the range) and many without."""
     errors, covered, found_none = [], [], []
@@ -121,7 +125,7 @@ def simulate(count: int) -> dict[str, float]:
         rng = np.random.default_rng(seed)
         root = np.exp(rng.uniform(np.log(3e3), np.log(8e4)))
         slope, bend = rng.uniform(0.025, 0.05), rng.uniform(0, 0.3)
-        curve = lambda d, r=root, s=slope, b=bend: -s * (np.log10(d / r) + b * np.log10(d / r) ** 2 / 2)
+        curve = bending(root, slope, bend)
         found = find_boundary(world(seed, curve), num_draws=300)
         if found.root is not None:
             errors.append(abs(np.log2(found.root / root)))

@@ -81,6 +81,25 @@ def test_batched_refits_equal_single_fits() -> None:
         assert fit.to_params(theta) == pytest.approx(alone.params, rel=1e-3)
 
 
+def test_resampled_targets_are_fitted_each() -> None:
+    fit = fit_law("power_plus", X, noisy(2), loss="least_squares_log")
+    others = np.array([noisy(7), noisy(8)])
+    for theta, y in zip(refit(fit, np.ones((2, len(X))), np.log(others)), others, strict=True):
+        alone = fit_law("power_plus", X, y, loss="least_squares_log")
+        assert fit.to_params(theta) == pytest.approx(alone.params, rel=1e-3)
+
+
+def test_the_hierarchy_adds_spread_at_every_level() -> None:
+    x, y = np.repeat(X, 2), np.repeat(0.1 + 8 * X**-0.4, 2) * np.tile([1.05, 0.95], len(X))
+    fit = fit_law("power_plus", x, y, loss="least_squares_log")
+    cells, seeds = np.repeat(np.arange(len(X)), 2), np.tile([0, 1], len(X))
+    whole_cells = bootstrap(fit, num_resamples=100, clusters=cells)
+    with_seeds = bootstrap(fit, num_resamples=100, clusters=cells, within=seeds)
+    with_tests = bootstrap(fit, num_resamples=100, clusters=cells, within=seeds, target_stderr=0.1 * y)
+    spreads = [b.stderr["c"] for b in (whole_cells, with_seeds, with_tests)]
+    assert spreads[0] < 0.5 * spreads[1] < 0.5 * spreads[2]
+
+
 def test_rolling_origins_never_see_what_they_predict() -> None:
     y = noisy(3)
     spoiled = np.where(X[15] < X, 5 * y, y)

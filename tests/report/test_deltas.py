@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dbscale.report.deltas import delta_points, pairs_of, pooled_variance, sampling_variance
+from dbscale.report.deltas import complete_groups, delta_points, pairs_of, pooled_variance, sampling_variance
 from dbscale.report.mistakes import read_mistakes
 from dbscale.report.table import RunTable, TableError
 
@@ -47,6 +47,19 @@ def test_pooled_points_average_over_students_and_labels(make_table):
     assert [point.upstream_samples for point in points] == [500, 2000, 8000, 32000, 128000]
     wanted = np.mean([pair.delta for pair in pairs if pair.plain.upstream_samples == 2000])
     assert points[1].delta.value == pytest.approx(wanted)
+
+
+def test_means_are_taken_over_equal_sets_only(make_table):
+    table = make_table().where(lambda run: (run.arm, run.student, run.upstream_samples) != ("distilled", "h4", 2000))
+    points = [point for point in delta_points(first_pairs(table), {}, level=0.9) if point.student is None]
+    assert [point.upstream_samples for point in points] == [500, 8000, 32000, 128000]
+    assert len(complete_groups(first_pairs(table))) == 4 * 3
+
+
+def test_a_student_without_a_distilled_arm_has_no_delta(make_table):
+    table = make_table().where(lambda run: (run.arm, run.student) != ("distilled", "h1"))
+    assert table.pretrained.both_arms.students == ("h2", "h4")
+    assert {point.student for point in delta_points(first_pairs(table), {}, level=0.9)} == {"h2", "h4", None}
 
 
 def test_one_seed_leaves_the_interval_open(make_table):

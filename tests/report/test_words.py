@@ -10,7 +10,7 @@ from dbscale.report.answers import answers, mean_delta
 from dbscale.report.notes import about_fits, about_missing
 from dbscale.report.schema import BoundaryRecord, Estimate, FitRecord
 from dbscale.report.table import MissingPoint, RunTable
-from dbscale.report.words import about
+from dbscale.report.words import about, listed, symbols
 
 
 def boundary(**changes: object) -> BoundaryRecord:
@@ -60,8 +60,8 @@ def test_an_extrapolation_is_called_one(table):
 @pytest.mark.parametrize(
     ("direction", "phrase"),
     [
-        ("always_positive", "lowers the error throughout"),
-        ("always_negative", "never lowers"),
+        ("always_positive", "nowhere clearly raises it"),
+        ("always_negative", "nowhere clearly lowers it"),
         ("within_noise", "do not differ beyond noise"),
         ("negative_to_positive", "the reverse of a boundary"),
         ("positive_to_negative", "is not established"),
@@ -80,10 +80,7 @@ def test_a_second_opinion_that_disagrees_is_given(table):
 
 
 def test_a_poor_law_does_not_give_the_answer(table):
-    poor = FitRecord(
-        law="additive", variant="base", upstream_dataset="fractals", dataset="digits", arm="plain", student=None,
-        status="fitted", chosen=True, rmsd_log=0.4, noise_log=0.05,
-    )  # fmt: skip
+    poor = chosen_fit(rmsd_log=0.4)
     free = boundary(method="law_free", law=None, upstream_samples=Estimate(value=2000.0, low=1000.0, high=4000.0))
     (text,) = answers(table, [boundary(), free], [poor])
     assert "about 2,000 upstream images" in text
@@ -118,11 +115,34 @@ def test_a_complete_table_needs_no_words(table):
     assert not list(about_missing(table))
 
 
+def chosen_fit(**changes: object) -> FitRecord:
+    common = {
+        "law": "additive", "variant": "base", "upstream_dataset": "fractals", "dataset": "digits", "arm": "plain",
+        "student": None, "status": "fitted", "chosen": True, "rmsd_log": 0.05, "noise_log": 0.05,
+    }  # fmt: skip
+    return FitRecord.model_validate(common | changes)
+
+
 def test_two_values_of_an_axis_are_not_an_exponent(table):
-    notes = list(about_fits(table, table.settings[0], []))
-    assert any("two values of D_f only" in note for note in notes)
+    found = list(about_fits(table, table.settings[0], [chosen_fit()]))
+    assert any("two values of D_f only" in note for note in found)
+
+
+def test_laws_that_fail_for_one_reason_share_a_sentence(table):
+    failed = {"status": "failed", "chosen": False, "reason": "D_f has one value"}
+    fits = [chosen_fit(), chosen_fit(law="product", **failed), chosen_fit(law="transfer_gap", **failed)]
+    found = [note for note in about_fits(table, table.settings[0], fits) if "No fit" in note]
+    assert found == ["No fit of product and transfer_gap to plain error on digits: D_f has one value."]
 
 
 @pytest.mark.parametrize(("value", "text"), [(8123, "8,100"), (999, "1,000"), (12.4, "12"), (1_281_167, "1,300,000")])
 def test_counts_are_said_with_two_digits(value, text):
     assert about(value) == text
+
+
+def test_equations_are_shown_in_their_own_letters():
+    assert symbols("E = E_inf + A*D_p^-alpha") == "E = E∞ + A·D_p^(−α)"
+
+
+def test_lists_read_as_sentences_do():
+    assert [listed(items) for items in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]

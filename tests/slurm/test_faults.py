@@ -13,9 +13,7 @@ STEPS = 60
 
 
 @pytest.fixture
-def running(
-    place: Any, submit: Callable[..., Any], sandbox: Any, wait_until: Callable[..., None]
-) -> Callable[[], str]:
+def running(place: Any, submit: Callable[..., Any], sandbox: Any, wait_until: Callable[..., None]) -> Callable[[], str]:
     """Submit the grid with slow steps and wait for the first; the raw id of a running job."""
 
     def start() -> str:

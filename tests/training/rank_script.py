@@ -50,7 +50,7 @@ def note_end(results: dict[str, Any]) -> None:
     def noting(finished: loop.Run, spec: Any, store: Store) -> None:
         digest = hashlib.sha256()
         state = finished.optimizer.state_dict()
-        inner = getattr(finished.optimizer.optimizer, "optimizer", None)
+        inner = getattr(getattr(finished.optimizer, "optimizer", None), "optimizer", None)
         for each in tensors([state, inner.state_dict() if inner is not None else None]):
             digest.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         for each in [] if finished.ema is None else finished.ema.average:

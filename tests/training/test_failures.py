@@ -16,6 +16,7 @@ from dbscale.training import loop
 def failed(outcome):
     assert outcome.status == "failed"
     assert outcome.row is None
+    assert outcome.reason
     return outcome.reason
 
 

@@ -60,10 +60,10 @@ def test_layer_decay_slows_each_block_below_the_head():
     optimizer = make_optimizer(model, Optim(lr=1e-3, layer_decay=0.5))
     set_learning_rate(optimizer, 1.0)
     rate = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
-    blocks = [rate[id(block.attn.qkv.weight)] for block in model.blocks]
-    assert rate[id(model.head.weight)] == 1.0
-    assert blocks == [0.125, 0.25, 0.5]
-    assert rate[id(model.patch_embed.proj.weight)] == rate[id(model.pos_embed)] == 0.0625
+    rates = {name: rate[id(parameter)] for name, parameter in model.named_parameters()}
+    assert rates["head.weight"] == 1.0
+    assert [rates[f"blocks.{block}.attn.qkv.weight"] for block in range(3)] == [0.125, 0.25, 0.5]
+    assert rates["patch_embed.proj.weight"] == rates["pos_embed"] == 0.0625
 
 
 def test_linear_probe_optimizes_the_head_alone():

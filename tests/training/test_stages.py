@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.utils.metrics import accuracy
 
 from dbscale.study.cost import num_params
 from dbscale.study.recipe import Attention, Augment, Budget, Data, DeiT, Distill, Optim, Recipe, TimmModel, Training
@@ -25,7 +26,7 @@ def weights_of(bench, cell):
 @pytest.fixture
 def spied(monkeypatch):
     """Hashes of the student's first weights and of every batch, by cell."""
-    seen: dict[str, list[str]] = {}
+    seen: dict[str, list[list[int]]] = {}
     original, step = run.train, loop._optimizer_step
 
     def noting_train(started):
@@ -132,8 +133,10 @@ def test_finetune_at_another_size_interpolates_positions(bench, data_dir):
     bench.run(parent)
     student = make_model(parent.recipe.model, num_classes=3, image_size=32, seed=0)
     load_backbone(student, bench.store.cell_dir(parent.key) / "model.safetensors")
-    assert student.pos_embed.shape == (1, 65, 16)
-    assert torch.equal(student.blocks[0].attn.qkv.weight, weights_of(bench, parent)["blocks.0.attn.qkv.weight"])
+    state = student.state_dict()
+    assert state["pos_embed"].shape == (1, 65, 16)
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(state[name], weights_of(bench, parent)[name])
 
 
 def test_linear_probe_changes_the_head_alone(bench):
@@ -209,7 +212,7 @@ def test_evaluation_agrees_with_timm_on_the_same_images(bench):
     labels = torch.from_numpy(test.labels)
     with torch.no_grad():
         logits = model(images)
-    top1, top5 = timm.utils.accuracy(logits, labels, topk=(1, 5))
+    top1, top5 = accuracy(logits, labels, topk=(1, 5))
     assert row.error_rate == pytest.approx(1 - float(top1) / 100)
     assert row.top5_error_rate == pytest.approx(1 - float(top5) / 100)
     assert row.test_loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
