@@ -66,8 +66,8 @@ def kd_loss(
         kl_weight=alpha * temperature**2 * kl_scale,
         row_scale=mean_scale,
     )
-    target = make_target(target, student_logits_BC)
-    loss, ce, kl = _rows(chosen)(student_logits_BC, teacher_logits_BC.detach(), target, weights)
+    mixture = make_target(target, student_logits_BC)
+    loss, ce, kl = _rows(chosen)(student_logits_BC, teacher_logits_BC.detach(), mixture, weights)
     ce, kl = ce.detach(), kl.detach()
     if reduction == "none":
         return KDLoss(loss, ce, kl)

@@ -221,7 +221,7 @@ def kd_kernel(
     sum_s, sum_t, sum_1, gaps = _sums(
         student, teacher, row, skew, num_classes, rate, max_s, max_t, SQUARINGS, False, BLOCK, VECTOR
     )
-    if gaps != gaps:  # 0 · ∞: the teacher is −inf somewhere
+    if gaps != gaps:  # noqa: PLR0124  0 · ∞: the teacher is −inf somewhere
         sum_s, sum_t, sum_1, gaps = _sums(
             student, teacher, row, skew, num_classes, rate, max_s, max_t, SQUARINGS, True, BLOCK, VECTOR
         )

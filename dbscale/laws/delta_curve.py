@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,11 +38,11 @@ class PairedDelta:
     """[n] > 0."""
     delta: np.ndarray
     """[n] difference of error rates."""
-    stderr: np.ndarray | None = None
+    stderr: Any = None
     """[n] standard error of each difference from the finite test set (paired: from the samples on which the arms
     differ).
     """
-    seeds: np.ndarray | None = None
+    seeds: Any = None
     """[n] labels; rows of one seed may share an offset."""
 
     def __post_init__(self) -> None:

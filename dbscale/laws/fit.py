@@ -155,7 +155,9 @@ class Search:
 
 def make_box(form: Form, bounds: Bounds, fixed: Mapping[str, float], y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper coordinates [p]; a fixed parameter has both equal."""
-    box = np.array([_range(p.name, (p.lower, p.upper), bounds, fixed) for p in form.params])
+    ceilings = [1.0 if p.rate_ceiling and y.max() <= 1 else p.upper for p in form.params]
+    defaults = [(p.lower, c) for p, c in zip(form.params, ceilings, strict=True)]
+    box = np.array([_range(p.name, d, bounds, fixed) for p, d in zip(form.params, defaults, strict=True)])
     logs = form.is_log[:, None]
     return tuple(np.where(logs, np.log(np.where(logs, np.maximum(box, 1e-300), 1.0)), box).T)  # type: ignore[return-value]
 
@@ -178,7 +180,7 @@ def finish(search: Search, solved: tuple[Problem, Minima]) -> LawFit:
     at_bound = tuple(n for n, s in zip(form.param_names, stuck, strict=True) if s and n not in search.fixed)
     covariance = theta_covariance(problem, theta, search.table.weights, free=~stuck)
     reached = minima.objective <= minima.objective[0] * (1 + SAME_OBJECTIVE) + 1e-300
-    notes = (*search.table.warnings, *weak_params(form, covariance, ~stuck), *_doubts(search.table, form, minima))
+    notes = (*search.table.warnings, *weak_params(form, covariance, ~stuck), *_doubts(search, form, minima))
     return LawFit(
         form=form,
         theta=theta,
@@ -200,12 +202,15 @@ def finish(search: Search, solved: tuple[Problem, Minima]) -> LawFit:
     )
 
 
-def _doubts(table: Table, form: Form, minima: Minima) -> list[str]:
-    notes = []
+def _doubts(search: Search, form: Form, minima: Minima) -> list[str]:
+    notes, table = [], search.table
     if table.num_distinct <= len(form.params) + 1:
         notes.append(
             f"{table.num_distinct} distinct points for {len(form.params)} parameters: the fit all but interpolates"
         )
     if not minima.converged[0]:
         notes.append("the optimiser stopped before it converged")
+    for p in form.params:
+        if p.rate_ceiling and table.y.max() <= 1 and p.name not in (*search.bounds, *search.fixed):
+            notes.append(f"{p.name} was held at or below 1, as for error rates; for losses give it bounds (None, inf)")
     return notes

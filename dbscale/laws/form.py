@@ -45,6 +45,8 @@ class Param:
     upper: float = np.inf
     unit: str = ""
     """'' (absolute) or the level of y that `start` multiplies: 'y_low', 'y_mid', 'y_high'."""
+    rate_ceiling: bool = False
+    """True for a level that no error rate exceeds: bounded at 1 when no y exceeds 1, and the fit says so."""
 
     def __post_init__(self) -> None:
         if self.kind == "log" and not np.isfinite([self.lower, self.upper]).all():

@@ -113,7 +113,7 @@ M4 = Form(
     (ANY,),
     (
         Param("E", "linear", (0.0, 0.98), 0.0, np.inf, unit="y_low"),
-        Param("E0", "linear", (1.001, 1.6), 0.0, np.inf, unit="y_high"),
+        Param("E0", "linear", (1.001, 1.6), 0.0, np.inf, unit="y_high", rate_ceiling=True),
         Param("a", "linear", (0.0, 2.0), 0.0, 20.0),
         Param("b", "log", (0.02, 5.0), unit="y_mid"),
         Param("c", "linear", (-1.2, -0.05), *EXPONENT),
@@ -122,7 +122,7 @@ M4 = Form(
     gradient=m4_gradient,
     scaling=(Scaling("b", "x", "c", -1.0),),
     contains=(Contains("power_plus", lambda p: {**p, "E0": 1.0, "a": 0.0}),),
-    domain="x > 0, E < y < E0; E0 is at most 1 for error rates (give bounds) and free for losses",
+    domain="x > 0, E < y < E0; E0 is at most 1 for error rates and free for losses",
     source="M4 of Alabdulmohsin et al. 2209.06640",
 )
 

@@ -142,9 +142,8 @@ def select_law(
 ) -> Selection:
     """Fit every candidate law, score it, and average those that deserve it.
 
-    `candidates` default to the laws that fit the table's columns; `bounds` maps a law's name to its bounds (for error
-    rates give `{"m4": {"E0": (None, 1)}}`). Raises NotEnoughData when the table is too small for every candidate,
-    LawError for bad input.
+    `candidates` default to the laws that fit the table's columns; `bounds` maps a law's name to its bounds. Raises
+    NotEnoughData when the table is too small for every candidate, LawError for bad input.
     """
     forms = [find_form(c) for c in candidates] if candidates else default_candidates(x)
     law_loss, shared, scored, reasons = make_loss(loss), {}, [], []

@@ -9,6 +9,11 @@ from dbscale.report.plotly_axes import Figure, Spec, axis_title, base_layout, lo
 from dbscale.report.schema import BoundaryRecord
 from dbscale.report.style import LOOKS, MUTED, RULE
 
+WITHOUT_ROOT = {
+    "always_positive": "distilling helps, no boundary",
+    "always_negative": "distilling hurts, no boundary",
+    "": "too little data",
+}
 NO_BOX = "<extra></extra>"
 """Plotly names the trace in a second box unless told not to."""
 
@@ -70,19 +75,21 @@ def _boundary_trace(records: Sequence[BoundaryRecord], labels: list[str], method
 
 
 def _without_root(records: Sequence[BoundaryRecord], labels: list[str], x: float) -> Iterator[Spec]:
-    """Where no boundary is established, the line says so."""
-    for record in records:
-        if record.upstream_samples is None:
-            shift = 0.14 if record.method == "law" else -0.14
-            says = {
-                "always_positive": "distilling helps throughout",
-                "always_negative": "distilling never helps",
-                None: "too little data",
-            }
-            text = says.get(record.direction, "no boundary established")
-            how = "laws" if record.method == "law" else "paired runs"
+    """Where no boundary is established, the line says so, once for both methods."""
+    for place, label in enumerate(reversed(labels)):
+        here = [record for record in records if _boundary_label(record) == label]
+        rootless = [record for record in here if record.upstream_samples is None]
+        if rootless:
+            shift = 0.0 if len(rootless) == len(here) else 0.14 if rootless[0].method == "law" else -0.14
             yield {
-                "x": math.log10(x), "y": len(labels) - 1 - labels.index(_boundary_label(record)) + shift, "xref": "x",
-                "yref": "y",
-                "text": f"{how}: {text}", "showarrow": False, "font": {"size": 10, "color": MUTED},
+                "x": math.log10(x), "y": place + shift, "xref": "x", "yref": "y", "text": _said(rootless),
+                "showarrow": False, "font": {"size": 11, "color": MUTED}, "bgcolor": "rgba(255,255,255,0.75)",
             }  # fmt: skip
+
+
+def _said(rootless: Sequence[BoundaryRecord]) -> str:
+    texts = {record.method: WITHOUT_ROOT.get(record.direction or "", "no boundary established") for record in rootless}
+    if len(set(texts.values())) == 1 and len(texts) > 1:
+        return next(iter(texts.values()))
+    names = {"law": "laws", "law_free": "paired runs"}
+    return "; ".join(f"{names[method]}: {text}" for method, text in texts.items())

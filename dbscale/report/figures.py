@@ -13,6 +13,8 @@ from dbscale.report.schema import BoundaryRecord, Curve
 from dbscale.report.style import INK, LOOKS, MUTED, RULE
 
 POOLED_HEIGHT = 300
+DELTA_TITLE = "◂ plain is better    ΔE, points    distilled is better ▸"
+"""Read along a vertical axis, upwards."""
 
 
 def error_figure(grid: PanelGrid, figure_id: str) -> Figure:
@@ -83,7 +85,7 @@ def _scratch_trace(grid: PanelGrid, level: float, axes: Spec, shown: set[str]) -
 
 def delta_figure(grid: PanelGrid, figure_id: str) -> Figure:
     """ΔE against D_p: measured means with intervals, the laws' difference, the boundary with its interval."""
-    layout = grid_layout(grid, "ΔE, percentage points", log_y=False, tick_format="+.3~g")
+    layout = grid_layout(grid, DELTA_TITLE if len(grid.rows) > 1 else "ΔE, points", log_y=False, tick_format="+.3~g")
     traces: list[Spec] = []
     for number, (panel, axes) in enumerate(placed(grid)):
         first, curve = number == 0, panel.series[0].curve
@@ -91,8 +93,6 @@ def delta_figure(grid: PanelGrid, figure_id: str) -> Figure:
             traces += _delta_curve(curve, axes, first)
         traces += _delta_points(panel, axes, first)
         layout["shapes"] += [_zero_line(axes), *_boundary_shapes(panel.boundary, axes)]
-        if first:
-            layout["annotations"] += _sides(axes)
     return Figure(figure_id, {"data": traces, "layout": layout}, layout["height"])
 
 
@@ -104,24 +104,14 @@ def pooled_figure(panel: Panel, ticks: Sequence[float], figure_id: str) -> Figur
     layout |= {
         "xaxis": log_axis(ticks) | {"title": axis_title(AXIS_TITLES["upstream_samples"])},
         "yaxis": {
-            "title": axis_title("ΔE, percentage points"), "tickformat": "+.3~g", "gridcolor": RULE, "zeroline": False,
+            "title": axis_title(DELTA_TITLE), "tickformat": "+.3~g", "gridcolor": RULE, "zeroline": False,
             "nticks": 6,
         },
-        "shapes": [_zero_line(axes), *_boundary_shapes(panel.boundary, axes)], "annotations": [*_sides(axes)],
+        "shapes": [_zero_line(axes), *_boundary_shapes(panel.boundary, axes)],
         "showlegend": False, "margin": {"l": 58, "r": 8, "t": 8, "b": 44},
     }  # fmt: skip
     traces = [*(_delta_curve(curve, axes, True) if curve else ()), *_delta_points(panel, axes, True)]
     return Figure(figure_id, {"data": traces, "layout": layout}, POOLED_HEIGHT)
-
-
-def _sides(axes: Spec) -> Iterator[Spec]:
-    """Which side of zero means what, written at the zero line."""
-    for text, anchor, shift in (("▲ distilled is better", "bottom", 1), ("▼ plain is better", "top", -1)):
-        yield {
-            "xref": f"{axes['xaxis']} domain", "x": 0.01, "yref": axes["yaxis"], "y": 0, "xanchor": "left",
-            "yanchor": anchor,
-            "yshift": shift, "showarrow": False, "text": text, "font": {"size": 11, "color": MUTED},
-        }  # fmt: skip
 
 
 def _delta_curve(curve: Curve, axes: Spec, first: bool) -> Iterator[Spec]:

@@ -30,7 +30,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 def points_text(delta: float) -> str:
     """A difference of error rates in percentage points."""
-    return f"{100 * delta:+.1f} points"
+    return f"{100 * delta:+.1f} points".replace("-", "−")
 
 
 def interval_text(estimate: Estimate) -> str:

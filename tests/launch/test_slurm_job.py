@@ -24,7 +24,8 @@ JOB = JobIdentity("12_3", "17", 1)
 
 @pytest.fixture
 def patience(workplace: Any) -> Callable[..., Patience]:
-    return lambda rank=Rank(0, 0, 1, 1): Patience(workplace.store, JOB, rank, StopRequest())
+    first = Rank(0, 0, 1, 1)
+    return lambda rank=first: Patience(workplace.store, JOB, rank, StopRequest())
 
 
 def test_a_job_knows_its_array_element_and_its_restart() -> None:

@@ -89,6 +89,16 @@ def test_fixed_and_bounded_parameters_hold_in_the_tables_units() -> None:
     assert free.params == pytest.approx({"E": 0.1, "b": 8.0, "c": -0.4}, rel=1e-4)
 
 
+def test_m4_knows_error_rates_from_losses() -> None:
+    x = np.geomspace(1e3, 1e6, 12)
+    y = 0.1 + 0.85 / (1 + x / 2e4)
+    rate, loss = fit_law("m4", x, y), fit_law("m4", x, y, bounds={"E0": (None, np.inf)})
+    assert rate.params["E0"] <= 1 and any("error rates" in w for w in rate.warnings)
+    assert not any("error rates" in w for w in loss.warnings)
+    assert loss.objective <= rate.objective * (1 + 1e-6)
+    assert not any("error rates" in w for w in fit_law("m4", x, 3 * y).warnings)
+
+
 def test_an_absent_or_constant_variable_loses_its_term(grid, arms) -> None:
     one_size = grid["num_params"] == 1e7
     x, y = {k: v[one_size] for k, v in grid.items()}, arms["plain"][one_size]

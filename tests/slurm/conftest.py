@@ -61,7 +61,12 @@ class Sandbox:
 
     def script(self, *words: str) -> str:
         done = subprocess.run(
-            [str(HERE / "sandbox.sh"), *words], env=self.environment, capture_output=True, text=True, timeout=180
+            [str(HERE / "sandbox.sh"), *words],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -69,7 +74,7 @@ class Sandbox:
     def slurm(self, *words: str) -> str:
         """A SLURM command; tried again while slurmctld is away."""
         for _ in range(20):
-            done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
             if done.returncode == 0:
                 return done.stdout
             time.sleep(1)
