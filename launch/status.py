@@ -15,6 +15,7 @@ from dbscale.study.plan import PlanRecord
 from dbscale.study.recipe import Stage
 from dbscale.study.store import CellState, Store, read_json
 from launch.slurm.view import SlurmView
+from launch.study import corrected
 
 State = CellState | Literal["queued"]
 """A cell's state, with what a scheduler adds."""
@@ -69,7 +70,8 @@ class Status:
 
 def read_status(store: Store, plan: PlanRecord, view: SlurmView | None) -> Status:
     """Look at every cell of the plan once."""
-    states: dict[str, State] = {key: state_of(store, key, view) for key in plan.cells}
+    found = store.states(plan.cells)
+    states = {key: state_of(store, key, state, view) for key, state in found.items()}
     used = {key: device_seconds(store, key, state) for key, state in states.items()}
     running = tuple(look_at(store, key) for key, state in states.items() if state == "running")
     places = places_of(plan)
@@ -85,18 +87,14 @@ def read_status(store: Store, plan: PlanRecord, view: SlurmView | None) -> Statu
     )
 
 
-def state_of(store: Store, key: str, view: SlurmView | None) -> State:
+def state_of(store: Store, key: str, state: CellState, view: SlurmView | None) -> State:
     """The store's word, and the scheduler's on whether a job still lives."""
-    state = store.state(key)
     if state == "done" or view is None or not view.answered:
         return state
     element = view.active.get(key)
     if element is not None:
         return state if state == "running" and element.running else "queued"
-    if state == "running":
-        attempt = store.last_attempt(key)
-        return "interrupted" if attempt is not None and attempt.job is not None else state
-    return state
+    return corrected(store, key, state, is_active=False)
 
 
 def places_of(plan: PlanRecord) -> dict[str, Place]:

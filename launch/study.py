@@ -83,7 +83,7 @@ def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Pla
     """
     points = study.points()
     cells = merged_cells(points)
-    states: dict[str, CellState] = {cell.key: state_of(study.store, cell.key, active) for cell in cells}
+    states = states_of(study.store, [cell.key for cell in cells], active)
     cost = calibrated(study.cluster.cost_model(), study.store, [cell for cell in cells if states[cell.key] == "done"])
     plan = make_plan(
         study.grid, points, states=states, cost=cost, target_s=study.cluster.target_min * 60,
@@ -92,12 +92,19 @@ def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Pla
     return plan, cost
 
 
-def state_of(store: Store, key: str, active: Collection[str] | None) -> CellState:
+def states_of(store: Store, keys: Sequence[str], active: Collection[str] | None) -> dict[str, CellState]:
     """As the store says; but whether a scheduler's job still lives, the scheduler knows better than a heartbeat."""
-    state = store.state(key)
-    if active is None or state == "done":
+    states = store.states(keys)
+    if active is None:
+        return states
+    return {key: corrected(store, key, state, key in active) for key, state in states.items()}
+
+
+def corrected(store: Store, key: str, state: CellState, is_active: bool) -> CellState:
+    """A cell's state in the light of the scheduler's queue."""
+    if state == "done":
         return state
-    if key in active:
+    if is_active:
         return "running"
     if state == "running":
         attempt = store.last_attempt(key)

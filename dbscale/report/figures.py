@@ -13,7 +13,7 @@ from dbscale.report.schema import BoundaryRecord, Curve
 from dbscale.report.style import INK, LOOKS, MUTED, RULE
 
 POOLED_HEIGHT = 300
-DELTA_TITLE = "◂ plain is better    ΔE, points    distilled is better ▸"
+DELTA_TITLE = "◂ plain better   ΔE, points   distilled better ▸"
 """Read along a vertical axis, upwards."""
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dbscale.report import schema
 from dbscale.report.answers import answers
-from dbscale.report.arm_fits import LAWS, ArmFit, Resamples, fit_arm, make_resamples, rmsd_log, weights_of
+from dbscale.report.arm_fits import EXPONENTS, LAWS, ArmFit, Resamples, fit_arm, make_resamples, rmsd_log, weights_of
 from dbscale.report.boundaries import free_boundaries, law_boundaries
 from dbscale.report.curves import curves_of
 from dbscale.report.deltas import delta_points, pairs_of, seed_noise_log
@@ -245,14 +245,16 @@ def _record(
     return FitRecord(
         **common, status="fitted", chosen=chosen, equation=found.fit.form.equation,
         variables=found.fit.form.variable_names, warnings=found.fit.warnings,
-        params={name: estimate(value, *intervals[name]) for name, value in found.fit.params.items()},
+        params={name: estimate(name, value, *intervals[name]) for name, value in found.fit.params.items()},
         rmsd_log=residual(fit, runs.runs), held_out_rmsd_log=residual(held_out, last_size(runs.runs)),
         coverage=covered, law_fit=written,
     )  # fmt: skip
 
 
-def estimate(value: float, low: float, high: float) -> Estimate:
-    finite = [float(bound) if np.isfinite(bound) else None for bound in (low, high)]
+def estimate(name: str, value: float, low: float, high: float) -> Estimate:
+    """A parameter with its interval, kept within what the fit allows: widened percentiles may reach beyond."""
+    floor, ceiling = EXPONENTS if name in ("alpha", "beta", "gamma") else (0.0, np.inf)
+    finite = [float(bound) if np.isfinite(bound) else None for bound in (max(low, floor), min(high, ceiling))]
     return Estimate(value=value, low=finite[0], high=finite[1])
 
 

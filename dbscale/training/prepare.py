@@ -57,15 +57,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     optimizer = make_optimizer(student, recipe.training.optim)
     model, optimizer = accelerator.prepare(student, optimizer)
     ema = EMA(student, recipe.training.ema_decay) if recipe.training.ema_decay is not None else None
-    checkpointer = Checkpointer(
-        folder=context.store.cell_dir(spec.key) / "checkpoints",
-        cell_id=spec.id,
-        accelerator=accelerator,
-        model=student,
-        ema=ema,
-        engine=engine_name(context.resources),
-        wrapped=model,
-    )
+    checkpointer = _make_checkpointer(spec, context, student, model, ema)
     state = checkpointer.load_latest() or LoopState()
     if accelerator.is_main_process:
         truncate_metrics(context.store, spec.key, state.step)
@@ -88,6 +80,20 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         state=state,
         stop=context.stop,
         checkpoint_interval_s=context.resources.checkpoint_interval_s,
+    )
+
+
+def _make_checkpointer(
+    spec: CellSpec, context: Context, student: nn.Module, model: nn.Module, ema: EMA | None
+) -> Checkpointer:
+    return Checkpointer(
+        folder=context.store.cell_dir(spec.key) / "checkpoints",
+        cell_id=spec.id,
+        accelerator=context.accelerator,
+        model=student,
+        ema=ema,
+        engine=engine_name(context.resources),
+        wrapped=model,
     )
 
 

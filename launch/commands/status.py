@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def view_of(store: Store, plan: PlanRecord) -> SlurmView | None:
     """What SLURM says, unless nothing is left to ask about."""
-    unfinished = any(store.state(key) != "done" for key in plan.cells)
+    unfinished = any(state != "done" for state in store.states(plan.cells).values())
     return look(store, plan.grid) if unfinished else None
 
 

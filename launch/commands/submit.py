@@ -119,8 +119,7 @@ def settled_plan(study: Study) -> tuple[Plan, CostModel]:
 
 def write_records(study: Study, plan: Plan, cost: CostModel) -> None:
     """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date."""
-    for cell in plan.cells:
-        study.store.write_spec(cell.spec())
+    study.store.write_specs(cell.spec() for cell in plan.cells)
     new, old = record(plan, cost), read_plan(study.store, study.grid.name)
     if old is None or (new.points, new.question) != (old.points, old.question):
         write_plan(study.store, new)
