@@ -51,11 +51,16 @@ class Calibration:
         return self.quantile(level) * np.hypot(self.noise, self.drift * distance)
 
     def quantile(self, level: float) -> float:
-        """The scores' quantile, but never less than half of what normal errors would need."""
+        """The scores' quantile, but never less than normal errors would need."""
         normal = NormalDist().inv_cdf(0.5 + level / 2)
-        if not len(self.scores):
-            return normal
-        return max(float(np.quantile(self.scores, level)), 0.5 * normal)
+        return max(score_quantile(self.scores, level), normal) if len(self.scores) else normal
+
+
+def score_quantile(scores: np.ndarray, level: float) -> float:
+    """A quantile halfway between `level` and 1: errors of one origin move together, so they count for less than
+    they are.
+    """
+    return float(np.quantile(scores, (1 + level) / 2))
 
 
 def make_calibration(noise: float, rolling: RollingErrors) -> Calibration:
@@ -66,6 +71,7 @@ def make_calibration(noise: float, rolling: RollingErrors) -> Calibration:
     error, distance = np.abs(rolling.error[use]), rolling.distance[use]
     excess = np.sqrt(np.maximum(error**2 - noise**2, 0.0))
     drift = float(np.median(excess[distance > 0] / distance[distance > 0])) if np.any(distance > 0) else 0.0
+    drift = max(drift, noise)  # a flat record over a few origins is luck, not knowledge
     scores = error / np.maximum(np.hypot(noise, drift * distance), 1e-12)
     origin = np.nonzero(use)[0]
     return Calibration(noise, drift, np.sort(scores), held_out_coverage(scores, origin))
@@ -76,7 +82,7 @@ def held_out_coverage(scores: np.ndarray, origin: np.ndarray) -> dict[str, float
     out = {}
     for level in (0.5, 0.9):
         inside = [
-            scores[origin == k] <= np.quantile(scores[origin != k], level)
+            scores[origin == k] <= score_quantile(scores[origin != k], level)
             for k in np.unique(origin)
             if np.any(origin != k)
         ]

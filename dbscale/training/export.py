@@ -1,6 +1,6 @@
 """A finished cell as a folder anyone can use: plain timm weights, timm's config, the recipe and a model card.
 
-`timm.create_model("local-dir:<folder>")` loads it as it stands. The command line face is launch's.
+`timm.create_model("local-dir:<folder>", pretrained=True)` loads it as it stands. The command line face is launch's.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ The whole recipe is in `recipe.json`, all results in `row.json`.
 ```python
 import timm
 
-model = timm.create_model("local-dir:.")
+model = timm.create_model("local-dir:.", pretrained=True)
 # or, without config.json
 model = timm.create_model("{name}", {keywords}, checkpoint_path="{WEIGHTS_NAME}")
 ```

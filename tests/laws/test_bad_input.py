@@ -96,9 +96,10 @@ def random_table(rng: np.random.Generator) -> tuple[str, object, object]:
     return str(rng.choice(["power", "power", "power_plus"])), x, y
 
 
-def test_a_thousand_fuzzed_tables_raise_nothing_but_law_errors() -> None:
+@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.slow)])
+def test_fuzzed_tables_raise_nothing_but_law_errors(count: int) -> None:
     rng, fitted = np.random.default_rng(0), 0
-    for _ in range(1000):
+    for _ in range(count):
         name, x, y = random_table(rng)
         try:
             fit = fit_law(name, x, y, loss=str(rng.choice(["huber_log", "least_squares_log", "least_squares"])))
@@ -108,13 +109,13 @@ def test_a_thousand_fuzzed_tables_raise_nothing_but_law_errors() -> None:
         fitted += 1
         assert np.isfinite(fit.objective) and np.all(np.isfinite(fit.predict(x)))
         assert LawFit.from_json(fit.to_json()).name == name
-    assert fitted > 100
+    assert fitted > count / 10
 
 
 @pytest.mark.parametrize("name", ["saturating", "m4", "bnsl", "rectified", "log_law"])
 def test_fuzzed_tables_of_the_curved_laws(name: str) -> None:
     rng = np.random.default_rng(1)
-    for _ in range(10):
+    for _ in range(4):
         _, x, y = random_table(rng)
         try:
             fit = fit_law(name, x, y)

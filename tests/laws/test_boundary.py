@@ -142,7 +142,7 @@ def simulate(count: int) -> dict[str, float]:
 
 
 def test_simulated_worlds_in_small() -> None:
-    figures = simulate(12)
+    figures = simulate(6)
     assert figures["median_error"] <= 0.4
     assert figures["coverage"] >= 0.7
     assert figures["none_reported"] >= 0.8
@@ -150,7 +150,7 @@ def test_simulated_worlds_in_small() -> None:
 
 @pytest.mark.slow
 def test_simulated_worlds_in_earnest() -> None:
-    figures = simulate(500)
+    figures = simulate(200)
     assert figures["median_error"] <= 0.25
     assert 0.85 <= figures["coverage"] <= 0.95
     assert figures["none_reported"] >= 0.95

@@ -52,7 +52,7 @@ NESTED = [(f.name, c.name) for f in FORMS.values() for c in f.contains if len(f.
 
 
 @pytest.mark.parametrize("loss", ["least_squares_log", "huber_log"])
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(seed=st.integers(0, 2**31), n=st.integers(9, 24))
 def test_a_law_never_fits_worse_than_one_it_contains(loss: str, seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)

@@ -229,12 +229,7 @@ class Ranks:
         job.write_text(json.dumps({"data_dir": str(self.data_dir), "runs": runs}))
         port = _free_port()
         processes = [
-            subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("rank_script.py")), str(job)],
-                env=os.environ | _rank_variables(rank, world_size, port),
-                stdout=(self.folder / f"job-{number}-{rank}.log").open("w"),
-                stderr=subprocess.STDOUT,
-            )
+            self._start(job, self.folder / f"job-{number}-{rank}.log", _rank_variables(rank, world_size, port))
             for rank in range(world_size)
         ]
         try:
@@ -243,11 +238,18 @@ class Ranks:
         finally:
             for process in processes:
                 process.kill()
+                process.wait()
         outputs = [Path(f"{job}.{rank}") for rank in range(world_size)]
         if not any("kill_rank" in each for each in runs):
             logs = [(self.folder / f"job-{number}-{rank}.log").read_text() for rank in range(world_size)]
             assert all(path.exists() for path in outputs), "\n".join(log[-3000:] for log in logs)
         return [json.loads(path.read_text()) if path.exists() else [] for path in outputs]
+
+    @staticmethod
+    def _start(job: Path, log: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(Path(__file__).with_name("rank_script.py")), str(job)]
+        with log.open("w") as file:
+            return subprocess.Popen(command, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT)
 
 
 def _rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:

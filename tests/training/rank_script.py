@@ -51,7 +51,8 @@ def note_end(results: dict[str, Any]) -> None:
         digest = hashlib.sha256()
         state = finished.optimizer.state_dict()
         inner = getattr(getattr(finished.optimizer, "optimizer", None), "optimizer", None)
-        for each in tensors([state, inner.state_dict() if inner is not None else None]):
+        # Not inner.state_dict(): under ZeRO-3 it looks its partitions up among the whole parameters and fails.
+        for each in tensors([state, list(inner.state.values()) if inner is not None else None]):
             digest.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         for each in [] if finished.ema is None else finished.ema.average:
             digest.update(each.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -230,7 +230,7 @@ def test_export_loads_with_timm_alone(bench, tmp_path):
     bench.run(parent)
     row = bench.run(cell).row
     folder = export_cell(bench.store, cell.key, tmp_path / "export")
-    model = timm.create_model(f"local-dir:{folder}")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert all(torch.equal(value, weights_of(bench, cell)[key]) for key, value in model.state_dict().items())
     card = (folder / "README.md").read_text()
     assert row.weights_sha256 in card and parent.key in card
