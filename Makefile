@@ -51,7 +51,7 @@ test-slow: $(STAMP) ## Run the long tests as well
 	@$(VENV)/bin/python -m pytest -q -n 2 -m "not bench and not slurm" $(ARGS)
 
 shards: $(STAMP) ## Pack the grid's datasets into tar shards
-	@$(RUN) shards pack $(WHERE)
+	@$(RUN) shards pack --grid "$(GRID)" --data "$(DATA)" $(ARGS)
 
 plan: $(STAMP) ## Show what is new, done, running and failed, and what it will cost
 	@$(RUN) plan $(WHERE) --cluster "$(CLUSTER)" $(ARGS)

@@ -28,7 +28,7 @@ class Advice:
     rows: tuple[dict[str, object], ...]
     """Per arm: arm, expected_error, lower, upper (the law's curve at `level`)."""
     boundary_root: float | None
-    boundary_interval: tuple[float | None, float | None] | None
+    boundary_interval: tuple[float, float] | None
     boundary_status: str
     extrapolated: tuple[str, ...]
     """Variables of the question that lie outside the measured range."""
@@ -104,7 +104,7 @@ def _sentence(decision: str, better: float, rows: tuple, boundary, outside: tupl
         f"{verdict}: expected error {distilled:.3f} distilled, {plain:.3f} plain "
         f"(distilled better with probability {better:.0%})"
     )
-    if boundary.root is not None:
+    if boundary.root is not None and boundary.interval is not None:
         side = "below" if point["upstream_samples"] < boundary.root else "above"
         low, high = boundary.interval
         text += (

@@ -33,8 +33,8 @@ class Boundary:
     """`crossing` (inside the measured range), `extrapolated` (outside it) or `no_crossing`."""
     root: float | None
     """D_p*, in samples; None without a crossing."""
-    interval: tuple[float | None, float | None] | None
-    """At `level`; an end is None where the curves that cross beyond the grid, or never, reach into it."""
+    interval: tuple[float, float] | None
+    """At `level`, over the drawn curves that cross; None without a crossing."""
     level: float
     crossing_probability: float
     """Share of drawn curves that turn from positive to negative somewhere on the grid."""

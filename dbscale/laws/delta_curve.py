@@ -63,6 +63,16 @@ class PairedDelta:
             object.__setattr__(self, name, value)
 
     @property
+    def noise(self) -> np.ndarray:
+        """`stderr` [n], zeros when none was given."""
+        return np.zeros(len(self.delta)) if self.stderr is None else self.stderr
+
+    @property
+    def labels(self) -> np.ndarray:
+        """`seeds` as integers [n], all different when none were given."""
+        return np.arange(len(self.delta)) if self.seeds is None else self.seeds
+
+    @property
     def measured_range(self) -> tuple[float, float]:
         return float(self.upstream_samples.min()), float(self.upstream_samples.max())
 
@@ -102,7 +112,7 @@ def scatter_levels(pairs: PairedDelta) -> tuple[float, ...]:
         pooled = np.sqrt(sum(float(np.sum((g - g.mean()) ** 2)) for g in groups) / spare)
     else:
         pooled = 0.2 * float(np.std(pairs.delta))
-    pooled = max(pooled, float(np.mean(pairs.stderr)), 1e-9)
+    pooled = max(pooled, float(np.mean(pairs.noise)), 1e-9)
     return tuple(float(pooled * f) for f in (0.25, 0.5, 0.75, 1.0, 1.4, 2.0))
 
 
@@ -128,8 +138,8 @@ def _posterior(
 
     `offset` is the share of the scatter's variance that all rows of one seed have in common.
     """
-    same_seed = pairs.seeds[:, None] == pairs.seeds[None, :]
-    noise = np.diag(pairs.stderr**2 + (1 - offset) * scatter**2) + offset * scatter**2 * same_seed
+    same_seed = pairs.labels[:, None] == pairs.labels[None, :]
+    noise = np.diag(pairs.noise**2 + (1 - offset) * scatter**2) + offset * scatter**2 * same_seed
     root = np.linalg.cholesky(noise + 1e-18 * np.eye(len(noise)))
     white = np.linalg.solve(root, np.column_stack([features, pairs.delta]))
     design, target = white[:, :-1], white[:, -1]
@@ -148,7 +158,7 @@ def isotonic_curves(pairs: PairedDelta, *, num_draws: int, grid: np.ndarray, see
     from scipy.optimize import isotonic_regression
 
     d_p = np.unique(pairs.upstream_samples)
-    labels = np.unique(pairs.seeds)
+    labels = np.unique(pairs.labels)
     rng = np.random.default_rng(seed)
 
     def curve(delta: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -163,7 +173,7 @@ def isotonic_curves(pairs: PairedDelta, *, num_draws: int, grid: np.ndarray, see
     drawn = []
     for _ in range(num_draws):
         picked = np.bincount(rng.integers(0, len(labels), len(labels)), minlength=len(labels)).astype(float)
-        counts = picked[np.searchsorted(labels, pairs.seeds)]
-        noisy = pairs.delta + pairs.stderr * rng.standard_normal(len(pairs.delta))
+        counts = picked[np.searchsorted(labels, pairs.labels)]
+        noisy = pairs.delta + pairs.noise * rng.standard_normal(len(pairs.delta))
         drawn.append(curve(noisy, counts if counts.any() else ones))
     return DeltaCurves(grid, curve(pairs.delta, ones), np.array(drawn))

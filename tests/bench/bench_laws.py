@@ -14,11 +14,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from dbscale.laws import PairedDelta, Prices, allocate, bootstrap, find_boundary, fit_law, select_law
 
+T = TypeVar("T")
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 LOSS = {"E0": (None, float("inf"))}  # these losses lie below 1 by chance; error rates are bounded there by default
 
@@ -33,7 +35,7 @@ def show(what: str, figure: str, goal: str = "") -> None:
     print(f"| {what} | {figure} | {goal} |", flush=True)
 
 
-def timed(work: Callable) -> tuple[object, float]:
+def timed(work: Callable[[], T]) -> tuple[T, float]:
     start = time.process_time()
     return work(), time.process_time() - start
 
@@ -203,7 +205,7 @@ def allocation() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("--resamples", type=int, default=4000)
     parser.add_argument("--curves", type=int, default=None, help="only the first N curves of each domain")
     parser.add_argument("--simulate", type=int, default=0, help="simulated worlds for coverage and the boundary")

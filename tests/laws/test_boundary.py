@@ -44,13 +44,14 @@ def test_laws_find_the_crossing(fits, paired: bool) -> None:
     arms = [bootstrap(f, num_resamples=200) for f in fits.values()] if paired else list(fits.values())
     found = find_boundary(*arms, at=AT)
     assert found.status == "crossing" and found.direction == "positive_to_negative"
+    assert found.root is not None and found.interval is not None
     assert abs(np.log2(found.root / TRUE_ROOT)) < 0.5
     assert found.interval[0] < TRUE_ROOT < found.interval[1]
 
 
 def test_a_crossing_beyond_the_range_is_called_extrapolated(fits) -> None:
     found = find_boundary(fits["plain"], fits["distilled"], at=AT, measured_range=(1e3, 8e3))
-    assert found.status == "extrapolated" and found.root > 8e3
+    assert found.status == "extrapolated" and found.root is not None and found.root > 8e3
     assert any("extrapolation" in words for words in found.diagnostics)
 
 
@@ -70,6 +71,7 @@ def test_a_missing_variable_is_named(fits) -> None:
 def test_pairs_find_the_crossing_without_a_law(method: str) -> None:
     found = find_boundary(world(1, falling(1e4)), method=method, num_draws=200)
     assert found.status == "crossing"
+    assert found.root is not None and found.interval is not None
     assert abs(np.log2(found.root / 1e4)) < 1
     assert found.interval[0] < found.root < found.interval[1]
     assert Boundary.from_json(found.to_json()) == found
@@ -103,7 +105,8 @@ def test_each_group_has_its_own_boundary_or_its_reason() -> None:
     delta = np.concatenate([one.delta, other.delta, [0.1]])
     groups = ["small"] * 21 + ["large"] * 21 + ["alone"]
     found, refused = boundaries_by_group(d_p, delta, groups, num_draws=200)
-    assert found["small"].root < found["large"].root
+    small, large = found["small"].root, found["large"].root
+    assert small is not None and large is not None and small < large
     assert "at least 3" in refused["alone"]
 
 
@@ -127,7 +130,7 @@ def simulate(count: int) -> dict[str, float]:
         slope, bend = rng.uniform(0.025, 0.05), rng.uniform(0, 0.3)
         curve = bending(root, slope, bend)
         found = find_boundary(world(seed, curve), num_draws=300)
-        if found.root is not None:
+        if found.root is not None and found.interval is not None:
             errors.append(abs(np.log2(found.root / root)))
             covered.append(found.interval[0] <= root <= found.interval[1])
         kind, level = seed % 3, rng.uniform(0.01, 0.04)
