@@ -71,20 +71,23 @@ class Status:
 def read_status(store: Store, plan: PlanRecord, view: SlurmView | None) -> Status:
     """Look at every cell of the plan once."""
     found = store.states(plan.cells)
-    states = {key: state_of(store, key, state, view) for key, state in found.items()}
+    states: dict[str, State] = {key: state_of(store, key, state, view) for key, state in found.items()}
     used = {key: device_seconds(store, key, state) for key, state in states.items()}
     running = tuple(look_at(store, key) for key, state in states.items() if state == "running")
-    places = places_of(plan)
     return Status(
         grid=plan.grid,
         question=plan.question,
-        counts=Counter((places[key], state) for key, state in states.items()),
+        counts=_counts(states, places_of(plan)),
         running=running,
         failures=tuple(failures(store, states, view)),
         device_s=sum(used.values()),
         left_s=time_left(plan, states, used, running),
         scheduler=None if view is None else view.headline,
     )
+
+
+def _counts(states: Mapping[str, State], places: Mapping[str, Place]) -> Counter[tuple[Place, State]]:
+    return Counter((places[key], state) for key, state in states.items())
 
 
 def state_of(store: Store, key: str, state: CellState, view: SlurmView | None) -> State:
