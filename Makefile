@@ -30,7 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes, about 5 GB, once) ..."
 	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	@echo "Building DeepSpeed's communication op for the CPU (half a minute, once) ..."
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -c "$(BUILD_OP)" >/dev/null 2>$(VENV)/op.log || \
+	@mkdir -p $(VENV)/torch_extensions
+	@TORCH_EXTENSIONS_DIR="$(CURDIR)/$(VENV)/torch_extensions" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	  $(VENV)/bin/python -c "$(BUILD_OP)" >/dev/null 2>$(VENV)/op.log || \
 	  { echo "DeepSpeed could not build it (is a C++ compiler there?); see $(VENV)/op.log" >&2; exit 1; }
 	@touch $@
 

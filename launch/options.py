@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dbscale.study.store import Store
 from launch.study import DEFAULT_GRID, Study, load_study
@@ -17,10 +18,22 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, default=Path("out"), help="folder of all results (default: out)")
 
 
-def add_grid(parser: argparse.ArgumentParser) -> None:
+def add_grid(parser: argparse.ArgumentParser, *, bare: bool = True) -> None:
+    """`--grid PATH`, and `bare`, where the command's own words leave room for it, just PATH."""
+    if bare:
+        parser.add_argument("grid", nargs="?", type=Path, default=DEFAULT_GRID, metavar="GRID", action=_BareGrid,
+                            help="as --grid")  # fmt: skip
     parser.add_argument("--grid", type=Path, default=DEFAULT_GRID, metavar="PATH",
                         help="grid YAML (default: the demo grid that comes with dbscale)")  # fmt: skip
     add_set(parser)
+
+
+class _BareGrid(argparse.Action):
+    """A grid without `--grid`; left out, it must not undo one that was given with it."""
+
+    def __call__(self, _parser: object, namespace: argparse.Namespace, values: Any, _option: object = None) -> None:
+        if values is not self.default:
+            setattr(namespace, self.dest, values)
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:

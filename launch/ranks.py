@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from dbscale.study.resources import Resources
 
-FIRST_PORT, NUM_PORTS = 20000, 20000
+FIRST_PORT, NUM_PORTS = 20000, 12000
+"""Below the ports that Linux hands to outgoing connections (from 32768)."""
 
 
 @dataclass(frozen=True)

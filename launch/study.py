@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from dbscale.study.calibration import read_calibration
 from dbscale.study.cell import Cell
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, Point, check_sizes, datasets_in_use, expand, load_grid, merged_cells
@@ -84,7 +85,7 @@ def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Pla
     points = study.points()
     cells = merged_cells(points)
     states = states_of(study.store, [cell.key for cell in cells], active)
-    cost = calibrated(study.cluster.cost_model(), study.store, [cell for cell in cells if states[cell.key] == "done"])
+    cost = calibrated(base_cost(study), study.store, [cell for cell in cells if states[cell.key] == "done"])
     plan = make_plan(
         study.grid, points, states=states, cost=cost, target_s=study.cluster.target_min * 60,
         workers=study.cluster.num_workers(), earlier=read_plan(study.store, study.grid.name),
@@ -110,6 +111,12 @@ def corrected(store: Store, key: str, state: CellState, is_active: bool) -> Cell
         attempt = store.last_attempt(key)
         return "interrupted" if attempt is not None and attempt.job is not None else state
     return state
+
+
+def base_cost(study: Study) -> CostModel:
+    """Of the cluster's kind of device, or as `dbscale plan --calibrate` measured it."""
+    cost, calibration = study.cluster.cost_model(), read_calibration(study.store)
+    return cost.probed(calibration) if calibration is not None and calibration.fits(cost.device.name) else cost
 
 
 def calibrated(cost: CostModel, store: Store, done: Sequence[Cell]) -> CostModel:

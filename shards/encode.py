@@ -10,6 +10,7 @@ from shards.source import Content
 
 JPEG_SHORT_SIDE = 256
 JPEG_QUALITY = 95
+JPEG_SUBSAMPLING = "420"  # as nearly all photographs; without it decoding takes half as long again
 RAW_SIDE = 256
 
 
@@ -37,5 +38,7 @@ def _encode_jpeg(content: Content, pixels: NDArray[np.uint8]) -> tuple[str, byte
             return "jpg", content, height, width  # encoding it again would only lose quality
     else:
         pixels = resize_short(pixels, JPEG_SHORT_SIDE)
-    data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=JPEG_QUALITY, colorspace="RGB")
+    data = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling=JPEG_SUBSAMPLING
+    )
     return "jpg", data, *pixels.shape[:2]

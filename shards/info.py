@@ -22,8 +22,8 @@ def describe(folder: str | Path, *, classes: bool = False) -> str:
     ]
     for name, split in manifest.splits.items():
         lines += _describe_split(name, split)
-        if classes:
-            lines += _class_lines(manifest, split)
+    if classes:
+        lines += _class_lines(manifest)
     return "\n".join(lines)
 
 
@@ -38,7 +38,16 @@ def _describe_split(name: str, split: SplitInfo) -> list[str]:
     ]
 
 
-def _class_lines(manifest: Manifest, split: SplitInfo) -> list[str]:
-    width = max(len(name) for name in manifest.classes)
-    rows = zip(manifest.classes, split.class_counts, strict=True)
-    return [f"    {label:6d}  {name:<{width}}  {count:,}" for label, (name, count) in enumerate(rows)]
+def _class_lines(manifest: Manifest) -> list[str]:
+    """One line a class, one column a split."""
+    counts = zip(*(split.class_counts for split in manifest.splits.values()), strict=True)
+    rows = [("label", "class", *manifest.splits)]
+    rows += [
+        (str(label), name, *(f"{count:,}" for count in held))
+        for label, (name, held) in enumerate(zip(manifest.classes, counts, strict=True))
+    ]
+    label_width, name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        "  ".join([f"  {label:>{label_width}}", f"{name:<{name_width}}", *map(str.rjust, held, widths)])
+        for label, name, *held in rows
+    ]

@@ -9,8 +9,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from dbscale.data.decode import DecodeError
 from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
 from shards.encode import encode
-from shards.source import Source
+from shards.source import Content, Source
 from shards.tar import Sample, write_shard
 
 WORK_FOLDER = ".pack"
@@ -72,7 +74,7 @@ def run_job(source: Source, job: ShardJob) -> int:
 
 
 def _samples(source: Source, job: ShardJob) -> Iterator[Sample]:
-    for slot, content in enumerate(source.read(job.split, job.numbers, job.names)):
+    for slot, content in enumerate(_contents(source, job)):
         name = job.names[slot]
         try:
             suffix, data, height, width = encode(content, job.encoding, job.raw_size)
@@ -82,6 +84,19 @@ def _samples(source: Source, job: ShardJob) -> Iterator[Sample]:
                 "command again"
             ) from error
         yield Sample(make_key(job.first_position + slot, name), suffix, data, int(job.labels[slot]), height, width)
+
+
+def _contents(source: Source, job: ShardJob) -> Iterator[Content]:
+    contents = source.read(job.split, job.numbers, job.names)
+    for name in job.names:
+        try:
+            content = next(contents)
+        except OSError as error:
+            raise DataError(
+                f"{name}: cannot be read ({error.strerror}); mend the file (or list it under the source's `exclude`), "
+                "then run the same command again"
+            ) from error
+        yield content
 
 
 def make_key(position: int, name: str) -> str:
@@ -95,7 +110,7 @@ def run_jobs(source: Source, jobs: Sequence[ShardJob], num_processes: int | None
     if not jobs:
         return
     total = sum(len(job.names) for job in jobs)
-    wanted = num_processes or (num_cores() if total >= _PARALLEL_FROM else 1)
+    wanted = num_processes or default_processes(total)
     with tqdm(
         total=total, desc=f"pack {jobs[0].folder.name}", unit="img", unit_scale=True, disable=not progress
     ) as bar:
@@ -104,6 +119,11 @@ def run_jobs(source: Source, jobs: Sequence[ShardJob], num_processes: int | None
                 bar.update(run_job(source, job))
         else:
             _run_in_pool(source, jobs, min(wanted, len(jobs)), bar.update)
+
+
+def default_processes(num_samples: int) -> int:
+    """One per core, or a single one where starting processes costs more than it saves."""
+    return num_cores() if num_samples >= _PARALLEL_FROM else 1
 
 
 def num_cores() -> int:
@@ -124,9 +144,18 @@ def _run_in_pool(source: Source, jobs: Sequence[ShardJob], size: int, advance: C
 _worker_source: Source | None = None
 
 
+def _end_with_parent() -> None:
+    """A pool's process whose parent was killed would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
 def _start_worker(source: Source) -> None:
     global _worker_source  # noqa: PLW0603  (a pool's initializer has no other place to leave it)
     _worker_source = source
+    Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _run_in_worker(job: ShardJob) -> int:

@@ -81,12 +81,25 @@ def _write(
 ) -> Manifest:
     make_folder(folder / WORK_FOLDER)
     claim(folder, plan)
-    prepared = source.prepare(folder / WORK_FOLDER)
-    run_jobs(prepared, [job for job in shard_jobs if not job.is_done()], jobs, progress)
-    manifest = make_manifest(folder, plan, shard_jobs, source.classes)
-    save_manifest(folder, manifest)
-    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    try:
+        prepared = source.prepare(folder / WORK_FOLDER)
+        run_jobs(prepared, [job for job in shard_jobs if not job.is_done()], jobs, progress)
+        manifest = make_manifest(folder, plan, shard_jobs, source.classes)
+        save_manifest(folder, manifest)
+    except OSError:
+        if not (folder / MANIFEST_NAME).exists():
+            raise
+        # Another process with the same plan came first, and took the work folder away.
+        manifest = load_manifest(folder)
+    _tidy(folder)  # by the last of them, too
     return manifest
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only an unfinished pack needs, and what killed ones left."""
+    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def make_manifest(folder: Path, plan: Plan, jobs: Sequence[ShardJob], classes: tuple[str, ...]) -> Manifest:
@@ -154,11 +167,18 @@ def ensure_packed(
             raise refusal(folder, "source", manifest.source, recorded)
         if not is_damaged(folder, manifest):
             return folder
-    options = dict(spec)
+    source = source_of(name, spec, data_dir)
+    own = {key: spec[key] for key in _PACK_OPTIONS if key in spec}
+    pack(source, folder, name=name, seed=spec.get("pack_seed", 0), jobs=jobs, progress=progress, spec=recorded, **own)
+    return folder
+
+
+def source_of(name: str, spec: Mapping[str, Any], data_dir: str | Path) -> Source:
+    """The source that a grid's dataset entry describes, unread. Raises DataError as `make_source`, naming the dataset."""
+    options = {key: value for key, value in spec.items() if key not in {*_PACK_OPTIONS, "pack_seed"}}
     if "source" not in options:
         raise DataError(f"dataset {name!r}: its entry names no `source` (imagefolder, cifar, fractals, …)")
-    own = {key: options.pop(key) for key in _PACK_OPTIONS if key in options}
-    seed = options.pop("pack_seed", 0)
-    source = make_source(options.pop("source"), data_dir=data_dir, **options)
-    pack(source, folder, name=name, seed=seed, jobs=jobs, progress=progress, spec=recorded, **own)
-    return folder
+    try:
+        return make_source(options.pop("source"), data_dir=data_dir, **options)
+    except DataError as error:
+        raise DataError(f"dataset {name!r}: {error}") from error

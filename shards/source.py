@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
 
 Content = bytes | NDArray[np.uint8]
@@ -60,3 +61,9 @@ class FieldSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
+def refuse_remote(place: str) -> None:
+    """Raise DataError on `pipe:` commands, which a shell would run, and on URLs (a Path turns `://` into `:/`)."""
+    if "pipe:" in place or ":/" in place:
+        raise DataError(f"{place!r} is a pipe or a URL: refused; download the files and give their folder")

@@ -10,7 +10,7 @@ from shards.digits import Digits
 from shards.fractals import Fractals
 from shards.imagefolder import ImageFolder
 from shards.parquet import Parquet
-from shards.source import Source
+from shards.source import Source, refuse_remote
 from shards.tinyimagenet import TinyImageNet
 from shards.webdataset import WebDatasetTars
 
@@ -50,6 +50,7 @@ def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Sou
 
 def _convert(name: str, value: Any, data_dir: Path) -> Any:
     if name == "path":
+        refuse_remote(str(value))
         return data_dir / value
     if name == "class_list":
         return _class_list(value, data_dir)

@@ -15,6 +15,7 @@ from dbscale.data.decode import DecodeError, decode_image
 from dbscale.data.errors import DataError
 from dbscale.data.index import checksum, open_index, split_fingerprint
 from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
+from shards.jobs import default_processes
 from shards.repair import index_is_damaged
 from shards.walk import walk_tar
 
@@ -34,12 +35,12 @@ class Problem:
         return f"{place}: {self.what}"
 
 
-def verify(folder: str | Path, *, jobs: int = 1, progress: bool = False) -> list[Problem]:
+def verify(folder: str | Path, *, jobs: int | None = None, progress: bool = False) -> list[Problem]:
     """All problems of a dataset, in stored order; empty when every sample is good.
 
     Args:
         folder: of the dataset.
-        jobs: processes.
+        jobs: processes; None takes one per core where that pays.
         progress: show a bar.
 
     Raises:
@@ -54,10 +55,12 @@ def verify(folder: str | Path, *, jobs: int = 1, progress: bool = False) -> list
         problems += found
         if not found:
             tasks += [(folder, name, shard) for shard in range(len(split.shards))]
-    with tqdm(total=len(tasks), desc=f"verify {folder.name}", unit="shard", disable=not progress) as bar:
-        for found in _map(tasks, jobs):
+    sizes = [manifest.splits[split].shards[shard].num_samples for _, split, shard in tasks]
+    wanted = jobs or default_processes(sum(sizes))
+    with tqdm(total=sum(sizes), desc=f"verify {folder.name}", unit="img", unit_scale=True, disable=not progress) as bar:
+        for size, found in zip(sizes, _map(tasks, wanted), strict=True):
             problems += found
-            bar.update()
+            bar.update(size)
     return problems
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
-from shards.source import FieldSource, Listing
+from shards.source import FieldSource, Listing, refuse_remote
 from shards.walk import Member, walk_tar
 
 IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "ppm", "webp", "bmp", "gif", "tif", "tiff"}
@@ -31,10 +31,7 @@ class WebDatasetTars(FieldSource):
 
     def __post_init__(self) -> None:
         for text in (str(self.path), self.train, self.test or ""):
-            if text.startswith("pipe:") or "pipe:" in text or "://" in text or ":/" in text:
-                raise DataError(
-                    f"webdataset: {text!r} is a pipe or a URL: refused; download the tars and give their folder"
-                )
+            refuse_remote(text)
 
     @property
     def default_encoding(self) -> Encoding:

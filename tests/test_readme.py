@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from dbscale.data import make_loader, open_dataset
+from dbscale.study.grid import datasets_in_use, load_grid
+from shards.pack import ensure_packed
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -46,6 +53,25 @@ def test_named_commands_exist(document: Path) -> None:
     commands = set(re.findall(r"^    ([a-z]+) ", usage, re.MULTILINE))
     assert {"plan", "submit", "status"} <= commands, usage
     assert not named - commands - {"runs"}
+
+
+def test_the_study_of_ones_own_images_packs_and_loads(tmp_path: Path) -> None:
+    """README's YAML as it stands, over photographs of several sizes."""
+    text = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert text
+    (tmp_path / "birds.yaml").write_text(text[1].replace("configs/", f"{ROOT}/configs/"))
+    photo = Image.fromarray(load_sample_image("flower.jpg"))
+    for part, name, side in itertools.product(("train", "test"), ("finch", "wren"), (40, 90)):
+        (folder := tmp_path / "birds" / part / name).mkdir(parents=True, exist_ok=True)
+        photo.resize((side + 10, side)).save(folder / f"{side}.jpg")
+    grid = load_grid(tmp_path / "birds.yaml")
+    assert "birds" in datasets_in_use(grid)
+    dataset = open_dataset(ensure_packed("birds", grid.datasets["birds"], tmp_path, progress=False))
+    subset = dataset.subset(4)
+    loader = make_loader(subset, global_batch=4, rank=0, world_size=1, num_workers=0, seed=0, transform=None)
+    (batch,) = itertools.islice(iter(loader), 1)
+    assert (batch.images.shape[0], sorted(batch.labels.tolist())) == (4, [0, 0, 1, 1])
+    assert {batch.images.shape[1], *batch.images.shape[2:]} <= {3, grid.image_size}
 
 
 def test_make_help_lists_every_target_in_one_line() -> None:

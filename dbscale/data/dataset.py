@@ -5,10 +5,10 @@ in; the order they are seen in is `order`, their bytes are `read`, their pixels 
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ class Dataset:
     """Side in px of the resident array; None for the other tiers."""
     cache_dir: Path | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_cache(self)
+
     @property
     def split(self) -> SplitInfo:
         return self.manifest.split(self.split_name)
@@ -60,8 +63,12 @@ class Dataset:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """int64 [num_samples]."""
+        """int64 [num_samples]; reads the whole index."""
         return self.index["label"].astype(np.int64)
+
+    def labels_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [b]: labels of these positions of the split; touches no other record."""
+        return self.index["label"][positions].astype(np.int64)
 
     @cached_property
     def reader(self) -> Reader:
@@ -113,6 +120,9 @@ class Subset:
     def __len__(self) -> int:
         return self.num_samples
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_cache(self)
+
     @property
     def num_classes(self) -> int:
         return self.dataset.num_classes
@@ -136,7 +146,12 @@ class Subset:
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """int64 [num_samples]."""
-        return self.dataset.labels[self.indices]
+        return self.dataset.labels_of(self.indices)
+
+
+def _without_cache(value: Any) -> dict[str, Any]:
+    """State of a frozen dataclass to pickle: the fields alone. Another process maps index and pixels for itself."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def open_dataset(

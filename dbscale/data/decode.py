@@ -70,6 +70,8 @@ def _check_pixels(height: int, width: int) -> None:
 def _open_pillow(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise DecodeError(f"refused as a decompression bomb: {error}") from error
     except Exception as error:  # Pillow's plugins raise many kinds on damaged input
         raise DecodeError(f"damaged {image_suffix(data)} header: {error}") from error
     _check_pixels(image.height, image.width)
@@ -96,8 +98,10 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
         return _decode_pillow(data)
     try:
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    except ValueError as error:
-        raise DecodeError(f"damaged JPEG: {error}") from error
+    except ValueError:
+        # It also refuses what libjpeg only warns about (stray bytes between markers); Pillow, as everybody else's
+        # loader, takes those and refuses the truncated.
+        return _decode_pillow(data)
 
 
 def _decode_pillow(data: bytes) -> NDArray[np.uint8]:

@@ -58,7 +58,7 @@ class _TrainBatches:
         pixels, bad_slots = self.subset.dataset.reader.fetch(indices)
         for slot in bad_slots:
             pixels[slot] = _next_good(self.subset, int(positions[slot]))
-        labels = self.subset.dataset.labels[indices]
+        labels = self.subset.dataset.labels_of(indices)
         return _make_batch(pixels, labels, indices, epochs, np.ones(len(indices)), indices[bad_slots], self.transform)
 
 
@@ -234,7 +234,7 @@ class _EvalBatches:
         pixels, bad_slots = self.subset.dataset.reader.fetch(indices)
         weights[bad_slots] = 0
         bad_ids = indices[bad_slots]
-        labels, epochs = self.subset.dataset.labels[indices], np.zeros_like(positions)
+        labels, epochs = self.subset.dataset.labels_of(indices), np.zeros_like(positions)
         return _make_batch(pixels, labels, positions, epochs, weights, bad_ids, self.transform)
 
 

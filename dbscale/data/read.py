@@ -60,12 +60,6 @@ class ShardFiles:
         name = self.split.shards[int(record["shard"])].name
         return f"{self.folder / name}, sample {bytes(record['key']).decode()!r}"
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "split": self.split, "index": self.index}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(**state)  # type: ignore[arg-type]
-
 
 class _Descriptor:
     """A file descriptor closed with its last reference."""
@@ -149,9 +143,3 @@ class RawReader:
             mapped = mmap.mmap(self.files.open(shard).number, 0, access=mmap.ACCESS_READ)
             self._maps[shard] = np.frombuffer(mapped, np.uint8)
         return self._maps[shard]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.files.folder, "split": self.files.split, "index": self.files.index}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(**state)  # type: ignore[arg-type]

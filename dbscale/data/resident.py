@@ -25,13 +25,13 @@ class ResidentReader:
     def __init__(
         self, folder: Path, split: SplitInfo, index: NDArray[np.void], image_size: int, cache_dir: Path | None
     ) -> None:
-        self._arguments = (folder, split, index, image_size, cache_dir)
         name = f"{split.index.split('.')[0]}-{split.fingerprint[:12]}-{image_size}px"
         path = (cache_dir or folder / "cache") / f"{name}.npy"
+        files = ShardFiles(folder, split, index)
         known = _opened(path)
-        if known is None:
-            images, bad = _build(ShardFiles(folder, split, index), image_size)
-            known = _store(path, images, bad)
+        if known is None or any(_decoded(files, position) is not None for position in known[1]):
+            # A cache that calls samples bad outlives the damage: `shards pack` may have mended them.
+            known = _store(path, *_build(files, image_size))
         self.images, self.bad = known
 
     def fetch(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int]]:
@@ -41,22 +41,26 @@ class ResidentReader:
             return images, []
         return images, [slot for slot, position in enumerate(positions.tolist()) if position in self.bad]
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), self._arguments
-
 
 def _build(files: ShardFiles, image_size: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
     """Decode a split into [num_samples, 3, S, S]."""
     images = np.zeros((len(files.index), 3, image_size, image_size), np.uint8)
     bad = set()
     for position in range(len(images)):
-        try:
-            pixels = decode_image(files.read(position))
-        except DecodeError:
+        pixels = _decoded(files, position)
+        if pixels is None:
             bad.add(position)
             continue
         images[position] = center_square(resize_short(pixels, image_size), image_size).transpose(2, 0, 1)
     return images, frozenset(bad)
+
+
+def _decoded(files: ShardFiles, position: int) -> NDArray[np.uint8] | None:
+    """Pixels of one sample, or None where its bytes changed or do not decode."""
+    try:
+        return decode_image(files.read(position))
+    except DecodeError:
+        return None
 
 
 def _store(path: Path, images: NDArray[np.uint8], bad: frozenset[int]) -> tuple[NDArray[np.uint8], frozenset[int]]:

@@ -7,6 +7,7 @@ locked as long as the process lives, so that `remove_unused` can tell.
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import numpy as np
 from dbscale.data.atomic import atomic_writer, explain_os_error, make_folder
 from dbscale.data.dataset import Dataset, Subset
 from dbscale.data.errors import DataError
-from dbscale.data.manifest import MANIFEST_NAME, ShardInfo
+from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from dbscale.data.read import check_shard_size
 
 _USERS = ".users"
@@ -28,13 +29,13 @@ _held: dict[Path, int] = {}
 
 
 def stage_subset(subset: Subset, staging: str | Path) -> Subset:
-    """The same subset, read from `<staging>/<name>-<fingerprint>`, with just its shards copied there.
+    """The same subset, read from a folder of its own under `staging`, with just its shards copied there.
 
     Raises:
         DataError: the disk is full even without unused folders, or a shard at the source is damaged.
     """
     dataset = subset.dataset
-    local = Path(staging) / f"{dataset.manifest.name}-{dataset.fingerprint[:12]}"
+    local = Path(staging) / _folder_name(dataset.manifest)
     _hold(local)
     for name in (dataset.split.index, MANIFEST_NAME):
         if not (local / name).exists():
@@ -44,6 +45,12 @@ def stage_subset(subset: Subset, staging: str | Path) -> Subset:
     cache = dataset.cache_dir or local / "cache"
     staged = Dataset(local, dataset.manifest, dataset.split_name, dataset.tier, dataset.image_size, cache)
     return replace(subset, dataset=staged)
+
+
+def _folder_name(manifest: Manifest) -> str:
+    """Keyed by the whole manifest: the same samples cut into other shards share a fingerprint, but not their tars."""
+    digest = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:12]
+    return f"{manifest.name}-{digest}"
 
 
 def needed_shards(subset: Subset) -> list[ShardInfo]:

@@ -116,7 +116,8 @@ def _total_weight(pair: MapPair, weight: Tensor | None, reduction: str) -> Tenso
     """The factor of every row in the reduced KL, [B, M, N]."""
     scale = 1.0 / max(math.prod(pair.rows_shape), 1) if reduction == "batchmean" else 1.0
     if weight is None:
-        return wide(pair.q_s.new_full((), scale)).expand(pair.rows_shape)
+        dtype = wide(pair.q_s[:0]).dtype  # in the dtype of q, 1 / (B·M·N) would be rounded, or vanish
+        return pair.q_s.new_full((), scale, dtype=dtype).expand(pair.rows_shape)
     return wide(weight) * scale
 
 

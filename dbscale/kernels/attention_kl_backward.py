@@ -65,12 +65,6 @@ def _slope(z_s, z_t, grad_p, row, scales, HAS_OUT: tl.constexpr, HAS_KL: tl.cons
 
 
 @triton.jit
-def _across(row):
-    """Row numbers [M] as [1, M]: tiles are [keys, rows] here, so that products over rows need no transposition."""
-    return row[0][None, :], row[1][None, :], row[2][None, :], row[3][None, :], row[4][None, :], row[5][None, :]
-
-
-@triton.jit
 def _down(row):
     """Row numbers [M] as [M, 1]."""
     return row[0][:, None], row[1][:, None], row[2][:, None], row[3][:, None], row[4][:, None], row[5][:, None]
@@ -93,34 +87,35 @@ def _key_block(
         v_block = load_rows(v, batch, head, keys, num_tokens, D_V, P_V)
     if HAS_KL:
         k_t_block = load_rows(k_t, batch, head_t, keys, num_tokens, D_T, P_T)
-    key_exists = (keys < num_tokens)[:, None]
+    key_exists = (keys < num_tokens)[None, :]
     total_k = tl.zeros((BLOCK_N, P_S), tl.float32)
     total_v = tl.zeros((BLOCK_N, P_V), tl.float32)
     for first_row in range(0, num_tokens, BLOCK_M):
         rows = first_row + tl.arange(0, BLOCK_M)
-        row = _across(_row_numbers(statistics, pulls, upstream, place, rows, num_tokens, plane, HAS_OUT, HAS_KL))
+        row = _down(_row_numbers(statistics, pulls, upstream, place, rows, num_tokens, plane, HAS_OUT, HAS_KL))
         q_rows = load_rows(q_s, batch, head, rows, num_tokens, D_S, P_S)
-        z_s = tl.where(key_exists, dot(k_block, tl.trans(q_rows)), -float("inf"))
+        z_s = tl.where(key_exists, dot(q_rows, tl.trans(k_block)), -float("inf"))
         z_t, grad_p, grad_rows = z_s, z_s, q_rows
         if HAS_KL:
             q_t_rows = load_rows(q_t, batch, head_t, rows, num_tokens, D_T, P_T)
-            z_t = tl.where(key_exists, dot(k_t_block, tl.trans(q_t_rows)), -float("inf"))
+            z_t = tl.where(key_exists, dot(q_t_rows, tl.trans(k_t_block)), -float("inf"))
         if HAS_OUT:
             grad_rows = load_rows(grad_out, batch, head, rows, num_tokens, D_V, P_V)
-            grad_p = dot(v_block, tl.trans(grad_rows))
+            grad_p = dot(grad_rows, tl.trans(v_block))
         p, slope = _slope(z_s, z_t, grad_p, row, scales, HAS_OUT, HAS_KL)
         slope = slope.to(q_rows.dtype)
-        total_k += dot(slope, q_rows)
+        total_k += dot(tl.trans(slope), q_rows)
         if HAS_OUT:
-            total_v += dot(p.to(grad_rows.dtype), grad_rows)
+            total_v += dot(tl.trans(p.to(grad_rows.dtype)), grad_rows)
         if WITH_Q:
-            part = dot(tl.trans(slope), k_block) * scales[0]
+            part = tl.zeros((BLOCK_M, P_S), tl.float32)
             if start > 0:
-                part += load_rows(partial_q, batch, head, rows, num_tokens, D_S, P_S)
+                part = load_rows(partial_q, batch, head, rows, num_tokens, D_S, P_S)
+            part = tl.dot(slope, k_block, part, input_precision="ieee")
             if start + BLOCK_N < num_tokens:
                 store_rows(partial_q, batch, head, rows, num_tokens, part, D_S, P_S)
             else:
-                store_rows(grad_q, batch, head, rows, num_tokens, part, D_S, P_S)
+                store_rows(grad_q, batch, head, rows, num_tokens, part * scales[0], D_S, P_S)
     store_rows(grad_k, batch, head, keys, num_tokens, total_k * scales[0], D_S, P_S)
     if HAS_OUT:
         store_rows(grad_v, batch, head, keys, num_tokens, total_v, D_V, P_V)

@@ -41,7 +41,7 @@ def _near_kl(q_rows, k_s, q_t_rows, k_t, place, num_tokens, scales, stats_s, sta
              D_S: tl.constexpr, P_S: tl.constexpr, D_T: tl.constexpr, P_T: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Second walk: log1p(Σ p_t (eˣ − 1 − x)) of every row."""
     excess = tl.zeros_like(kl)
-    inv_s, inv_t, kappa = 1.0 / stats_s[1], 1.0 / stats_t[1], tl.exp(kl)
+    inv_s, inv_t, kappa = 1.0 / stats_s[1], 1.0 / stats_t[1], tl.exp(tl.minimum(kl, NEAR))
     for start in range(0, num_tokens, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         z_s = _scores(q_rows, k_s, place[0], place[1], keys, num_tokens, D_S, P_S)
@@ -77,15 +77,15 @@ def forward_kernel(
     for start in range(0, num_tokens, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         z_s = _scores(q_rows, k_s, place[0], place[1], keys, num_tokens, D_S, P_S)
+        if HAS_KL:
+            z_t = _scores(q_t_rows, k_t, place[0], place[2], keys, num_tokens, D_T, P_T)
+            gap = tl.where((keys < num_tokens)[None, :], z_s - z_t * scale_ratio, 0.0)
+            exp_t, max_t, sum_t, shrink_t = _absorb(z_t, max_t, sum_t, scale_t * LOG2_E)
+            gaps = gaps * shrink_t + tl.sum(exp_t * gap, 1)
         exp_s, max_s, sum_s, shrink_s = _absorb(z_s, max_s, sum_s, scale_s * LOG2_E)
         if HAS_OUT:
             values = load_rows(v, place[0], place[1], keys, num_tokens, D_V, P_V)
             total = total * shrink_s[:, None] + dot(exp_s.to(values.dtype), values)
-        if HAS_KL:
-            z_t = _scores(q_t_rows, k_t, place[0], place[2], keys, num_tokens, D_T, P_T)
-            exp_t, max_t, sum_t, shrink_t = _absorb(z_t, max_t, sum_t, scale_t * LOG2_E)
-            gap = tl.where((keys < num_tokens)[None, :], z_s - z_t * scale_ratio, 0.0)
-            gaps = gaps * shrink_t + tl.sum(exp_t * gap, 1)
 
     exists = rows < num_tokens
     at = batch_head * num_tokens + rows
@@ -102,6 +102,6 @@ def forward_kernel(
         kl = (max_s - max_t * scale_ratio - mean_gap) * scale_s + tl.log(ratio_of(sum_s, sum_t))
         if tl.min(tl.where(exists, kl, NEAR), 0) < NEAR:
             near = _near_kl(q_rows, k_s, q_t_rows, k_t, place, num_tokens, (scale_s, scale_t), (max_s, sum_s),
-                            (max_t, sum_t), mean_gap, kl, D_S, P_S, D_T, P_T, BLOCK_N)  # fmt: skip
+                            (max_t, sum_t), mean_gap, kl, D_S, P_S, D_T, P_T, BLOCK_N // 2)  # fmt: skip
             kl = tl.where(kl < NEAR, near, kl)
         tl.store(kl_rows + at, kl, mask=exists)

@@ -1,7 +1,7 @@
 """Attention output and KL by the fused kernels, as torch operators with their gradients.
 
-Head maps that give each student head one teacher head run in one kernel, alone or together with the output; averaged
-or mixed heads have kernels of their own (`attention_kl_general`), and the output comes from torch's fused attention.
+Head maps that give each student head one teacher head run in one kernel, alone or together with the output. Averaged
+or mixed heads have no kernel: their KL runs on the backend `chunked`, their output on torch's fused attention.
 For backward only inputs, output and row statistics are kept. Leaves checks, slices and reduction to `attention_kl`.
 """
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dbscale.kernels.attention_arguments import MapPair
 from dbscale.kernels.attention_kl_backward import keys_kernel, queries_kernel, row_dot_kernel
+from dbscale.kernels.attention_kl_chunked import kl_rows_chunked
 from dbscale.kernels.attention_kl_forward import forward_kernel
 
 MANY_HEADS = 256
@@ -21,22 +22,23 @@ SHORT_SEQUENCE = 1024
 
 def kl_rows_triton(pair: MapPair) -> Tensor:
     """KL(teacher map ‖ student map) of every row: [B, M, N]."""
-    pair = _supported(pair)
-    if pair.heads.group_size > 1 or pair.heads.mixing is not None:
-        from dbscale.kernels.attention_kl_general import general_kl_rows
-
-        return general_kl_rows(pair)
-    return _attention(pair, None)[1]
+    if not is_paired(pair):
+        return kl_rows_chunked(pair)
+    return _attention(_supported(pair), None)[1]
 
 
 def out_and_kl_rows_triton(pair: MapPair, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention output [B, H_s, N, d_v] over all tokens and the KL rows of the sliced maps."""
-    is_paired = pair.heads.group_size == 1 and pair.heads.mixing is None
-    if is_paired and pair.rows_shape[2] == pair.q_s.shape[2]:
+    if is_paired(pair) and pair.rows_shape[2] == pair.q_s.shape[2]:
         out, rows, _ = _attention(_supported(pair), unit_stride(v))
         return out, rows
     out = F.scaled_dot_product_attention(pair.q_s, pair.k_s, v, scale=pair.scale_s)
     return out, kl_rows_triton(pair.sliced())
+
+
+def is_paired(pair: MapPair) -> bool:
+    """Whether each student head is compared with one teacher head, which is what the kernels serve."""
+    return pair.heads.group_size == 1 and pair.heads.mixing is None
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -60,14 +62,20 @@ def padded(width: int) -> int:
     return max(triton.next_power_of_2(width), 16)
 
 
-def tile_shape(dtype: torch.dtype, *widths: int) -> dict[str, int]:
-    """Rows and keys per tile and the warps that hold them: as large as fits the registers without spills."""
-    widest = max(padded(width) for width in widths)
-    if dtype == torch.float32:  # no tensor cores at full precision: small tiles
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if widest > 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+def tile_shape(dtype: torch.dtype, width_s: int, width_v: int, width_t: int, *, backward: bool) -> dict[str, int]:
+    """Rows and keys per tile and the warps that hold them: the largest found that fit a Hopper's registers unspilled.
+
+    `tests/kernels/test_compile_gate.py` compiles them for sm_90 and holds them to it (float32 up to width 64).
+    """
+    narrow, widest = padded(min(width_s, width_v)), padded(max(width_s, width_v, width_t))
+    rows, keys, warps, stages = 64, 64, 4, 2
+    if dtype == torch.float32:  # no tensor cores at full precision: every thread holds whole rows
+        rows, keys, warps, stages = (32, 16, 4, 1) if widest <= 64 else (16, 16, 8, 1)
+    elif backward:
+        rows, keys, warps = (32, 64, 8) if widest > 64 else (32, 64, 4) if narrow >= 64 else (32, 32, 4)
+    elif widest > 64:
+        warps = 8
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 def widths_of(q_s: Tensor, v: Tensor, q_t: Tensor) -> dict[str, int]:
@@ -104,7 +112,7 @@ def _forward(
     out, kl_rows, statistics = outputs = _forward_outputs(q_s, v)
     batch, num_heads, num_tokens, _ = q_s.shape
     values, out_or_unused = (q_s, q_s) if v is None else (v, out)
-    shape = tile_shape(q_s.dtype, q_s.shape[3], values.shape[3], q_t.shape[3])
+    shape = tile_shape(q_s.dtype, q_s.shape[3], values.shape[3], q_t.shape[3], backward=False)
     if kl_rows.numel():
         forward_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]), batch * num_heads)](
             strided(q_s), strided(k_s), strided(values), strided(q_t), strided(k_t), strided(out_or_unused),
@@ -132,7 +140,7 @@ def _gradients(
     batch, num_heads, num_tokens, _ = q_s.shape
     values = q_s if v is None else v
     widths = widths_of(q_s, values, q_t)
-    shape = tile_shape(q_s.dtype, q_s.shape[3], values.shape[3], q_t.shape[3])
+    shape = tile_shape(q_s.dtype, q_s.shape[3], values.shape[3], q_t.shape[3], backward=True)
     has_out, has_kl = grad_out is not None, upstream is not None
     if not statistics.numel():
         return grads

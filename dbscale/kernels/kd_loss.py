@@ -67,7 +67,9 @@ def kd_loss(
         row_scale=mean_scale,
     )
     mixture = make_target(target, student_logits_BC)
-    loss, ce, kl = _rows(chosen)(student_logits_BC, teacher_logits_BC.detach(), mixture, weights)
+    # Autocast would send the sums, which are products with ones, through a lower precision.
+    with torch.autocast(student_logits_BC.device.type, enabled=False):
+        loss, ce, kl = _rows(chosen)(student_logits_BC, teacher_logits_BC.detach(), mixture, weights)
     ce, kl = ce.detach(), kl.detach()
     if reduction == "none":
         return KDLoss(loss, ce, kl)

@@ -27,11 +27,12 @@ def _tile(matrix, row, start, skew, num_classes, other: tl.constexpr, BLOCK: tl.
     lanes = start + tl.arange(0, BLOCK)
     address = matrix[0] + tl.multiple_of(row * matrix[1] - skew, VECTOR) + lanes.to(tl.int64) * matrix[2]
     if (start >= skew) & (start - skew + BLOCK <= num_classes):
-        values = tl.load(address)
+        values = tl.load(address).to(tl.float32)
     else:
         inside = (lanes >= skew) & (lanes - skew < num_classes)
-        values = tl.load(address, mask=inside, other=other)
-    return values.to(tl.float32)
+        # `other` joins in after the cast: float16 would make an infinity of OUTSIDE.
+        values = tl.where(inside, tl.load(address, mask=inside, other=0.0).to(tl.float32), other)
+    return values
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from dbscale.kernels.kd_loss_kernel import ONE_LABEL, SOFT, TWO_LABELS, kd_kerne
 from dbscale.kernels.kd_target import KDTarget, KDWeights
 
 MAX_BLOCK = 4096
-"""Columns a program holds at a time: 8 per thread with 16 warps."""
+"""Columns a program holds at a time: 8 per thread with 16 warps. Soft targets take half of it, or registers spill."""
 
 
 def kd_rows_triton(
@@ -42,7 +42,7 @@ def _kd_triton(
     unused = losses
     soft_or_unused = unused.expand(1, num_rows) if soft is None else soft
     if num_rows:
-        block, num_warps = launch_shape(num_classes)
+        block, num_warps = launch_shape(num_classes, MAX_BLOCK if soft is None else MAX_BLOCK // 2)
         kd_kernel[(num_rows,)](
             (student, *student.stride()), (teacher, *teacher.stride()), (soft_or_unused, *soft_or_unused.stride()),
             grad, *(unused if each is None else each for each in (labels_a, labels_b, lam)), losses, ces, kls,
@@ -55,9 +55,9 @@ def _kd_triton(
     return outputs
 
 
-def launch_shape(num_classes: int) -> tuple[int, int]:
+def launch_shape(num_classes: int, max_block: int = MAX_BLOCK) -> tuple[int, int]:
     """(columns per step, warps) of a program: 8 columns per thread."""
-    block = min(max(triton.next_power_of_2(num_classes), 128), MAX_BLOCK)
+    block = min(max(triton.next_power_of_2(num_classes), 128), max_block)
     return block, max(block // 256, 1)
 
 

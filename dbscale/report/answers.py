@@ -32,12 +32,25 @@ def _answer_of(
         record.method: record for record in boundaries if record.student is None and setting_of(record) == setting
     }
     if not pooled:
-        return f"On {name}, {_fall(table, setting)}"
+        unpaired = "There are no pairs of a plain and a distilled run, so distillation cannot be judged."
+        return f"On {name}, {_fall(table, setting)} {unpaired}"
+    fall = _fall(table, setting)
+    verdict = _trusted_verdict(pooled, table, setting, trusted=trusted, level=level)
+    return f"On {name}, {verdict} Over all runs {fall}"
+
+
+def _trusted_verdict(
+    pooled: dict[str, BoundaryRecord], table: RunTable, setting: Setting, *, trusted: bool, level: float
+) -> str:
     law, free = pooled.get("law"), pooled["law_free"]
-    if law is None or not trusted or _contradicts(law, mean_delta(table, setting)):
-        poor = " The fitted laws describe these runs too poorly to locate a boundary." if law is not None else ""
-        return f"On {name}, {_verdict(free, table, setting, level)}{poor}"
-    return f"On {name}, {_verdict(law, table, setting, level)}{_second_opinion(law, free)}"
+    without_law = _verdict(free, table, setting, level)
+    if law is None:
+        return without_law
+    if not trusted:
+        return f"{without_law} The fitted laws describe these runs too poorly to locate a boundary."
+    if _contradicts(law, mean_delta(table, setting)):
+        return f"{without_law} The fitted laws contradict that sign and are not used."
+    return _verdict(law, table, setting, level) + _second_opinion(law, free)
 
 
 def _contradicts(record: BoundaryRecord, measured: float) -> bool:
@@ -47,14 +60,13 @@ def _contradicts(record: BoundaryRecord, measured: float) -> bool:
 
 
 def _fall(table: RunTable, setting: Setting) -> str:
-    """A study without pairs still shows how error falls."""
+    """How error changes with upstream data, which a study without pairs shows as well."""
     runs = table.pretrained.where(setting=setting)
     sizes = runs.values("upstream_samples")
     first, last = ends_of(runs)
     change = "falls" if last < first else "does not fall"
     return (
-        f"error {change} from {percent(first)} with {sizes[0]:,} upstream images to {percent(last)} "
-        f"with {sizes[-1]:,}; there are no pairs of a plain and a distilled run, so distillation cannot be judged."
+        f"error {change} from {percent(first)} with {sizes[0]:,} upstream images to {percent(last)} with {sizes[-1]:,}."
     )
 
 
@@ -87,7 +99,7 @@ WITHOUT_ROOT = {
     "positive_to_negative": (
         "distilling helps at first and hurts later {span} ({mean}), but where it turns is not established."
     ),
-    "within_noise": "the arms do not differ beyond noise {span} ({mean}): no boundary can be claimed.",
+    "within_noise": "the arms do not differ consistently beyond noise {span} ({mean}): no boundary can be claimed.",
 }
 """Verdicts without a root, by what ΔE does over the measured range."""
 

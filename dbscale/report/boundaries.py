@@ -92,18 +92,20 @@ def free_boundaries(
     """From the paired measurements alone, every cell and pooled."""
     for cell in cells_of(runs, setting):
         try:
-            paired = paired_delta(pairs, wrong, cell)
-            found = find_boundary(paired, level=level, reach=REACH, seed=seed)
+            found = find_boundary(paired_delta(pairs, wrong, cell), level=level, reach=REACH, seed=seed)
         except LawError as error:
-            yield BoundaryRecord(
-                **_names(cell),
-                method="law_free",
-                status="not_enough_data",
-                measured_range=_measured(runs),
-                words=(str(error),),
-            )
-            continue
-        yield record(cell, found, "law_free", None)
+            yield _without(cell, runs, str(error))
+        except np.linalg.LinAlgError:
+            # Replicates that agree to the last digit leave no noise to weigh the points by.
+            yield _without(cell, runs, "the paired runs do not determine a curve.")
+        else:
+            yield record(cell, found, "law_free", None)
+
+
+def _without(cell: Cell, runs: RunTable, reason: str) -> BoundaryRecord:
+    return BoundaryRecord(
+        **_names(cell), method="law_free", status="not_enough_data", measured_range=_measured(runs), words=(reason,)
+    )
 
 
 def paired_delta(pairs: Sequence[Pair], wrong: dict[str, np.ndarray], cell: Cell) -> PairedDelta:
@@ -120,6 +122,8 @@ def paired_delta(pairs: Sequence[Pair], wrong: dict[str, np.ndarray], cell: Cell
     if len(set(sizes)) < FEWEST_SIZES:
         raise NotEnoughData(f"complete pairs at {len(set(sizes))} values of D_p, a boundary needs {FEWEST_SIZES}.")
     deltas = [np.mean([pair.delta for pair in group]) for group in groups.values()]
+    if not np.any(deltas):
+        raise NotEnoughData("ΔE is exactly 0 in every pair: the arms gave equal results.")
     # Without single results the noise of the test set shows in the scatter between seeds, which is inferred.
     noise = [np.sqrt(np.mean([sampling_variance(pair, wrong) for pair in group])) for group in groups.values()]
     return PairedDelta(

@@ -79,10 +79,10 @@ class Spread:
 
     @classmethod
     def of(cls, groups: list[list[float]], level: float) -> Spread:
-        from scipy import stats
+        from scipy.special import stdtrit
 
         variance, degrees = pooled_variance(groups)
-        return cls(variance, float(stats.t.ppf(0.5 + level / 2, degrees)) if degrees else math.inf)
+        return cls(variance, float(stdtrit(degrees, 0.5 + level / 2)) if degrees else math.inf)
 
     def estimate(self, by_seed: list[float], sampling: float) -> Estimate:
         """Mean with its interval; open where nothing is known of the spread."""

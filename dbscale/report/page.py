@@ -135,7 +135,7 @@ def make_page(store: Store, plan: PlanRecord, table: RunTable, findings: Finding
     return Page(
         grid=plan.grid, question=plan.question, answers=boundary.answers, tiles=tuple(_tiles(table, cost)),
         notes=(*laws.notes, *boundary.notes), settings=tuple(
-            _setting(table, laws, boundary, setting, number) for number, setting in enumerate(table.settings, start=1)
+            setting_part(table, laws, boundary, setting, number) for number, setting in enumerate(table.settings, start=1)
         ),
         arms=tuple(_arm(name) for name in (*table.arms, *(("scratch",) if len(table.scratch) else ()))),
         level=percent(laws.level, 0), law_names=_law_names(laws),
@@ -187,7 +187,8 @@ def _upstream_tile(table: RunTable) -> Tile:
     )
 
 
-def _setting(table: RunTable, laws: LawsFile, boundary: BoundaryFile, setting: Setting, number: int) -> SettingPart:
+def setting_part(table: RunTable, laws: LawsFile, boundary: BoundaryFile, setting: Setting, number: int) -> SettingPart:
+    """The figures and fits of one setting, numbered for the ids of its figures."""
     records = [record for record in boundary.boundaries if setting_of(record) == setting]
     known = [record for record in records if record.status != "not_enough_data"]
     predictions = [prediction for prediction in laws.predictions if setting_of(prediction) == setting]

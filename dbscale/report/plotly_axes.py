@@ -39,6 +39,7 @@ def base_layout(height: int) -> Spec:
         "plot_bgcolor": "rgba(0,0,0,0)", "hovermode": "closest", "shapes": [], "annotations": [],
         "margin": {"l": 64, "r": 8, "t": TOP, "b": BOTTOM},
         "legend": {"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top", "font": {"size": 12}},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#b4bbc7", "activecolor": INK},
         "hoverlabel": {"font": {"family": FONT, "size": 12}, "bgcolor": "#ffffff", "bordercolor": RULE},
     }  # fmt: skip
 

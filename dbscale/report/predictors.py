@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -46,13 +47,17 @@ def correlations(table: RunTable, *, level: float) -> Iterator[Correlation]:
                     yield _correlation(dataset, labels, name, known, level)
 
 
-def _correlation(dataset: str, labels: int, name: str, pairs: np.ndarray, level: float) -> Correlation:
-    from scipy import stats
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks [n] from 0; ties share their mean."""
+    ordered = np.sort(values)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") - 1) / 2
 
-    rho = float(np.corrcoef(*(stats.rankdata(column) for column in pairs.T))[0, 1])
+
+def _correlation(dataset: str, labels: int, name: str, pairs: np.ndarray, level: float) -> Correlation:
+    rho = float(np.corrcoef(ranks(pairs[:, 0]), ranks(pairs[:, 1]))[0, 1])
     low = high = None
     if abs(rho) < 1 and len(pairs) > 3:
         # Fisher's z with Bonett and Wright's variance for ranks.
-        half = stats.norm.ppf(0.5 + level / 2) * np.sqrt((1 + rho**2 / 2) / (len(pairs) - 3))
+        half = NormalDist().inv_cdf(0.5 + level / 2) * np.sqrt((1 + rho**2 / 2) / (len(pairs) - 3))
         low, high = (float(np.tanh(np.arctanh(rho) + sign * half)) for sign in (-1, 1))
     return Correlation(dataset, labels, name, len(pairs), rho, low, high)

@@ -108,7 +108,7 @@ class TransferRecord(Strict):
     arm: str
     student: str
     gap: Estimate
-    """G, with its profile-likelihood interval."""
+    """G, with its bootstrap interval."""
     gap_error: float
     """The gap as an error rate at the largest D_f: G·D_f^-β."""
     share: float

@@ -1,6 +1,6 @@
 """The transfer gap of every downstream set, and how many labels the upstream data was worth.
 
-The laws are `dbscale.laws.transfer`'s; this room picks the runs and says what came out.
+G comes from the fits of the transfer_gap law with their bootstrap; the worth of upstream data from the scratch runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dbscale.laws import effective_data_transferred, fit_law, transfer_gap
+from dbscale.laws import Bootstrap, effective_data_transferred, fit_law
 from dbscale.laws.errors import LawError
 from dbscale.laws.law_fit import LawFit
 from dbscale.report.arm_fits import ArmFit
@@ -23,19 +23,25 @@ BEYOND = 4.0
 def transfer_records(table: RunTable, fits: Sequence[ArmFit], *, level: float) -> Iterator[TransferRecord]:
     """For every student and arm the gap G, and the labels that the largest D_p is worth at the middle D_f."""
     for fit in fits:
-        if fit.law != "transfer_gap":
-            continue
-        for student, found in fit.fits.items():
-            try:
-                gap = transfer_gap(fit.setting.dataset, found.fit, level)
-            except LawError:
-                continue
-            low, high = (float(end) if np.isfinite(end) else None for end in gap.interval)
-            yield TransferRecord(
-                **fit.setting._asdict(), arm=fit.arm, student=str(student),
-                gap=Estimate(value=gap.gap, low=low, high=high), gap_error=gap.gap_error, share=gap.share,
-                worth=_worth(table, fit.setting, fit.arm, str(student)),
-            )  # fmt: skip
+        if fit.law == "transfer_gap":
+            for student, found in fit.fits.items():
+                yield _record(table, fit, str(student), found, level)
+
+
+def _record(table: RunTable, fit: ArmFit, student: str, found: Bootstrap, level: float) -> TransferRecord:
+    columns, params = found.fit.x, found.fit.params
+    gap, (low, high) = params["G"], found.interval(level)["G"]
+    left = params["A"] * float(columns["upstream_samples"].max()) ** -params["alpha"] + gap
+    return TransferRecord(
+        **fit.setting._asdict(), arm=fit.arm, student=student,
+        gap=Estimate(value=gap, low=finite(low), high=finite(high)),
+        gap_error=gap * float(columns["downstream_samples"].max()) ** -params["beta"], share=gap / left,
+        worth=_worth(table, fit.setting, fit.arm, student),
+    )  # fmt: skip
+
+
+def finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _worth(table: RunTable, setting: Setting, arm: str, student: str) -> float | None:

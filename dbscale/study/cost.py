@@ -1,22 +1,24 @@
 """What a cell will cost before it runs: FLOPs of a model and seconds on a device.
 
 Counts a multiply-add as two operations and a backward pass as two forward passes, as is usual.
-Calibrated by finished rows, or by a probe that launch runs; it never imports torch.
+Calibrated by a probe of the machine that launch runs, and by finished rows; it never imports torch.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from dbscale.study.calibration import Calibration
 from dbscale.study.cell import Cell
-from dbscale.study.recipe import DeiT, Model, Recipe
+from dbscale.study.recipe import DeiT, Model, Recipe, Stage
 from dbscale.study.row import Row
 
 FORWARD_GFLOPS_224 = {"resnet18": 3.64, "resnet34": 7.34, "resnet50": 8.22, "resnet101": 15.7}
 """Published multiply-adds at 224 px, doubled; a timm model not listed counts as DeiT-S (9.2)."""
 DEFAULT_GFLOPS_224 = 9.2
+STAGES: tuple[Stage, ...] = ("pretrain", "distill", "finetune")
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,63 @@ class CostModel:
     cell_overhead_s: float = 0.3
     """Building the model, reading parents, evaluating and writing results."""
     scale: float = 1.0
-    """Measured over predicted, from calibration."""
+    """Measured over predicted, of stages that are not in `stage_scale`."""
+    stage_scale: Mapping[Stage, float] = field(default_factory=dict)
+    """The same by stage: a teacher's forward or a short finetune has overheads of its own."""
 
     def seconds(self, cell: Cell) -> float:
         """Predicted device-seconds of one cell."""
-        work = train_flops(cell.recipe, cell.teacher.recipe.model if cell.teacher else None)
-        overhead = cell.recipe.num_steps * self.device.step_overhead_s + self.cell_overhead_s
-        return self.scale * (work / self.device.flops_per_s + overhead)
+        scale = self.stage_scale.get(cell.recipe.stage, self.scale)
+        steps_s = cell.recipe.num_steps * self.step_seconds(step_flops(cell))
+        return scale * (steps_s + self.cell_overhead_s)
+
+    def step_seconds(self, flops: float) -> float:
+        """Of one optimizer step, before scaling."""
+        return flops / self.device.flops_per_s + self.device.step_overhead_s
+
+    def probed(self, calibration: Calibration) -> CostModel:
+        """What a probe of the machine measured, in place of what is assumed of its kind."""
+        device = Device(self.device.name, calibration.flops_per_s, 1.0, calibration.step_overhead_s)
+        return CostModel(device, calibration.cell_overhead_s, 1.0, calibration.stage_scale)
 
     def calibrated(self, measured: Iterable[tuple[Cell, Row]]) -> CostModel:
-        """The same model, scaled by the median of measured over predicted; unchanged without rows."""
-        ratios = [row.timing.device_time_s / self.seconds(cell) for cell, row in measured]
-        return replace(self, scale=self.scale * statistics.median(ratios)) if ratios else self
+        """The same model, scaled by the median of measured over predicted of each stage; unchanged without rows."""
+        ratios: dict[Stage, list[float]] = {}
+        for cell, row in measured:
+            ratios.setdefault(cell.recipe.stage, []).append(row.timing.device_time_s / self.seconds(cell))
+        if not ratios:
+            return self
+        overall = statistics.median(ratio for found in ratios.values() for ratio in found)
+        known: dict[Stage, float] = {stage: self.stage_scale.get(stage, self.scale) for stage in STAGES}
+        scales = {stage: known[stage] * statistics.median(ratios.get(stage, [overall])) for stage in STAGES}
+        return replace(self, scale=self.scale * overall, stage_scale=scales)
+
+
+def fit_step_times(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(operations a second, seconds a step) such that flops/speed + overhead meets `measured` (flops, seconds).
+
+    Least squares of the relative errors, neither below zero. One size alone cannot tell the two apart: all of its time
+    is then put down to operations.
+    """
+    # Minimise Σ (a·f/t + b·1/t − 1)², a = 1/speed, b = overhead.
+    ff = sum((f / t) ** 2 for f, t in measured)
+    fo = sum(f / t**2 for f, t in measured)
+    oo = sum(1 / t**2 for _, t in measured)
+    f1, o1 = sum(f / t for f, t in measured), sum(1 / t for _, t in measured)
+    determinant = ff * oo - fo**2
+    if determinant > 1e-9 * ff * oo:
+        a, b = (f1 * oo - o1 * fo) / determinant, (o1 * ff - f1 * fo) / determinant
+        if a > 0 and b >= 0:
+            return 1 / a, b
+        if a <= 0:  # larger models were not slower: overhead is all there is to see
+            return max(f / t for f, t in measured) * 1e3, o1 / oo
+    return ff / f1, 0.0
+
+
+def step_flops(cell: Cell) -> float:
+    """Operations of one optimizer step."""
+    teacher = cell.teacher.recipe.model if cell.teacher else None
+    return train_flops(cell.recipe, teacher) / cell.recipe.num_steps
 
 
 def train_flops(recipe: Recipe, teacher: Model | None = None) -> float:

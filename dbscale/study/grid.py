@@ -111,17 +111,20 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     return validate(Grid, override(_with_base(load_yaml(path), path), overrides), where=str(path))
 
 
-def _with_base(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`extends: other.yaml` (relative to this file) fills in what this file leaves out, mapping by mapping."""
+def _with_base(data: dict[str, Any], path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """`extends: other.yaml` (relative to this file) fills in what this file leaves out, mapping by mapping.
+
+    The other file may itself extend one; `below` holds the files on the way here.
+    """
     base = data.pop("extends", None)
     if base is None:
         return data
     if not isinstance(base, str):
         raise ConfigError(f"{path}: `extends` takes the path of one YAML file, found {base!r}")
-    base_path = path.parent / base
-    if base_path.resolve() == path.resolve():
-        raise ConfigError(f"{path}: a grid cannot extend itself")
-    return _merge(load_yaml(base_path), data)
+    base_path, below = (path.parent / base).resolve(), (*below, path.resolve())
+    if base_path in below:
+        raise ConfigError(f"{path}: a grid cannot extend itself, and {base} comes back to {base_path.name}")
+    return _merge(_with_base(load_yaml(path.parent / base), path.parent / base, below), data)
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

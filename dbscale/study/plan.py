@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from dbscale.study.cell import Arm, Cell, model_label
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, Point, merged_cells
-from dbscale.study.store import CellState, Store, read_json, write_json
+from dbscale.study.store import CellState, Store, read_json, write_model
 from dbscale.study.strict import Strict, validate
 
 
@@ -147,7 +147,7 @@ def _record_point(point: Point) -> PointRecord:
 
 
 def write_plan(store: Store, plan: PlanRecord) -> None:
-    write_json(store.grid_dir(plan.grid) / "plan.json", plan.model_dump(mode="json"))
+    write_model(store.grid_dir(plan.grid) / "plan.json", plan)
 
 
 def read_plan(store: Store, grid_name: str) -> PlanRecord | None:

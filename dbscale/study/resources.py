@@ -27,4 +27,7 @@ class Resources(Strict):
     deterministic: bool = True
     compile: bool = False
     kd_backend: Literal["auto", "triton", "sdpa", "eager", "compile"] = "auto"
+    teacher_cache: bool = False
+    """Keep a teacher's logits in `<store>/teacher_logits`, by the pixels it saw: for students that share a stream and
+    a teacher that is dearer than reading them. Attention maps are not kept."""
     tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None

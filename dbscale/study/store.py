@@ -6,12 +6,12 @@ Reads are cheap and torch-free, so that `plan` and `status` answer at once on a 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -21,7 +21,6 @@ from dbscale.study.row import Row
 from dbscale.study.strict import Strict, validate
 
 CellState = Literal["new", "running", "done", "failed", "interrupted", "blocked"]
-NUM_WRITERS = 32
 HEARTBEAT_LIMIT_S = 120.0
 """A run whose progress file is older than this, on another host, is taken for dead."""
 
@@ -76,17 +75,13 @@ class Store:
         return self.root / "grids" / name
 
     def write_spec(self, spec: CellSpec) -> None:
-        """`recipe.json`; left alone when it exists, for equal keys mean equal content."""
-        path = self.cell_dir(spec.key) / "recipe.json"
-        if not path.exists():
-            with atomic_open(path, "w") as file:
-                file.write(spec.model_dump_json(indent=1) + "\n")
+        """`recipe.json`; left alone when it exists, for equal keys mean equal content.
 
-    def write_specs(self, specs: Iterable[CellSpec]) -> None:
-        """Many at once, in threads: what costs is waiting for the disk, which writes many files as fast as one."""
-        with ThreadPoolExecutor(NUM_WRITERS) as pool:
-            for _ in pool.map(self.write_spec, specs):
-                pass
+        Not synced, because a grid writes thousands: what a power cut empties, the next submit writes again.
+        """
+        path = self.cell_dir(spec.key) / "recipe.json"
+        if not _has_content(str(path)):
+            write_model(path, spec, durable=False)
 
     def read_spec(self, key: str) -> CellSpec:
         path = self.cell_dir(key) / "recipe.json"
@@ -103,9 +98,7 @@ class Store:
 
     def attempts(self, key: str) -> list[Attempt]:
         """All tries so far, oldest first."""
-        folder = self.cell_dir(key) / "attempts"
-        paths = sorted(folder.glob("*.json"), key=lambda path: int(path.stem)) if folder.is_dir() else []
-        return [validate(Attempt, read_json(path), where=str(path)) for path in paths]
+        return [self._read_attempt(key, number) for number in self._attempt_numbers(key)]
 
     def write_attempt(self, key: str, attempt: Attempt) -> None:
         write_json(self.cell_dir(key) / "attempts" / f"{attempt.number}.json", attempt.model_dump(mode="json"))
@@ -118,14 +111,18 @@ class Store:
         write_json(self.cell_dir(key) / "progress.json", progress.model_dump(mode="json"), durable=False)
 
     def last_attempt(self, key: str) -> Attempt | None:
-        folder = f"{self.root}/cells/{key}/attempts"
+        numbers = self._attempt_numbers(key)
+        return self._read_attempt(key, numbers[-1]) if numbers else None
+
+    def _attempt_numbers(self, key: str) -> list[int]:
         try:
-            numbers = [int(name[:-5]) for name in os.listdir(folder) if name.endswith(".json") and name[0] != "."]
+            names = os.listdir(f"{self.root}/cells/{key}/attempts")
         except FileNotFoundError:
-            return None
-        if not numbers:
-            return None
-        path = Path(folder, f"{max(numbers)}.json")
+            return []
+        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and not name.startswith("."))
+
+    def _read_attempt(self, key: str, number: int) -> Attempt:
+        path = self.cell_dir(key) / "attempts" / f"{number}.json"
         return validate(Attempt, read_json(path), where=str(path))
 
     def states(self, keys: Iterable[str]) -> dict[str, CellState]:
@@ -154,6 +151,13 @@ class Store:
         return time.time() - last_sign < HEARTBEAT_LIMIT_S
 
 
+def _has_content(path: str) -> bool:
+    try:
+        return os.stat(path).st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 def _pid_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -178,28 +182,41 @@ def write_json(path: Path, value: Mapping[str, Any] | list[Any], *, durable: boo
         file.write("\n")
 
 
+def write_model(path: Path, model: Strict, *, durable: bool = True) -> None:
+    """As `write_json`, for configs that are large or many: pydantic writes JSON many times faster."""
+    with atomic_open(path, "w", durable=durable) as file:
+        file.write(model.model_dump_json(indent=1) + "\n")
+
+
 @contextlib.contextmanager
 def atomic_open(path: Path, mode: Literal["w", "wb"], *, durable: bool = True) -> Iterator[IO[Any]]:
     """A file that appears under `path` only when it was written whole. Raises StoreError when it cannot be."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{_hostname()}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open(mode) as file:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, mode) as file:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
         if durable:
             sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise StoreError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another STORE, then run again: "
             "finished cells are kept"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _hostname() -> str:
+    return socket.gethostname()
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import accelerate.optimizer
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
@@ -29,8 +31,11 @@ from dbscale.study.resources import Resources
 from dbscale.training.errors import TrainingError
 from dbscale.training.trackers import tracker_options
 
+EXTENSIONS = Path(sys.prefix) / "torch_extensions"
+"""Where `make setup` built DeepSpeed's op: in a cache that checkouts share, each would build it anew for its own paths."""
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 LONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+LOMO = cache(accelerate.optimizer.is_lomo_available)
 AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
@@ -138,9 +143,13 @@ def _settle_memory(uses_deepspeed: bool) -> None:
 
 def _configure_process(resources: Resources) -> None:
     """Threads and determinism; cheap, hence done for each cell."""
+    # Accelerate looks for this package on disk twice a step.
+    accelerate.optimizer.is_lomo_available = LOMO
     if resources.threads is not None:
         torch.set_num_threads(resources.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if os.access(EXTENSIONS, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
     torch.use_deterministic_algorithms(resources.deterministic, warn_only=True)
     # Determinism also fills every fresh tensor with NaN to unmask reads of unwritten memory: a cost, no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -160,6 +169,9 @@ def _rank_environment(zero_stage: int | None, on_cpu: bool) -> Iterator[None]:
         "ACCELERATE_TORCH_DEVICE": "cpu" if on_cpu else None,
         "DS_ACCELERATOR": "cpu" if on_cpu else "cuda",
     }
+    if on_cpu and not torch.cuda.is_available():
+        # Otherwise torch's optimizers open the driver's library at each step, only to find no device.
+        wanted["CUDA_VISIBLE_DEVICES"] = ""
     if zero_stage is not None and "RANK" not in os.environ:
         wanted |= LONE_RANK
     before = {name: os.environ.get(name) for name in wanted}

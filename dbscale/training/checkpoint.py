@@ -28,7 +28,7 @@ from dbscale.training.progress import LossRecord
 
 NUM_KEPT = 2
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Of what `_seal` writes."""
 
 
@@ -44,7 +44,10 @@ class LoopState:
     checkpoint_time_s: float = 0.0
     """Time that training stood still for checkpoints."""
     energy_j: float | None = None
-    replaced_samples: int = 0
+    bad_ids: list[int] = field(default_factory=list)
+    """Undecodable samples met so far by any rank (positions in the split), sorted."""
+    stream: dict[str, Any] = field(default_factory=dict)
+    """What the batches are a function of besides `step`: `TrainLoader.identity`."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LoopState:

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dbscale.data import Batch, TrainLoader, Transform, mix_batch
@@ -74,8 +75,10 @@ def train(run: Run) -> bool:
     for step in range(state.step, recipe.num_steps):
         batch = next(run.loader)
         state.data_wait_s += time.perf_counter() - mark
+        if len(batch.bad_ids):
+            state.bad_ids = sorted({*state.bad_ids, *batch.bad_ids.tolist()})
 
-        seed_step(recipe.seed, step, run.accelerator.process_index)
+        seed_step(recipe.seed, step, run.accelerator.process_index, run.accelerator.device)
         set_learning_rate(run.optimizer, learning_rate(step, recipe))
         images, target = _to_device(run, batch, step)
         losses = _optimizer_step(run, images, target)
@@ -197,5 +200,10 @@ def _add_energy(run: Run, since: float | None) -> float | None:
 
 def _save(run: Run) -> None:
     run.reporter.flush(run.state.step - 1)
-    run.state.replaced_samples = run.loader.num_bad_samples
+    gather_bad_samples(run)
     run.checkpointer.save(run.state)
+
+
+def gather_bad_samples(run: Run) -> None:
+    """Every rank learns which samples the others could not decode; all ranks call it."""
+    run.state.bad_ids = sorted(set(gather_object(run.state.bad_ids)))

@@ -37,15 +37,22 @@ Objective = Callable[[nn.Module, Tensor, Target], Losses]
 """(student, images [b, 3, S, S], target) -> Losses."""
 
 
-def make_objective(recipe: Recipe, resources: Resources, teacher: nn.Module | None, student: nn.Module) -> Objective:
+def make_objective(
+    recipe: Recipe,
+    resources: Resources,
+    teacher: nn.Module | None,
+    student: nn.Module,
+    answer: Callable[[Tensor], Tensor] | None = None,
+) -> Objective:
     """The objective of a recipe. Terms of weight zero are not computed, so a distill cell with alpha = beta = 0 is
-    bitwise the pretrain cell. `student` is the bare timm model, whose attention the teacher guides."""
+    bitwise the pretrain cell. `student` is the bare timm model, whose attention the teacher guides; `answer` gives the
+    teacher's logits where its maps are not asked for (default: the teacher itself)."""
     smoothing, settings = recipe.training.label_smoothing, recipe.distill
     maps = wants_maps(settings)
     if settings is None or teacher is None or not wants_teacher(settings):
         return lambda model, images, target: _plain(model(images), target, smoothing)
     tap = make_tap(student, teacher, settings.attention, resources.kd_backend) if maps and settings.attention else None
-    return _DistillObjective(settings, smoothing, teacher, tap, resources.kd_backend)
+    return _DistillObjective(settings, smoothing, answer or teacher, tap, resources.kd_backend)
 
 
 def wants_teacher(settings: Distill | None) -> bool:
@@ -62,7 +69,12 @@ class _DistillObjective:
     """Teacher on the same augmented view, student, loss."""
 
     def __init__(
-        self, settings: Distill, smoothing: float, teacher: nn.Module, tap: AttentionTap | None, backend: str
+        self,
+        settings: Distill,
+        smoothing: float,
+        teacher: Callable[[Tensor], Tensor],
+        tap: AttentionTap | None,
+        backend: str,
     ) -> None:
         self.settings, self.smoothing, self.teacher, self.tap, self.backend = settings, smoothing, teacher, tap, backend
 

@@ -19,6 +19,7 @@ from dbscale.training.accelerators import AMP_DTYPE, Batching
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.ema import EMA
 from dbscale.training.errors import TrainingError
+from dbscale.training.logit_cache import open_cache
 from dbscale.training.loop import Run
 from dbscale.training.losses import make_objective, wants_maps
 from dbscale.training.models import freeze_backbone, load_backbone, make_model
@@ -51,7 +52,9 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     teacher = load_teacher(context.store, spec, num_classes=dataset.num_classes, device=accelerator.device)
     for model in (student, teacher):
         set_precision(model, recipe, accelerator)
-    objective = make_objective(recipe, context.resources, teacher, student)
+    keeps_logits = teacher is not None and context.resources.teacher_cache and not wants_maps(recipe.distill)
+    answer = open_cache(context.store, spec, teacher, accelerator.device) if teacher and keeps_logits else None
+    objective = make_objective(recipe, context.resources, teacher, student, answer)
     if context.resources.compile:
         student.compile()
     optimizer = make_optimizer(student, recipe.training.optim)
@@ -59,9 +62,12 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     ema = EMA(student, recipe.training.ema_decay) if recipe.training.ema_decay is not None else None
     checkpointer = _make_checkpointer(spec, context, student, model, ema)
     state = checkpointer.load_latest() or LoopState()
+    loader, device_transform = make_batches(recipe, dataset, context, state.step)
+    if state.step:
+        loader.refuse_foreign(state.stream)
+    state.stream = loader.identity
     if accelerator.is_main_process:
         truncate_metrics(context.store, spec.key, state.step)
-    loader, device_transform = make_batches(recipe, dataset, context, state.step)
     return Run(
         recipe=recipe,
         accelerator=accelerator,

@@ -23,10 +23,11 @@ from dbscale.training.checkpoint import LoopState
 from dbscale.training.device import device_name, peak_flops, peak_memory_bytes
 from dbscale.training.evaluate import Evaluation, evaluate
 from dbscale.training.flops import count_train_flops, measure
-from dbscale.training.loop import Run
+from dbscale.training.loop import Run, gather_bad_samples
 from dbscale.training.losses import wants_teacher
 from dbscale.training.models import restore_model
 from dbscale.training.prepare import Context, engine_name, open_cell_dataset, set_precision
+from dbscale.training.probes import probe_upstream
 from dbscale.training.weights import WEIGHTS_NAME, export_weights, sha256_of
 
 TRAINED_NAME = "trained.json"
@@ -47,7 +48,7 @@ class Trained:
 def finish_training(run: Run, spec: CellSpec, store: Store) -> None:
     """Write `model.safetensors`, then `trained.json`, which says that nothing is left to train."""
     folder, accelerator = store.cell_dir(spec.key), run.accelerator
-    run.state.replaced_samples = run.loader.num_bad_samples
+    gather_bad_samples(run)
     export_weights(folder / WEIGHTS_NAME, accelerator, run.model, run.ema)
     if accelerator.is_main_process:
         trained = Trained(
@@ -135,8 +136,8 @@ def make_row(
         num_test_samples=int(evaluation.counted_N.sum()),
         train_loss=trained.state.record.train_loss,
         weights_sha256=trained.weights_sha256,
-        replaced_samples=trained.state.replaced_samples,
-        upstream=_upstream(spec, store),
+        replaced_samples=len(trained.state.bad_ids),
+        upstream=_upstream(spec, context),
         teacher=spec.teacher,
         kd_backend=resolve_backend(context.resources.kd_backend, "kd_loss", accelerator.device.type)
         if teacher
@@ -162,15 +163,18 @@ def _arm(spec: CellSpec, store: Store) -> Arm:
     return "scratch" if spec.recipe.stage == "finetune" else "plain"
 
 
-def _upstream(spec: CellSpec, store: Store) -> Upstream | None:
-    parent = store.read_row(spec.init) if spec.init else None
+def _upstream(spec: CellSpec, context: Context) -> Upstream | None:
+    parent = context.store.read_row(spec.init) if spec.init else None
     if parent is None:
         return None
+    probe = probe_upstream(spec, context)
     return Upstream(
         dataset=parent.dataset,
         num_samples=parent.num_samples,
         stage=parent.stage,
         error_rate=parent.error_rate,
+        linear_probe_error=probe.linear_probe_error,
+        transrate=probe.transrate,
     )
 
 

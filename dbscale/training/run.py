@@ -84,7 +84,7 @@ def run_cell(
         )
         if world_size == 1 and admission is not None and admission.refusal is not None:
             return Outcome(*admission.refusal)
-        with _failures_recorded(store, key, admission, resources) as outcome:
+        with _failures_recorded(store, key, admission, resources, stop) as outcome:
             spec, folder = store.read_spec(key), store.cell_dir(key)
             batching = make_batching(spec.recipe.training.global_batch, world_size, resources.micro_batch)
             accelerator = stack.enter_context(open_accelerator(spec.recipe.training, resources, batching, folder))
@@ -130,8 +130,14 @@ class _Box:
 
 
 @contextlib.contextmanager
-def _failures_recorded(store: Store, key: str, admission: Admission | None, resources: Resources) -> Iterator[_Box]:
-    """Turn whatever goes wrong inside into an outcome and an attempt that say why; the log gets the traceback."""
+def _failures_recorded(
+    store: Store, key: str, admission: Admission | None, resources: Resources, stop: StopRequest
+) -> Iterator[_Box]:
+    """Turn whatever goes wrong inside into an outcome and an attempt that say why; the log gets the traceback.
+
+    Once a stop was asked for, what goes wrong counts as interrupted: a terminal's Ctrl-C also reaches compilers and
+    other children, whose end is then no fault of the cell.
+    """
     box = _Box(Outcome("failed", "nothing was run"))
     try:
         yield box
@@ -141,9 +147,10 @@ def _failures_recorded(store: Store, key: str, admission: Admission | None, reso
         if isinstance(error, NonFiniteLoss):
             whole = list_checkpoints(store.cell_dir(key) / "checkpoints")
             reason += f"; last good checkpoint: {whole[0] if whole else 'none'}"
-        box.value = Outcome("failed", reason)
+        status: Literal["interrupted", "failed"] = "interrupted" if stop.requested else "failed"
+        box.value = Outcome(status, reason)
         if admission is not None:
-            close_attempt(store, admission, "failed", reason)
+            close_attempt(store, admission, status, reason)
     except BaseException as error:
         if admission is not None:
             close_attempt(store, admission, "interrupted", type(error).__name__)

@@ -16,7 +16,7 @@ def derive_seed(seed: int, purpose: str, *keys: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
+def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Make torch's draws within a step (stochastic depth, dropout) a function of (seed, step, rank).
 
     So no generator's state has to outlive a step: nothing to save in checkpoints, and a teacher's draws, if it had
@@ -24,5 +24,5 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """
     key = derive_seed(seed, "step", step, rank)
     torch.default_generator.manual_seed(key)
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.manual_seed(key)

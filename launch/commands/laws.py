@@ -26,6 +26,8 @@ def add_commands(add: AddCommand) -> None:
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
     )
     parser.add_argument("--loss", default="huber_log", help="huber_log, least_squares_log, huber or least_squares")
+    parser.add_argument("--bound", action="append", default=[], metavar="PARAM=LOW:HIGH",
+                        help="limits of a parameter, either end may be left out or inf; repeatable")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the fit as JSON")
     parser = add("advise", advise, "distill or not, for one planned study, from a grid's rows or a table")
@@ -46,8 +48,12 @@ def fit(arguments: argparse.Namespace) -> int:
     names = variable_columns(law.variable_names, arguments.x)
     x = {variable: numbers(rows, column, arguments.table) for variable, column in names.items()}
     y = numbers(rows, arguments.y, arguments.table)
-    found = fit_law(arguments.law, x, y, loss=arguments.loss, seed=arguments.seed)
+    limits = bounds(arguments.bound)
+    found = fit_law(arguments.law, x, y, loss=arguments.loss, bounds=limits or None, seed=arguments.seed)
     print(found.report())
+    for column, values in mixed(rows, {*names.values(), arguments.y}).items():
+        print(f"  warning: fitted as one although {column} differs ({', '.join(values[:6])}"
+              f"{', …' if len(values) > 6 else ''}); --where {column}={values[0]} keeps one")  # fmt: skip
     if arguments.out:
         with atomic_open(arguments.out, "w") as file:
             json.dump(found.to_dict(), file, indent=1)
@@ -96,6 +102,39 @@ def variable_columns(variables: Sequence[str], given: Sequence[str]) -> dict[str
             raise ConfigError(f"--x {each!r}: no variable {variable!r}; {nearest(variable, list(variables))}")
         columns[variable] = column
     return columns
+
+
+def bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
+    """Limits by parameter, as `fit_law` takes them; None leaves the form's own end."""
+    limits: dict[str, tuple[float | None, float | None]] = {}
+    for each in given:
+        name, _, ends = each.partition("=")
+        low, colon, high = ends.partition(":")
+        try:
+            limits[name] = (float(low) if low else None, float(high) if high else None)
+        except ValueError:
+            colon = ""
+        if not (name and colon):
+            raise ConfigError(f"--bound {each!r}: write PARAM=LOW:HIGH, for instance E0=:inf")
+    return limits
+
+
+def mixed(rows: Sequence[Mapping[str, Any]], used: set[str]) -> dict[str, list[str]]:
+    """Columns of words, unused by the law, that sort the rows into groups: perhaps studies that do not belong together."""
+    groups = {}
+    for column in rows[0].keys() - used:
+        values = sorted({str(row[column]) for row in rows})
+        if 1 < len(values) <= len(rows) // 3 and not any(is_number(value) for value in values):
+            groups[column] = values
+    return dict(sorted(groups.items()))
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def numbers(rows: Sequence[Mapping[str, Any]], column: str, path: Path) -> list[float]:

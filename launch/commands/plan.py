@@ -1,16 +1,22 @@
-"""`dbscale plan`: what a grid needs, what of it stands, and what the rest will take.  Writes nothing."""
+"""`dbscale plan`: what a grid needs, what of it stands, and what the rest will take.
+
+Writes nothing but, with --calibrate, the machine's speed for this plan and later ones.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
 
-from dbscale.study.cost import CostModel
+from dbscale.study.calibration import write_calibration
+from dbscale.study.cost import DEVICES, CostModel
 from dbscale.study.plan import Plan
 from launch.options import AddCommand, add_study, study_of
 from launch.study import Study, plan_study
 from launch.text import duration, table
 
+LONG_ON_A_CPU_S = 7 * 86400.0
+"""A grid that takes longer was meant for GPUs: the plan then says what it would take there."""
 STATES = ("done", "running", "interrupted", "failed", "blocked", "new")
 STAGES = ("pretrain", "distill", "finetune")
 
@@ -18,12 +24,23 @@ STAGES = ("pretrain", "distill", "finetune")
 def add_commands(add: AddCommand) -> None:
     parser = add("plan", run, "show what a grid needs: cells by stage and state, predicted device-hours, jobs")
     add_study(parser)
+    parser.add_argument("--calibrate", nargs="?", type=float, const=60.0, metavar="SECONDS",
+                        help="first measure this machine on the grid's cells, cut short, for about 60 seconds; later "
+                        "plans on this store use it")  # fmt: skip
     parser.add_argument("--cells", action="store_true", help="also list every cell with its state and predicted time")
 
 
 def run(arguments: argparse.Namespace) -> int:
     study = study_of(arguments)
     plan, cost = plan_study(study)
+    if arguments.calibrate is not None:
+        from launch.calibrate import calibrate
+        from launch.calibrate import describe as describe_calibration
+
+        calibration = calibrate(study, plan, seconds=arguments.calibrate)
+        write_calibration(study.store, calibration)
+        print(describe_calibration(calibration, study.cluster.cost_model().probed(calibration)) + "\n")
+        plan, cost = plan_study(study)
     print(describe(study, plan, cost))
     if arguments.cells:
         rows = [(cell.key, plan.states[cell.key], duration(cost.seconds(cell))) for cell in plan.cells]
@@ -70,4 +87,8 @@ def device_time(study: Study, plan: Plan, cost: CostModel) -> str:
     if study.cluster.executor == "local" and plan.predicted_s:
         workers = study.cluster.num_workers()
         text += f", {duration(plan.predicted_s / workers)} on {workers} workers"
+    if cost.device.name == "cpu" and plan.predicted_s > LONG_ON_A_CPU_S:
+        gpu = CostModel(DEVICES["h100"])
+        left = sum(gpu.seconds(cell) for wave in plan.waves for bundle in wave.bundles for cell in bundle.cells)
+        text += f"; on GPUs about {left / 3600:,.0f} H100-hours, see --cluster slurm"
     return text

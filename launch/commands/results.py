@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dbscale.study.grid import load_grid
 from dbscale.study.store import Store
+from launch.commands.cells import find_cell
 from launch.options import AddCommand, add_data, add_grid, add_store, store_of
 
 
@@ -15,16 +16,17 @@ def add_commands(add: AddCommand) -> None:
     for name, run, summary in (
         ("reduce", reduce, "collect the rows of finished cells, fit the laws, print what was found"),
         ("report", report, "reduce, and write report.html"),
-        ("export", export, "draw the report's figures as SVG and PDF, for papers"),
+        ("export", export, "draw the report's figures as SVG and PDF; with a cell, write its model for timm"),
     ):
         parser = add(name, run, summary)
-        add_grid(parser)
+        add_grid(parser, bare=name != "export")
         add_store(parser)
         add_data(parser)
         if name == "export":
-            parser.add_argument(
-                "--out", type=Path, help="folder of the figures (default: <store>/grids/<name>/figures)"
-            )
+            parser.add_argument("cell", nargs="?", metavar="CELL",
+                                help="key or id of a finished cell: write its model instead of the figures")  # fmt: skip
+            parser.add_argument("--out", type=Path,
+                                help="default: <store>/grids/<name>/figures, or <store>/exports/<key>")  # fmt: skip
 
 
 def reduce(arguments: argparse.Namespace) -> int:
@@ -44,11 +46,22 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
+    if arguments.cell is not None:
+        return export_model(store_of(arguments), arguments.cell, arguments.out)
     from dbscale.report.paper import export_figures
 
     store, name = store_of(arguments), grid_name(arguments)
     for path in export_figures(store, name, arguments.out or store.grid_dir(name) / "figures"):
         print(path)
+    return 0
+
+
+def export_model(store: Store, name: str, out: Path | None) -> int:
+    """A finished cell's weights with timm's config, recipe, row and model card."""
+    key = find_cell(store, name)
+    from dbscale.training.export import export_cell
+
+    print(export_cell(store, key, out or store.root / "exports" / key))
     return 0
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from dbscale.study.grid import datasets_in_use
 from dbscale.study.strict import ConfigError, nearest
 from launch.options import AddCommand, add_data, add_grid
-from launch.text import table
 
 
 def add_commands(add: AddCommand) -> None:
@@ -17,14 +16,16 @@ def add_commands(add: AddCommand) -> None:
     for name, run, summary in (
         ("pack", pack, "pack a grid's datasets into tar shards; those that are packed are left alone"),
         ("verify", verify, "check every sample of packed datasets against its checksum"),
-        ("info", info, "describe packed datasets"),
+        ("info", info, "describe packed datasets: sizes, balance, fingerprint, samples of each class"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("datasets", nargs="*", metavar="DATASET", help="names (default: all)")
         command.set_defaults(shards=run)
         add_data(command)
         if name == "pack":
-            add_grid(command)
+            add_grid(command, bare=False)
+        if name != "info":
+            command.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
 
 
 def pack(arguments: argparse.Namespace) -> int:
@@ -35,7 +36,7 @@ def pack(arguments: argparse.Namespace) -> int:
     for name in arguments.datasets or datasets_in_use(grid):
         if name not in grid.datasets:
             raise ConfigError(f"grid {grid.name}: no dataset {name!r}; {nearest(name, list(grid.datasets))}")
-        print(f"{name}: {ensure_packed(name, grid.datasets[name], arguments.data)}", flush=True)
+        print(f"{name}: {ensure_packed(name, grid.datasets[name], arguments.data, jobs=arguments.jobs)}", flush=True)
     return 0
 
 
@@ -44,7 +45,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
     found = 0
     for folder in _folders(arguments):
-        problems = verify_dataset(folder)
+        problems = verify_dataset(folder, jobs=arguments.jobs, progress=True)
         found += len(problems)
         print(f"{folder.name}: {'all samples good' if not problems else f'{len(problems)} problems'}")
         for problem in problems:
@@ -53,19 +54,13 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    from dbscale.data.manifest import load_manifest
+    from shards.info import describe
 
-    rows = []
-    for folder in _folders(arguments):
-        manifest = load_manifest(folder)
-        image = manifest.image
-        side = str(image.max_side) if image.min_side == image.max_side else f"{image.min_side}-{image.max_side}"
-        for name, split in manifest.splits.items():
-            size = sum(shard.num_bytes for shard in split.shards)
-            rows.append((folder.name, name, split.num_samples, manifest.num_classes, split.balanced_up_to, side,
-                         f"{size / 1e6:.0f} MB", manifest.fingerprint))  # fmt: skip
-    header = ("dataset", "split", "samples", "classes", "balanced to", "px", "size", "fingerprint")
-    print(table(rows, header=header) if rows else f"no packed dataset in {arguments.data / 'shards'}")
+    folders = _folders(arguments)
+    for folder in folders:
+        print(describe(folder, classes=True))
+    if not folders:
+        print(f"no packed dataset in {arguments.data / 'shards'}; `dbscale shards pack` packs those of a grid")
     return 0
 
 

@@ -59,8 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def pack_missing(study: Study) -> Study:
     """The same study with every dataset packed; one that stands is left alone."""
-    from shards.pack import ensure_packed
+    from shards.pack import ensure_packed, source_of
 
+    for name in study.missing_datasets:  # all entries before the first is packed, which may take hours
+        source_of(name, study.grid.datasets[name], study.data_dir)
     for name in study.missing_datasets:
         print(f"packing dataset {name} into {study.dataset_dir(name)}", flush=True)
     for name in study.used_datasets:
@@ -119,7 +121,8 @@ def settled_plan(study: Study) -> tuple[Plan, CostModel]:
 
 def write_records(study: Study, plan: Plan, cost: CostModel) -> None:
     """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date."""
-    study.store.write_specs(cell.spec() for cell in plan.cells)
+    for cell in plan.cells:
+        study.store.write_spec(cell.spec())
     new, old = record(plan, cost), read_plan(study.store, study.grid.name)
     if old is None or (new.points, new.question) != (old.points, old.question):
         write_plan(study.store, new)
@@ -181,9 +184,13 @@ def finish(study: Study, plan: Plan, results: Mapping[str, Result], *, report: b
     if missing:
         print(f"{len(missing)} of {len(plan.cells)} cells did not finish; `dbscale status` names them with their logs, "
               "and the same command tries them again", file=sys.stderr)  # fmt: skip
-    if report and report_is_current(study.store, study.grid.name, [cell.key for cell in plan.cells]):
+    if not report:
+        print(
+            f"{len(plan.cells) - len(missing)} of {len(plan.cells)} cells are done; `dbscale report` fits and draws them"
+        )
+    elif report_is_current(study.store, study.grid.name, [cell.key for cell in plan.cells]):
         print(f"the report is up to date: {study.store.grid_dir(study.grid.name) / 'report.html'}")
-    elif report:
+    else:
         started = time.monotonic()
         path = write_results(study.store, study.grid.name)
         print(f"reduced and reported in {duration(time.monotonic() - started)}: {path}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dbscale.study.store import atomic_open
 
-POLL_INTERVAL_S = 2.0
+POLL_INTERVAL_S = 1.0
 SUPERSEDED_EXIT = 81
 
 

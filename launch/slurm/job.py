@@ -1,8 +1,8 @@
 """Inside a SLURM job: one bundle, one task per rank, through warnings, preemption and lost ranks.
 
 USR2 (time limit, preemption with notice) saves and requeues; TERM saves and waits for the end, because leaving early
-would mark the job failed and requeueing could undo a `scancel`. What kills without warning is requeued by the batch
-script (`script.teardown_lines`). Training itself is `launch.worker`'s and `dbscale.training`'s.
+would mark the job failed and requeueing could undo a `scancel` (`launch.slurm.ending`). A store that cannot be written
+to for a while is waited for. Training itself is `launch.worker`'s and `dbscale.training`'s.
 """
 
 from __future__ import annotations
@@ -10,53 +10,36 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dbscale.study.resources import Resources
 from dbscale.study.stop import StopRequest
-from dbscale.study.store import Store
+from dbscale.study.store import Store, StoreError, atomic_open
 from launch.ranks import Rank, port_of_job, rank_environment
 from launch.signals import stop_on_signals
+from launch.slurm.ending import RETRY_EXIT, watch_for_end, wind_down
 from launch.slurm.fence import Fence
+from launch.slurm.identity import JobIdentity
 from launch.worker import Result, job_log, record_death, run_bundle
 
 BUSY_TRIES, BUSY_WAIT_S = 60, 5.0
 """A cell held by a process of an earlier start: that one ends itself within seconds."""
 RECORD_WAIT_S = 30.0
-KILL_WAIT_S = 60.0
-"""After a TERM that nothing follows, give up waiting for the end and be requeued."""
+STORE_TRIES, STORE_WAIT_S, PROBE_INTERVAL_S = 5, 1800.0, 2.0
+"""How long a job waits for a file system that is full or read-only, before it uses up a requeue."""
 PASSING = re.compile(
     r"no space left|quota exceeded|read-only file system|input/output error|stale file handle|cannot write|file write|"
-    r"connection (closed|reset|refused)|broken pipe|timed out|nccl|gloo|distbackend|distnetwork|rendezvous",
+    r"connection (closed|reset|refused)|broken pipe|timed out|nccl|gloo|distbackend|distnetwork|rendezvous|"
+    r"address already in use|failed to listen",
     re.IGNORECASE,
 )
 """Failures of the machine rather than of the cell: the file system, or a rank that died."""
-RETRY_EXIT, LOST_EXIT = 75, 76
-
-
-@dataclass(frozen=True)
-class JobIdentity:
-    """This job as SLURM numbers it."""
-
-    name: str
-    """`123_4` for element 4 of array 123."""
-    raw: str
-    """The id that scontrol takes."""
-    restart: int
-
-    @classmethod
-    def of(cls, environ: Mapping[str, str] = os.environ) -> JobIdentity:
-        array, raw = environ.get("SLURM_ARRAY_JOB_ID"), environ["SLURM_JOB_ID"]
-        name = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else raw
-        return cls(name, raw, int(environ.get("SLURM_RESTART_COUNT", "0")))
-
-    def __str__(self) -> str:
-        return f"{self.name}.{self.restart}"
+LOST_EXIT = 76
 
 
 @dataclass(frozen=True)
@@ -78,8 +61,9 @@ class SlurmBundle:
             clear_cut_off_result()
             fence = Fence(Path(self.fence), job.restart)
             if rank.rank == 0:
-                fence.raise_token()
+                write_patiently(fence.raise_token, stop)
             fence.watch()
+            watch_for_end(stop, job, rank, self.requeue_limit)
             os.environ.update(rank_environment(rank, master=master_address(), port=port_of_job(job.raw, job.restart)))
             results = self._work(stop, job, rank, fence)
             if stop.requested:
@@ -113,19 +97,30 @@ class Patience:
     stop: StopRequest
 
     def run(self, run_one: Callable[[str], Result], key: str) -> Result:
-        """Run a cell; wait while an older process holds it; end the job, to be requeued, when the machine failed."""
-        result = run_one(key)
-        for _ in range(BUSY_TRIES):
-            if result.status != "busy" or self.stop.requested:
+        """Run a cell; wait for a store that cannot be written to; end the job, to be requeued, when the machine
+        failed otherwise."""
+        result = self._unless_busy(run_one, key)
+        for _ in range(STORE_TRIES):
+            if not is_passing(result) or self.rank.world_size > 1 or self.stop.requested:
                 break
-            time.sleep(BUSY_WAIT_S)
-            result = run_one(key)
+            write_patiently(partial(probe, self.store.cell_dir(key)), self.stop)
+            result = self._unless_busy(run_one, key)
         if result.status == "failed":
             self._consider(result)
         return result
 
+    def _unless_busy(self, run_one: Callable[[str], Result], key: str) -> Result:
+        """Run a cell; wait while an older process holds it."""
+        result = outcome(run_one, key)
+        for _ in range(BUSY_TRIES):
+            if result.status != "busy" or self.stop.requested:
+                break
+            time.sleep(BUSY_WAIT_S)
+            result = outcome(run_one, key)
+        return result
+
     def _consider(self, result: Result) -> None:
-        if PASSING.search(result.reason or ""):
+        if is_passing(result):
             print(f"=== {result.reason}: the job ends and is requeued", file=sys.stderr, flush=True)
             sys.exit(RETRY_EXIT)
         if self.rank.world_size > 1:
@@ -145,6 +140,41 @@ class Patience:
             record_death(self.store, result.key, f"rank {self.rank.rank}: {result.reason}", job_log())
 
 
+def outcome(run_one: Callable[[str], Result], key: str) -> Result:
+    """A cell's result, also where not even its attempt could be written down."""
+    try:
+        return run_one(key)
+    except (StoreError, OSError) as error:
+        return Result(key, "failed", str(error))
+
+
+def is_passing(result: Result) -> bool:
+    """Whether a cell failed for a reason that is the machine's and may pass."""
+    return result.status == "failed" and PASSING.search(result.reason or "") is not None
+
+
+def write_patiently(write: Callable[[], None], stop: StopRequest) -> None:
+    """Call `write`, again and again while the store refuses. Raises its last StoreError after half an hour, or when
+    asked to stop."""
+    deadline = time.monotonic() + STORE_WAIT_S
+    while True:
+        try:
+            return write()
+        except StoreError as error:
+            if stop.requested or time.monotonic() > deadline:
+                raise
+            print(f"=== {error}: waiting", file=sys.stderr, flush=True)
+            time.sleep(PROBE_INTERVAL_S)
+
+
+def probe(folder: Path) -> None:
+    """Write a small file and remove it. Raises StoreError."""
+    path = folder / ".probe"
+    with atomic_open(path, "w") as file:
+        file.write("x" * 65536)
+    path.unlink(missing_ok=True)
+
+
 def clear_cut_off_result() -> None:
     """submitit refuses to write its result beside a half-written one of a process that was killed just then."""
     from submitit import JobEnvironment
@@ -159,25 +189,6 @@ def failed_in_this_job(store: Store, key: str, job: JobIdentity) -> bool:
     if job.restart == 0 or attempt is None or attempt.status != "failed" or attempt.job is None:
         return False
     return attempt.job.rpartition(".")[0] == job.name and not PASSING.search(attempt.reason or "")
-
-
-def wind_down(stop: StopRequest, job: JobIdentity, rank: Rank, requeue_limit: int) -> None:
-    """All is saved; get this job started again, or wait for the end that TERM announces. Does not return."""
-    if stop.reason in ("SIGUSR1", "SIGUSR2") and job.restart >= requeue_limit:
-        sys.exit(RETRY_EXIT)
-    if stop.reason in ("SIGUSR1", "SIGUSR2") and rank.rank == 0:
-        requeue(job)
-    time.sleep(KILL_WAIT_S)
-    sys.exit(RETRY_EXIT)
-
-
-def requeue(job: JobIdentity) -> None:
-    """Ask SLURM to start this job again; while slurmctld does not answer, ask again."""
-    print(f"=== saved; requeueing {job.name} (restart {job.restart + 1})", file=sys.stderr, flush=True)
-    for _ in range(10):
-        if subprocess.run(["scontrol", "requeue", job.raw], check=False, timeout=60).returncode == 0:
-            return
-        time.sleep(6)
 
 
 def master_address(environ: Mapping[str, str] = os.environ) -> str:

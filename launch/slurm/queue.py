@@ -67,7 +67,7 @@ def parse_element(line: str) -> Element:
 def read_ended(arrays: Iterable[int]) -> tuple[Ended, ...]:
     """How elements of `arrays` ended, as accounting knows it; it lags by seconds. Raises SlurmError."""
     ids = ",".join(map(str, sorted(arrays)))
-    out = call(["sacct", "--noheader", "--allocations", "--parsable2", "--array", f"--jobs={ids}",
+    out = call(["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={ids}",
                 "--format=JobID,State,ExitCode"])  # fmt: skip
     return tuple(each for line in out.splitlines() for each in parse_ended(line))
 

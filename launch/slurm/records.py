@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from dbscale.study.recipe import Stage
-from dbscale.study.store import Store, read_json, write_json
+from dbscale.study.store import Store, read_json, write_model
 from dbscale.study.strict import Strict, validate
 from launch.slurm.queue import Element
 
@@ -57,7 +57,7 @@ def jobs_dir(store: Store, record: SubmitRecord) -> Path:
 
 
 def write_record(store: Store, record: SubmitRecord) -> None:
-    write_json(records_dir(store, record.grid) / f"{record.uid}.json", record.model_dump(mode="json"))
+    write_model(records_dir(store, record.grid) / f"{record.uid}.json", record)
 
 
 def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:

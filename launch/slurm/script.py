@@ -69,10 +69,15 @@ def teardown_lines(requeue_limit: int) -> list[str]:
     return [
         "rc=$?",
         f'if [ "$rc" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {int(requeue_limit)} ]; then',
-        "  for _ in 1 2 3 4 5 6 7 8 9 10; do",
-        '    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && break; sleep 6',
+        # One element of every array has the array's number as its raw id, which alone would mean the whole array.
+        "  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "  job=${job:-$SLURM_JOB_ID}",
+        "  for _ in $(seq 50); do",
+        '    state=$(squeue --noheader --jobs="$job" --format=%T) || { sleep 6; continue; }',
+        '    [ "$state" = RUNNING ] || break',
+        '    scontrol requeue "$job" && break',
+        "    sleep 6",
         "  done",
-        '  [ "$state" != RUNNING ] || scontrol requeue "$SLURM_JOB_ID"',
         "fi",
         'exit "$rc"',
     ]

@@ -5,6 +5,7 @@ Submits only what is neither done nor waiting nor running; a record is written b
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 from dbscale.study.cost import CostModel
 from dbscale.study.plan import Plan
@@ -115,12 +117,26 @@ class Submission:
                 shape, name=record.job_name, requeue_limit=self.study.cluster.requeue_limit, after=record.after
             )
         )
-        jobs = executor.submit_array(work)
+        try:
+            jobs = executor.submit_array(work)
+        except FailedJobError as error:
+            self._take_back(record)
+            said = str(error).strip().splitlines()[-1]
+            raise slurm.SlurmError(
+                f"sbatch refused {len(work)} jobs for partition {shape.slurm.partition}: {said}; mend the cluster file "
+                "and submit again, what was accepted before stays queued"
+            ) from None
         job = int(jobs[0].job_id.partition("_")[0])
         done = record.model_copy(update={"job": job})
         write_record(self.study.store, done)
         self.records.append(done)
         return job
+
+    def _take_back(self, record: SubmitRecord) -> None:
+        """An sbatch that timed out may have succeeded all the same."""
+        with contextlib.suppress(slurm.SlurmError):
+            slurm.cancel_by_name(record.job_name)
+            forget(self.study.store, record)
 
     @property
     def _root(self) -> Path:

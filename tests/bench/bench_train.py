@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,12 @@ from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Precision, 
 from dbscale.study.resources import Resources
 from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
+from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import device_name
 from dbscale.training.models import make_model
 from dbscale.training.progress import Reporter
 from dbscale.training.run import run_cell
 from shards.pack import ensure_packed
-
-WARMUP_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ class Setting:
     precision: Precision
     device: torch.device
     steps: int
+    warmup: int = 10
+    """Steps before the clock starts."""
     num_classes: int = 16
 
 
@@ -66,14 +67,14 @@ SETTINGS = {
 
 def timed(step: Callable[[int], object], setting: Setting) -> float:
     """Seconds a step, after warm-up."""
-    for number in range(WARMUP_STEPS):
+    for number in range(setting.warmup):
         step(number)
     synchronize(setting.device)
     started = time.perf_counter()
-    for number in range(WARMUP_STEPS, setting.steps):
+    for number in range(setting.warmup, setting.steps):
         step(number)
     synchronize(setting.device)
-    return (time.perf_counter() - started) / (setting.steps - WARMUP_STEPS)
+    return (time.perf_counter() - started) / (setting.steps - setting.warmup)
 
 
 def synchronize(device: torch.device) -> None:
@@ -174,7 +175,7 @@ def _run(setting: Setting, resources: Resources, folder: Path) -> dict[str, floa
 
     def noting(self: Reporter, step: int, losses: object) -> None:
         original(self, step, losses)  # type: ignore[arg-type]
-        if step + 1 in (WARMUP_STEPS, setting.steps):
+        if step + 1 in (setting.warmup, setting.steps):
             synchronize(setting.device)
             marks[step + 1] = time.perf_counter()
 
@@ -189,26 +190,24 @@ def _run(setting: Setting, resources: Resources, folder: Path) -> dict[str, floa
         raise SystemExit(f"the benchmark's cell failed: {outcome.reason}")
     timing = outcome.row.timing
     return {
-        "step_s": (marks[setting.steps] - marks[WARMUP_STEPS]) / (setting.steps - WARMUP_STEPS),
+        "step_s": (marks[setting.steps] - marks[setting.warmup]) / (setting.steps - setting.warmup),
         "around_s": total - timing.train_time_s - timing.eval_time_s,
         "data_wait_share": timing.data_wait_share,
         "peak_memory_bytes": timing.peak_memory_bytes,
     }
 
 
-def variants(setting: Setting, compiled: bool) -> dict[str, Callable[[Setting], float]]:
+def variants(setting: Setting) -> dict[str, Callable[[Setting], float]]:
     threads = torch.get_num_threads() if setting.device.type == "cpu" else None
     common: dict[str, Any] = {"device": setting.device.type, "threads": threads, "checkpoint_interval_s": 1e9}
-    found = {
+    return {
         "bare": bare,
         "timm": timm_manner,
         "ours, plain": ours(Resources(zero_stage=None, **common)),
         "ours, zero1": ours(Resources(zero_stage=1, **common)),
         "ours, plain, not deterministic": ours(Resources(zero_stage=None, deterministic=False, **common)),
+        "ours, plain, compiled": ours(Resources(zero_stage=None, compile=True, **common)),
     }
-    if compiled:
-        found["ours, plain, compiled"] = ours(Resources(zero_stage=None, compile=True, **common))
-    return found
 
 
 def main() -> None:
@@ -218,9 +217,11 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     model, size, batch = SETTINGS[arguments.model]
     setting = Setting(
-        model, size, arguments.batch or batch, arguments.precision, torch.device(arguments.device), arguments.steps
-    )
-    chosen = variants(setting, arguments.compile)
+        model, size, arguments.batch or batch, arguments.precision, torch.device(arguments.device), arguments.steps,
+        arguments.warmup,
+    )  # fmt: skip
+    known = variants(setting)
+    chosen = {name: known[name] for name in arguments.variants or known if arguments.variants or "compiled" not in name}
     times: dict[str, list[float]] = {name: [] for name in chosen}
     for number in range(arguments.rounds):
         for name, measure in chosen.items():
@@ -230,10 +231,34 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         how = Resources(zero_stage=None, threads=arguments.threads or None)
         last = _run(setting, how, Path(folder))
+    stall_s = checkpoint_stall(setting, how)
     print(
         f"\nAround a further cell of the process (everything but training and evaluation): {last['around_s']:.3f} s; "
-        f"data wait {last['data_wait_share']:.1%}; peak memory {last['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        f"data wait {last['data_wait_share']:.1%}; peak memory {last['peak_memory_bytes'] / 2**20:,.0f} MiB\n"
+        f"A checkpoint stops training for {stall_s * 1e3:.1f} ms (median): {stall_s / 60:.3%} of the time at one a "
+        f"minute, {stall_s / 300:.3%} at one every five minutes"
     )
+
+
+def checkpoint_stall(setting: Setting, how: Resources) -> float:
+    """Seconds that a synchronous save takes, median over a run that saves after every step."""
+    seconds: list[float] = []
+    original = Checkpointer.save
+
+    def noting(self: Checkpointer, state: LoopState) -> Path:
+        started = time.perf_counter()
+        path = original(self, state)
+        seconds.append(time.perf_counter() - started)
+        return path
+
+    Checkpointer.save = noting  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _run(replace(setting, steps=setting.warmup + 3), how.model_copy(update={"checkpoint_interval_s": 1e-9}),
+                 Path(folder))  # fmt: skip
+    finally:
+        Checkpointer.save = original  # type: ignore[method-assign]
+    return statistics.median(seconds)
 
 
 def print_table(setting: Setting, times: dict[str, list[float]]) -> None:
@@ -250,7 +275,7 @@ def print_table(setting: Setting, times: dict[str, list[float]]) -> None:
             f"{statistics.median(values) * 1e3:.2f}",
             f"{setting.batch / best[name]:,.0f}",
         ]
-        row += [f"{best[other] / best[name]:.3f}" for other in ("bare", "timm")]
+        row += [f"{best[other] / best[name]:.3f}" if other in best else "" for other in ("bare", "timm")]
         print(f"| {name} | {' | '.join(row)} |")
 
 
@@ -264,7 +289,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--threads", type=int, default=None if on_gpu else 1)
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before the clock starts")
+    parser.add_argument("--variants", nargs="+", metavar="NAME",
+                        help="loops to measure, as the table names them (default: all but the compiled one)")  # fmt: skip
     return parser.parse_args()
 
 

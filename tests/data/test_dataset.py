@@ -1,5 +1,6 @@
 """Subsets are balanced, nested windows; sizes that do not fit are refused with the one that does."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ def test_fingerprints_name_the_exact_samples(folder: Path) -> None:
 def test_a_size_that_does_not_fit_names_the_largest(folder: Path, size: int) -> None:
     with pytest.raises(DataError, match=r"the split holds 53 \(the largest that fits\), class-balanced up to 40"):
         open_dataset(folder).subset(size)
+
+
+def test_what_goes_to_another_process_is_small_and_maps_the_index_again(folder: Path) -> None:
+    subset = open_dataset(folder, tier="raw").subset(20, 1)
+    expected = subset.labels, subset.dataset.reader.fetch(subset.indices)[0]
+    assert len(pickle.dumps(subset)) < 4000  # neither index, labels nor pixels
+    copy = pickle.loads(pickle.dumps(subset))
+    assert isinstance(copy.dataset.index, np.memmap)
+    assert copy.fingerprint == subset.fingerprint
+    assert np.array_equal(copy.labels, expected[0])
+    assert np.array_equal(copy.dataset.reader.fetch(copy.indices)[0], expected[1])
 
 
 def test_errors_name_what_there_is(folder: Path, tmp_path: Path) -> None:

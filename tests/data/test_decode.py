@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from dbscale.data import decode
@@ -81,6 +82,22 @@ def test_what_is_no_image_says_so(data: bytes) -> None:
 def test_cut_files_are_damaged(make_photograph: Photograph, kind: str, keep: int) -> None:
     with pytest.raises(DecodeError, match="damaged"):
         decode_image(saved(make_photograph(5, 64, 64), kind)[:keep])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_jpeg_cut_anywhere_is_damaged(make_photograph: Photograph, share: float) -> None:
+    data = saved(make_photograph(5, 320, 240), "JPEG")
+    with pytest.raises(DecodeError, match="damaged jpg"):
+        decode_image(data[: int(share * len(data))])
+
+
+def test_what_libjpeg_only_warns_about_is_taken_as_pillow_takes_it(make_photograph: Photograph) -> None:
+    data = saved(make_photograph(7, 64, 48), "JPEG")
+    stray = data[:-2] + bytes(40) + data[-2:]
+    with pytest.raises(ValueError, match="extraneous bytes"):
+        simplejpeg.decode_jpeg(stray)
+    expected = np.asarray(Image.open(io.BytesIO(stray)).convert("RGB"))
+    assert np.array_equal(decode_image(stray), expected)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

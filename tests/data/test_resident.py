@@ -51,6 +51,21 @@ def test_a_damaged_cache_is_rebuilt(folder: Path, tmp_path: Path, expected: np.n
     assert np.array_equal(np.load(array), expected)
 
 
+def test_a_cache_of_damaged_shards_is_rebuilt_when_they_are_mended(own_folder: Path) -> None:
+    dataset = open_dataset(own_folder)
+    tar = own_folder / dataset.split.shards[0].name
+    whole = tar.read_bytes()
+    middle = int(dataset.index["offset"][2]) + 40
+    tar.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert dataset.reader.fetch(np.arange(7))[1] == [2]
+    _opened.cache_clear()
+    assert open_dataset(own_folder).reader.fetch(np.arange(7))[1] == [2]
+    tar.write_bytes(whole)
+    images, bad = open_dataset(own_folder).reader.fetch(np.arange(7))
+    assert bad == []
+    assert np.array_equal(images, open_dataset(own_folder, tier="raw").reader.fetch(np.arange(7))[0])
+
+
 def test_without_a_place_to_write_the_array_stays_in_memory(folder: Path, tmp_path: Path, expected: np.ndarray) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

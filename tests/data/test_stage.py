@@ -28,6 +28,15 @@ def test_only_the_needed_shards_are_copied(folder: Path, tmp_path: Path) -> None
     release(staged)
 
 
+def test_the_same_samples_in_other_shards_are_staged_anew(make_folder_of, tmp_path: Path) -> None:
+    one, other = (open_dataset(make_folder_of((9, 9), shard_samples=n), tier="raw").subset() for n in (4, 7))
+    assert one.fingerprint == other.fingerprint
+    release(stage_subset(one, tmp_path))
+    staged = stage_subset(other, tmp_path)
+    assert np.array_equal(images(staged), images(other))
+    release(staged)
+
+
 def test_the_resident_tier_is_staged_whole(folder: Path, tmp_path: Path) -> None:
     subset = open_dataset(folder).subset(3)
     staged = stage_subset(subset, tmp_path)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from launch.cli import main
+from launch.cli import main, make_parser
+from launch.study import DEFAULT_GRID
 
 
 @pytest.fixture
@@ -117,8 +118,36 @@ def test_fit_finds_a_law_in_any_table(tmp_path: Path, capsys: pytest.CaptureFixt
         ([*words[:-1], "los"], "did you mean 'loss'"),
         ([*words, "--where", "knd=a"], "did you mean 'kind'"),
         ([*words[:-1], "kind"], "row 1"),
+        ([*words, "--bound", "c=0"], "write PARAM=LOW:HIGH"),
+        ([*words, "--bound", "gamma=:1"], "no parameter 'gamma'"),
         (["fit", str(tmp_path / "x.csv"), *words[2:]], "no table"),
         (["fit", str(table), "--law", "pwer", "--x", "seen", "--y", "loss"], "power"),
     ):
         assert main(wrong) == 1
         assert named in capsys.readouterr().err
+
+
+def test_fit_keeps_to_bounds_and_says_what_it_pooled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "t.csv"
+    rows = [f"{x},{scale * x**-0.5},{arm}" for arm, scale in (("plain", 3), ("distilled", 2)) for x in (10, 100, 1000)]
+    table.write_text("seen,loss,arm\n" + "\n".join(rows))
+    words = ["fit", str(table), "--law", "power", "--x", "seen", "--y", "loss", "--out", str(tmp_path / "fit.json")]
+    assert main([*words, "--bound", "c=-0.4:0"]) == 0
+    assert json.loads((tmp_path / "fit.json").read_text())["params"]["c"] == pytest.approx(-0.4, abs=1e-6)
+    assert "although arm differs (distilled, plain)" in capsys.readouterr().out
+    assert main([*words, "--where", "arm=plain"]) == 0
+    assert "although" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "grid"),
+    [
+        (["plan"], DEFAULT_GRID),
+        (["plan", "a.yaml"], Path("a.yaml")),
+        (["plan", "--grid", "a.yaml"], Path("a.yaml")),
+        (["plan", "--grid", "a.yaml", "--store", "s"], Path("a.yaml")),
+        (["submit", "--store", "s", "a.yaml"], Path("a.yaml")),
+    ],
+)
+def test_a_grid_is_given_with_or_without_its_option(words: list[str], grid: Path) -> None:
+    assert make_parser().parse_args(words).grid == grid

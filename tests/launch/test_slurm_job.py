@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,16 +10,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from dbscale.study.stop import StopRequest
+from dbscale.study.store import Store, StoreError
 from launch.ranks import Rank
+from launch.slurm.ending import is_ending_unwanted
 from launch.slurm.fence import SUPERSEDED_EXIT, Fence
-from launch.slurm.job import JobIdentity, Patience, failed_in_this_job
+from launch.slurm.identity import JobIdentity
+from launch.slurm.job import Patience, failed_in_this_job
 from launch.slurm.queue import parse_element, parse_ended
-from launch.slurm.staging import copy_dataset, staged
+from launch.slurm.staging import staged, view
 from launch.worker import Result, record_death
 
+TRAINING = {"budget": {"steps": 10}, "optim": {"lr": 1e-3}, "global_batch": 8, "precision": "fp32"}
+GRID = {
+    "question": "Does it work?", "upstream": {"dataset": "up", "num_samples": [16]}, "image_size": 32,
+    "models": {"h1": {"kind": "deit", "heads": 1, "head_width": 16, "depth": 2, "patch_size": 8}}, "seeds": [0],
+    "pretrain": TRAINING, "finetune": TRAINING,
+}  # fmt: skip
 JOB = JobIdentity("12_3", "17", 1)
 
 
@@ -125,22 +137,82 @@ def inline_cell(workplace: Any, fakes: ModuleType) -> str:
     return next(path.name for path in workplace.store.root.glob("cells/pretrain-*"))
 
 
-def test_staging_copies_what_a_bundle_reads_once(
-    workplace: Any, inline_cell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def packed(tmp_path: Path) -> tuple[Store, Path, list[str]]:
+    """A store with the finetunes of a grid of digits, really packed: (store, data folder, keys)."""
+    from launch.study import load_study
+    from shards.pack import ensure_packed
+
+    grid = {**GRID, "datasets": {"up": {"source": "digits", "image_size": 32}}, "name": "digits", "students": ["h1"],
+            "downstream": [{"dataset": "up", "num_samples": [10, 20]}], "teachers": {}, "arms": ["plain"]}  # fmt: skip
+    (tmp_path / "digits.yaml").write_text(yaml.safe_dump(grid))
+    store, data = tmp_path / "store", tmp_path / "packed"
+    ensure_packed("up", grid["datasets"]["up"], data, progress=False)
+    study = load_study(grid=tmp_path / "digits.yaml", cluster="inline", store=store, data=data)
+    cells = [point.cell for point in study.points()]
+    for cell in cells:
+        study.store.write_spec(cell.spec())
+    return study.store, data, [cell.key for cell in cells]
+
+
+def test_a_staged_bundle_reads_the_same_images_from_the_nodes_disk(
+    packed: tuple[Store, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = workplace.folder / "data"
-    assert staged([inline_cell], workplace.store, data, None) == data
-    monkeypatch.setenv("NODE_DISK", str(tmp_path / "node"))
-    folder = staged([inline_cell], workplace.store, data, "$NODE_DISK/x")
-    assert sorted(path.name for path in (folder / "shards").iterdir() if path.is_dir()) == ["up"]
-    stamp = (folder / "shards" / "up" / "manifest.json").stat().st_mtime_ns
-    assert staged([inline_cell], workplace.store, data, "$NODE_DISK/x") == folder
-    assert (folder / "shards" / "up" / "manifest.json").stat().st_mtime_ns == stamp
+    from dbscale.data import open_dataset
+
+    store, data, keys = packed
+    assert staged(keys, store, data, None) == data
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "node disk"))
+    folder = staged(keys, store, data, "$NODE_DISK/x")
+    assert staged(keys, store, data, "$NODE_DISK/x") == folder
+    assert tmp_path / "node disk" in folder.parents
+    there = open_dataset(data / "shards" / "up").subset(20)
+    expected = there.dataset.reader.fetch(there.indices)[0]
+    shutil.rmtree(data)
+    for split, count in (("train", 20), ("test", None)):
+        subset = open_dataset(folder / "shards" / "up", split).subset(count)
+        found = subset.dataset.reader.fetch(subset.indices)[0]
+        assert len(found) == len(subset.indices)
+        assert split == "test" or np.array_equal(found, expected)
+    assert open_dataset(folder / "shards" / "up").fingerprint == there.dataset.fingerprint
 
 
-def test_a_copy_that_was_broken_off_is_made_again(workplace: Any, inline_cell: str, tmp_path: Path) -> None:
-    source, target = workplace.folder / "data" / "shards" / "up", tmp_path / "copy"
-    target.mkdir()
-    (target / "train-000000.tar").write_text("half")
-    copy_dataset(source, target)
-    assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in source.iterdir())
+def test_bundles_of_other_datasets_have_other_views(packed: tuple[Store, Path, list[str]], tmp_path: Path) -> None:
+    copies = [tmp_path / "node" / name for name in ("up-1", "up-2")]
+    one, other = (view(tmp_path / "node", {"up": copy}) for copy in copies)
+    assert [(folder / "shards" / "up").readlink() for folder in (one, other)] == copies
+
+
+def test_a_store_that_refuses_is_waited_for(
+    workplace: Any, patience: Callable[..., Patience], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.slurm.job.PROBE_INTERVAL_S", 0.0)
+    tries: list[str] = []
+    wrote: list[Path] = []
+
+    def run(key: str) -> Result:
+        tries.append(key)
+        if len(tries) == 1:
+            raise StoreError(f"cannot write {key}: No space left on device")
+        return Result(key, "done")
+
+    def probe(folder: Path) -> None:
+        wrote.append(folder)
+        if len(wrote) < 3:
+            raise StoreError("cannot write: Read-only file system")
+
+    monkeypatch.setattr("launch.slurm.job.probe", probe)
+    assert patience().run(run, "a").status == "done"
+    assert (len(tries), len(wrote)) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "unwanted"),
+    [("COMPLETING|TimeLimit", True), ("FAILED|JobLaunchFailure", True), ("COMPLETING|NonZeroExitCode", True),
+     ("RUNNING|None", False), ("COMPLETING|None", False), ("CANCELLED|None", False), ("PENDING|BeginTime", False)],
+)  # fmt: skip
+def test_what_slurm_ends_for_reasons_of_its_own_is_told_from_a_wish(
+    said: str, unwanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.slurm.ending.call", lambda command: said + "\n")
+    assert is_ending_unwanted(JOB) is unwanted

@@ -68,6 +68,13 @@ def test_it_opens_without_errors_requests_or_sideways_scrolling(opened):
     assert page.evaluate("document.documentElement.scrollWidth") == 1280
 
 
+def test_no_button_sends_the_data_away(opened):
+    page, _ = opened
+    titles = page.eval_on_selector_all(".modebar-btn", "(all) => all.map((button) => button.dataset.title || '')")
+    assert any("Zoom" in title for title in titles)
+    assert not [title for title in titles if "cloud" in title.lower() or "link" in title.lower()]
+
+
 def test_the_answer_is_on_the_first_screen(opened):
     page, _ = opened
     box = page.locator("#answer").bounding_box()

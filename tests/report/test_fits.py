@@ -169,3 +169,16 @@ def test_two_downstream_sets_are_fitted_apart(make_table):
     found = fit_grid(make_table(datasets=("digits", "letters"), **SMALL), options=FAST)
     assert len(found.boundary.answers) == 2
     assert {fit.dataset for fit in found.laws.fits} == {"digits", "letters"}
+
+
+def test_the_transfer_gap_is_told_for_every_student_and_arm(make_table):
+    def gapped(arm: str, upstream: int, params: int, labels: int) -> float:
+        return 0.9 * labels**-0.3 if arm == "scratch" else (3.0 * upstream**-0.4 + 0.2) * labels**-0.3
+
+    found = fit_grid(make_table(error=gapped, noise=0.01, **SMALL), options=FAST)
+    assert {(item.student, item.arm) for item in found.laws.transfer} == {("h1", "plain"), ("h1", "distilled")}
+    for item in found.laws.transfer:
+        assert item.gap.value == pytest.approx(0.2, rel=0.25)
+        assert item.share == pytest.approx(0.2 / (3.0 * 128000**-0.4 + 0.2), abs=0.1)
+        # From scratch the same error takes (0.9 / 0.227)^(1 / 0.3) times the labels: too far beyond 10,000 to say.
+        assert item.worth is None

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dbscale.report import panels
 from dbscale.report.csv_rows import from_records
 from dbscale.report.fits import Options, fit_grid
+from dbscale.report.page import setting_part
 from dbscale.report.table import COLUMNS, TableError
 from dbscale.report.terminal import summary
 
 ODD = ("", "nan", "inf", "-1", "0", "1", "1.0", "many", "1e300", "0.3333", "-0.0", "2000000000000")
+
+POINT = ("arm", "num_params", "upstream_samples", "dataset", "downstream_samples", "seed")
 
 
 def random_records(rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -22,7 +24,7 @@ def random_records(rng: np.random.Generator) -> list[dict[str, Any]]:
     labels = rng.choice([1, 100, 1000, 10**5], size=rng.integers(1, 4))
     params = rng.choice([1, 50_000, 10**7, 10**9], size=rng.integers(1, 4))
     style = rng.integers(4)
-    records = []
+    points: dict[tuple[object, ...], dict[str, Any]] = {}
     for _ in range(rng.integers(1, 40)):
         size = int(rng.choice(sizes))
         error = (0.5, float(rng.random()), float(rng.integers(2)), float(np.exp(-rng.exponential(3))))[style]
@@ -34,8 +36,8 @@ def random_records(rng: np.random.Generator) -> list[dict[str, Any]]:
         }  # fmt: skip
         if rng.random() < 0.01:
             record[str(rng.choice(list(record)))] = str(rng.choice(ODD))
-        records.append(record)
-    return records
+        points[tuple(record[name] for name in POINT) if rng.random() > 0.002 else (len(points),)] = record
+    return list(points.values())
 
 
 def refuse_or_fit(seed: int) -> bool:
@@ -48,18 +50,18 @@ def refuse_or_fit(seed: int) -> bool:
     findings = fit_grid(table, options=Options(num_bootstraps=8))
     assert summary(findings)
     assert all(answer.endswith((".", ". ")) for answer in findings.boundary.answers)
-    for setting in table.settings:
-        panels.error_by_upstream(table, findings.laws, setting)
-        panels.delta_by_upstream(table, findings.boundary, setting)
+    for number, setting in enumerate(table.settings):
+        part = setting_part(table, findings.laws, findings.boundary, setting, number)
+        assert part.by_upstream
     return True
 
 
 @pytest.mark.parametrize("start", range(0, 40, 10))
 def test_odd_tables_are_refused_or_fitted(start: int):
-    assert any([refuse_or_fit(seed) for seed in range(start, start + 10)])
+    assert sum(refuse_or_fit(seed) for seed in range(start, start + 10)) >= 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(1000, 2000, 100))
 def test_a_thousand_odd_tables_are_refused_or_fitted(start: int):
-    assert any([refuse_or_fit(seed) for seed in range(start, start + 100)])
+    assert sum(refuse_or_fit(seed) for seed in range(start, start + 100)) >= 40

@@ -38,6 +38,7 @@ def test_nothing_is_fetched(own_html: str):
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)""", own_html)
     assert "url(" not in own_html
     assert "default-src 'none'" in own_html
+    assert "showSendToCloud: false" in own_html
 
 
 def test_every_figure_is_valid_plotly_and_has_its_place(own_html: str):

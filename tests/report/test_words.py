@@ -62,7 +62,7 @@ def test_an_extrapolation_is_called_one(table):
     [
         ("always_positive", "nowhere clearly raises it"),
         ("always_negative", "nowhere clearly lowers it"),
-        ("within_noise", "do not differ beyond noise"),
+        ("within_noise", "do not differ consistently beyond noise"),
         ("negative_to_positive", "the reverse of a boundary"),
         ("positive_to_negative", "is not established"),
     ],
@@ -92,7 +92,7 @@ def test_a_law_that_contradicts_the_measured_sign_is_not_believed(table):
     wrong = "always_negative" if mean_delta(table, table.settings[0]) > 0 else "always_positive"
     law = boundary(status="no_crossing", direction=wrong, upstream_samples=None)
     (text,) = answers(table, [law, unclear()])
-    assert "do not differ beyond noise" in text
+    assert "do not differ consistently beyond noise" in text
 
 
 def lost(run, state: str = "failed") -> MissingPoint:

@@ -197,6 +197,12 @@ def test_a_file_that_is_no_image_is_named(tree: Path) -> None:
     assert load_manifest(packed(tree, exclude=["train/kind-1/notes.txt"])).split("train").num_samples == 23
 
 
+def test_a_file_that_cannot_be_read_is_named(tree: Path) -> None:
+    (tree / "train/kind-1/gone.png").symlink_to(tree / "nowhere.png")
+    with pytest.raises(DataError, match=r"train/kind-1/gone.png: cannot be read \(No such file or directory\); mend"):
+        packed(tree)
+
+
 def test_a_full_disk_is_said_and_finished_shards_are_kept(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 

@@ -113,4 +113,4 @@ def test_describe(packed: Path) -> None:
     assert "train: 23 samples in 6 shards" in text
     assert "6 to 10 samples a class; every prefix is class-balanced within one up to 18 samples (6 a class)" in text
     assert load_manifest(packed).fingerprint in text
-    assert "0  kind-0  10" in text
+    assert "      0  kind-0     10     3" in text

@@ -7,7 +7,9 @@ sandbox of that folder is used and left standing.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -34,6 +36,19 @@ CLUSTER = {
     "slurm": {"partition": "low", "time_limit_min": 10, "signal_delay_s": 60, "array_parallelism": 4},
     "reducer": {"memory_gb": 0.5},
 }
+
+TRAINING = {"budget": {"steps": 60}, "optim": {"lr": 1e-3}, "global_batch": 16, "precision": "fp32"}
+GRID = {
+    "name": "ranks", "question": "Do two nodes train as one?", "image_size": 32,
+    "datasets": {"digits": {"source": "digits", "image_size": 32}},
+    "upstream": {"dataset": "digits", "num_samples": [64]},
+    "downstream": [{"dataset": "digits", "num_samples": [32]}],
+    "models": {"h1": {"kind": "deit", "heads": 1, "head_width": 16, "depth": 2, "patch_size": 8},
+               "h2": {"kind": "deit", "heads": 2, "head_width": 16, "depth": 2, "patch_size": 8}},
+    "students": ["h2"], "teachers": {"h2": "h1"}, "seeds": [0],
+    "pretrain": TRAINING, "finetune": TRAINING, "distill": {"alpha": 0.5},
+}  # fmt: skip
+TIMED = ("timing", "resources")
 
 _spec = importlib.util.spec_from_file_location("dbscale_launch_conftest", HERE.parent / "launch" / "conftest.py")
 assert _spec is not None and _spec.loader is not None
@@ -80,6 +95,22 @@ class Sandbox:
             time.sleep(1)
         raise AssertionError(f"{words}: {done.stderr}")
 
+    def tell(self, *words: str) -> None:
+        """A command about a job that may have ended by itself just now; tried again while slurmctld is away."""
+        for _ in range(20):
+            done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode == 0 or "contact" not in done.stderr:
+                return
+            time.sleep(1)
+        raise AssertionError(f"{words}: {done.stderr}")
+
+    def state(self, job: str) -> str:
+        return self.slurm("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T").strip()
+
+    def restarts(self) -> int:
+        """How often jobs that wait or run were started again."""
+        return sum(map(int, self.slurm("squeue", "--noheader", "--array", "--Format=RestartCnt").split()))
+
     def jobs(self, *states: str) -> list[str]:
         """Raw ids of the jobs in these states, or of all that are left."""
         only = [f"--states={','.join(states)}"] if states else []
@@ -91,28 +122,40 @@ class Sandbox:
                    "--wrap", f"sleep {seconds}")  # fmt: skip
 
     def send(self, job: str, name: str) -> None:
-        self.slurm("scancel", f"--signal={name}", job)
+        self.tell("scancel", f"--signal={name}", job)
 
     def requeue(self, job: str) -> None:
-        self.slurm("scontrol", "requeue", job)
+        self.tell("scontrol", "requeue", job)
 
     def kill_rank(self, job: str, number: int = signal.SIGKILL) -> bool:
         """Send a signal to one training process of a job; False when it has none just now."""
-        ranks = [process for process in psutil.process_iter() if self._is_rank(process, job)]
-        for process in ranks[:1]:
-            process.send_signal(number)
-        return bool(ranks)
+        return self._signal(job, number, lambda words: "submitit.core._submit" in words)
 
-    def _is_rank(self, process: psutil.Process, job: str) -> bool:
+    def kill_batch_shell(self, job: str) -> bool:
+        return self._signal(job, signal.SIGKILL, lambda words: bool(words) and words[-1].endswith("slurm_script"))
+
+    def _signal(self, job: str, number: int, is_it: Callable[[list[str]], bool]) -> bool:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if ours and environment.get("SLURM_JOB_ID") == job and is_it(process.cmdline()):
+                    process.send_signal(number)
+                    return True
+        return False
+
+    @contextlib.contextmanager
+    def no_user_signal(self) -> Iterator[None]:
+        """Meanwhile preemption sends TERM alone, as clusters without `preempt_send_user_signal` do."""
+        path = Path(self.environment["SLURM_CONF"])
+        text = path.read_text()
+        path.write_text(text.replace("SlurmctldParameters=preempt_send_user_signal", ""))
+        self.slurm("scontrol", "reconfigure")
         try:
-            environment = process.environ()
-            return (
-                environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-                and environment.get("SLURM_JOB_ID") == job
-                and "submitit.core._submit" in process.cmdline()
-            )
-        except psutil.Error:
-            return False
+            yield
+        finally:
+            path.write_text(text)
+            self.slurm("scontrol", "reconfigure")
 
     def power_off(self, node: int, seconds: float = 3.0) -> None:
         """Everything of a node dies at once; it comes back and reports what it lost."""
@@ -155,7 +198,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
         pytest.skip(reason)
     kept = os.environ.get("SANDBOX_DIR")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("slurm")
-    wanted = {"DIR": folder, "GRACE": 4, "CRED_EXPIRE": 3, "KILLWAIT": 3, "TIMEOUT": 120}
+    wanted = {"DIR": folder, "GRACE": 4, "CRED_EXPIRE": 5, "KILLWAIT": 3, "TIMEOUT": 120}
     if not kept:
         wanted["PORT"] = free_ports(8)
     environment = {**os.environ, **{f"SANDBOX_{name}": str(value) for name, value in wanted.items()}}
@@ -190,3 +233,39 @@ def submit(place: Any) -> Callable[..., Any]:
 def all_ended(sandbox: Sandbox, wait_until: Callable[..., None]) -> Callable[[], None]:
     """Wait until nothing waits or runs."""
     return lambda: wait_until(lambda: not sandbox.jobs(), 300)
+
+
+@pytest.fixture
+def real(place: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Makes workplaces with the real training that share one folder of data; wide: more cells."""
+
+    def make(name: str, *, steps: int = 60, wide: bool = False) -> Any:
+        folder = tmp_path / name
+        folder.mkdir()
+        training = {**TRAINING, "budget": {"steps": steps}}
+        grid = {**GRID, "pretrain": training, "finetune": training}
+        if wide:
+            grid["upstream"] = {"dataset": "digits", "num_samples": [64, 128]}
+        (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+        (folder / "data").symlink_to(tmp_path / "shared-data", target_is_directory=True)
+        (tmp_path / "shared-data").mkdir(exist_ok=True)
+        (folder / "cluster.yaml").write_text((place.folder / "cluster.yaml").read_text())
+        environment = {**place.environment, "PYTHONPATH": str(HERE.parents[1])}
+        return replace(place, folder=folder, environment=environment)
+
+    return make
+
+
+@pytest.fixture
+def results() -> Callable[[Any], dict[str, Any]]:
+    """Every row without what is measured by the clock, and the bits that say which test samples were right."""
+
+    def read(place: Any) -> dict[str, Any]:
+        rows = {key: json.loads(text) for key, text in place.rows().items()}
+        bits = {key: (place.store.cell_dir(key) / "correct.npz").read_bytes() for key in rows}
+        return {
+            key: ({name: value for name, value in row.items() if name not in TIMED}, bits[key])
+            for key, row in rows.items()
+        }
+
+    return read

@@ -25,8 +25,21 @@ def running(place: Any, submit: Callable[..., Any], sandbox: Any, wait_until: Ca
     return start
 
 
-def finish_and_check(place: Any, all_ended: Callable[[], None], num_cells: int, *, saved: bool) -> None:
-    """Everything is done without help; `saved`: the fault came with a warning, so no step was taken twice."""
+@pytest.fixture
+def finish_and_check(
+    place: Any, sandbox: Any, wait_until: Callable[..., None], all_ended: Callable[[], None], num_cells: int
+) -> Callable[..., None]:
+    """Once the fault has struck, everything is done without help; `saved`: it came with a warning, so no step was
+    taken twice."""
+
+    def finish(*, saved: bool) -> None:
+        wait_until(sandbox.restarts)
+        check(place, all_ended, num_cells, saved=saved)
+
+    return finish
+
+
+def check(place: Any, all_ended: Callable[[], None], num_cells: int, *, saved: bool) -> None:
     place.behave(steps=STEPS, step_s=0, checkpoint=5)
     all_ended()
     assert len(place.done()) == num_cells
@@ -44,20 +57,21 @@ def finish_and_check(place: Any, all_ended: Callable[[], None], num_cells: int, 
         (lambda sandbox, job: sandbox.requeue(job), True),
         (lambda sandbox, job: sandbox.preempt(), True),
         (lambda sandbox, job: sandbox.kill_rank(job), False),
+        (lambda sandbox, job: sandbox.kill_batch_shell(job), True),
         (lambda sandbox, job: (sandbox.power_off(1), sandbox.power_off(2)), False),
     ],
-    ids=["warning", "requeue", "preemption", "killed-rank", "power-cut"],
+    ids=["warning", "requeue", "preemption", "killed-rank", "killed-batch-shell", "power-cut"],
 )
 def test_the_job_comes_back(
-    place: Any, running: Callable[[], str], sandbox: Any, all_ended: Callable[[], None], num_cells: int,
+    running: Callable[[], str], sandbox: Any, finish_and_check: Callable[..., None],
     fault: Callable[[Any, str], Any], saved: bool,
 ) -> None:  # fmt: skip
     fault(sandbox, running())
-    finish_and_check(place, all_ended, num_cells, saved=saved)
+    finish_and_check(saved=saved)
 
 
 def test_a_controller_that_restarts_changes_nothing(
-    place: Any, running: Callable[[], str], sandbox: Any, all_ended: Callable[[], None], num_cells: int
+    place: Any, running: Callable[[], str], sandbox: Any, finish_and_check: Callable[..., None]
 ) -> None:
     job = running()
     sandbox.script("stop-ctld")
@@ -66,14 +80,40 @@ def test_a_controller_that_restarts_changes_nothing(
     assert "from the store alone" in status.stdout
     sandbox.kill_rank(job)
     sandbox.script("start-ctld")
-    finish_and_check(place, all_ended, num_cells, saved=False)
+    finish_and_check(saved=False)
 
 
 def test_a_frozen_process_that_wakes_up_late_is_fenced_off(
-    place: Any, running: Callable[[], str], sandbox: Any, all_ended: Callable[[], None], num_cells: int
+    place: Any, running: Callable[[], str], sandbox: Any, finish_and_check: Callable[..., None]
 ) -> None:
     """A node that lost its connection: its job was started elsewhere while its processes live on."""
     job = running()
     sandbox.kill_rank(job, signal.SIGSTOP)
     sandbox.requeue(job)
-    finish_and_check(place, all_ended, num_cells, saved=False)
+    finish_and_check(saved=False)
+
+
+def test_preemption_with_term_alone(
+    running: Callable[[], str], sandbox: Any, finish_and_check: Callable[..., None], wait_until: Callable[..., None]
+) -> None:
+    running()
+    with sandbox.no_user_signal():
+        sandbox.preempt()
+        wait_until(sandbox.restarts)
+    finish_and_check(saved=True)
+
+
+def test_a_rank_of_one_element_costs_the_other_elements_nothing(
+    place: Any, submit: Callable[..., Any], sandbox: Any, wait_until: Callable[..., None], all_ended: Callable[[], None]
+) -> None:
+    """One element of an array has the array's number as its own: to requeue by it would requeue them all."""
+    place.behave(steps=STEPS, step_s=0.1, checkpoint=5)
+    assert submit("--set", "cluster.target_min=0.01").returncode == 0
+    wait_until(lambda: len(place.steps()) == 4 and all(len(steps) > 7 for steps in place.steps().values()))
+    array = sandbox.slurm("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%F").split()[0]
+    wait_until(lambda: sandbox.kill_rank(array))
+    wait_until(sandbox.restarts)
+    place.behave(steps=STEPS, step_s=0, checkpoint=5)
+    all_ended()
+    attempts = sorted(len(place.store.attempts(key)) for key in place.done() if "pretrain" in key)
+    assert attempts == [1, 1, 1, 2]

@@ -150,6 +150,21 @@ def test_extends_merges_and_own_keys_win(tmp_path: Path) -> None:
     assert mine.models["h3"].model_dump()["head_width"] == 16
 
 
+def test_a_grid_that_extends_may_itself_be_extended(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "one.yaml").write_text(f"extends: {GRIDS / 'demo.yaml'}\nname: one\nseeds: [7]\n")
+    (tmp_path / "two.yaml").write_text("extends: base/one.yaml\nname: two\n")
+    grid = load_grid(tmp_path / "two.yaml")
+    assert (grid.name, grid.seeds) == ("two", (7,))
+
+
+def test_grids_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("extends: two.yaml\nname: one\n")
+    (tmp_path / "two.yaml").write_text("extends: one.yaml\nname: two\n")
+    with pytest.raises(ConfigError, match=r"two.yaml: a grid cannot extend itself, and one.yaml comes back"):
+        load_grid(tmp_path / "one.yaml")
+
+
 def test_every_shipped_grid_validates_and_expands_without_data() -> None:
     paths = [path for path in sorted(GRIDS.rglob("*.yaml")) if path.parent.name != "bases"]
     assert len(paths) >= 9

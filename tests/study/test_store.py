@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -75,12 +76,14 @@ def test_an_unwritable_store_is_named(tmp_path: Path) -> None:
         write_json(tmp_path / "file" / "cells" / "c" / "x.json", {})
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "with_name", lambda self, name: Path("/dev/full"))
-    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="No space left on device; free space"):
-        write_json(tmp_path / "row.json", {"a": "x" * 100_000})
+        write_json(tmp_path / "row.json", {"a": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_json_says_what_to_do(store: Store) -> None:

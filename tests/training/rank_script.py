@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 
 @dataclass
 class StopAt(StopRequest):
-    """Asks to stop at the n-th look; only rank 1 asks, so that the ranks have something to agree on."""
+    """Asks to stop at the n-th look; only the last rank asks, so that the ranks have something to agree on."""
 
     at: int | None = None
     looks: int = 0
@@ -38,9 +38,8 @@ class StopAt(StopRequest):
     @property
     def requested(self) -> bool:
         self.looks += 1
-        return (
-            self.at is not None and self.looks >= self.at and os.environ["RANK"] == os.environ.get("ASKING_RANK", "1")
-        )
+        is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        return self.at is not None and self.looks >= self.at and is_last
 
 
 def note_end(results: dict[str, Any]) -> None:

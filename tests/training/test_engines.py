@@ -8,12 +8,13 @@ import random
 import pytest
 
 from dbscale.study.recipe import Distill
+from dbscale.training import run
 
 ENGINES = {"ddp": None, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def resources(engine, **more):
-    return {"num_processes": 2, "zero_stage": ENGINES[engine], "threads": 1, **more}
+    return {**{"num_processes": 2, "zero_stage": ENGINES[engine], "threads": 1}, **more}
 
 
 def listed(bench, cell, how, **more):
@@ -123,6 +124,24 @@ def test_a_rank_killed_again_and_again(engine, precision, bench_of, ranks):
     assert found[0]["end"] == expected[0]["end"]
     assert cut.fingerprint(cell) == whole.fingerprint(cell)
     assert len(cut.store.attempts(cell.key)) == 4
+
+
+def test_evaluation_is_exact_with_any_number_of_ranks(bench_of, ranks, kill_on_call):
+    """The same weights judged by one process and by three: 50 test images divide by neither their batch nor by 3."""
+    whole, cut = bench_of("whole"), bench_of("cut")
+    cell = whole.cell(global_batch=12)
+    cut.cell(global_batch=12)
+    expected = whole.run(cell).row
+    assert cut.run_killed(cell, kill_on_call(run, "evaluate_cell")) != 0
+    (first, *_) = ranks.run([listed(cut, cell, resources("ddp", num_processes=3))], world_size=3)
+    assert first[0]["status"] == "done", first[0]["reason"]
+    found = cut.store.read_row(cell.key)
+    assert found.weights_sha256 == expected.weights_sha256
+    assert (found.error_rate, found.top5_error_rate) == (expected.error_rate, expected.top5_error_rate)
+    assert found.num_test_samples == expected.num_test_samples == 50
+    assert found.test_loss == pytest.approx(expected.test_loss, rel=1e-6)
+    assert found.calibration_error == pytest.approx(expected.calibration_error, rel=1e-5)
+    assert cut.fingerprint(cell)["correct"] == whole.fingerprint(cell)["correct"]
 
 
 def test_launching_by_hand(bench, data_dir, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from dbscale.study.recipe import Attention as AttentionSettings
 from dbscale.study.recipe import Budget, DeiT, Distill, Optim, TimmModel
 from dbscale.study.resources import Resources
+from dbscale.study.stop import StopRequest
 from dbscale.training import loop
 
 
@@ -34,6 +35,22 @@ def test_non_finite_loss_names_step_rate_and_last_good_checkpoint(bench, monkeyp
     assert reason.endswith("step-000000006")
     attempt = bench.store.last_attempt(cell.key)
     assert (attempt.status, attempt.reason) == ("failed", reason)
+
+
+def test_what_breaks_while_stopping_is_an_interruption(bench, monkeypatch):
+    stop = StopRequest()
+
+    def interrupted_child(run, images, target):
+        stop.ask("SIGINT")
+        raise RuntimeError("ninja: build stopped: interrupted by user.")
+
+    monkeypatch.setattr(loop, "_optimizer_step", interrupted_child)
+    cell = bench.cell()
+    outcome = bench.run(cell, stop=stop)
+    assert outcome.status == bench.store.last_attempt(cell.key).status == "interrupted"
+    assert "ninja" in outcome.reason
+    monkeypatch.undo()
+    assert bench.run(cell).status == "done"
 
 
 def test_a_run_that_diverges_on_its_own_is_stopped(bench):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dbscale.data import open_dataset
 from dbscale.study.recipe import Attention as AttentionSettings
 from dbscale.study.recipe import Augment, Budget, Distill
 from dbscale.study.resources import Resources
+from dbscale.study.store import Store
 from dbscale.training import attempts, checkpoint, loop, results, run, weights
+from shards.pack import ensure_packed
 
 OFTEN = Resources(zero_stage=None, threads=1, checkpoint_interval_s=1e-9)
 """Saves after every step."""
@@ -156,3 +160,46 @@ def test_locked_cell_is_busy(bench):
     with attempts.admit(bench.store, cell.key, num_devices=1, job=None, log=None) as admission:
         assert admission.refusal is None
         assert bench.run(cell).status == "busy"
+
+
+FOREIGN = {"subset fingerprint": "0123abcd", "seed": 1, "global batch": 48, "repeats": 3, "block size": 64}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_checkpoint_of_another_stream_is_refused(name, bench, stop_after):
+    """The cell's id vouches for the recipe; this for the batches themselves, whatever the id was made from."""
+    cell = bench.cell()
+    bench.run(cell, stop=stop_after(3))
+    (folder,) = checkpoint.list_checkpoints(bench.store.cell_dir(cell.key) / "checkpoints")
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    own = manifest["state"]["stream"][name]
+    manifest["state"]["stream"][name] = FOREIGN[name]
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    before = (bench.store.cell_dir(cell.key) / "metrics.jsonl").exists()
+    outcome = bench.run(cell)
+    assert outcome.status == "failed"
+    assert f"the saved state has {name} {FOREIGN[name]!r}, this run has {own!r}" in outcome.reason
+    assert (bench.store.cell_dir(cell.key) / "metrics.jsonl").exists() == before
+
+
+def test_bad_samples_are_counted_once_however_often_the_run_stops(tmp_path, stop_after):
+    from tests.training.conftest import DATASETS, PLAIN, Bench  # a dataset of its own, to be damaged
+
+    data_dir = tmp_path / "data"
+    folder = ensure_packed("up", DATASETS["up"], data_dir)
+    train = open_dataset(folder, "train", image_size=16)
+    for position in train.subset(40).indices[[3]]:
+        entry = train.index[position]
+        shard = sorted(folder.glob("**/train*.tar"))[int(entry["shard"])]
+        content = bytearray(shard.read_bytes())
+        content[int(entry["offset"]) + 40] ^= 255
+        shard.write_bytes(content)
+    rows = []
+    for name, stops in (("whole", []), ("cut", [4, 3])):
+        bench = Bench(Store(tmp_path / name), data_dir)
+        cell = bench.cell()
+        for steps in stops:
+            assert bench.run(cell, PLAIN, stop_after(steps)).status == "interrupted"
+        rows.append(bench.run(cell).row)
+    assert [row.replaced_samples for row in rows] == [1, 1]
+    assert rows[0].weights_sha256 == rows[1].weights_sha256

@@ -11,8 +11,10 @@ import timm
 import torch
 from timm.utils.metrics import accuracy
 
+from dbscale.study.cell import Cell
 from dbscale.study.cost import num_params
 from dbscale.study.recipe import Attention, Augment, Budget, Data, DeiT, Distill, Optim, Recipe, TimmModel, Training
+from dbscale.study.resources import Resources
 from dbscale.training import loop, losses, run
 from dbscale.training.models import make_model, timm_arguments
 
@@ -238,8 +240,6 @@ def test_export_loads_with_timm_alone(bench, tmp_path):
 
 
 def test_more_data_than_micro_batches_gives_the_same_result_within_rounding(bench_of):
-    from dbscale.study.resources import Resources
-
     rows = []
     for micro in (None, 8, 4):
         bench = bench_of(str(micro))
@@ -283,3 +283,61 @@ def test_recipe_of_the_paper_trains_one_step_of_each_field(bench):
     )
     cell = bench.cell(**{name: getattr(recipe.training, name) for name in Training.model_fields})
     assert bench.run(cell).status == "done"
+
+
+def test_export_command_writes_what_timm_loads(bench, tmp_path, capsys):
+    from launch.cli import main
+
+    cell = bench.cell()
+    store = str(bench.store.root)
+    assert main(["export", cell.id, "--store", store]) == 1
+    assert f"cell {cell.key} is new; only finished cells are exported" in capsys.readouterr().err
+    bench.run(cell)
+    capsys.readouterr()
+    for extra, folder in (
+        ([], bench.store.root / "exports" / cell.key),
+        (["--out", str(tmp_path / "x")], tmp_path / "x"),
+    ):
+        assert main(["export", cell.id, "--store", store, *extra]) == 0
+        assert capsys.readouterr().out.strip() == str(folder)
+        assert {path.name for path in folder.iterdir()} == {
+            "model.safetensors", "config.json", "recipe.json", "row.json", "README.md"
+        }  # fmt: skip
+        name, arguments = timm_arguments(cell.recipe.model, num_classes=6, image_size=16)
+        model = timm.create_model(name, **arguments, checkpoint_path=str(folder / "model.safetensors"))
+        assert all(torch.equal(value, weights_of(bench, cell)[key]) for key, value in model.state_dict().items())
+    assert main(["export", "nothing", "--store", store]) == 1
+    assert "no cell 'nothing'" in capsys.readouterr().err
+
+
+def test_a_whole_finetune_at_another_size(bench):
+    parent = bench.cell()
+    bench.run(parent)
+    plain = bench.cell("finetune", init=parent)
+    data = plain.recipe.data.model_copy(update={"image_size": 24})
+    larger = Cell(plain.recipe.model_copy(update={"data": data}), plain.fingerprint, init=parent)
+    bench.store.write_spec(larger.spec())
+    outcome = bench.run(larger)
+    assert outcome.status == "done", outcome.reason
+    assert weights_of(bench, larger)["pos_embed"].shape == (1, 37, 16)
+    assert outcome.row.upstream.transrate is not None
+    same_size = bench.run(plain).row
+    assert outcome.row.train_flops > 2 * same_size.train_flops
+
+
+def test_distilled_deit_learns_from_a_plain_teacher_with_other_tokens(bench):
+    """Two prefix tokens against one, two heads of the classifier, three attention heads against two."""
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 4}
+    student = TimmModel(kind="timm", name="deit_tiny_distilled_patch16_224", kwargs=sizes)
+    teacher = bench.cell()
+    settings = Distill(alpha=0.5, attention=Attention(layers="all", head_map="matrix"))
+    cell = bench.cell("distill", teacher=teacher, model=student, distill=settings)
+    bench.run(teacher)
+    outcome = bench.run(cell)
+    assert outcome.status == "done", outcome.reason
+    child = bench.cell("finetune", init=cell, model=student)
+    outcome = bench.run(child)
+    assert outcome.status == "done", outcome.reason
+    assert outcome.row.arm == "distilled"
+    weights = weights_of(bench, child)
+    assert weights["head.weight"].shape == weights["head_dist.weight"].shape == (3, 24)

@@ -4,7 +4,8 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const hidden = new Set();
   let scale = "log";
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" } };
+  // Nothing leaves the page: Plotly would offer to send a chart to its makers.
+  const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" } };
   const drawn = new Map();
 
   const armOf = (trace) => (trace.meta || {}).arm;

@@ -150,7 +150,7 @@ def modules() -> dict[str, types.ModuleType]:
     made = {}
     for name, functions in {
         "dbscale.training.run": {"run_cell": run_cell, "Outcome": Outcome},
-        "shards.pack": {"ensure_packed": ensure_packed},
+        "shards.pack": {"ensure_packed": ensure_packed, "source_of": lambda name, spec, data_dir: None},
         "dbscale.report.refresh": {"refresh": lambda store, name: None},
         "dbscale.report.page": {"write_report": write_report},
     }.items():

@@ -1,0 +1,298 @@
+"""`attention_kl` and `sdpa_with_attention_kl` on every backend, against eager float64: values and all gradients.
+
+`test_against_float64.py` holds eager itself to textbook formulas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dbscale.kernels import attention_kl, sdpa_with_attention_kl
+from dbscale.kernels.backend import is_interpreted
+
+pytestmark = [  # numpy's, where the interpreter computes what a `where` then drops
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+]
+EXAMPLES = settings(
+    max_examples=6 if is_interpreted() else 20, deadline=None, suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.generate],  # to shrink a failure would take minutes
+)  # fmt: skip
+UPSTREAM = 2.5
+NAMES = ("kl", "out", "grad_q", "grad_k", "grad_v")
+SPREAD_3_TO_8 = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)).softmax(1)
+
+
+def draw(
+    device: torch.device, batch: int, heads: tuple[int, int], tokens: int, widths: tuple[int, int], scale: float = 1.0
+) -> dict[str, Tensor]:
+    """q, k, v of the student as views of one projection [B, N, 3·H·d], as a transformer makes them; q_t, k_t likewise."""
+    result: dict[str, Tensor] = {}
+    for names, num_heads, width in (("q k v", heads[0], widths[0]), ("q_t k_t v_t", heads[1], widths[1])):
+        qkv = torch.randn(batch, tokens, 3, num_heads, width, device=device) * scale
+        result |= dict(zip(names.split(), qkv.permute(2, 0, 3, 1, 4), strict=True))
+    del result["v_t"]
+    return result
+
+
+def run(given_: dict[str, Tensor], *, wants: str = "both", **options: Any) -> dict[str, Tensor]:
+    """What NAMES names, of upstream · KL + Σ w · out, or of one of the two."""
+    q, k, v = (given_[name].detach().requires_grad_() for name in "qkv")
+    out, kl = sdpa_with_attention_kl(q, k, v, given_["q_t"], given_["k_t"], **options)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
+    loss = torch.zeros((), dtype=kl.dtype, device=kl.device)
+    if wants in ("both", "kl"):
+        loss = loss + UPSTREAM * kl.sum()
+    if wants in ("both", "out"):
+        loss = loss + (out * weights).sum()
+    grads = torch.autograd.grad(loss, (q, k, v), allow_unused=True, materialize_grads=True)
+    return dict(zip(NAMES, (kl.detach(), out.detach(), *grads), strict=True))
+
+
+def run_alone(given_: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    q, k = (given_[name].detach().requires_grad_() for name in "qk")
+    kl = attention_kl(q, k, given_["q_t"], given_["k_t"], **options)
+    grads = torch.autograd.grad(UPSTREAM * kl.sum(), (q, k))
+    return {"kl": kl.detach(), "grad_q": grads[0], "grad_k": grads[1]}
+
+
+def reference(given_: dict[str, Tensor], how: Any = run, **options: Any) -> dict[str, Tensor]:
+    if isinstance(options.get("head_map"), Tensor):
+        options["head_map"] = options["head_map"].double()
+    return how({name: each.double() for name, each in given_.items()}, **(options | {"backend": "eager"}))
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    # What is zero in exact arithmetic, such as the gradient of a softmax over one key, counts by itself.
+    norm = float(expected.norm())
+    return float((value.double() - expected).norm()) / (norm if norm > 1e-10 else 1.0)
+
+
+def check(result: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in result.items():
+        assert value.shape == expected[name].shape
+        assert error(value, expected[name]) <= tolerance, name
+
+
+def serves(backend: str, head_map: Any) -> bool:
+    return backend != "sdpa" or head_map == "repeat"
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 64, 65] if is_interpreted() else [1, 17, 64, 65, 197, 198])
+def test_token_counts_around_the_tile(backend, device, tolerance, tokens) -> None:
+    given_ = draw(device, 1, (2, 1), tokens, (32, 16))
+    check(run(given_, backend=backend), reference(given_), tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [197, 198, 257, 577] if is_interpreted() else [257, 577, 1100])
+def test_longer_sequences(backend, device, tolerance, tokens) -> None:
+    given_ = draw(device, 1, (2, 1), tokens, (64, 64))
+    check(run(given_, backend=backend), reference(given_), tolerance)
+
+
+@pytest.mark.parametrize("widths", [(32, 64), (64, 32), (24, 40), (8, 8), (80, 64)])
+def test_widths_of_student_and_teacher_differ(backend, device, tolerance, widths) -> None:
+    given_ = draw(device, 1, (2, 2), 33, widths)
+    check(run(given_, backend=backend), reference(given_), tolerance)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_map"),
+    [((8, 2), "repeat"), ((8, 8), "repeat"), ((8, 2), "mean"), ((2, 4), "mean"), ((4, 6), "mean"), ((3, 8), SPREAD_3_TO_8)],
+    ids=["8/2 repeat", "8/8 repeat", "8/2 mean", "2/4 mean", "4/6 mean", "3/8 matrix"],
+)  # fmt: skip
+def test_head_counts_differ(backend, device, tolerance, heads, head_map) -> None:
+    if not serves(backend, head_map):
+        pytest.skip("the identity serves one teacher head per student head")
+    given_ = draw(device, 2, heads, 18, (16, 16))
+    options = {"head_map": head_map, "backend": backend}
+    check(run(given_, **options), reference(given_, **options), 2 * tolerance)
+    check(run_alone(given_, **options), reference(given_, run_alone, **options), 2 * tolerance)
+
+
+@given(
+    batch=st.integers(1, 3), heads_t=st.integers(1, 2), repeats=st.integers(1, 2), tokens=st.integers(1, 40),
+    width_s=st.integers(1, 20), width_t=st.integers(1, 20), reduction=st.sampled_from(["batchmean", "sum", "none"]),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+@EXAMPLES
+def test_drawn_shapes(
+    backend, device, tolerance, batch, heads_t, repeats, tokens, width_s, width_t, reduction, seed
+) -> None:
+    torch.manual_seed(seed)
+    given_ = draw(device, batch, (heads_t * repeats, heads_t), tokens, (width_s, width_t))
+    options = {"reduction": reduction, "scale_s": 0.3, "scale_t": 0.2, "backend": backend}
+    check(run(given_, **options), reference(given_, **options), 3 * tolerance)
+
+
+@pytest.mark.parametrize("wants", ["kl", "out", "both"])
+def test_gradients_of_either_output_alone(backend, device, tolerance, wants) -> None:
+    given_ = draw(device, 2, (4, 2), 33, (16, 32))
+    check(run(given_, wants=wants, backend=backend), reference(given_, wants=wants), tolerance)
+
+
+@pytest.mark.parametrize("weight_shape", [(20,), (2, 20), (2, 4, 20)])
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_row_weights_and_token_slices(backend, device, tolerance, weight_shape, reduction) -> None:
+    given_ = draw(device, 2, (4, 2), 22, (16, 16))
+    given_ |= {name: given_[name][:, :, 1:] for name in ("q_t", "k_t")}
+    options = {
+        "token_slice": (slice(2, None), slice(1, None)), "row_weight": torch.rand(weight_shape, device=device),
+        "reduction": reduction, "backend": backend,
+    }  # fmt: skip
+    for how in (run, run_alone):
+        check(how(given_, **options), reference(given_, how, **options), tolerance)
+
+
+def test_the_gradient_is_that_of_finite_differences(backend, device) -> None:
+    if backend == "triton":
+        pytest.skip("needs float64, which the kernels do not take")
+    given_ = {name: each.double() for name, each in draw(device, 1, (2, 1), 4, (3, 2)).items()}
+    operands = [given_[name].clone().requires_grad_() for name in "qkv"]
+    for head_map in ("repeat", "mean"):
+        if not serves(backend, head_map):
+            continue
+
+        def both(*qkv: Tensor, head_map: str = head_map, reduction: str = "none"):
+            return sdpa_with_attention_kl(
+                *qkv, given_["q_t"], given_["k_t"], head_map=head_map, reduction=reduction, backend=backend
+            )
+
+        assert torch.autograd.gradcheck(both, operands)
+        assert torch.autograd.gradcheck(lambda *qkv: both(*qkv, reduction="batchmean"), operands)
+
+
+def test_equal_maps_cost_exactly_nothing(backend, device, is_exact) -> None:
+    if not is_exact:
+        pytest.skip("the textbook form and the identity leave rounding behind")
+    given_ = draw(device, 1, (2, 2), 65, (32, 32), scale=2.0)
+    given_ |= {"q_t": given_["q"].clone(), "k_t": given_["k"].clone()}
+    result = run_alone(given_, backend=backend)
+    assert result["kl"] == 0
+    assert torch.count_nonzero(result["grad_q"]) == 0 and torch.count_nonzero(result["grad_k"]) == 0
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-3])
+def test_nearly_equal_maps_keep_their_digits(backend, device, is_exact, delta) -> None:
+    if not is_exact:
+        pytest.skip("the textbook form and the identity cancel; that is why the others exist")
+    given_ = draw(device, 1, (2, 2), 65, (16, 16))
+    given_ |= {name: given_[name[0]] + delta * torch.randn_like(given_[name]) for name in ("q_t", "k_t")}
+    # Scores of one key differ by rounding of their own; whole multiples of 2^-6 make the products exact.
+    given_ |= {name: (given_[name] * 256).round() / 256 for name in "qk"}
+    given_ |= {name: (given_[name] * 2**13).round() / 2**13 for name in ("q_t", "k_t")}
+    result, expected = run_alone(given_, backend=backend), reference(given_, run_alone)
+    assert float((result["kl"].double() - expected["kl"]).abs() / expected["kl"]) <= 1e-6 / delta * 10
+
+
+def test_large_scores(backend, device, is_exact) -> None:
+    given_ = draw(device, 1, (2, 1), 33, (32, 32))
+    options = {"scale_s": 60 * 32**-0.5, "scale_t": 60 * 32**-0.5, "backend": backend}
+    result = run(given_, **options)
+    assert all(each.isfinite().all() for each in result.values())
+    check(result, reference(given_, **options), 5e-5)  # a rounded score of 300 is wrong by 3e-5
+
+
+def test_a_common_shift_of_all_scores_of_a_row_changes_nothing(backend, device) -> None:
+    """So rows of the scores' gradient sum to 0."""
+    given_ = draw(device, 1, (2, 2), 20, (16, 16))
+    shifted = given_ | {"k": given_["k"] + torch.randn(16, device=device)}
+    plain, moved = (run_alone(each, backend=backend) for each in (given_, shifted))
+    assert error(moved["kl"], plain["kl"].double()) <= 1e-5 and error(moved["grad_q"], plain["grad_q"].double()) <= 1e-5
+
+
+def test_rows_of_the_score_gradient_sum_to_zero(backend, device) -> None:
+    given_ = draw(device, 1, (2, 2), 16, (16, 16))
+    # With the identity for keys, grad_q is the gradient in the scores.
+    given_["k"] = torch.eye(16, device=device).expand(1, 2, 16, 16)
+    grad = run_alone(given_, reduction="sum", backend=backend)["grad_q"]
+    assert grad.norm() > 0.1 and grad.sum(-1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["width not contiguous", "one head for all", "every other token"])
+def test_any_strides(backend, device, tolerance, layout) -> None:
+    given_ = draw(device, 2, (2, 2), 34, (16, 16))
+    given_ = {
+        name: {
+            "width not contiguous": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+            "one head for all": lambda x: x[:, :1].expand(-1, 2, -1, -1),
+            "every other token": lambda x: x[:, :, ::2],
+        }[layout](each)
+        for name, each in given_.items()
+    }
+    check(run(given_, backend=backend), reference(given_), tolerance)
+
+
+def test_offsets_beyond_32_bits(backend, device) -> None:
+    if backend == "eager":
+        pytest.skip("plain torch")
+    stride = 2**31 + 16
+    try:
+        storage = torch.empty(stride + 2048, dtype=torch.float16, device=device)  # on the CPU pages nobody touches
+    except RuntimeError as reason:
+        pytest.skip(f"4 GiB of address space are not to be had: {reason}")
+    given_ = {name: each.half() for name, each in draw(device, 2, (1, 1), 17, (16, 16)).items()}
+    far = storage.as_strided((2, 1, 17, 16), (stride, 16, 16, 1))
+    far.copy_(given_["q"])
+    result, expected = run(given_ | {"q": far}, backend=backend), run(given_, backend=backend)
+    assert all(torch.equal(result[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_is_no_worse_than_twice_eager(backend, device, dtype) -> None:
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("the interpreter is wrong for bfloat16; needs a CUDA device")
+    given_ = {name: each.to(dtype) for name, each in draw(device, 2, (4, 2), 65, (32, 32), scale=1.5).items()}
+    result, eager, expected = run(given_, backend=backend), run(given_, backend="eager"), reference(given_)
+    for name in NAMES:
+        assert error(result[name], expected[name]) <= 2 * error(eager[name], expected[name]) + 1e-7, name
+
+
+def test_autocast_does_as_fused_attention_does(backend, device) -> None:
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("the interpreter is wrong for bfloat16; needs a CUDA device")
+    given_ = draw(device, 2, (2, 1), 33, (16, 16))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        result = run(given_, backend=backend)
+    expected = run({name: each.bfloat16() for name, each in given_.items()}, backend=backend)
+    assert result["out"].dtype == torch.bfloat16 and result["kl"].dtype == torch.float32
+    assert torch.equal(result["kl"], expected["kl"]) and torch.equal(result["out"], expected["out"])
+
+
+def test_repeats_are_bitwise_equal(backend, device) -> None:
+    given_ = draw(device, 1, (4, 2), 33, (16, 16))
+    first, second = (run(given_, backend=backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"q": torch.zeros(2, 2, 5)}, "the student's q has shape"),
+        ({"k_t": torch.zeros(2, 1, 6, 4)}, "the teacher's q has shape"),
+        ({"head_map": "max"}, "head_map='max': unknown"),
+        ({"head_map": torch.ones(2, 1) * 2}, "sum to 1"),
+        ({"head_map": torch.ones(3, 1)}, r"shape \[3, 1\]; expected"),
+        ({"q_t": torch.zeros(2, 3, 5, 4), "k_t": torch.zeros(2, 3, 5, 4)}, "2 student heads are no multiple of 3"),
+        ({"token_slice": (slice(1, None), slice(None))}, "4 student and 5 teacher tokens"),
+        ({"token_slice": slice(None, None, 2)}, "step 2"),
+        ({"row_weight": torch.ones(4)}, r"row_weight has shape \[4\]"),
+        ({"reduction": "mean"}, "unknown reduction 'mean'"),
+        ({"backend": "sdpa", "head_map": "mean"}, "backend='sdpa' compares each student head"),
+        ({"backend": "flash"}, "unknown backend 'flash'"),
+    ],
+)
+def test_refusals_say_what_and_which(change, words) -> None:
+    operands = {"q": torch.zeros(2, 2, 5, 4), "k": torch.zeros(2, 2, 5, 4)}
+    operands |= {"q_t": torch.zeros(2, 1, 5, 4), "k_t": torch.zeros(2, 1, 5, 4)}
+    operands |= {name: change[name] for name in operands if name in change}
+    options = {name: each for name, each in change.items() if name not in operands}
+    with pytest.raises(ValueError, match=words):
+        attention_kl(*operands.values(), **options)

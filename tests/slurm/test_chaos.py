@@ -1,0 +1,110 @@
+"""Faults of all kinds at random while a grid runs: at the end every row exists once, as if nothing had happened.
+
+DBSCALE_CHAOS_SEED repeats the faults of another run; DBSCALE_CHAOS_FAULTS is how many the long form injects.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import random
+import secrets
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slurm
+ONE_LINEAGE_EACH = ["--set", "cluster.target_min=0.01", "--set", "cluster.requeue_limit=200"]
+STEPS = 60
+
+_spec = importlib.util.spec_from_file_location("dbscale_chaos", Path(__file__).with_name("chaos.py"))
+assert _spec is not None and _spec.loader is not None
+faults = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = faults
+_spec.loader.exec_module(faults)
+
+
+@pytest.fixture
+def seed() -> int:
+    found = int(os.environ.get("DBSCALE_CHAOS_SEED", secrets.randbelow(10**6)))
+    print(f"\nchaos seed {found} (DBSCALE_CHAOS_SEED={found} repeats it)", flush=True)
+    return found
+
+
+def options(place: Any) -> list[str]:
+    return ["--cluster", str(place.folder / "cluster.yaml"), *ONE_LINEAGE_EACH]
+
+
+def check_whole(place: Any, num_cells: int) -> None:
+    """Every row exists once, those of points in the reducer's table too, and nothing was left lying about."""
+    assert len(place.done()) == num_cells
+    name = yaml.safe_load((place.folder / "grid.yaml").read_text())["name"]
+    with (place.store.grid_dir(name) / "rows.csv").open() as file:
+        keys = Counter(row["key"] for row in csv.DictReader(file))
+    assert keys == Counter(key for key in place.done() if key.startswith("finetune-"))
+    assert not list(place.store.root.glob("cells/*/checkpoints/*"))
+
+
+def test_a_few_faults_cost_no_step_and_no_row(
+    place: Any, sandbox: Any, seed: int, num_cells: int, all_ended: Callable[[], None]
+) -> None:
+    """The short form, with stand-ins for training."""
+    with faults.disk_of_its_own(place.store.root) as own_disk:
+        place.behave(steps=STEPS, step_s=0.2, checkpoint=5)
+        kinds = [each for each in faults.FAULTS if each not in faults.RARE]
+        chaos = faults.Chaos(place, sandbox, random.Random(seed), options(place), own_disk)
+        faults.submit(chaos)
+        assert faults.unleash(chaos, chaos.die.sample(kinds, 6), (0.5, 2)) == 6
+        place.behave(steps=STEPS, step_s=0, checkpoint=5)
+        all_ended()
+        finish(chaos, all_ended, num_cells)
+        for steps in place.steps().values():
+            assert sorted(set(steps)) == list(range(STEPS))
+        assert (place.store.grid_dir("tiny") / "report.html").exists()
+
+
+def finish(chaos: Any, all_ended: Callable[[], None], num_cells: int) -> None:
+    """Wait; what a login node's death cut short, somebody types once more."""
+    all_ended()
+    if len(chaos.place.done()) < num_cells:
+        chaos.say(f"typed once more, with {len(chaos.place.done())} of {num_cells} cells done")
+        shutil.copytree(chaos.place.store.root / "grids", chaos.place.folder / "logs", dirs_exist_ok=True)
+        faults.submit(chaos)
+        all_ended()
+
+
+@pytest.mark.slow
+def test_many_faults_change_no_bit_of_real_training(
+    real: Callable[..., Any], results: Callable[[Any], dict[str, Any]], sandbox: Any, seed: int,
+    all_ended: Callable[[], None],
+) -> None:  # fmt: skip
+    """The long form: rounds of a real grid, until so many faults were injected; each equals the undisturbed one."""
+    count, die = int(os.environ.get("DBSCALE_CHAOS_FAULTS", "20")), random.Random(seed)
+    quiet = real("quiet", steps=400, wide=True)
+    assert quiet.run("submit", *options(quiet)).returncode == 0
+    all_ended()
+    expected = results(quiet)
+    print(f"undisturbed: {len(expected)} cells", flush=True)
+    hand, injected, rounds = faults.deal(die, count), 0, 0
+    while injected < count:
+        rounds += 1
+        place = real(f"round-{rounds}", steps=400, wide=True)
+        with faults.disk_of_its_own(place.store.root) as own_disk:
+            chaos = faults.Chaos(place, sandbox, die, options(place), own_disk)
+            chaos.say(f"round {rounds}")
+            faults.submit(chaos)
+            injected += faults.unleash(chaos, hand[injected:], (1, 6), first=injected + 1)
+            finish(chaos, all_ended, len(expected))
+            found = results(place)
+            attempts = sum(len(place.store.attempts(key)) for key in found)
+            chaos.say(f"round {rounds}: {len(found)} cells done in {attempts} attempts; {injected} faults so far")
+            assert found == expected
+            check_whole(place, len(expected))
+    print(f"{injected} faults in {rounds} rounds: all rows as in the undisturbed run", flush=True)
