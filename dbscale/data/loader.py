@@ -191,7 +191,7 @@ def make_loader(
         max_bad_share: share of the subset that may be unreadable (and is replaced) before the run stops.
 
     Raises:
-        DataError: a world size or `repeats` that does not divide the global batch, or a `consumed` off a boundary.
+        DataError: a world size that does not divide the global batch, `repeats` above it, a `consumed` off a boundary.
     """
     check_world(global_batch, rank, world_size)
     stream = Stream(len(subset), seed, global_batch, repeats, block_size)

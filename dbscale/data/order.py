@@ -66,20 +66,18 @@ class Stream:
                 f"num_samples {self.num_samples}, global_batch {self.global_batch} and repeats {self.repeats} "
                 "must all be at least 1"
             )
-        if self.global_batch % self.repeats:
-            raise DataError(
-                f"global_batch {self.global_batch} is not a multiple of repeats {self.repeats}; "
-                f"take global_batch {self.global_batch // self.repeats * self.repeats or self.repeats}"
-            )
+        if self.repeats > self.global_batch:
+            raise DataError(f"repeats {self.repeats} must be at most global_batch {self.global_batch}")
 
     def batch(self, number: int, rank: int = 0, world_size: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Positions [b] and augmentation epochs [b] of this rank's slice of global batch `number`.
 
-        The augmentation epoch is epoch·repeats + copy: unique for every time a sample is seen.
+        The augmentation epoch is epoch·repeats + copy: unique for every time a sample is seen. Where `repeats` does not
+        divide the global batch (DeiT's 3 and 1,024), a batch's last samples lack one or more copies.
         """
         local = self.global_batch // world_size
         slots = np.arange(rank * local, (rank + 1) * local)
-        distinct = self.global_batch // self.repeats
+        distinct = -(-self.global_batch // self.repeats)
         # Copies lie `distinct` apart, so that neighbours in a batch are different samples (mixing pairs neighbours).
         places = number * distinct + slots % distinct
         epochs, within = np.divmod(places, self.num_samples)

@@ -90,9 +90,25 @@ def test_repeats_show_each_sample_in_one_batch_under_different_keys(n: int, dist
         assert {epoch for where, epoch in keys if where == position and epoch < repeats} == set(range(repeats))
 
 
-def test_repeats_must_divide_the_batch() -> None:
-    with pytest.raises(DataError, match="global_batch 32 is not a multiple of repeats 3; take global_batch 30"):
-        Stream(100, seed=0, global_batch=32, repeats=3)
+def test_repeats_need_not_divide_the_batch() -> None:
+    """DeiT's three copies in batches of 1,024: only copies of the last samples of a batch are missing, no sample is."""
+    stream = Stream(5000, seed=0, global_batch=1024, repeats=3)
+    seen = []
+    for number in range(4):
+        positions, epochs = stream.batch(number)
+        pairs = sorted(zip(positions.tolist(), epochs.tolist(), strict=True))
+        assert len(set(pairs)) == 1024
+        copies = np.unique(positions, return_counts=True)[1]
+        assert len(copies) == 342 and sorted(copies.tolist())[:3] == [2, 2, 3]
+        slices = [stream.batch(number, rank, 8) for rank in range(8)]
+        assert np.array_equal(np.concatenate([each for each, _ in slices]), positions)
+        seen.append(np.unique(positions))
+    assert len(np.unique(np.concatenate(seen))) == 4 * 342
+
+
+def test_more_repeats_than_samples_of_a_batch_are_refused() -> None:
+    with pytest.raises(DataError, match="repeats 5 must be at most global_batch 4"):
+        Stream(100, seed=0, global_batch=4, repeats=5)
 
 
 def test_valid_world_sizes() -> None:
