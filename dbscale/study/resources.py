@@ -24,6 +24,8 @@ class Resources(Strict):
     threads: int | None = Field(default=None, gt=0)
     """Torch threads per rank on CPU; None leaves torch's choice."""
     checkpoint_interval_s: float = Field(default=300.0, gt=0)
+    """Stretched where saving so often would stall training for more than `checkpoint_stall_share` of the time."""
+    checkpoint_stall_share: float = Field(default=0.01, gt=0)
     deterministic: bool = True
     compile: bool = False
     kd_backend: Literal["auto", "triton", "sdpa", "eager", "compile"] = "auto"

@@ -1,15 +1,19 @@
 """Checkpoints that survive a kill at any instant: temp folder, checksummed manifest, rename; the last two are kept.
 
 Model, optimizer and scaler are written by Accelerate (by DeepSpeed's engine under ZeRO); what is ours are the loop's
-state, this rank's buffers and EMA pieces, and the guarantee that what loads is whole. A damaged checkpoint is skipped
-with a notice for the one before. Teachers are never in it.
+state, this rank's buffers and EMA pieces, and the guarantee that what loads is whole. Training stands still while the
+parts are written; checksums, the wait for the disk and the rename go on beside it. A damaged checkpoint is skipped with
+a notice for the one before. Teachers are never in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,28 +72,41 @@ class Checkpointer:
     """plain, or zero0 … zero3: a checkpoint loads into the same engine, with any number of processes."""
     wrapped: nn.Module
     """The student as the engine wraps it."""
+    _sealing: list[Future[None]] = field(default_factory=list)
+    """At most one: the last save's, while it is on its way to the disk."""
+    _sealer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
     def save(self, state: LoopState) -> Path:
-        """Write `step-<n>`; returns when it is safe on disk. Raises StoreError when it cannot be written."""
+        """Write `step-<n>`; it counts once `finish` has returned, or the next save. Raises StoreError where it or the
+        save before cannot be written."""
         final = self.folder / f"step-{state.step:09d}"
         temporary = self.folder / f".{final.name}.tmp"
+        self._await_seal()
         if self._is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        try:
+        with _named_where_full(temporary, final):
             self._write_parts(temporary)
-            self.accelerator.wait_for_everyone()
-            if self._is_main:
-                self._seal(temporary, final, state)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise StoreError(
-                f"cannot write the checkpoint {final}: {error.strerror or error}; free space, then run again: "
-                "the checkpoint before is kept"
-            ) from error
         self.accelerator.wait_for_everyone()
+        if self._is_main:
+            self._sealing.append(self._sealer.submit(self._seal, temporary, final, asdict(state)))
         return final
+
+    def finish(self) -> None:
+        """Return on every rank when the last save is safe on disk. Raises StoreError when it is not."""
+        self._await_seal()
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave nothing running; a save that failed matters to nobody any more."""
+        with contextlib.suppress(StoreError):
+            self._await_seal()
+        self._sealer.shutdown()
+
+    def _await_seal(self) -> None:
+        while self._sealing:
+            self._sealing.pop().result()
 
     def load_latest(self) -> LoopState | None:
         """Restore the newest whole checkpoint; None when there is none. Raises TrainingError for another recipe's."""
@@ -130,23 +147,24 @@ class Checkpointer:
         average = [] if self.ema is None else [piece.cpu() for piece in self.ema.average]
         torch.save({"buffers": buffers, "ema": average}, rank_file(folder, self.accelerator.process_index))
 
-    def _seal(self, temporary: Path, final: Path, state: LoopState) -> None:
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(temporary)): _checksum(path, sync=True) for path in files}
-        manifest = {
-            "format": FORMAT,
-            "cell": self.cell_id,
-            "engine": self.engine,
-            "world_size": self.accelerator.num_processes,
-            "state": asdict(state),
-            "files": sums,
-        }
-        write_json(temporary / MANIFEST, manifest)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_folder(self.folder)
-        for old in list_checkpoints(self.folder)[NUM_KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+    def _seal(self, temporary: Path, final: Path, state: dict[str, Any]) -> None:
+        with _named_where_full(temporary, final):
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            sums = {str(path.relative_to(temporary)): _checksum(path, sync=True) for path in files}
+            manifest = {
+                "format": FORMAT,
+                "cell": self.cell_id,
+                "engine": self.engine,
+                "world_size": self.accelerator.num_processes,
+                "state": state,
+                "files": sums,
+            }
+            write_json(temporary / MANIFEST, manifest)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            sync_folder(self.folder)
+            for old in list_checkpoints(self.folder)[NUM_KEPT:]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _newest_whole(self) -> tuple[str, dict[str, Any]] | None:
         for folder in list_checkpoints(self.folder):
@@ -167,6 +185,19 @@ class Checkpointer:
                 f"{folder} was saved by the engine {manifest['engine']}, this run's is {self.engine}; resume with "
                 "the zero_stage it was saved with, or remove the folder to start afresh"
             )
+
+
+@contextlib.contextmanager
+def _named_where_full(temporary: Path, final: Path) -> Iterator[None]:
+    """What the disk refuses becomes a StoreError that says what to do; no half of a checkpoint is left."""
+    try:
+        yield
+    except (OSError, StoreError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        why = error.strerror or error if isinstance(error, OSError) else error
+        raise StoreError(
+            f"cannot write the checkpoint {final}: {why}; free space, then run again: the checkpoint before is kept"
+        ) from error
 
 
 def rank_file(folder: Path, rank: int) -> Path:

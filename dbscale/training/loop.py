@@ -55,6 +55,8 @@ class Run:
     state: LoopState
     stop: StopRequest
     checkpoint_interval_s: float
+    checkpoint_stall_share: float
+    """Most of its time that training may stand still for periodic checkpoints."""
 
 
 class Request(IntEnum):
@@ -72,6 +74,7 @@ def train(run: Run) -> bool:
     run.model.train(recipe.training.scope == "full")
     energy = energy_j(run.accelerator.device)
     saved_at = mark = time.perf_counter()
+    interval_s = run.checkpoint_interval_s
     for step in range(state.step, recipe.num_steps):
         batch = next(run.loader)
         state.data_wait_s += time.perf_counter() - mark
@@ -93,15 +96,17 @@ def train(run: Run) -> bool:
 
         if state.step == recipe.num_steps:
             break
-        is_due = now - saved_at > run.checkpoint_interval_s
+        is_due = now - saved_at > interval_s
         request = _agree(run, Request.STOP if run.stop.requested else Request(int(is_due)))
         if request is not Request.GO_ON:
             energy = _add_energy(run, energy)
             _save(run)
             if request is Request.STOP:
+                run.checkpointer.finish()
                 return False
             saved_at = mark = time.perf_counter()
             state.checkpoint_time_s += saved_at - now
+            interval_s = max(run.checkpoint_interval_s, (saved_at - now) / run.checkpoint_stall_share)
     _add_energy(run, energy)
     return True
 

@@ -86,6 +86,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         state=state,
         stop=context.stop,
         checkpoint_interval_s=context.resources.checkpoint_interval_s,
+        checkpoint_stall_share=context.resources.checkpoint_stall_share,
     )
 
 

@@ -45,17 +45,17 @@ class Trained:
     weights_sha256: str
 
 
-def finish_training(run: Run, spec: CellSpec, store: Store) -> None:
-    """Write `model.safetensors`, then `trained.json`, which says that nothing is left to train."""
+def finish_training(run: Run, spec: CellSpec, store: Store) -> Trained | None:
+    """Write `model.safetensors`, then `trained.json`, which says that nothing is left to train; None off the main
+    rank."""
     folder, accelerator = store.cell_dir(spec.key), run.accelerator
     gather_bad_samples(run)
-    export_weights(folder / WEIGHTS_NAME, accelerator, run.model, run.ema)
-    if accelerator.is_main_process:
-        trained = Trained(
-            run.state, run.num_classes, peak_memory_bytes(accelerator.device), sha256_of(folder / WEIGHTS_NAME)
-        )
-        write_json(folder / TRAINED_NAME, asdict(trained))
-    accelerator.wait_for_everyone()
+    digest = export_weights(folder / WEIGHTS_NAME, accelerator, run.model, run.ema)
+    if digest is None:
+        return None
+    trained = Trained(run.state, run.num_classes, peak_memory_bytes(accelerator.device), digest)
+    write_json(folder / TRAINED_NAME, asdict(trained))
+    return trained
 
 
 def read_trained(folder: Path) -> Trained | None:

@@ -106,14 +106,14 @@ def _train_and_evaluate(spec: CellSpec, context: Context, admission: Admission |
         if admission is not None:
             admission.resumed_from(run.state.step)
         tracker = open_tracker(accelerator, spec, folder, context.resources.tracker)
-        with contextlib.closing(run.loader), contextlib.closing(run.reporter), tracker:
+        with contextlib.ExitStack() as parts, tracker:
+            for part in (run.loader, run.reporter, run.checkpointer):
+                parts.callback(part.close)
             if not train(run):
                 if admission is not None:
                     close_attempt(store, admission, "interrupted", context.stop.reason)
                 return Outcome("interrupted", context.stop.reason)
-        finish_training(run, spec, store)
-        trained = read_trained(folder)
-    assert trained is not None, "training was finished just now"
+        trained = _from_main(finish_training(run, spec, store), accelerator)
     evaluation, eval_time_s = evaluate_cell(spec, trained, context)
     row = None
     if admission is not None:

@@ -241,7 +241,8 @@ def main() -> None:
 
 
 def checkpoint_stall(setting: Setting, how: Resources) -> float:
-    """Seconds that a synchronous save takes, median over a run that saves after every step."""
+    """Seconds that a save stops training, median over a run that saves after every step; what goes on beside training
+    is waited for off the clock."""
     seconds: list[float] = []
     original = Checkpointer.save
 
@@ -249,13 +250,14 @@ def checkpoint_stall(setting: Setting, how: Resources) -> float:
         started = time.perf_counter()
         path = original(self, state)
         seconds.append(time.perf_counter() - started)
+        self.finish()
         return path
 
     Checkpointer.save = noting  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _run(replace(setting, steps=setting.warmup + 3), how.model_copy(update={"checkpoint_interval_s": 1e-9}),
-                 Path(folder))  # fmt: skip
+            often = {"checkpoint_interval_s": 1e-9, "checkpoint_stall_share": 1e9}
+            _run(replace(setting, steps=setting.warmup + 3), how.model_copy(update=often), Path(folder))
     finally:
         Checkpointer.save = original  # type: ignore[method-assign]
     return statistics.median(seconds)

@@ -160,10 +160,10 @@ def bench_of(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     made: dict[Path, Bench] = {}
     original = results.finish_training
 
-    def noting(finished: Run, spec: Any, store: Store) -> None:
+    def noting(finished: Run, spec: Any, store: Store) -> results.Trained | None:
         average = [] if finished.ema is None else finished.ema.average
         made[store.root].end_states[spec.key] = state_hash(finished.optimizer.state_dict(), average)
-        original(finished, spec, store)
+        return original(finished, spec, store)
 
     monkeypatch.setattr(run, "finish_training", noting)
 

@@ -46,7 +46,7 @@ def note_end(results: dict[str, Any]) -> None:
     """Hash optimizer state and EMA of this rank when training ends."""
     original = run.finish_training
 
-    def noting(finished: loop.Run, spec: Any, store: Store) -> None:
+    def noting(finished: loop.Run, spec: Any, store: Store) -> Any:
         digest = hashlib.sha256()
         state = finished.optimizer.state_dict()
         inner = getattr(getattr(finished.optimizer, "optimizer", None), "optimizer", None)
@@ -56,7 +56,7 @@ def note_end(results: dict[str, Any]) -> None:
         for each in [] if finished.ema is None else finished.ema.average:
             digest.update(each.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         results["end"] = digest.hexdigest()
-        original(finished, spec, store)
+        return original(finished, spec, store)
 
     run.finish_training = noting
 

@@ -114,7 +114,7 @@ def test_a_rank_killed_again_and_again(engine, precision, bench_of, ranks):
     options = {"precision": precision, "ema_decay": 0.9}
     cell = whole.cell(**options)
     cut.cell(**options)
-    how = resources(engine, checkpoint_interval_s=1e-9, micro_batch=4)
+    how = resources(engine, checkpoint_interval_s=1e-9, checkpoint_stall_share=1e9, micro_batch=4)
     (expected, *_) = ranks.run([listed(whole, cell, how)])
     draw = random.Random(f"{engine} {precision}")
     for rank in (0, 1, 1):

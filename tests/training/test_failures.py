@@ -13,6 +13,9 @@ from dbscale.study.resources import Resources
 from dbscale.study.stop import StopRequest
 from dbscale.training import loop
 
+EVERY_STEP = Resources(zero_stage=None, threads=1, checkpoint_interval_s=1e-9, checkpoint_stall_share=1e9)
+"""Saves after every step."""
+
 
 def failed(outcome):
     assert outcome.status == "failed"
@@ -30,7 +33,7 @@ def test_non_finite_loss_names_step_rate_and_last_good_checkpoint(bench, monkeyp
         return losses._replace(loss=losses.loss * float("nan")) if run.state.step == 6 else losses
 
     monkeypatch.setattr(loop, "_optimizer_step", poisoned)
-    reason = failed(bench.run(cell, Resources(zero_stage=None, threads=1, checkpoint_interval_s=1e-9)))
+    reason = failed(bench.run(cell, EVERY_STEP))
     assert "loss is nan at step 7 of 12, learning rate 0.000" in reason
     assert reason.endswith("step-000000006")
     attempt = bench.store.last_attempt(cell.key)
@@ -176,7 +179,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_kept(bench, monkeypatch)
         original(accelerator, folder)
 
     monkeypatch.setattr(checkpoint, "_save_accelerator_state", full)
-    reason = failed(bench.run(cell, Resources(zero_stage=None, threads=1, checkpoint_interval_s=1e-9)))
+    reason = failed(bench.run(cell, EVERY_STEP))
     assert "cannot write the checkpoint" in reason and "No space left on device" in reason
     kept = checkpoint.list_checkpoints(bench.store.cell_dir(cell.key) / "checkpoints")
     assert [path.name for path in kept] == ["step-000000002", "step-000000001"]

@@ -17,7 +17,7 @@ from dbscale.study.store import Store
 from dbscale.training import attempts, checkpoint, loop, results, run, weights
 from shards.pack import ensure_packed
 
-OFTEN = Resources(zero_stage=None, threads=1, checkpoint_interval_s=1e-9)
+OFTEN = Resources(zero_stage=None, threads=1, checkpoint_interval_s=1e-9, checkpoint_stall_share=1e9)
 """Saves after every step."""
 
 
