@@ -5,6 +5,7 @@ STORE   ?= out
 DATA    ?= data
 PYTHON  ?= python3
 ARGS    ?=
+FAULTS  ?= 20
 
 VENV  := .venv
 STAMP := $(VENV)/.installed
@@ -15,7 +16,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-slow shards plan grid status cancel reduce report export clean \
+.PHONY: help setup check fix test test-slow chaos shards plan grid status cancel reduce report export clean \
         bench bench-data bench-train bench-kernels bench-laws bench-launch
 
 help: ## List the targets
@@ -51,6 +52,10 @@ test: $(STAMP) ## Run the tests (ARGS="-k name" to choose)
 
 test-slow: $(STAMP) ## Run the long tests as well
 	@$(VENV)/bin/python -m pytest -q -n 2 -m "not bench and not slurm" $(ARGS)
+
+chaos: $(STAMP) ## Run a grid on a SLURM sandbox through FAULTS=20 faults at random (SEED=n repeats a run)
+	@DBSCALE_REQUIRE_SLURM=1 DBSCALE_CHAOS_FAULTS="$(FAULTS)" $(if $(SEED),DBSCALE_CHAOS_SEED="$(SEED)") \
+	  $(VENV)/bin/python -m pytest -q -s tests/slurm/test_chaos.py -m "slurm and slow" $(ARGS)
 
 shards: $(STAMP) ## Pack the grid's datasets into tar shards
 	@$(RUN) shards pack --grid "$(GRID)" --data "$(DATA)" $(ARGS)

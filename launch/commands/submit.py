@@ -63,9 +63,9 @@ def pack_missing(study: Study) -> Study:
 
     for name in study.missing_datasets:  # all entries before the first is packed, which may take hours
         source_of(name, study.grid.datasets[name], study.data_dir)
-    for name in study.missing_datasets:
-        print(f"packing dataset {name} into {study.dataset_dir(name)}", flush=True)
     for name in study.used_datasets:
+        if name in study.missing_datasets:
+            print(f"packing dataset {name} into {study.dataset_dir(name)}", flush=True)
         ensure_packed(name, study.grid.datasets[name], study.data_dir)
     return replace(study)  # a new value, because manifests are read once per study
 
@@ -90,7 +90,7 @@ def submit_to_slurm(study: Study) -> int:
     plan, cost = plan_study(study, queued.cells)
     write_records(study, plan, cost)
     waiting, keys = plan.count()["running"], [cell.key for cell in plan.cells]
-    if not plan.waves and waiting:
+    if not plan.waves and queued.will_be_reduced:
         print(f"nothing to submit: {waiting} cells wait or run in SLURM, {len(keys) - waiting} are done")
         return 0
     if not plan.waves and report_is_current(study.store, study.grid.name, keys):
@@ -192,6 +192,7 @@ def finish(study: Study, plan: Plan, results: Mapping[str, Result], *, report: b
         print(f"the report is up to date: {study.store.grid_dir(study.grid.name) / 'report.html'}")
     else:
         started = time.monotonic()
-        path = write_results(study.store, study.grid.name)
+        path, answers = write_results(study.store, study.grid.name)
+        print("\n".join(answers))
         print(f"reduced and reported in {duration(time.monotonic() - started)}: {path}")
     return SOME_FAILED if missing else 0

@@ -23,7 +23,7 @@ from dbscale.study.store import Store, StoreError, atomic_open
 from launch.ranks import Rank, port_of_job, rank_environment
 from launch.signals import stop_on_signals
 from launch.slurm.ending import RETRY_EXIT, watch_for_end, wind_down
-from launch.slurm.fence import Fence
+from launch.slurm.fence import Claim, Fence, watch
 from launch.slurm.identity import JobIdentity
 from launch.worker import Result, job_log, record_death, run_bundle
 
@@ -62,10 +62,11 @@ class SlurmBundle:
             fence = Fence(Path(self.fence), job.restart)
             if rank.rank == 0:
                 write_patiently(fence.raise_token, stop)
-            fence.watch()
+            claim = Claim(Store(Path(self.store)), str(job))
+            watch(fence.check, claim.check)
             watch_for_end(stop, job, rank, self.requeue_limit)
             os.environ.update(rank_environment(rank, master=master_address(), port=port_of_job(job.raw, job.restart)))
-            results = self._work(stop, job, rank, fence)
+            results = self._work(stop, job, rank, claim)
             if stop.requested:
                 wind_down(stop, job, rank, self.requeue_limit)
             return results
@@ -74,13 +75,13 @@ class SlurmBundle:
         """For submitit: what a requeued job runs is what this one did; the store knows how far it came."""
         return self
 
-    def _work(self, stop: StopRequest, job: JobIdentity, rank: Rank, fence: Fence) -> tuple[Result, ...]:
+    def _work(self, stop: StopRequest, job: JobIdentity, rank: Rank, claim: Claim) -> tuple[Result, ...]:
         from launch.slurm.staging import staged
 
-        store = Store(Path(self.store))
+        store = claim.store
         data_dir = staged(self.keys, store, Path(self.data), self.staging)
         job_keys = [key for key in self.keys if not failed_in_this_job(store, key, job)]
-        patience = Patience(store, job, rank, stop)
+        patience = Patience(store, rank, stop, claim)
         return run_bundle(
             job_keys, store, data_dir, self.resources, stop, job=str(job), log=job_log(), around=patience.run,
             second_turns=rank.world_size == 1,
@@ -92,13 +93,14 @@ class Patience:
     """What a job does about outcomes that are not the cell's own doing."""
 
     store: Store
-    job: JobIdentity
     rank: Rank
     stop: StopRequest
+    claim: Claim
 
     def run(self, run_one: Callable[[str], Result], key: str) -> Result:
         """Run a cell; wait for a store that cannot be written to; end the job, to be requeued, when the machine
         failed otherwise."""
+        self.claim.key = key
         result = self._unless_busy(run_one, key)
         for _ in range(STORE_TRIES):
             if not is_passing(result) or self.rank.world_size > 1 or self.stop.requested:

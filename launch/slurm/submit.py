@@ -44,6 +44,16 @@ class Queued:
     cells: Mapping[str, slurm.Element]
     jobs: Mapping[int, SubmitRecord]
 
+    @property
+    def reducers(self) -> list[int]:
+        return [job for job, record in self.jobs.items() if record.kind == "reduce"]
+
+    @property
+    def will_be_reduced(self) -> bool:
+        """Whether a reducer comes after all that waits or runs; not so when a login node died before submitting it."""
+        arrays = set(self.jobs) - set(self.reducers)
+        return any(arrays <= set(self.jobs[job].after) for job in self.reducers)
+
 
 def look_at_queue(study: Study) -> Queued:
     """One squeue call. Arrays whose submission was cut off are cancelled first: their elements may lack their work."""
@@ -89,10 +99,9 @@ class Submission:
     def _submit_reducer(self) -> None:
         """After everything that waits or runs; an older reducer that still waits would come too early."""
         after = sorted(set(self.job_of.values()))
-        old = [job for job, record in self.queued.jobs.items() if record.kind == "reduce"]
         record = self._record("reduce", (), after)
         self._submit(record, self.study.cluster.reducer_shape(), [ReduceJob(str(self._root), self.study.grid.name)])
-        slurm.cancel_jobs(old)
+        slurm.cancel_jobs(self.queued.reducers)
 
     def _record(self, kind: str, tasks: Sequence[Task], after: Sequence[int]) -> SubmitRecord:
         return SubmitRecord(

@@ -18,7 +18,7 @@ from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store, StoreError
 from launch.ranks import Rank
 from launch.slurm.ending import is_ending_unwanted
-from launch.slurm.fence import SUPERSEDED_EXIT, Fence
+from launch.slurm.fence import SUPERSEDED_EXIT, Claim, Fence
 from launch.slurm.identity import JobIdentity
 from launch.slurm.job import Patience, failed_in_this_job
 from launch.slurm.queue import parse_element, parse_ended
@@ -37,7 +37,7 @@ JOB = JobIdentity("12_3", "17", 1)
 @pytest.fixture
 def patience(workplace: Any) -> Callable[..., Patience]:
     first = Rank(0, 0, 1, 1)
-    return lambda rank=first: Patience(workplace.store, JOB, rank, StopRequest())
+    return lambda rank=first: Patience(workplace.store, rank, StopRequest(), Claim(workplace.store, str(JOB)))
 
 
 def test_a_job_knows_its_array_element_and_its_restart() -> None:
@@ -75,6 +75,32 @@ def test_a_superseded_process_ends_before_it_writes(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "f"), str(tmp_path / "x")], check=False)
     assert run.returncode == SUPERSEDED_EXIT
     assert not (tmp_path / "x").exists()
+
+
+def test_a_process_frozen_before_it_spoke_does_not_take_the_token_back(tmp_path: Path) -> None:
+    Fence(tmp_path / "f", 1).raise_token()
+    code = "import sys; from pathlib import Path; from launch.slurm.fence import Fence\n"
+    code += "Fence(Path(sys.argv[1]), 0).raise_token()"
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "f")], check=False)
+    assert run.returncode == SUPERSEDED_EXIT
+    assert (tmp_path / "f").read_text() == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("signed", "lost"),
+    [(["12_3.1"], False), (["12_3.0", "12_3.1"], False), (["7.0"], False), (["12_3.1", "15_0.0"], True),
+     (["12_3.1", None], True), ([], False)],
+)  # fmt: skip
+def test_a_claim_is_lost_to_whoever_opened_a_later_attempt(
+    workplace: Any, inline_cell: str, signed: list[str | None], lost: bool
+) -> None:
+    """After `cancel` and a new submit a cell is another job's, whatever a cut-off node still runs."""
+    store, claim = workplace.store, Claim(workplace.store, str(JOB), inline_cell)
+    for job in signed:
+        record_death(store, inline_cell, "killed", "log")
+        store.write_attempt(inline_cell, store.last_attempt(inline_cell).model_copy(update={"job": job}))
+    assert claim.lost() is lost
+    assert not Claim(store, str(JOB)).lost()
 
 
 def test_a_cell_that_an_older_process_holds_is_waited_for(

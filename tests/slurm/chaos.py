@@ -100,6 +100,28 @@ def frozen_rank(chaos: Chaos, job: str) -> None:
     chaos.sandbox.kill_rank(raw, signal.SIGCONT)
 
 
+def paused_rank(chaos: Chaos, job: str) -> None:
+    """Nothing of it moves for a while, as on a node that swaps; nobody tells SLURM."""
+    raw = chaos.raw(job)
+    chaos.sandbox.kill_rank(raw, signal.SIGSTOP)
+    chaos.pause(2, 8)
+    chaos.sandbox.kill_rank(raw, signal.SIGCONT)
+
+
+def node_drained(chaos: Chaos, job: str) -> None:
+    """An administrator takes a node out of service, puts its jobs back into the queue, and brings it back."""
+    node = chaos.sandbox.node_of(job)
+    chaos.sandbox.tell("scontrol", "update", f"nodename={node}", "state=drain", "reason=chaos")
+    chaos.sandbox.requeue(job)
+    chaos.pause(2, 5)
+    chaos.sandbox.tell("scontrol", "update", f"nodename={node}", "state=resume")
+
+
+def node_daemon_restart(chaos: Chaos, job: str) -> None:
+    """slurmd is updated under running jobs."""
+    chaos.sandbox.restart_node_daemon(chaos.die.choice([1, 2]), chaos.die.uniform(0, 3))
+
+
 def power_cut(chaos: Chaos, job: str) -> None:
     chaos.sandbox.power_off(chaos.die.choice([1, 2]), chaos.die.uniform(1, 4))
 
@@ -138,7 +160,8 @@ def store_full(chaos: Chaos, job: str) -> None:
 
 FAULTS: tuple[Callable[[Chaos, str], None], ...] = (
     warning, preemption, preemption_term_only, requeue, time_limit, killed_rank, killed_batch_shell, frozen_rank,
-    power_cut, controller_restart, login_node_gone, store_read_only, store_full,
+    paused_rank, node_drained, node_daemon_restart, power_cut, controller_restart, login_node_gone, store_read_only,
+    store_full,
 )  # fmt: skip
 ON_OWN_DISK = (store_read_only, store_full)
 RARE = (time_limit,)

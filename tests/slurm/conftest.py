@@ -163,6 +163,17 @@ class Sandbox:
         time.sleep(seconds)
         self.script("start-node", str(node))
 
+    def restart_node_daemon(self, node: int, seconds: float = 1.0) -> None:
+        """slurmd ends and starts again; its jobs live on meanwhile."""
+        self.script("stop-daemon", str(node))
+        time.sleep(seconds)
+        self.script("start-node", str(node))
+
+    def node_of(self, job: str) -> str:
+        """A node that the job runs on, or the first when it has just left."""
+        nodes = self.slurm("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%N").strip()
+        return next(iter(self.slurm("scontrol", "show", "hostnames", nodes or "n1").split()), "n1")
+
     def restart_controller(self, seconds: float = 3.0) -> None:
         self.script("stop-ctld")
         time.sleep(seconds)
@@ -230,9 +241,9 @@ def submit(place: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def all_ended(sandbox: Sandbox, wait_until: Callable[..., None]) -> Callable[[], None]:
+def all_ended(sandbox: Sandbox, wait_until: Callable[..., None]) -> Callable[..., None]:
     """Wait until nothing waits or runs."""
-    return lambda: wait_until(lambda: not sandbox.jobs(), 300)
+    return lambda timeout_s=300.0: wait_until(lambda: not sandbox.jobs(), timeout_s)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ import yaml
 pytestmark = pytest.mark.slurm
 ONE_LINEAGE_EACH = ["--set", "cluster.target_min=0.01", "--set", "cluster.requeue_limit=200"]
 STEPS = 60
+PATIENCE_S = 1200.0
+"""For real training on a machine that others use as well."""
 
 _spec = importlib.util.spec_from_file_location("dbscale_chaos", Path(__file__).with_name("chaos.py"))
 assert _spec is not None and _spec.loader is not None
@@ -53,7 +55,7 @@ def check_whole(place: Any, num_cells: int) -> None:
 
 
 def test_a_few_faults_cost_no_step_and_no_row(
-    place: Any, sandbox: Any, seed: int, num_cells: int, all_ended: Callable[[], None]
+    place: Any, sandbox: Any, seed: int, num_cells: int, all_ended: Callable[..., None]
 ) -> None:
     """The short form, with stand-ins for training."""
     with faults.disk_of_its_own(place.store.root) as own_disk:
@@ -70,26 +72,26 @@ def test_a_few_faults_cost_no_step_and_no_row(
         assert (place.store.grid_dir("tiny") / "report.html").exists()
 
 
-def finish(chaos: Any, all_ended: Callable[[], None], num_cells: int) -> None:
+def finish(chaos: Any, all_ended: Callable[..., None], num_cells: int) -> None:
     """Wait; what a login node's death cut short, somebody types once more."""
-    all_ended()
+    all_ended(PATIENCE_S)
     if len(chaos.place.done()) < num_cells:
         chaos.say(f"typed once more, with {len(chaos.place.done())} of {num_cells} cells done")
         shutil.copytree(chaos.place.store.root / "grids", chaos.place.folder / "logs", dirs_exist_ok=True)
         faults.submit(chaos)
-        all_ended()
+        all_ended(PATIENCE_S)
 
 
 @pytest.mark.slow
 def test_many_faults_change_no_bit_of_real_training(
     real: Callable[..., Any], results: Callable[[Any], dict[str, Any]], sandbox: Any, seed: int,
-    all_ended: Callable[[], None],
+    all_ended: Callable[..., None],
 ) -> None:  # fmt: skip
     """The long form: rounds of a real grid, until so many faults were injected; each equals the undisturbed one."""
     count, die = int(os.environ.get("DBSCALE_CHAOS_FAULTS", "20")), random.Random(seed)
     quiet = real("quiet", steps=400, wide=True)
     assert quiet.run("submit", *options(quiet)).returncode == 0
-    all_ended()
+    all_ended(PATIENCE_S)
     expected = results(quiet)
     print(f"undisturbed: {len(expected)} cells", flush=True)
     hand, injected, rounds = faults.deal(die, count), 0, 0
