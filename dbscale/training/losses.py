@@ -93,9 +93,10 @@ class _DistillObjective:
         if settings.alpha == 0:
             return _plain(logits_BC, target, self.smoothing)
         if settings.target == "hard":
-            # DeiT's hard distillation (Touvron et al., 2012.12877, eq. 3): the teacher's decision is a label.
+            # DeiT's hard distillation (Touvron et al., 2012.12877, eq. 3): the teacher's decision is a label, and
+            # unlike true labels it is not smoothed.
             ce = _cross_entropy(logits_BC, target, self.smoothing)
-            hard = cross_entropy(logits_BC.float(), teacher_logits_BC.argmax(1), label_smoothing=self.smoothing)
+            hard = cross_entropy(logits_BC.float(), teacher_logits_BC.argmax(1))
             return Losses((1 - settings.alpha) * ce + settings.alpha * hard, ce.detach(), hard.detach())
         result = kd_loss(
             logits_BC,

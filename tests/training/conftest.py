@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from dbscale.data import load_manifest
@@ -120,6 +121,9 @@ class Bench:
                 os._exit(0)
         _, status = os.waitpid(pid, 0)
         return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+    def weights(self, cell: Cell) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load_file(self.store.cell_dir(cell.key) / "model.safetensors")
 
     def fingerprint(self, cell: Cell) -> dict[str, Any]:
         """All that a finished cell left, timings apart."""

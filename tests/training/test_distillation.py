@@ -1,0 +1,117 @@
+"""Teachers guide by the formulas, in every kind of distillation, and with no weight not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dbscale.study.recipe import Attention, Augment, Budget, DeiT, Distill, TimmModel
+from dbscale.training import losses
+
+SMALL, LARGE = DeiT(heads=1, head_width=8, depth=2, patch_size=4), DeiT(heads=3, head_width=8, depth=3, patch_size=4)
+
+
+@pytest.mark.parametrize("attention", [None, Attention(beta=0.0)])
+def test_distilling_with_no_weight_is_plain_bitwise(attention, bench):
+    teacher = bench.cell(model=SMALL)
+    plain = bench.cell()
+    idle = bench.cell("distill", teacher=teacher, distill=Distill(alpha=0.0, attention=attention))
+    rows = [bench.run(cell).row for cell in (teacher, plain, idle)]
+    assert rows[1].weights_sha256 == rows[2].weights_sha256
+    assert rows[1].train_loss == rows[2].train_loss
+
+
+@pytest.mark.parametrize(
+    ("teacher_model", "distill", "terms"),
+    [
+        (SMALL, Distill(alpha=0.5), {"kl"}),
+        (LARGE, Distill(alpha=1.0), {"kl"}),
+        (SMALL, Distill(alpha=0.5, target="hard"), {"kl"}),
+        (SMALL, Distill(alpha=0.5, attention=Attention(layers="all", head_map="repeat")), {"kl", "attention_kl"}),
+        (LARGE, Distill(alpha=0.5, attention=Attention(layers=(0, -1), head_map="matrix")), {"kl", "attention_kl"}),
+        (LARGE, Distill(alpha=0.0, attention=Attention(head_map="mean")), {"attention_kl"}),
+    ],
+    ids=["smaller", "larger", "hard", "all layers", "matrix", "maps only"],
+)
+def test_each_kind_of_distillation_trains_and_reports_its_terms(teacher_model, distill, terms, bench):
+    options = {"augment": Augment(mixup=0.8), "budget": Budget(steps=10)}
+    teacher = bench.cell(model=teacher_model, **options)
+    cell = bench.cell("distill", teacher=teacher, distill=distill, **options)
+    bench.run(teacher)
+    before = bench.weights(teacher)
+    outcome = bench.run(cell)
+    assert outcome.status == "done", outcome.reason
+    line = bench.fingerprint(cell)["metrics"][-1]
+    assert line.keys() - {"step", "lr", "loss", "ce"} == terms
+    expected = (1 - distill.alpha) * line["ce"]
+    expected += distill.alpha * line.get("kl", 0) * (distill.temperature**2 if distill.target == "soft" else 1)
+    expected += line.get("attention_kl", 0) * (distill.attention.beta if distill.attention else 0)
+    assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert outcome.row.arm == "distilled" and outcome.row.teacher == teacher.key
+    assert all(torch.equal(before[name], value) for name, value in bench.weights(teacher).items())
+
+
+def test_losses_match_their_formulas():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    from dbscale.data import MixTarget
+
+    mixed = MixTarget(labels, labels.flip(0), 0.3)
+    found = losses._cross_entropy(logits, mixed, 0.1)
+    dense = mixed.dense(5, smoothing=0.1)
+    assert found == pytest.approx(float(torch.nn.functional.cross_entropy(logits, dense)), rel=1e-6)
+
+
+def _soft_term(student, teacher, temperature):
+    p_t, log_p_s = (teacher / temperature).softmax(1), (student / temperature).log_softmax(1)
+    return temperature**2 * (p_t * (p_t.log() - log_p_s)).sum(1).mean()
+
+
+@pytest.mark.parametrize("target", ["soft", "hard"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed labels"])
+def test_distillation_is_its_formula_in_value_and_gradient(target, mixed):
+    """loss = (1-α)·CE + α·T²·KL; hard: α·CE to the teacher's decision, which is not smoothed (DeiT)."""
+    from dbscale.data import MixTarget
+
+    torch.manual_seed(1)
+    labels, teacher_logits = torch.randint(0, 7, (9,)), 3 * torch.randn(9, 7)
+    wanted = MixTarget(labels, labels.flip(0), 0.3) if mixed else labels
+    settings = Distill(alpha=0.4, temperature=2.5, target=target)
+    found, expected = (torch.randn(9, 7).requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        expected.copy_(found)
+
+    objective = losses._DistillObjective(settings, 0.1, lambda _: teacher_logits, None, "auto")
+    terms = objective(lambda _: found, torch.empty(0), wanted)
+
+    dense = wanted.dense(7, smoothing=0.1) if mixed else labels
+    smoothing = 0.0 if mixed else 0.1
+    ce = torch.nn.functional.cross_entropy(expected, dense, label_smoothing=smoothing)
+    if target == "soft":
+        guided = _soft_term(expected, teacher_logits, 2.5)
+    else:
+        guided = torch.nn.functional.cross_entropy(expected, teacher_logits.argmax(1))
+    loss = 0.6 * ce + 0.4 * guided
+    terms.loss.backward()
+    loss.backward()
+    assert terms.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert terms.ce.item() == pytest.approx(ce.item(), rel=1e-5)
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_distilled_deit_learns_from_a_plain_teacher_with_other_tokens(bench):
+    """Two prefix tokens against one, two heads of the classifier, three attention heads against two."""
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 4}
+    student = TimmModel(kind="timm", name="deit_tiny_distilled_patch16_224", kwargs=sizes)
+    teacher = bench.cell()
+    settings = Distill(alpha=0.5, attention=Attention(layers="all", head_map="matrix"))
+    cell = bench.cell("distill", teacher=teacher, model=student, distill=settings)
+    bench.run(teacher)
+    outcome = bench.run(cell)
+    assert outcome.status == "done", outcome.reason
+    child = bench.cell("finetune", init=cell, model=student)
+    outcome = bench.run(child)
+    assert outcome.status == "done", outcome.reason
+    assert outcome.row.arm == "distilled"
+    weights = bench.weights(child)
+    assert weights["head.weight"].shape == weights["head_dist.weight"].shape == (3, 24)

@@ -1,0 +1,90 @@
+"""What a cell leaves is plain timm: it loads there, and timm's own validation finds the same."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.utils.metrics import accuracy
+
+from dbscale.study.cost import num_params
+from dbscale.study.recipe import Budget
+from dbscale.training.models import timm_arguments
+
+
+def test_weights_load_into_plain_timm(bench):
+    cell = bench.cell()
+    row = bench.run(cell).row
+    name, arguments = timm_arguments(cell.recipe.model, num_classes=6, image_size=16)
+    path = bench.store.cell_dir(cell.key) / "model.safetensors"
+    model = timm.create_model(name, **arguments, checkpoint_path=str(path))
+    assert all(torch.equal(value, bench.weights(cell)[key]) for key, value in model.state_dict().items())
+    assert sum(each.numel() for each in model.parameters()) == row.num_params == num_params(cell.recipe.model, 16, 6)
+
+
+def test_evaluation_agrees_with_timm_on_the_same_images(bench):
+    from dbscale.data import make_transform, open_dataset
+
+    cell = bench.cell(budget=Budget(steps=30))
+    row = bench.run(cell).row
+    test = open_dataset(bench.data_dir / "shards/up", "test", image_size=16)
+    pixels, _ = test.reader.fetch(np.arange(test.num_samples))
+    ids = torch.arange(test.num_samples)
+    images = make_transform(image_size=16, train=False)(torch.from_numpy(pixels), epoch=ids * 0, sample_ids=ids)
+    name, arguments = timm_arguments(cell.recipe.model, num_classes=6, image_size=16)
+    path = bench.store.cell_dir(cell.key) / "model.safetensors"
+    model = timm.create_model(name, **arguments, checkpoint_path=str(path)).eval()
+    labels = torch.from_numpy(test.labels)
+    with torch.no_grad():
+        logits = model(images)
+    top1, top5 = accuracy(logits, labels, topk=(1, 5))
+    assert row.error_rate == pytest.approx(1 - float(top1) / 100)
+    assert row.top5_error_rate == pytest.approx(1 - float(top5) / 100)
+    assert row.test_loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    saved = np.load(bench.store.cell_dir(cell.key) / "correct.npz")
+    bits = np.unpackbits(saved["correct"], count=int(saved["num_samples"]))
+    assert bits.tolist() == (logits.argmax(1) == labels).int().tolist()
+    assert np.unpackbits(saved["counted"], count=int(saved["num_samples"])).all()
+
+
+def test_export_loads_with_timm_alone(bench, tmp_path):
+    from dbscale.training.export import export_cell
+
+    parent = bench.cell()
+    cell = bench.cell("finetune", init=parent)
+    bench.run(parent)
+    row = bench.run(cell).row
+    folder = export_cell(bench.store, cell.key, tmp_path / "export")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert all(torch.equal(value, bench.weights(cell)[key]) for key, value in model.state_dict().items())
+    card = (folder / "README.md").read_text()
+    assert row.weights_sha256 in card and parent.key in card
+    assert json.loads((folder / "recipe.json").read_text())["key"] == cell.key
+
+
+def test_export_command_writes_what_timm_loads(bench, tmp_path, capsys):
+    from launch.cli import main
+
+    cell = bench.cell()
+    store = str(bench.store.root)
+    assert main(["export", cell.id, "--store", store]) == 1
+    assert f"cell {cell.key} is new; only finished cells are exported" in capsys.readouterr().err
+    bench.run(cell)
+    capsys.readouterr()
+    for extra, folder in (
+        ([], bench.store.root / "exports" / cell.key),
+        (["--out", str(tmp_path / "x")], tmp_path / "x"),
+    ):
+        assert main(["export", cell.id, "--store", store, *extra]) == 0
+        assert capsys.readouterr().out.strip() == str(folder)
+        assert {path.name for path in folder.iterdir()} == {
+            "model.safetensors", "config.json", "recipe.json", "row.json", "README.md"
+        }  # fmt: skip
+        name, arguments = timm_arguments(cell.recipe.model, num_classes=6, image_size=16)
+        model = timm.create_model(name, **arguments, checkpoint_path=str(folder / "model.safetensors"))
+        assert all(torch.equal(value, bench.weights(cell)[key]) for key, value in model.state_dict().items())
+    assert main(["export", "nothing", "--store", store]) == 1
+    assert "no cell 'nothing'" in capsys.readouterr().err
