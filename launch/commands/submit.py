@@ -72,13 +72,27 @@ def pack_missing(study: Study) -> Study:
 
 def show_only(study: Study) -> int:
     """The plan, and for SLURM the exact scripts."""
+    if study.cluster.executor == "slurm":
+        return show_scripts(study)
     plan, cost = plan_study(study)
     print(plan_command.describe(study, plan, cost))
-    if study.cluster.executor == "slurm":
-        from launch.slurm.submit import dry_run
+    return 0
 
-        for script in dry_run(study, plan, cost):
-            print(f"\n{script}")
+
+def show_scripts(study: Study) -> int:
+    """What `submit` would hand to SLURM now; on a machine without SLURM, to a cluster that holds nothing of the grid."""
+    from launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, SlurmError, max_array_size
+    from launch.slurm.submit import dry_run, peek_at_queue
+
+    try:
+        active, max_size = peek_at_queue(study).cells, max_array_size()
+    except SlurmError as error:
+        print(f"{error}; shown is what an idle cluster with SLURM's own limits would get", file=sys.stderr)
+        active, max_size = {}, DEFAULT_MAX_ARRAY_SIZE
+    plan, cost = plan_study(study, active)
+    print(plan_command.describe(study, plan, cost))
+    for script in dry_run(study, plan, cost, active, max_size) if plan.waves else ():
+        print(f"\n{script}")
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,12 +57,16 @@ class Queued:
 
 def look_at_queue(study: Study) -> Queued:
     """One squeue call. Arrays whose submission was cut off are cancelled first: their elements may lack their work."""
-    records = read_records(study.store, study.grid.name)
-    for record in records:
+    for record in read_records(study.store, study.grid.name):
         if record.job is None:
             slurm.cancel_by_name(record.job_name)
             forget(study.store, record)
-    queue = slurm.read_queue()
+    return peek_at_queue(study)
+
+
+def peek_at_queue(study: Study) -> Queued:
+    """The same look, changing nothing."""
+    records, queue = read_records(study.store, study.grid.name), slurm.read_queue()
     return Queued(active_cells(records, queue), active_jobs(records, queue))
 
 
@@ -160,22 +164,19 @@ def arrays(tasks: Sequence[Task], shape_of: Callable[[Stage], str], max_size: in
             yield together[start : start + max_size]
 
 
-def dry_run(study: Study, plan: Plan, cost: CostModel) -> Iterator[str]:
-    """The exact scripts, in order; array ids that are not known before submission read as 0."""
-    tasks = tasks_of(plan, cost, study.cluster.shape_key)
+def dry_run(study: Study, plan: Plan, cost: CostModel, active: Collection[str], max_size: int) -> Iterator[str]:
+    """The exact scripts, in order, beside the `active` cells that wait or run already; ids of arrays to wait for,
+    which are not known before submission, read as 0."""
+    cluster = study.cluster
+    tasks = tasks_of(plan, cost, cluster.shape_key)
     folder = check_path(study.store.grid_dir(study.grid.name), "the store") / "jobs" / "UID"
-    for part in arrays(tasks, study.cluster.shape_key, slurm.DEFAULT_MAX_ARRAY_SIZE):
-        after = [0] if any(task.parents for task in part) else []
-        values = parameters(
-            study.cluster.shape(part[0].stage), name=f"dbscale-{study.grid.name}-UID",
-            requeue_limit=study.cluster.requeue_limit, after=after,
-        )  # fmt: skip
-        yield render(folder, values, len(part))
-    yield render(
-        folder,
-        parameters(
-            study.cluster.reducer_shape(), name=f"dbscale-{study.grid.name}-UID",
-            requeue_limit=study.cluster.requeue_limit, after=[0] if tasks else [],
-        ),
-        1,
-    )  # fmt: skip
+    coming = {*active, *(key for task in tasks for key in task.keys)}
+
+    def script(shape: Shape, num_elements: int, *, waits: bool) -> str:
+        name, after = f"dbscale-{study.grid.name}-UID", [0] if waits else []
+        values = parameters(shape, name=name, requeue_limit=cluster.requeue_limit, after=after)
+        return render(folder, values, num_elements)
+
+    for part in arrays(tasks, cluster.shape_key, max_size):
+        yield script(cluster.shape(part[0].stage), len(part), waits=any(task.parents & coming for task in part))
+    yield script(cluster.reducer_shape(), 1, waits=bool(coming))

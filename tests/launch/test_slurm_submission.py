@@ -98,6 +98,42 @@ def test_a_dry_run_prints_the_scripts_that_would_be_submitted(submit: Any, slurm
         assert plain(script) in plain(shown)
 
 
+def test_a_dry_run_knows_the_clusters_limit_and_what_waits_there(submit: Any, slurm: Path) -> None:
+    (slurm / "max_array").write_text("3")
+    assert "--array=0-2%3" in submit("--dry-run")[1]
+    submit()
+    (slurm / "queue").write_text("".join(f"{job}|{i}|PENDING||x\n" for job in (101, 103) for i in range(3)))
+    called = len(calls(slurm, "sbatch"))
+    _, shown, _ = submit("--dry-run")
+    assert shown.count("#!/bin/bash") == 2  # the one that job 102 no longer holds, and a reducer
+    assert "--array" not in shown
+    assert len(calls(slurm, "sbatch")) == called
+    (slurm / "broken").touch()
+    code, shown, said = submit("--dry-run")
+    assert code == 0
+    assert "shown is what an idle cluster" in said
+    assert "--array=0-3%4" in shown
+
+
+@pytest.mark.parametrize("reducer", ["none", "of an earlier submit"])
+def test_a_reducer_that_a_dying_login_node_did_not_submit_is_made_up_for(
+    submit: Any, slurm: Path, workplace: Any, reducer: str
+) -> None:
+    submit()
+    last = workplace.store.grid_dir("tiny") / "submits" / f"{records(workplace)[-1]['uid']}.json"
+    if reducer == "none":
+        last.unlink()
+    else:
+        last.write_text(json.dumps({**json.loads(last.read_text()), "after": [101]}))
+    waiting = [f"101|{i}|PENDING||x" for i in range(4)] + [f"102|{i}|PENDING||x" for i in range(2)]
+    (slurm / "queue").write_text("\n".join([*waiting, "103|N/A|PENDING||x"]) + "\n")
+    assert submit()[0] == 0
+    made = records(workplace)[-1]
+    assert (made["kind"], made["after"], made["job"]) == ("reduce", [101, 102], 104)
+    (slurm / "queue").write_text("\n".join([*waiting, "104|N/A|PENDING||x"]) + "\n")
+    assert "nothing to submit" in submit()[1]
+
+
 def test_arrays_are_cut_at_the_clusters_limit(submit: Any, slurm: Path) -> None:
     (slurm / "max_array").write_text("3")
     assert submit()[0] == 0
