@@ -25,7 +25,8 @@ def _lines(findings: Findings) -> Iterator[str]:
     if records:
         yield ""
         yield f"Boundary from the chosen laws, {percent(boundary.level, 0)} intervals"
-        yield from map(_boundary_line, records)
+        width = max(len(record.dataset) for record in records) + 2
+        yield from (_boundary_line(record, width) for record in records)
     notes = (*laws.notes, *boundary.notes)
     if notes:
         yield ""
@@ -41,7 +42,7 @@ def _fit_line(fit: FitRecord) -> str:
     return f"{name}{quality[0]:>8}{quality[1]:>8}  {params}"
 
 
-def _boundary_line(record: BoundaryRecord) -> str:
+def _boundary_line(record: BoundaryRecord, width: int) -> str:
     whom = "pooled" if record.student is None else f"{record.student}, {record.downstream_samples:,} labels"
     root = record.upstream_samples
     found = (
@@ -49,4 +50,4 @@ def _boundary_line(record: BoundaryRecord) -> str:
         if root
         else (record.direction or "too little data").replace("_", " ")
     )
-    return f"    {record.dataset:<14}{whom:<26}{found}{'  extrapolated' if record.status == 'extrapolated' else ''}"
+    return f"    {record.dataset:<{width}}{whom:<26}{found}{'  extrapolated' if record.status == 'extrapolated' else ''}"

@@ -21,6 +21,7 @@ from dbscale.study.strict_yaml import load_yaml, override, set_path
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 """Becomes a folder name: letters, digits, dot, underscore and hyphen."""
 Sizes = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 RawValue = str | int | float | bool | None | list[Any] | dict[str, Any]
 
 
@@ -57,7 +58,7 @@ class Grid(Strict):
     arms: tuple[Literal["plain", "distilled"], ...] = ("plain", "distilled")
     scratch: bool = False
     """Also finetune every student from random weights: the error without any upstream data."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     pretrain: Training
     finetune: Training
     distill: Distill | None = None

@@ -76,6 +76,8 @@ class Budget(Strict):
         given = [name for name in ("epochs", "steps", "samples") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a budget takes exactly one of epochs, steps, samples; found {given or 'none'}")
+        if self.max_steps is not None and (self.min_steps or 1) > self.max_steps:
+            raise ValueError(f"min_steps {self.min_steps} exceeds max_steps {self.max_steps}")
         return self
 
     def num_steps(self, num_samples: int, global_batch: int) -> int:

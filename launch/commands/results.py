@@ -41,7 +41,8 @@ def reduce(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    print(write_results(store_of(arguments), grid_name(arguments)))
+    path, _ = write_results(store_of(arguments), grid_name(arguments))
+    print(path)
     return 0
 
 
@@ -69,13 +70,13 @@ def grid_name(arguments: argparse.Namespace) -> str:
     return load_grid(arguments.grid, arguments.overrides).name
 
 
-def write_results(store: Store, name: str) -> Path:
-    """Reduce, fit where rows changed, and write the page."""
+def write_results(store: Store, name: str) -> tuple[Path, Sequence[str]]:
+    """Reduce, fit where rows changed, and write the page; returns where it is and the study's answers."""
     from dbscale.report.page import write_report
     from dbscale.report.refresh import refresh
 
-    refresh(store, name)
-    return write_report(store, name)
+    _, findings = refresh(store, name)
+    return write_report(store, name), findings.boundary.answers
 
 
 def report_is_current(store: Store, name: str, keys: Sequence[str]) -> bool:

@@ -19,7 +19,7 @@ class ReduceJob:
 
     def __call__(self) -> str:
         store = Store(Path(self.store))
-        page = write_results(store, self.grid)
+        page, _ = write_results(store, self.grid)
         clear_pickles(store, self.grid)
         return str(page)
 

@@ -32,6 +32,7 @@ def test_a_grid_runs_to_its_report_and_says_so_when_typed_again(workplace: Any, 
     assert first.returncode == 0, first.stderr
     assert len(workplace.done()) == num_cells
     assert (workplace.store.grid_dir("tiny") / "report.html").exists()
+    assert "It pays." in first.stdout
     before = workplace.rows()
     again = workplace.run("submit")
     assert again.returncode == 0

@@ -108,6 +108,7 @@ def test_ids_follow_the_recipe_and_the_data(seed: int, size: int, lr: float) -> 
         ({"teachers": {"h2": "h9"}}, "unknown teacher 'h9'"),
         ({"students": []}, "students"),
         ({"seeds": [0, 0]}, "seeds repeats a value"),
+        ({"seeds": [-1]}, "seeds.0: input should be greater than or equal to 0, found -1"),
         ({"seeds": ["zero"]}, "seeds.0: input should be a valid integer, found 'zero'"),
         ({"image_size": 32.5}, "image_size"),
         ({"upstream": {"dataset": "up", "num_samples": [0]}}, "upstream.num_samples.0"),
@@ -119,6 +120,16 @@ def test_ids_follow_the_recipe_and_the_data(seed: int, size: int, lr: float) -> 
         (
             {"pretrain": {"budget": {"steps": 1, "epochs": 1.0}, "optim": {"lr": 1e-3}, "global_batch": 8}},
             "exactly one",
+        ),
+        (
+            {
+                "pretrain": {
+                    "budget": {"epochs": 1.0, "min_steps": 9, "max_steps": 8},
+                    "optim": {"lr": 1e-3},
+                    "global_batch": 8,
+                }
+            },
+            "min_steps 9 exceeds max_steps 8",
         ),
         (
             {"models": {"h1": {"kind": "deit", "heads": 1, "depht": 2}}},
