@@ -50,6 +50,8 @@ class Grid(Strict):
     downstream: Annotated[tuple[DataAxis, ...], Field(min_length=1)]
     image_size: Positive
     tier: Tier = "resident"
+    tiers: dict[Name, Tier] = {}
+    """Of datasets that are packed in another encoding: dataset → tier."""
     block_size: Positive | None = None
     models: dict[Name, Model]
     students: Annotated[tuple[Name, ...], Field(min_length=1)]
@@ -84,6 +86,7 @@ class Grid(Strict):
         yield "student", self.students, self.models
         yield "student in teachers", tuple(self.teachers), self.models
         yield "teacher", tuple(self.teachers.values()), self.models
+        yield "dataset in tiers", tuple(self.tiers), self.datasets
         yield "upstream dataset", (self.upstream.dataset,), self.datasets
         yield "downstream dataset", tuple(axis.dataset for axis in self.downstream), self.datasets
 
@@ -223,7 +226,7 @@ class _Expansion:
         # Another seed is another window of the same order, so that seeds also sample the choice of images.
         data = Data(
             dataset=dataset, num_samples=size, subset_seed=seed, image_size=grid.image_size,
-            tier=grid.tier, block_size=grid.block_size,
+            tier=grid.tiers.get(dataset, grid.tier), block_size=grid.block_size,
         )  # fmt: skip
         recipe = Recipe(
             stage=stage, model=grid.models[model], data=data, training=training, seed=seed,

@@ -158,6 +158,8 @@ class Training(Strict):
     label_smoothing: Share = 0.0
     drop_path: Share = 0.0
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """The exported weights are a moving average with this decay, reached gradually: (1 + step) / (10 + step) until
+    then. None: the weights of the last step."""
     scope: Literal["full", "linear_probe"] = "full"
     """What a finetune changes: everything, or the head alone."""
 

@@ -86,7 +86,7 @@ def train(run: Run) -> bool:
         images, target = _to_device(run, batch, step)
         losses = _optimizer_step(run, images, target)
         if run.ema is not None:
-            run.ema.update()
+            run.ema.update(step)
 
         state.step = step + 1
         run.reporter.add(step, losses)

@@ -19,13 +19,24 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 
 from dbscale.study.resources import Resources  # noqa: E402
 from dbscale.study.stop import StopRequest  # noqa: E402
 from dbscale.study.store import Store  # noqa: E402
-from dbscale.training import loop, run  # noqa: E402
+from dbscale.training import checkpoint, loop, run  # noqa: E402
+from dbscale.training import evaluate as evaluation  # noqa: E402
 
 torch.set_num_threads(1)
+
+TRAPS = {
+    "step": (loop, "_optimizer_step"),
+    "micro-batch": (Accelerator, "backward"),
+    "between the parts of a checkpoint": (checkpoint, "rank_file"),
+    "checksum": (checkpoint, "_checksum"),
+    "evaluation": (evaluation, "_judge"),
+}
+"""Functions at whose n-th call a rank can be killed."""
 
 
 @dataclass
@@ -43,7 +54,7 @@ class StopAt(StopRequest):
 
 
 def note_end(results: dict[str, Any]) -> None:
-    """Hash optimizer state and EMA of this rank when training ends."""
+    """Hash optimizer state and EMA of this rank when training ends; in the store too, should it be killed later."""
     original = run.finish_training
 
     def noting(finished: loop.Run, spec: Any, store: Store) -> Any:
@@ -56,6 +67,7 @@ def note_end(results: dict[str, Any]) -> None:
         for each in [] if finished.ema is None else finished.ema.average:
             digest.update(each.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         results["end"] = digest.hexdigest()
+        (store.root / f"end-{os.environ['RANK']}").write_text(results["end"])
         return original(finished, spec, store)
 
     run.finish_training = noting
@@ -71,16 +83,16 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return []
 
 
-def kill_at_step(step: int) -> None:
-    original = loop._optimizer_step
-    count = iter(range(1_000_000))
+def kill_at(where: str, call: int) -> None:
+    owner, name = TRAPS[where]
+    original, count = getattr(owner, name), iter(range(1, 1_000_000))
 
-    def trapped(*arguments: Any) -> Any:
-        if next(count) == step:
+    def trapped(*arguments: Any, **keywords: Any) -> Any:
+        if next(count) == call:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments)
+        return original(*arguments, **keywords)
 
-    loop._optimizer_step = trapped
+    setattr(owner, name, trapped)
 
 
 def main() -> None:
@@ -88,7 +100,7 @@ def main() -> None:
     rank, results = os.environ["RANK"], []
     for each in job["runs"]:
         if each.get("kill_rank") == int(rank):
-            kill_at_step(each["kill_step"])
+            kill_at(each["kill_where"], each["kill_call"])
         result: dict[str, Any] = {}
         note_end(result)
         outcome = run.run_cell(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
@@ -106,24 +105,42 @@ def test_elastic_resume_of_zero(engine, before, after, bench_of, ranks):
     assert row.train_loss == pytest.approx(expected.train_loss, rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("engine", "precision"), list(itertools.product(ENGINES, ["fp32", "bf16"])))
-def test_a_rank_killed_again_and_again(engine, precision, bench_of, ranks):
-    """kill -9 of either rank at random steps; the other one ends with an error, and both are started anew."""
-    whole, cut = bench_of("whole"), bench_of("cut")
-    options = {"precision": precision, "ema_decay": 0.9}
-    cell = whole.cell(**options)
-    cut.cell(**options)
-    how = resources(engine, checkpoint_interval_s=1e-9, checkpoint_stall_share=1e9, micro_batch=4)
-    (expected, *_) = ranks.run([listed(whole, cell, how)])
+def kills(engine, precision):
+    """Which rank dies where: at steps drawn anew for each engine, the 40 samples' epochs ending inside one in three."""
     draw = random.Random(f"{engine} {precision}")
-    for rank in (0, 1, 1):
-        ranks.run([listed(cut, cell, how, kill_rank=rank, kill_step=draw.randrange(1, 4))])
-    (found, *_) = ranks.run([listed(cut, cell, how)])
-    assert found[0]["status"] == "done", found[0]["reason"]
-    assert found[0]["end"] == expected[0]["end"]
-    assert cut.fingerprint(cell) == whole.fingerprint(cell)
-    assert len(cut.store.attempts(cell.key)) == 4
+    yield {"kill_rank": draw.randrange(2), "kill_where": "step", "kill_call": draw.randrange(1, 5)}
+    yield {"kill_rank": 1, "kill_where": "between the parts of a checkpoint", "kill_call": draw.randrange(1, 4)}
+    yield {"kill_rank": 0, "kill_where": "checksum", "kill_call": draw.randrange(12, 24)}
+    # Two micro-batches a step: the second one's gradients are on their way.
+    yield {"kill_rank": draw.randrange(2), "kill_where": "micro-batch", "kill_call": 2 * draw.randrange(1, 3)}
+    yield {"kill_rank": draw.randrange(2), "kill_where": "evaluation", "kill_call": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_killed_again_and_again(engine, bench_of, ranks):
+    """kill -9 of either rank in every kind of work; the other one ends with an error, and both are started anew."""
+    how = resources(engine, checkpoint_interval_s=1e-9, checkpoint_stall_share=1e9, micro_batch=4)
+    finished: list[dict] = []
+    pairs = []
+    for precision in ("fp32", "bf16"):
+        whole, cut = bench_of(f"{precision}-whole"), bench_of(f"{precision}-cut")
+        cell = whole.cell(precision=precision, ema_decay=0.9)
+        cut.cell(precision=precision, ema_decay=0.9)
+        pairs.append((whole, cut, cell))
+        finished.append(listed(whole, cell, how))  # at the head of the next start, which costs more than the cell
+        for kill in kills(engine, precision):
+            found = ranks.run([*finished, listed(cut, cell, how, **kill)])
+            assert found[kill["kill_rank"]] == [], f"{kill} never came to pass"
+            finished = []
+        finished = [listed(cut, cell, how)]
+    (last, _) = ranks.run(finished)
+    assert last[0]["status"] == "done", last[0]["reason"]
+    for whole, cut, cell in pairs:
+        assert cut.fingerprint(cell) == whole.fingerprint(cell)
+        assert len(cut.store.attempts(cell.key)) == 6
+        for rank in range(2):
+            assert (cut.store.root / f"end-{rank}").read_text() == (whole.store.root / f"end-{rank}").read_text()
 
 
 def test_evaluation_is_exact_with_any_number_of_ranks(bench_of, ranks, kill_on_call):
