@@ -1,6 +1,6 @@
 """How a start of a job ends, as seen from inside it: requeued after a warning, waiting where TERM announces the end.
 
-What kills without warning is requeued by the batch script (`script.teardown_lines`); what ends the batch script itself
+What kills without warning is requeued by the batch script (`script.requeue_lines`); what ends the batch script itself
 (the time limit, a signal to its shell) is noticed here, while SLURM still waits for the ranks.
 """
 

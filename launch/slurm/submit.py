@@ -124,11 +124,10 @@ class Submission:
 
     def _submit(self, record: SubmitRecord, shape: Shape, work: Sequence[SlurmBundle | ReduceJob]) -> int:
         write_record(self.study.store, record)
-        executor = submitit.SlurmExecutor(jobs_dir(self.study.store, record), python=python_command())
+        folder, limit = jobs_dir(self.study.store, record), self.study.cluster.requeue_limit
+        executor = submitit.SlurmExecutor(folder, python=python_command())
         executor.update_parameters(
-            **parameters(
-                shape, name=record.job_name, requeue_limit=self.study.cluster.requeue_limit, after=record.after
-            )
+            **parameters(shape, folder=folder, name=record.job_name, requeue_limit=limit, after=record.after)
         )
         try:
             jobs = executor.submit_array(work)
@@ -174,7 +173,7 @@ def dry_run(study: Study, plan: Plan, cost: CostModel, active: Collection[str], 
 
     def script(shape: Shape, num_elements: int, *, waits: bool) -> str:
         name, after = f"dbscale-{study.grid.name}-UID", [0] if waits else []
-        values = parameters(shape, name=name, requeue_limit=cluster.requeue_limit, after=after)
+        values = parameters(shape, folder=folder, name=name, requeue_limit=cluster.requeue_limit, after=after)
         return render(folder, values, num_elements)
 
     for part in arrays(tasks, cluster.shape_key, max_size):

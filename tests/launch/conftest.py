@@ -132,3 +132,35 @@ def wait_until() -> Callable[..., None]:
             time.sleep(0.05)
 
     return wait
+
+
+SLURM_CLUSTER = {
+    "executor": "slurm",
+    "target_min": 0.005,
+    "requeue_limit": 5,
+    "slurm": {"partition": "gpu", "gpus_per_node": 1, "memory_gb": 4, "setup": ["module load cuda"]},
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, workplace: Any, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of the fake SLURM; its commands come first on PATH."""
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(SLURM_CLUSTER))
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    monkeypatch.setenv("FAKE_SLURM", str(folder))
+    monkeypatch.setenv("PATH", f"{FAKES / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def submit(slurm: Path, workplace: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*options: str, command: str = "submit") -> tuple[int, str, str]:
+        cluster = ["--cluster", str(workplace.folder / "cluster.yaml")] if command != "status" else []
+        from launch.cli import main
+
+        code = main([command, *workplace.where, *cluster, *options])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

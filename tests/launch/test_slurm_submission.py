@@ -5,50 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
-import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 
 from launch.cli import main
-
-BIN = Path(__file__).parent / "fakes" / "bin"
-CLUSTER = {
-    "executor": "slurm",
-    "target_min": 0.005,
-    "requeue_limit": 5,
-    "slurm": {"partition": "gpu", "gpus_per_node": 1, "memory_gb": 4, "setup": ["module load cuda"]},
-}
-NUM_BUNDLES = 6
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, workplace: Any, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder of the fake SLURM; its commands come first on PATH."""
-    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    monkeypatch.setenv("FAKE_SLURM", str(folder))
-    monkeypatch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    return folder
-
-
-@pytest.fixture
-def submit(slurm: Path, workplace: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*options: str, command: str = "submit") -> tuple[int, str, str]:
-        cluster = ["--cluster", str(workplace.folder / "cluster.yaml")] if command != "status" else []
-        code = main([command, *workplace.where, *cluster, *options])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def calls(slurm: Path, name: str) -> list[str]:
@@ -221,41 +185,3 @@ def test_status_counts_what_waits_and_works_while_slurm_is_silent(submit: Any, s
     assert code == 0
     assert "Unable to contact slurm controller; what follows is from the store alone" in out
     assert submit()[0] == 1
-
-
-@pytest.mark.parametrize("bad", ["$(touch x)", "a\nb", "`id`", "it's", 'say "x"', "100%", "a\\b", "a;b"])
-def test_paths_that_a_shell_or_slurm_could_misread_are_refused(
-    submit: Any, slurm: Path, workplace: Any, bad: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cluster = str(workplace.folder / "cluster.yaml")
-    code = main(["submit", *workplace.where, "--cluster", cluster, "--store", str(workplace.folder / bad)])
-    assert code == 1
-    assert "could misread" in capsys.readouterr().err
-    assert not calls(slurm, "sbatch")
-
-
-def test_a_space_in_a_path_is_one_word_to_the_shell(submit: Any, slurm: Path, workplace: Any) -> None:
-    store = workplace.folder / "my store"
-    assert submit("--store", str(store))[0] == 0
-    lines = scripts(slurm)[0].splitlines()
-    command = shlex.split(next(line for line in lines if line.startswith("srun ")))
-    assert command[-1].startswith(str(store))
-    assert next(line for line in lines if "--output=" in line) == f"#SBATCH --output='{command[3].replace('%t', '0')}'"
-
-
-def test_the_script_is_shell_that_keeps_the_exit_code(submit: Any, slurm: Path, workplace: Any) -> None:
-    """Run the script itself with a failing srun: requeue while the limit allows and the job still runs, then fail."""
-    submit()
-    script = slurm / "script-101"
-    script.write_text(script.read_text().replace("module load cuda", "srun() { return 9; }"))
-    for state, restarts, requeued in (
-        ("RUNNING", "0", 1),
-        ("RUNNING", "5", 0),
-        ("CANCELLED", "0", 0),
-        ("PENDING", "1", 0),
-    ):
-        (slurm / "queue").write_text(state)
-        (slurm / "calls").unlink(missing_ok=True)
-        environment = {**os.environ, "SLURM_JOB_ID": "55", "SLURM_RESTART_COUNT": restarts}
-        assert subprocess.run(["bash", str(script)], env=environment, check=False).returncode == 9
-        assert len(calls(slurm, "scontrol")) == requeued, state

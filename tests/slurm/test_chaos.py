@@ -23,6 +23,8 @@ import yaml
 pytestmark = pytest.mark.slurm
 ONE_LINEAGE_EACH = ["--set", "cluster.target_min=0.01", "--set", "cluster.requeue_limit=200"]
 STEPS = 60
+LONG_STEPS = 1500
+"""A cell of the long form trains for ten seconds or so, longer than a process takes to start."""
 PATIENCE_S = 1200.0
 """For real training on a machine that others use as well."""
 
@@ -89,7 +91,7 @@ def test_many_faults_change_no_bit_of_real_training(
 ) -> None:  # fmt: skip
     """The long form: rounds of a real grid, until so many faults were injected; each equals the undisturbed one."""
     count, die = int(os.environ.get("DBSCALE_CHAOS_FAULTS", "20")), random.Random(seed)
-    quiet = real("quiet", steps=400, wide=True)
+    quiet = real("quiet", steps=LONG_STEPS, wide=True)
     assert quiet.run("submit", *options(quiet)).returncode == 0
     all_ended(PATIENCE_S)
     expected = results(quiet)
@@ -97,7 +99,7 @@ def test_many_faults_change_no_bit_of_real_training(
     hand, injected, rounds = faults.deal(die, count), 0, 0
     while injected < count:
         rounds += 1
-        place = real(f"round-{rounds}", steps=400, wide=True)
+        place = real(f"round-{rounds}", steps=LONG_STEPS, wide=True)
         with faults.disk_of_its_own(place.store.root) as own_disk:
             chaos = faults.Chaos(place, sandbox, die, options(place), own_disk)
             chaos.say(f"round {rounds}")
