@@ -22,6 +22,10 @@ from dbscale.laws.resample import Bootstrap
 SCHEMA = "dbscale.laws/boundary/1"
 CERTAIN_ENOUGH = 0.95
 """A crossing is reported when at least this share of the drawn curves has one."""
+SURE_OF_SIGN = 0.975
+"""… and when at one D_p below it this share of them is positive, at one above it negative: arms that only become
+equal wander through zero too.
+"""
 GRID = 161
 
 
@@ -176,8 +180,9 @@ def read_boundary(
     inside = crossed & (roots >= low) & (roots <= high)
     probability = float(crossed.mean())
     status, root, interval = "no_crossing", None, None
-    if probability >= CERTAIN_ENOUGH:
-        root = float(np.exp(np.median(np.log(roots[crossed]))))
+    likely = float(np.exp(np.median(np.log(roots[crossed])))) if probability >= CERTAIN_ENOUGH else None
+    if likely is not None and has_both_signs(curves, likely):
+        root = likely
         status = "crossing" if low <= root <= high else "extrapolated"
         ends = np.quantile(roots[crossed], [0.5 - level / 2, 0.5 + level / 2])
         interval = (float(ends[0]), float(ends[1]))
@@ -203,6 +208,13 @@ def read_boundary(
         },
         diagnostics=tuple(explain(status, direction, probability, root, measured, curves.best[within])),
     )
+
+
+def has_both_signs(curves: DeltaCurves, root: float) -> bool:
+    """Whether ΔE is surely positive somewhere below the root and surely negative somewhere above it."""
+    positive = np.mean(curves.drawn > 0, axis=0)
+    below, above = positive[curves.grid <= root], 1 - positive[curves.grid >= root]
+    return bool(min(below.max(initial=0.0), above.max(initial=0.0)) >= SURE_OF_SIGN)
 
 
 def read_direction(best: np.ndarray, lower: np.ndarray, upper: np.ndarray, status: str) -> str:

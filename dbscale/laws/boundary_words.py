@@ -25,7 +25,7 @@ def explain(
     if status == "no_crossing":
         words.append(
             f"No crossing is established between {low:,.0f} and {high:,.0f} upstream samples "
-            f"(probability {probability:.0%} within reach): the range may be too short."
+            f"({probability:.0%} of the drawn curves cross within reach): the range may be too short."
         )
         words += _without_crossing(direction, delta)
     if status == "crossing" and direction != "positive_to_negative":
@@ -34,6 +34,8 @@ def explain(
 
 
 def _without_crossing(direction: str, delta: np.ndarray) -> list[str]:
+    if direction == "always_positive" and delta[-1] < 0.25 * delta.max():
+        return ["ΔE shrinks to almost nothing: the arms may become equal rather than cross; measure larger D_p."]
     if direction == "always_positive":
         trend = "and does not shrink" if delta[-1] >= delta[0] else "though it shrinks towards the end"
         return [

@@ -16,7 +16,7 @@ from dbscale.laws.errors import LawError, nearest
 
 Columns = Mapping[str, np.ndarray]
 Values = Mapping[str, np.ndarray]
-LOG_FLOOR, LOG_CEILING = 1e-20, 1e20
+LOG_FLOOR, LOG_CEILING = 1e-60, 1e60
 STEP = 1e-30  # complex step: exact to rounding, so any tiny number does
 
 

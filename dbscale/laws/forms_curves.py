@@ -152,9 +152,12 @@ def bnsl_gradient(x: Columns, p: Values) -> tuple[np.ndarray, Values]:
 
 
 def rectified_as_bnsl(p: Mapping[str, float]) -> dict[str, float]:
-    """B/(D_l + D^β) + E as a break of width 1/β from a flat start."""
-    beta = max(p["beta"], 1e-2)
-    return {"a": p["E"], "b": p["B"] / p["D_l"], "c0": 0.0, "c1": beta, "d1": p["D_l"] ** (1 / beta), "f1": 1 / beta}
+    """B/(D_l + D^β) + E as a break of width 1/|β|: from a flat start where it falls, to a flat end where it rises."""
+    size = max(abs(p["beta"]), 1e-3)
+    place = float(np.exp(np.clip(np.log(max(p["D_l"], 1e-300)) / size, -700.0, 700.0)))
+    if p["beta"] < 0:
+        return {"a": p["E"], "b": p["B"], "c0": -size, "c1": size, "d1": 1 / place, "f1": 1 / size}
+    return {"a": p["E"], "b": p["B"] / p["D_l"], "c0": 0.0, "c1": size, "d1": place, "f1": 1 / size}
 
 
 BNSL = Form(

@@ -7,19 +7,24 @@ import numpy as np
 from dbscale.laws.form import Columns, Contains, Form, Param, Scaling, Values, Variable
 from dbscale.laws.forms_power import EXPONENT_START, SAMPLES
 
+FURTHEST = float(np.log(1e6))
+"""How far (in log size) beyond the compute-optimal size excess parameters are counted; it keeps α or β of 0 finite."""
 SIZE = Variable("num_params", "N", aliases=("M", "params"))
 
 
 def data_constrained_value(x: Columns, p: Values) -> np.ndarray:
     """E + A/N′^α + B/D′^β with N′ = U + U·R*(1 − e^(−R/R*)), likewise D′: repeats beyond U count ever less.
 
-    U_D are the unique samples; U_N is the size that is compute-optimal for U_D, or N if that is smaller.
+    U_D are the unique samples; U_N is the size that is compute-optimal for U_D, or N if that is smaller, and never less
+    than a millionth of N.
     """
     a, b = p["alpha"], p["beta"]
     gain = np.exp(np.log(a * p["A"] / (b * p["B"])) / (a + b))
     log_optimal = np.log(gain) + (np.log(x["unique_samples"]) + np.log(gain)) * b / a
     log_size = np.log(x["num_params"])
-    log_base = np.where(np.real(log_optimal) < log_size, log_optimal, log_size)
+    least = log_size - FURTHEST
+    log_base = np.where(np.real(log_optimal) > least, log_optimal, least)
+    log_base = np.where(np.real(log_optimal) < log_size, log_base, log_size)
     size = _effective(log_base, np.exp(log_size - log_base) - 1, p["R_N"])
     repeats = x["num_samples"] / x["unique_samples"] - 1
     samples = _effective(np.log(x["unique_samples"]), np.maximum(repeats, 0), p["R_D"])
@@ -39,8 +44,8 @@ DATA_CONSTRAINED = Form(
         Param("E", "linear", (0.0, 0.98), 0.0, np.inf, unit="y_low"),
         Param("A", "log", (0.02, 1.5), unit="y_mid"),
         Param("B", "log", (0.02, 1.5), unit="y_mid"),
-        Param("alpha", "linear", EXPONENT_START, 1e-3, 10.0),
-        Param("beta", "linear", EXPONENT_START, 1e-3, 10.0),
+        Param("alpha", "linear", EXPONENT_START, 0.0, 10.0),
+        Param("beta", "linear", EXPONENT_START, 0.0, 10.0),
         Param("R_D", "log", (1.0, 100.0), 1e-3),
         Param("R_N", "log", (1.0, 100.0), 1e-3),
     ),

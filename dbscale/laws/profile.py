@@ -13,7 +13,7 @@ from dbscale.laws.law_fit import LawFit
 from dbscale.laws.quantiles import student_quantile
 from dbscale.laws.solver import Problem, minimise
 
-STEPS = 41
+STEPS, FINE_STEPS, REFINEMENTS = 41, 5, 2
 REACH = 6.0  # standard errors to either side
 
 
@@ -31,11 +31,17 @@ def profile(fit: LawFit, name: str) -> tuple[np.ndarray, np.ndarray]:
     matrix = fit.form.unscaling(fit.units)
     middle = matrix[:, :-1] @ fit.theta + matrix[:, -1]
     size = float(np.sqrt(max((matrix[:, :-1] @ fit.theta_covariance @ matrix[:, :-1].T)[k, k], 0.0)))
-    size = size if size > 0 else 0.25 * abs(middle[k]) + 1e-6
+    size = size if size > 0 and name not in fit.at_bound else 0.25 * abs(middle[k]) + 1e-6
     grid = _inside(fit, k, middle[k] + size * np.linspace(-REACH, REACH, STEPS))
+    return (np.exp(grid) if fit.form.is_log[k] else grid), _signed_rise(fit, k, grid)
+
+
+def _signed_rise(fit: LawFit, k: int, grid: np.ndarray) -> np.ndarray:
+    """√deviance at each value of coordinate k, in the table's own units; negative below the optimum."""
+    matrix = fit.form.unscaling(fit.units)
+    middle = matrix[:, :-1] @ fit.theta + matrix[:, -1]
     objective = _walk(fit, k, middle, grid)
-    rise = np.sqrt(np.maximum(_deviance(fit, objective), 0.0)) * np.sign(grid - middle[k])
-    return (np.exp(grid) if fit.form.is_log[k] else grid), rise
+    return np.sqrt(np.maximum(_deviance(fit, objective), 0.0)) * np.sign(grid - middle[k])
 
 
 def profile_interval(fit: LawFit, name: str, level: float = 0.9) -> tuple[float, float]:
@@ -45,8 +51,21 @@ def profile_interval(fit: LawFit, name: str, level: float = 0.9) -> tuple[float,
     values, rise = profile(fit, name)
     small = fit.loss.kind == "least_squares"
     limit = student_quantile(level, fit.num_points - fit.num_free) if small else NormalDist().inv_cdf(0.5 + level / 2)
-    steady = np.maximum.accumulate(rise)
-    return float(np.interp(-limit, steady, values)), float(np.interp(limit, steady, values))
+    return _end(fit, name, values, rise, -limit), _end(fit, name, values, rise, limit)
+
+
+def _end(fit: LawFit, name: str, values: np.ndarray, rise: np.ndarray, limit: float) -> float:
+    """Where the signed rise passes `limit`, with the profile walked again between the two values around it."""
+    k = fit.form.param_names.index(name)
+    grid = np.log(values) if fit.form.is_log[k] else values
+    for _ in range(REFINEMENTS):
+        after = int(np.searchsorted(np.maximum.accumulate(rise), limit))
+        if after in (0, len(grid)):
+            break
+        grid = np.linspace(grid[after - 1], grid[after], FINE_STEPS)
+        rise = _signed_rise(fit, k, grid)
+    found = float(np.interp(limit, np.maximum.accumulate(rise), grid))
+    return float(np.exp(found)) if fit.form.is_log[k] else found
 
 
 def _inside(fit: LawFit, k: int, grid: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from dbscale.laws.form import as_numbers
 from dbscale.laws.law_fit import LawFit
 from dbscale.laws.quantiles import student_quantile
 from dbscale.laws.solver import Problem, minimise
+from dbscale.laws.starts import restarts
 
 BATCH = 64  # resamples per batch: small enough for their Jacobians to stay in cache
 
@@ -128,9 +129,18 @@ def refit(fit: LawFit, weights: np.ndarray, targets: np.ndarray | None = None) -
     """
     target = np.log(fit.y) if fit.loss.is_log else fit.y
     problem = Problem(fit.form, fit.scaled(fit.x), target, fit.loss, fit.lower, fit.upper)
-    parts = []
+    starts, parts = restarts(fit.form, fit.theta, fit.lower, fit.y), []
     for k in range(0, len(weights), BATCH):
-        start = np.tile(fit.theta, (len(weights[k : k + BATCH]), 1))
         own = None if targets is None else targets[k : k + BATCH]
-        parts.append(minimise(problem, start, weights[k : k + BATCH], targets=own, tolerance=1e-9).theta)
+        parts.append(_best_of(problem, starts, weights[k : k + BATCH], own))
     return np.concatenate(parts)
+
+
+def _best_of(problem: Problem, starts: np.ndarray, weights: np.ndarray, targets: np.ndarray | None) -> np.ndarray:
+    """The best coordinates [B, p] of each resample over a few starts [K, p]."""
+    found = [
+        minimise(problem, np.tile(start, (len(weights), 1)), weights, targets=targets, tolerance=1e-9)
+        for start in starts
+    ]
+    best = np.argmin([minima.objective for minima in found], axis=0)
+    return np.stack([minima.theta for minima in found])[best, np.arange(len(weights))]

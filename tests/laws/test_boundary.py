@@ -92,6 +92,12 @@ def test_failure_signs_become_words(truth, words: str) -> None:
     assert words in " ".join(found.diagnostics)
 
 
+def test_arms_that_become_equal_do_not_cross() -> None:
+    found = [find_boundary(world(seed, lambda d: 0.03 * (d / 1e3) ** -1.0), num_draws=200) for seed in range(20)]
+    assert [each.status for each in found].count("no_crossing") >= 18
+    assert any("become equal" in words for each in found for words in each.diagnostics)
+
+
 def test_too_few_levels_or_broken_rows_are_refused() -> None:
     with pytest.raises(LawError, match="at least 3"):
         PairedDelta(np.array([1e3, 1e4]), np.array([0.1, -0.1]))

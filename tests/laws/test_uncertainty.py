@@ -81,6 +81,18 @@ def test_batched_refits_equal_single_fits() -> None:
         assert fit.to_params(theta) == pytest.approx(alone.params, rel=1e-3)
 
 
+def test_a_term_that_vanished_may_come_back_in_a_resample() -> None:
+    """At its floor the logarithm of G has no slope; intervals of no width would follow."""
+    d_p, d_f = (c.ravel() for c in np.meshgrid(np.geomspace(1e3, 1e6, 6), np.geomspace(1e2, 1e4, 5)))
+    x = {"upstream_samples": d_p, "downstream_samples": d_f}
+    y = 8 * d_p**-0.4 * d_f**-0.3 * np.exp(0.05 * np.random.default_rng(2).standard_normal(len(d_p)))
+    fit = fit_law("transfer_gap", x, y, loss="least_squares_log")
+    assert "G" in fit.at_bound
+    resampled, profiled = bootstrap(fit, num_resamples=100).interval()["G"], profile_interval(fit, "G")
+    assert resampled[0] < 1e-6 and 1e-4 < resampled[1] < 0.05
+    assert profiled[0] < 1e-6 and 1e-4 < profiled[1] < 0.05
+
+
 def test_resampled_targets_are_fitted_each() -> None:
     fit = fit_law("power_plus", X, noisy(2), loss="least_squares_log")
     others = np.array([noisy(7), noisy(8)])
