@@ -5,6 +5,7 @@ Reads the grid, the cluster, the manifests and the store; writes nothing.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dbscale.study.grid import Grid, Point, check_sizes, datasets_in_use, expand
 from dbscale.study.plan import Plan, make_plan, read_plan
 from dbscale.study.row import Row
 from dbscale.study.store import CellState, Store
+from dbscale.study.strict import ConfigError
 from launch.cluster import CONFIGS, Cluster, load_cluster
 
 DEFAULT_GRID = CONFIGS / "grids" / "demo.yaml"
@@ -75,6 +77,33 @@ def load_study(*, grid: Path, cluster: str, store: Path, data: Path, overrides: 
         store=Store(store),
         data_dir=data,
     )
+
+
+def record_cell(study: Study, name: str) -> str:
+    """Write the recipes of one cell of the grid and of its parents, as a submission would; returns the cell's key.
+
+    Raises ConfigError when the grid has no cell of this key or id, or its data is not packed, which ids depend on.
+    """
+    if study.missing_datasets:
+        raise ConfigError(
+            f"not packed yet: {', '.join(study.missing_datasets)}; `dbscale shards pack --grid {study.grid_path} "
+            f"--data {study.data_dir}` packs them"
+        )
+    cells = {cell.key: cell for cell in merged_cells(study.points())}
+    key = match_key(name, sorted(cells), where=f"grid {study.grid.name}")
+    for cell in cells[key].lineage:
+        study.store.write_spec(cell.spec())
+    return key
+
+
+def match_key(name: str, keys: Sequence[str], *, where: str) -> str:
+    """The one of `keys` that `name` is, or whose 12-digit id it is. Raises ConfigError naming the nearest."""
+    found = [key for key in keys if name in (key, key.rpartition("-")[2])]
+    if len(found) != 1:
+        close = difflib.get_close_matches(name, keys, n=3, cutoff=0)
+        hint = f"the nearest: {', '.join(close)}" if close else "it holds none"
+        raise ConfigError(f"no cell {name!r} in {where}; {hint}")
+    return found[0]
 
 
 def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Plan, CostModel]:

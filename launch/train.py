@@ -1,7 +1,9 @@
 """Run one cell by hand, with any number of processes.
 
-    accelerate launch --config_file configs/accelerate/zero1.yaml launch/train.py --cell KEY --store out --data data
+    accelerate launch --config_file configs/accelerate/zero1.yaml launch/train.py \\
+        --cell KEY --grid configs/grids/demo.yaml --store out --data data
 
+`dbscale plan --cells` lists a grid's keys. --grid may be left out for a cell that was submitted before.
 The engine is the one of the Accelerate config; everything else of `resources` comes from --resources (a cluster YAML)
 or its defaults. Which cells to run is the business of `dbscale submit`; this is the smallest way into one of them.
 """
@@ -22,7 +24,9 @@ from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
 from dbscale.study.strict import ConfigError, validate
 from dbscale.study.strict_yaml import load_yaml
+from launch.options import add_set
 from launch.signals import install_handlers
+from launch.study import load_study, record_cell
 
 EXIT_CODES = {"done": 0, "failed": 1, "blocked": 3, "busy": 4, "interrupted": 75}
 
@@ -35,16 +39,23 @@ def main() -> int:
     from dbscale.training.run import run_cell
 
     install_handlers(stop)  # again: the heavy imports may have put handlers of their own in place
-    outcome = run_cell(Store(arguments.store), arguments.cell, data_dir=arguments.data, resources=resources, stop=stop)
+    store, key = Store(arguments.store), arguments.cell
+    if arguments.grid is not None:
+        study = load_study(grid=arguments.grid, cluster="inline", store=arguments.store, data=arguments.data,
+                           overrides=arguments.overrides)  # fmt: skip
+        key = record_cell(study, key)
+    outcome = run_cell(store, key, data_dir=arguments.data, resources=resources, stop=stop)
     if os.environ.get("RANK", "0") == "0":
         error = "" if outcome.row is None else f", error {outcome.row.error_rate:.4f}"
-        print(f"{arguments.cell}: {outcome.status}{error}{f' ({outcome.reason})' if outcome.reason else ''}")
+        print(f"{key}: {outcome.status}{error}{f' ({outcome.reason})' if outcome.reason else ''}")
     return EXIT_CODES[outcome.status]
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cell", required=True, help="folder name of the cell in the store")
+    parser.add_argument("--cell", required=True, help="key of the cell, which is its folder's name in the store")
+    parser.add_argument("--grid", type=Path, help="the grid of a cell that was never submitted")
+    add_set(parser)
     parser.add_argument("--store", type=Path, default=Path("out"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument(

@@ -32,6 +32,11 @@ class Cell:
     def parents(self) -> tuple[Cell, ...]:
         return tuple(parent for parent in (self.teacher, self.init) if parent is not None)
 
+    @property
+    def lineage(self) -> tuple[Cell, ...]:
+        """This cell after all it builds on."""
+        return (*(each for parent in self.parents for each in parent.lineage), self)
+
     @cached_property
     def id(self) -> str:
         """12 hex digits of sha256 over canonical JSON; provisional while a fingerprint is missing."""

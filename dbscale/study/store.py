@@ -86,7 +86,10 @@ class Store:
     def read_spec(self, key: str) -> CellSpec:
         path = self.cell_dir(key) / "recipe.json"
         if not path.exists():
-            raise StoreError(f"no cell {key!r} in {self.root}; `dbscale plan` lists the cells of a grid")
+            raise StoreError(
+                f"no cell {key!r} in {self.root}; `dbscale plan --cells` lists a grid's cells, and "
+                "--grid names the grid of one that was never submitted"
+            )
         return validate(CellSpec, read_json(path), where=str(path))
 
     def read_row(self, key: str) -> Row | None:

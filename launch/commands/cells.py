@@ -13,12 +13,12 @@ from pathlib import Path
 from dbscale.study.grid import load_grid
 from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
-from dbscale.study.strict import ConfigError, nearest
+from dbscale.study.strict import ConfigError
 from launch.cluster import load_cluster
 from launch.lock import holder, is_held
-from launch.options import AddCommand, add_data, add_grid, add_set, add_store, store_of
+from launch.options import AddCommand, add_data, add_grid, add_set, add_store, store_of, study_of
 from launch.signals import stop_on_signals
-from launch.study import CLUSTER_PREFIX
+from launch.study import CLUSTER_PREFIX, match_key, record_cell
 
 TAIL_BYTES = 20_000
 
@@ -27,6 +27,7 @@ def add_commands(add: AddCommand) -> None:
     parser = add("run", run, "run one cell in this process, by its key (see `dbscale plan --cells`)")
     parser.add_argument("cell", help="the cell's key, or its 12-digit id")
     parser.add_argument("--cluster", default="inline", metavar="NAME|PATH", help="whose resources (default: inline)")
+    parser.add_argument("--grid", type=Path, metavar="PATH", help="the grid of a cell that was never submitted")
     add_store(parser)
     add_data(parser)
     add_set(parser)
@@ -44,9 +45,13 @@ def add_commands(add: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from launch.worker import run_bundle
 
-    overrides = [each.removeprefix(CLUSTER_PREFIX) for each in arguments.overrides]
-    cluster, store, stop = load_cluster(arguments.cluster, overrides), store_of(arguments), StopRequest()
-    key = find_cell(store, arguments.cell)
+    store, stop = store_of(arguments), StopRequest()
+    if arguments.grid is None:
+        overrides = [each.removeprefix(CLUSTER_PREFIX) for each in arguments.overrides]
+        cluster, key = load_cluster(arguments.cluster, overrides), find_cell(store, arguments.cell)
+    else:
+        study = study_of(arguments)
+        cluster, key = study.cluster, record_cell(study, arguments.cell)
     resources = cluster.shape(store.read_spec(key).recipe.stage).resources
     with stop_on_signals(stop):
         (result,) = run_bundle([key], store, arguments.data, resources, stop)
@@ -55,15 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_cell(store: Store, name: str) -> str:
-    """The key that `name` is, or whose id it is."""
+    """The key of the store's cell that `name` is, or whose id it is."""
     folder = store.root / "cells"
     keys = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    found = [key for key in keys if key == name or key.rpartition("-")[2] == name]
-    if len(found) != 1:
-        raise ConfigError(
-            f"no cell {name!r} in {store.root}; {nearest(name, keys[:20]) if keys else 'the store is empty'}"
-        )
-    return found[0]
+    return match_key(name, keys, where=str(store.root))
 
 
 def logs(arguments: argparse.Namespace) -> int:

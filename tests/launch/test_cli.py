@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,6 +106,25 @@ def test_a_run_in_this_process_fills_status_logs_and_run(dbscale: Any, workplace
     assert main(["run", "no-such-cell", "--store", str(workplace.store.root)]) == 1
     assert dbscale("submit", "--cluster", "inline")[0] == 0
     assert len(workplace.done()) == num_cells
+
+
+def test_a_cell_of_a_grid_runs_before_anything_was_submitted(
+    dbscale: Any, workplace: Any, fakes: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def keys() -> list[str]:
+        return re.findall(r"^(pretrain\S+)", dbscale("plan", "--cells")[1], re.MULTILINE)
+
+    code, _, err = dbscale("run", keys()[0])
+    assert code == 1 and "not packed yet: up, down; `dbscale shards pack --grid" in err
+    for name in ("up", "down"):
+        fakes.ensure_packed(name, {}, workplace.folder / "data")
+    key = keys()[0]
+    assert main(["run", key, *workplace.where[2:]]) == 1
+    assert "it holds none" in capsys.readouterr().err
+    assert dbscale("run", key)[0] == 0
+    assert workplace.done() == [key]
+    code, _, err = dbscale("run", key[:-1])
+    assert code == 1 and f"no cell '{key[:-1]}' in grid tiny; the nearest: {key}" in err
 
 
 def test_fit_finds_a_law_in_any_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
