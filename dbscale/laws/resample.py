@@ -53,9 +53,13 @@ class Bootstrap:
         count = self.num_clusters or self.fit.num_points
         spare = max(count - self.fit.num_free, 1)
         wider = np.sqrt(count / spare) * student_quantile(level, spare) / NormalDist().inv_cdf(0.5 + level / 2)
-        ends = middle + wider * (np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2], axis=0) - middle)
+        tails = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+        is_log, vanished = self.fit.form.is_log, self.fit.form.is_log & (self.fit.theta <= self.fit.lower + 1.0)
         with np.errstate(over="ignore"):
-            low, high = np.where(self.fit.form.is_log, np.exp(ends), ends)
+            widened = middle + wider * (tails - middle)
+            low, high = np.where(is_log, np.exp(widened), widened)
+            # From an estimate of nothing, widening a logarithm would multiply by powers of the floor.
+            low, high = np.where(vanished, np.exp(tails) * [[1.0], [wider]], [low, high])
         return {n: (float(a), float(b)) for n, a, b in zip(self.fit.form.param_names, low, high, strict=True)}
 
     def predict(self, x: object) -> np.ndarray:
