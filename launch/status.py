@@ -53,6 +53,8 @@ class Status:
     question: str
     counts: Mapping[tuple[Place, State], int]
     running: tuple[Running, ...]
+    num_devices: int
+    """At work on running cells."""
     failures: tuple[Failure, ...]
     device_s: float
     """Used so far by finished and current attempts."""
@@ -69,9 +71,8 @@ class Status:
         return sum(number for (_, state), number in self.counts.items() if state in states)
 
 
-def read_status(store: Store, plan: PlanRecord, view: SlurmView | None) -> Status:
-    """Look at every cell of the plan once."""
-    found = store.states(plan.cells)
+def read_status(store: Store, plan: PlanRecord, found: Mapping[str, CellState], view: SlurmView | None) -> Status:
+    """`found` are the plan's cells as the store has them; how each ended or goes on is read here."""
     states: dict[str, State] = {key: state_of(store, key, state, view) for key, state in found.items()}
     used = {key: device_seconds(store, key, state) for key, state in states.items()}
     running = tuple(look_at(store, key) for key, state in states.items() if state == "running")
@@ -80,6 +81,7 @@ def read_status(store: Store, plan: PlanRecord, view: SlurmView | None) -> Statu
         question=plan.question,
         counts=_counts(states, places_of(plan)),
         running=running,
+        num_devices=sum(devices_of(store, cell.key) for cell in running),
         failures=tuple(failures(store, states, view)),
         device_s=sum(used.values()),
         left_s=time_left(plan, states, used, running),
@@ -128,6 +130,12 @@ def device_seconds(store: Store, key: str, state: State) -> float:
     now = time.time() if state == "running" else None
     ends = [(each, each.ended or now or (progress and progress.updated)) for each in attempts]
     return sum(max(0.0, end - each.started) * each.num_devices for each, end in ends if end)
+
+
+def devices_of(store: Store, key: str) -> int:
+    """Devices of a cell's newest attempt."""
+    attempt = store.last_attempt(key)
+    return 1 if attempt is None else attempt.num_devices
 
 
 def time_left(

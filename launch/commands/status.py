@@ -12,12 +12,14 @@ from dbscale.study.store import Store
 from dbscale.study.strict import ConfigError
 from launch.lock import holder, is_held
 from launch.options import AddCommand, add_data, add_grid, add_store, store_of
-from launch.slurm.view import SlurmView, look
+from launch.slurm.view import start_look
 from launch.status import Failure, State, Status, describe, read_status
 from launch.text import duration, table
 
 STATES: tuple[State, ...] = ("done", "running", "queued", "interrupted", "failed", "blocked", "new")
 MAX_SHOWN = 20
+WAIT_S = 0.6
+"""A controller that is away lets squeue try for ten seconds."""
 CLEAR_SCREEN = "\033[H\033[2J"
 
 
@@ -28,24 +30,31 @@ def add_commands(add: AddCommand) -> None:
     add_data(parser)
     parser.add_argument("--watch", action="store_true", help="show it again every few seconds until interrupted")
     parser.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="of --watch (default: 5)")
+    parser.add_argument("--wait", type=float, default=WAIT_S, metavar="SECONDS",
+                        help=f"how long SLURM may take to answer (default: {WAIT_S})")  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"list every failed cell, not the first {MAX_SHOWN}")
 
 
 def run(arguments: argparse.Namespace) -> int:
     store, limit = store_of(arguments), None if arguments.all else MAX_SHOWN
     while True:
-        plan = planned(arguments)
-        text = render(read_status(store, plan, view_of(store, plan)), store, limit=limit)
+        text = render(look_once(store, planned(arguments), arguments.wait), store, limit=limit)
         print((CLEAR_SCREEN if arguments.watch and sys.stdout.isatty() else "") + text, flush=True)
         if not arguments.watch:
             return 0
         time.sleep(arguments.interval)
 
 
-def view_of(store: Store, plan: PlanRecord) -> SlurmView | None:
-    """What SLURM says, unless nothing is left to ask about."""
-    unfinished = any(state != "done" for state in store.states(plan.cells).values())
-    return look(store, plan.grid) if unfinished else None
+def look_once(store: Store, plan: PlanRecord, wait_s: float) -> Status:
+    """SLURM is asked first and heard last; nothing is asked of it once all is done."""
+    look = start_look(store, plan.grid)
+    states = store.states(plan.cells)
+    view = None
+    if look is not None and all(state == "done" for state in states.values()):
+        look.drop()
+    elif look is not None:
+        view = look.view(wait_s)
+    return read_status(store, plan, states, view)
 
 
 def planned(arguments: argparse.Namespace) -> PlanRecord:
@@ -76,8 +85,8 @@ def headline(status: Status, store: Store) -> list[str]:
     if done == status.num_cells:
         return [text + "; complete"]
     text += f", about {duration(status.left_s)} left"
-    if status.running:
-        finish = time.time() + status.left_s / len(status.running)
+    if status.num_devices:
+        finish = time.time() + status.left_s / status.num_devices
         text += f"; at the present pace it ends about {time.strftime('%a %H:%M', time.localtime(finish))}"
     return [text, status.scheduler or driver_line(store)]
 

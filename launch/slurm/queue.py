@@ -46,9 +46,16 @@ class Ended:
 
 def read_queue() -> tuple[Element, ...]:
     """All of this user's jobs that wait or run, array elements one by one. Raises SlurmError."""
+    return parse_queue(call(queue_command()))
+
+
+def queue_command() -> list[str]:
     user = pwd.getpwuid(os.geteuid()).pw_name
     form = "%F|%K|%T|%N|%r"
-    out = call(["squeue", "--noheader", "--array", "--states=all", f"--user={user}", f"--format={form}"])
+    return ["squeue", "--noheader", "--array", "--states=all", f"--user={user}", f"--format={form}"]
+
+
+def parse_queue(out: str) -> tuple[Element, ...]:
     return tuple(element for element in map(parse_element, out.splitlines()) if element.state not in GONE)
 
 
@@ -64,11 +71,11 @@ def parse_element(line: str) -> Element:
     return Element(int(array), int(index) if index.isdigit() else 0, state, nodes, reason)
 
 
-def read_ended(arrays: Iterable[int]) -> tuple[Ended, ...]:
+def read_ended(arrays: Iterable[int], timeout_s: float) -> tuple[Ended, ...]:
     """How elements of `arrays` ended, as accounting knows it; it lags by seconds. Raises SlurmError."""
     ids = ",".join(map(str, sorted(arrays)))
     out = call(["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={ids}",
-                "--format=JobID,State,ExitCode"])  # fmt: skip
+                "--format=JobID,State,ExitCode"], timeout_s)  # fmt: skip
     return tuple(each for line in out.splitlines() for each in parse_ended(line))
 
 
@@ -97,15 +104,39 @@ def cancel_by_name(name: str) -> None:
     call(["scancel", f"--name={name}"])
 
 
-def call(command: Sequence[str]) -> str:
+def call(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str:
     """Standard output of a SLURM command, never through a shell. Raises SlurmError."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except FileNotFoundError:
-        raise SlurmError(f"no `{command[0]}` here: use a login node of the cluster, or --cluster local") from None
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"SLURM does not answer (`{command[0]}`, {TIMEOUT_S:.0f} s); try again later") from None
-    if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise SlurmError(f"`{command[0]}` failed: {said or f'exit code {done.returncode}'}")
-    return done.stdout
+    return Asked.of(command).answer(timeout_s)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A SLURM command under way, so that other work can be done meanwhile."""
+
+    process: subprocess.Popen[str]
+
+    @classmethod
+    def of(cls, command: Sequence[str]) -> Asked:
+        """Raises SlurmError where there is no SLURM."""
+        try:
+            return cls(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        except FileNotFoundError:
+            raise SlurmError(f"no `{command[0]}` here: use a login node of the cluster, or --cluster local") from None
+
+    def answer(self, timeout_s: float) -> str:
+        """Standard output, within `timeout_s` from now. Raises SlurmError."""
+        program = self.process.args[0]  # type: ignore[index]
+        try:
+            answer, said = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.drop()
+            raise SlurmError(f"SLURM does not answer (`{program}`, {timeout_s:g} s); try again later") from None
+        if self.process.returncode:
+            what = " ".join((said or answer).split()) or f"exit code {self.process.returncode}"
+            raise SlurmError(f"`{program}` failed: {what}")
+        return answer
+
+    def drop(self) -> None:
+        """The answer is no longer wanted."""
+        self.process.kill()
+        self.process.communicate()

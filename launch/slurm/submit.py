@@ -36,6 +36,9 @@ from launch.slurm.reducer import ReduceJob
 from launch.slurm.script import check_path, parameters, python_command, render
 from launch.study import Study
 
+ENDING_WAIT_S = 90.0
+"""Longer than SLURM leaves a job between TERM and KILL (30 s, as it comes)."""
+
 
 @dataclass(frozen=True)
 class Queued:
@@ -56,12 +59,28 @@ class Queued:
 
 
 def look_at_queue(study: Study) -> Queued:
-    """One squeue call. Arrays whose submission was cut off are cancelled first: their elements may lack their work."""
+    """What SLURM holds. Arrays whose submission was cut off are cancelled first: their elements may lack their work."""
     for record in read_records(study.store, study.grid.name):
         if record.job is None:
             slurm.cancel_by_name(record.job_name)
             forget(study.store, record)
-    return peek_at_queue(study)
+    return wait_for_ending(study)
+
+
+def wait_for_ending(study: Study) -> Queued:
+    """The queue once no job is about to leave it: of one that ends with cells undone only its end shows whether it
+    was cancelled or comes back."""
+    deadline, told = time.monotonic() + ENDING_WAIT_S, False
+    while True:
+        queued = peek_at_queue(study)
+        ending = {key for key, element in queued.cells.items() if element.state == "COMPLETING"}
+        undone = sum(state != "done" for state in study.store.states(ending).values())
+        if not undone or time.monotonic() > deadline:
+            return queued
+        if not told:
+            print(f"waiting for jobs that are ending, with {undone} cells undone", flush=True)
+            told = True
+        time.sleep(1)
 
 
 def peek_at_queue(study: Study) -> Queued:

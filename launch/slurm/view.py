@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dbscale.study.store import Store
-from launch.slurm.queue import Element, SlurmError, read_ended, read_queue
+from launch.slurm.queue import Asked, Element, SlurmError, parse_queue, queue_command, read_ended
 from launch.slurm.records import SubmitRecord, active_cells, active_jobs, jobs_dir, read_records
 
 
@@ -18,6 +18,8 @@ class SlurmView:
     store: Store
     records: tuple[SubmitRecord, ...]
     queue: tuple[Element, ...]
+    wait_s: float
+    """How long SLURM has for an answer."""
     error: str | None = None
     """Why SLURM could not be asked; the store alone then has to do."""
     active: Mapping[str, Element] = field(default_factory=dict)
@@ -31,7 +33,7 @@ class SlurmView:
     def headline(self) -> str:
         """One line for people."""
         if self.error is not None:
-            return f"{self.error}; what follows is from the store alone"
+            return f"{self.error}; what follows is from the store alone (--wait gives SLURM longer)"
         running = sum(element.running for element in self.queue)
         jobs = active_jobs(self.records, self.queue)
         if not jobs:
@@ -46,7 +48,8 @@ class SlurmView:
         if not places or not self.answered:
             return {}
         try:
-            ended = {(each.array, each.index): each for each in read_ended({array for array, _, _ in places.values()})}
+            arrays = {array for array, _, _ in places.values()}
+            ended = {(each.array, each.index): each for each in read_ended(arrays, self.wait_s)}
         except SlurmError:
             ended = {}
         found = {}
@@ -70,15 +73,38 @@ def _places(store: Store, record: SubmitRecord) -> list[tuple[str, tuple[int, in
     ]
 
 
-def look(store: Store, grid: str) -> SlurmView | None:
+@dataclass(frozen=True)
+class Look:
+    """A look at the queue under way: the store is read meanwhile."""
+
+    store: Store
+    records: tuple[SubmitRecord, ...]
+    asked: Asked | SlurmError
+
+    def view(self, wait_s: float) -> SlurmView:
+        """What SLURM says, if it does so within `wait_s`."""
+        try:
+            if isinstance(self.asked, SlurmError):
+                raise self.asked
+            everything = parse_queue(self.asked.answer(wait_s))
+        except SlurmError as error:
+            return SlurmView(self.store, self.records, (), wait_s, str(error))
+        jobs = {record.job for record in self.records}
+        queue = tuple(element for element in everything if element.array in jobs)
+        return SlurmView(self.store, self.records, queue, wait_s, active=active_cells(self.records, queue))
+
+    def drop(self) -> None:
+        """Nobody wants to know any more."""
+        if isinstance(self.asked, Asked):
+            self.asked.drop()
+
+
+def start_look(store: Store, grid: str) -> Look | None:
     """None for a grid that was never given to SLURM."""
     records = read_records(store, grid)
     if not records:
         return None
     try:
-        everything = read_queue()
+        return Look(store, records, Asked.of(queue_command()))
     except SlurmError as error:
-        return SlurmView(store, records, (), str(error))
-    jobs = {record.job for record in records}
-    queue = tuple(element for element in everything if element.array in jobs)
-    return SlurmView(store, records, queue, active=active_cells(records, queue))
+        return Look(store, records, error)

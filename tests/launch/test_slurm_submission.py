@@ -132,6 +132,22 @@ def test_what_waits_or_runs_is_not_submitted_again(submit: Any, slurm: Path, wor
     assert len(calls(slurm, "sbatch")) == 5
 
 
+def test_what_is_ending_is_waited_for_because_it_may_be_cancelled(
+    submit: Any, slurm: Path, workplace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit()
+    (slurm / "queue").write_text("".join(f"101|{i}|COMPLETING|n1|None\n" for i in range(4)))
+
+    def sleep(seconds: float) -> None:
+        (slurm / "queue").write_text("101|0|PENDING||BeginTime\n")
+
+    monkeypatch.setattr("launch.slurm.submit.time.sleep", sleep)
+    _, out, _ = submit()
+    assert "waiting for jobs that are ending" in out
+    again = records(workplace)[3]
+    assert again["elements"] == records(workplace)[0]["elements"][1:]
+
+
 def test_cells_that_are_done_are_not_submitted(submit: Any, slurm: Path, workplace: Any) -> None:
     workplace.behave(fail=["distill"])
     main(["submit", *workplace.where, "--cluster", "inline"])

@@ -134,7 +134,7 @@ def login_node_gone(chaos: Chaos, job: str) -> None:
     """The grid is cancelled, and the login node dies while it is submitted again; then somebody types it once more."""
     assert chaos.place.run("cancel").returncode == 0
     process = chaos.place.start("submit", *chaos.submit)
-    chaos.pause(0.5, 3)
+    chaos.pause(0.5, 8)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     submit(chaos)
@@ -164,6 +164,8 @@ FAULTS: tuple[Callable[[Chaos, str], None], ...] = (
     store_full,
 )  # fmt: skip
 ON_OWN_DISK = (store_read_only, store_full)
+AT_WORK_SHARE = 0.6
+"""Of faults that wait until a cell trains; the others may hit jobs that start, save or end."""
 RARE = (time_limit,)
 """Slow ones: dealt once a hand, others twice."""
 
@@ -198,11 +200,28 @@ def unleash(
         job = next_victim(chaos)
         if job is None:
             return number
+        if chaos.die.random() < AT_WORK_SHARE:
+            await_progress(chaos)
         chaos.pause(*gap_s)
         done = len(chaos.place.done())
         chaos.say(f"{first + number:4}  {fault.__name__.replace('_', ' ')} (job {job}, {done} cells done)")
         fault(chaos, job)
     return len(hand)
+
+
+def await_progress(chaos: Chaos, patience_s: float = 60.0) -> None:
+    """Until some cell trains that did not a moment ago: many faults in a row would all hit jobs that start."""
+
+    def heartbeats() -> set[tuple[str, float]]:
+        found = set()
+        for path in chaos.place.store.root.glob("cells/*/progress.json"):
+            with contextlib.suppress(OSError):
+                found.add((path.parent.name, path.stat().st_mtime))
+        return found
+
+    before, deadline = heartbeats(), time.monotonic() + patience_s
+    while heartbeats() <= before and time.monotonic() < deadline and not chaos.done():
+        time.sleep(0.3)
 
 
 def next_victim(chaos: Chaos) -> str | None:

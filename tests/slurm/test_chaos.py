@@ -10,7 +10,6 @@ import importlib.util
 import os
 import random
 import secrets
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -68,20 +67,10 @@ def test_a_few_faults_cost_no_step_and_no_row(
         assert faults.unleash(chaos, chaos.die.sample(kinds, 6), (0.5, 2)) == 6
         place.behave(steps=STEPS, step_s=0, checkpoint=5)
         all_ended()
-        finish(chaos, all_ended, num_cells)
+        assert len(place.done()) == num_cells
         for steps in place.steps().values():
             assert sorted(set(steps)) == list(range(STEPS))
         assert (place.store.grid_dir("tiny") / "report.html").exists()
-
-
-def finish(chaos: Any, all_ended: Callable[..., None], num_cells: int) -> None:
-    """Wait; what a login node's death cut short, somebody types once more."""
-    all_ended(PATIENCE_S)
-    if len(chaos.place.done()) < num_cells:
-        chaos.say(f"typed once more, with {len(chaos.place.done())} of {num_cells} cells done")
-        shutil.copytree(chaos.place.store.root / "grids", chaos.place.folder / "logs", dirs_exist_ok=True)
-        faults.submit(chaos)
-        all_ended(PATIENCE_S)
 
 
 @pytest.mark.slow
@@ -105,7 +94,7 @@ def test_many_faults_change_no_bit_of_real_training(
             chaos.say(f"round {rounds}")
             faults.submit(chaos)
             injected += faults.unleash(chaos, hand[injected:], (1, 6), first=injected + 1)
-            finish(chaos, all_ended, len(expected))
+            all_ended(PATIENCE_S)
             found = results(place)
             attempts = sum(len(place.store.attempts(key)) for key in found)
             chaos.say(f"round {rounds}: {len(found)} cells done in {attempts} attempts; {injected} faults so far")
