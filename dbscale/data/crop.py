@@ -134,19 +134,21 @@ def resize_each(
 ) -> Tensor:
     """`resize_boxes` image by image on the CPU, for images [h, w, 3] of any sizes and for large ones.
 
-    torch's uint8 antialiased bicubic kernel: nearly twice as fast as Pillow's and within one level of it (its weights
+    torch's uint8 antialiased bicubic kernel: more than twice as fast as Pillow's and within one level of it (its weights
     have fewer bits: on hard edges one value in a million differs by two).
     """
-    out = torch.empty((len(images), 3, size, size), dtype=torch.uint8)
+    out = np.empty((len(images), 3, size, size), np.uint8)
     tall_B = vertical_first(boxes_B4, size)
     for slot, (image, (top, left, height, width)) in enumerate(zip(images, boxes_B4.tolist(), strict=True)):
         box_HWC = image[top : top + height, left : left + width]
         if not box_HWC.flags.writeable:  # Pillow's arrays: torch warns where it could write to them
             box_HWC = box_HWC.copy()
-        box_1CHW = torch.from_numpy(box_HWC).permute(2, 0, 1)[None]
+        # Known to be channels-last, so that the kernel need not repack its result: a third of its time.
+        box_1CHW = torch.from_numpy(box_HWC)[None].permute(0, 3, 1, 2)
         if tall_B[slot]:
             box_1CHW = functional.interpolate(box_1CHW, (size, width), mode="bicubic", antialias=True)
         if box_1CHW.shape[2:] != (size, size):
             box_1CHW = functional.interpolate(box_1CHW, (size, size), mode="bicubic", antialias=True)
-        out[slot] = box_1CHW[0].flip(2) if flip_B[slot] else box_1CHW[0]
-    return out
+        resized_CHW = box_1CHW[0].numpy()
+        out[slot] = resized_CHW[:, :, ::-1] if flip_B[slot] else resized_CHW
+    return torch.from_numpy(out)

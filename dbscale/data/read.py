@@ -35,16 +35,11 @@ class ShardFiles:
 
     def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
         self.folder, self.split, self.index = folder, split, index
-        self._descriptor = lru_cache(maxsize=256)(_Descriptor)
-        self._checked: set[int] = set()
+        self._descriptor = lru_cache(maxsize=256)(lambda shard: _Descriptor(folder, split.shards[shard]))
 
     def open(self, shard: int) -> "_Descriptor":
         """The shard's descriptor. Raises DataError when the tar is not the one that was packed."""
-        descriptor = self._descriptor(self.folder / self.split.shards[shard].name, self.folder)
-        if shard not in self._checked:
-            check_shard_size(self.folder, self.split.shards[shard])
-            self._checked.add(shard)
-        return descriptor
+        return self._descriptor(shard)
 
     def read(self, position: int) -> bytes:
         """The encoded bytes of one sample. Raises DecodeError when they changed since packing."""
@@ -62,13 +57,15 @@ class ShardFiles:
 
 
 class _Descriptor:
-    """A file descriptor closed with its last reference."""
+    """A file descriptor of a sound tar, closed with its last reference."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, folder: Path, shard: ShardInfo) -> None:
+        check_shard_size(folder, shard)
+        path = folder / shard.name
         try:
             self.number = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: shard is missing; {mend(folder)}") from error
+        except OSError as error:
+            raise DataError(f"{path}: shard cannot be opened ({error.strerror})") from error
 
     def __del__(self) -> None:
         number = getattr(self, "number", None)
@@ -79,10 +76,12 @@ class _Descriptor:
 def check_shard_size(folder: Path, shard: ShardInfo) -> None:
     """Raise DataError when a tar is missing or its size is not the packed one."""
     path = folder / shard.name
-    found = path.stat().st_size if path.exists() else None
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: shard is missing; {mend(folder)}") from error
     if found != shard.num_bytes:
-        state = "is missing" if found is None else f"has {found:,} bytes"
-        raise DataError(f"{path}: shard {state}, expected {shard.num_bytes:,} bytes; {mend(folder)}")
+        raise DataError(f"{path}: shard has {found:,} bytes, expected {shard.num_bytes:,} bytes; {mend(folder)}")
 
 
 class EncodedReader:

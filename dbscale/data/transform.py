@@ -31,6 +31,8 @@ Pixels = Tensor | Sequence[NDArray[np.uint8]]
 """uint8 [b, 3, H, W] on any device, or a list of uint8 [H, W, 3]."""
 _RESIZE_EACH_ABOVE = 64
 """On the CPU, larger images are resized one by one: the batched matrices only pay for small ones."""
+_CACHED_VALUES = 1 << 18
+"""Values that are normalised at a time on the CPU: their float32 results stay in the core's cache meanwhile."""
 
 
 class Transform(Protocol):
@@ -156,7 +158,13 @@ class BatchTransform:
     def normalize(self, images_BCHW: Tensor) -> Tensor:
         """(x / 255 - mean) / std as float32."""
         scale, offset = _affine(self.mean, self.std, images_BCHW.device)
-        return images_BCHW.to(torch.float32).mul_(scale).add_(offset)
+        if images_BCHW.device.type != "cpu":
+            return images_BCHW.to(torch.float32).mul_(scale).add_(offset)
+        normalized = torch.empty(images_BCHW.shape, dtype=torch.float32)
+        few = max(_CACHED_VALUES // images_BCHW[0].numel(), 1)
+        for part, result in zip(images_BCHW.split(few), normalized.split(few), strict=True):
+            result.copy_(part).mul_(scale).add_(offset)
+        return normalized
 
 
 @lru_cache(maxsize=64)
