@@ -20,8 +20,8 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def driver_lock(store_root: Path, command: str) -> Iterator[None]:
-    """Hold the store for one submit; raises StoreError naming pid, host and command of another holder.
+def driver_lock(store_root: Path, command: str, grid: str) -> Iterator[None]:
+    """Hold the store for one submit of `grid`; raises StoreError naming pid, host and command of another holder.
 
     Where the file system has no locks the command goes on without: each cell has its own lock besides.
     """
@@ -30,7 +30,7 @@ def driver_lock(store_root: Path, command: str) -> Iterator[None]:
         if not _acquire(file):
             raise StoreError(f"{store_root} is in use by {_describe(holder(store_root))}; wait for it, stop it with "
                              "Ctrl-C or `dbscale cancel`, or choose another STORE")  # fmt: skip
-        _sign(file, command)
+        _sign(file, command, grid)
         try:
             yield
         finally:
@@ -39,7 +39,7 @@ def driver_lock(store_root: Path, command: str) -> Iterator[None]:
 
 
 def holder(store_root: Path) -> dict[str, Any] | None:
-    """Who holds (or last held, if it was killed) the store: pid, host, command, started."""
+    """Who holds (or last held, if it was killed) the store: pid, host, command, grid, started."""
     try:
         return json.loads((store_root / LOCK_NAME).read_text())
     except (OSError, json.JSONDecodeError):
@@ -76,11 +76,12 @@ def _acquire(file: IO[str]) -> bool:
     return True
 
 
-def _sign(file: IO[str], command: str) -> None:
+def _sign(file: IO[str], command: str, grid: str) -> None:
     file.seek(0)
     file.truncate()
+    who = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "grid": grid, "started": time.time()}
     try:
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "command": command, "started": time.time()}, file)
+        json.dump(who, file)
         file.flush()
     except OSError as error:
         raise StoreError(f"cannot write to the store {file.name}: {error.strerror}; free space and run again") from None

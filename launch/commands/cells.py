@@ -91,14 +91,15 @@ def _print_tail(path: Path, *, follow: bool) -> None:
 def cancel(arguments: argparse.Namespace) -> int:
     """Ask a local driver to stop, as Ctrl-C would; cancel what SLURM holds of the grid, and nothing else."""
     store, name = store_of(arguments), load_grid(arguments.grid, arguments.overrides).name
-    stopped = stop_driver(store) + cancel_in_slurm(store, name)
+    stopped = stop_driver(store, name) + cancel_in_slurm(store, name)
     print("\n".join(stopped) if stopped else f"nothing of grid {name} waits or runs on {store.root}")
     return 0
 
 
-def stop_driver(store: Store) -> list[str]:
+def stop_driver(store: Store, grid: str) -> list[str]:
+    """Nothing is said to a driver of another grid."""
     other = holder(store.root)
-    if other is None or not is_held(store.root):
+    if other is None or other.get("grid") != grid or not is_held(store.root):
         return []
     if other["host"] != socket.gethostname():
         raise ConfigError(f"{store.root} is driven by pid {other['pid']} on {other['host']}; cancel it there")

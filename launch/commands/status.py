@@ -88,12 +88,12 @@ def headline(status: Status, store: Store) -> list[str]:
     if status.num_devices:
         finish = time.time() + status.left_s / status.num_devices
         text += f"; at the present pace it ends about {time.strftime('%a %H:%M', time.localtime(finish))}"
-    return [text, status.scheduler or driver_line(store)]
+    return [text, status.scheduler or driver_line(store, status.grid)]
 
 
-def driver_line(store: Store) -> str:
+def driver_line(store: Store, grid: str) -> str:
     other = holder(store.root)
-    if other is None or not is_held(store.root):
+    if other is None or other.get("grid") != grid or not is_held(store.root):
         return "nobody works on it (`dbscale submit` goes on)"
     return f"driven by pid {other['pid']} on {other['host']}"
 

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     study = study_of(arguments)
     if arguments.dry_run:
         return show_only(study)
-    with driver_lock(study.store.root, "dbscale submit"):
+    with driver_lock(study.store.root, "dbscale submit", study.grid.name):
         study = pack_missing(study)
         if study.cluster.executor == "slurm":
             return submit_to_slurm(study)

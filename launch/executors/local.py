@@ -100,8 +100,10 @@ class LocalRun:
             task.keys, str(self.store.root.absolute()), str(self.data_dir.absolute()), resources,
             ProcessMark.of(), free_port() if count > 1 else 0,
         )  # fmt: skip
-        # PYTHONSAFEPATH: a job imports what is installed, never what happens to lie in the working folder.
-        with environment_variables(PYTHONSAFEPATH="1", **thread_environment(resources)), _children_ignore_terminal():
+        with (
+            environment_variables(**import_environment(), **thread_environment(resources)),
+            _children_ignore_terminal(),
+        ):
             job = executor.submit(bundle)
         assert isinstance(job, LocalJob)
         return job
@@ -150,6 +152,13 @@ def read_result(job: LocalJob[tuple[Result, ...]]) -> tuple[str | None, tuple[Re
         return None, ()
     ended, value = pickle_load(path)
     return (None, value) if ended == "success" else (str(value).strip().splitlines()[-1], ())
+
+
+def import_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """A job imports what is installed, never what happens to lie in the working folder, which an empty or relative
+    entry of PYTHONPATH means."""
+    entries = environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, entries))}
 
 
 def free_port() -> int:

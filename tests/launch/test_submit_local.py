@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from launch.cli import main
+from launch.executors.local import import_environment
 
 ONE = ("--set", "cluster.workers=1")
 
@@ -122,6 +123,14 @@ def test_a_second_driver_is_told_who_has_the_store(workplace: Any, wait_until: C
     second = workplace.run("submit")
     assert second.returncode == 1
     assert f"pid {driver.pid}" in second.stderr
+    assert "nothing of grid other" in workplace.run("cancel", "--set", "name=other").stdout
+    assert driver.poll() is None
     assert workplace.run("cancel").returncode == 0
     driver.communicate(timeout=300)
     assert driver.returncode == 130
+
+
+@pytest.mark.parametrize("path", ["/mine:", ":/mine", "/mine::.", "lib:/mine:."])
+def test_a_worker_imports_nothing_from_the_working_folder(path: str) -> None:
+    assert import_environment({"PYTHONPATH": path}) == {"PYTHONSAFEPATH": "1", "PYTHONPATH": "/mine"}
+    assert import_environment({})["PYTHONPATH"] == ""
