@@ -16,7 +16,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-slow chaos shards plan grid status cancel reduce report export clean \
+.PHONY: help setup check fix test test-slow test-slurm chaos shards plan grid status cancel reduce report export clean \
         bench bench-data bench-train bench-kernels bench-laws bench-launch
 
 help: ## List the targets
@@ -52,6 +52,9 @@ test: $(STAMP) ## Run the tests (ARGS="-k name" to choose)
 
 test-slow: $(STAMP) ## Run the long tests as well
 	@$(VENV)/bin/python -m pytest -q -n 2 -m "not bench and not slurm" $(ARGS)
+
+test-slurm: $(STAMP) ## Run the tests on a SLURM sandbox (root; tests/slurm/sandbox.sh install)
+	@DBSCALE_REQUIRE_SLURM=1 $(VENV)/bin/python -m pytest -q -n 2 -m "slurm and not slow" tests/slurm $(ARGS)
 
 chaos: $(STAMP) ## Run a grid on a SLURM sandbox through FAULTS=20 faults at random (SEED=n repeats a run)
 	@DBSCALE_REQUIRE_SLURM=1 DBSCALE_CHAOS_FAULTS="$(FAULTS)" $(if $(SEED),DBSCALE_CHAOS_SEED="$(SEED)") \

@@ -104,7 +104,7 @@ def submit_to_slurm(study: Study) -> int:
     plan, cost = plan_study(study, queued.cells)
     write_records(study, plan, cost)
     waiting, keys = plan.count()["running"], [cell.key for cell in plan.cells]
-    if not plan.waves and queued.will_be_reduced:
+    if not plan.waves and queued.will_be_reduced(keys):
         print(f"nothing to submit: {waiting} cells wait or run in SLURM, {len(keys) - waiting} are done")
         return 0
     if not plan.waves and report_is_current(study.store, study.grid.name, keys):

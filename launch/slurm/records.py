@@ -67,6 +67,12 @@ def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
     return tuple(validate(SubmitRecord, read_json(path), where=str(path)) for path in paths)
 
 
+def read_all_records(store: Store) -> tuple[SubmitRecord, ...]:
+    """Those of every grid of the store: grids share cells, and a cell that one has queued is queued for all."""
+    folders = sorted(store.root.glob("grids/*/submits"))
+    return tuple(record for folder in folders for record in read_records(store, folder.parent.name))
+
+
 def forget(store: Store, record: SubmitRecord) -> None:
     (records_dir(store, record.grid) / f"{record.uid}.json").unlink(missing_ok=True)
 

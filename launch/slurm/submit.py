@@ -29,6 +29,7 @@ from launch.slurm.records import (
     forget,
     jobs_dir,
     make_uid,
+    read_all_records,
     read_records,
     write_record,
 )
@@ -42,19 +43,21 @@ ENDING_WAIT_S = 90.0
 
 @dataclass(frozen=True)
 class Queued:
-    """What SLURM holds of a grid before anything new is submitted."""
+    """What SLURM holds before anything new is submitted."""
 
     cells: Mapping[str, slurm.Element]
+    """Of any grid of the store."""
     jobs: Mapping[int, SubmitRecord]
+    """Of this grid."""
 
     @property
     def reducers(self) -> list[int]:
         return [job for job, record in self.jobs.items() if record.kind == "reduce"]
 
-    @property
-    def will_be_reduced(self) -> bool:
-        """Whether a reducer comes after all that waits or runs; not so when a login node died before submitting it."""
-        arrays = set(self.jobs) - set(self.reducers)
+    def will_be_reduced(self, keys: Collection[str]) -> bool:
+        """Whether a reducer comes after all of `keys` that wait or run; not so when a login node died before
+        submitting it."""
+        arrays = {self.cells[key].array for key in keys if key in self.cells}
         return any(arrays <= set(self.jobs[job].after) for job in self.reducers)
 
 
@@ -85,8 +88,9 @@ def wait_for_ending(study: Study) -> Queued:
 
 def peek_at_queue(study: Study) -> Queued:
     """The same look, changing nothing."""
-    records, queue = read_records(study.store, study.grid.name), slurm.read_queue()
-    return Queued(active_cells(records, queue), active_jobs(records, queue))
+    records, queue = read_all_records(study.store), slurm.read_queue()
+    own = [record for record in records if record.grid == study.grid.name]
+    return Queued(active_cells(records, queue), active_jobs(own, queue))
 
 
 @dataclass
@@ -104,7 +108,8 @@ class Submission:
     def run(self) -> list[SubmitRecord]:
         """Submit all arrays and the reducer; returns their records."""
         check_path(self.study.store.root, "the store")
-        self.job_of.update({key: element.array for key, element in self.queued.cells.items()})
+        waiting = self.queued.cells
+        self.job_of.update({cell.key: waiting[cell.key].array for cell in self.plan.cells if cell.key in waiting})
         tasks = tasks_of(self.plan, self.cost, self.study.cluster.shape_key)
         for part in arrays(tasks, self.study.cluster.shape_key, slurm.max_array_size()):
             self._submit_array(part)
@@ -120,7 +125,7 @@ class Submission:
         self.job_of.update({key: job for task in tasks for key in task.keys})
 
     def _submit_reducer(self) -> None:
-        """After everything that waits or runs; an older reducer that still waits would come too early."""
+        """After every cell that waits or runs; an older reducer that still waits would come too early."""
         after = sorted(set(self.job_of.values()))
         record = self._record("reduce", (), after)
         self._submit(record, self.study.cluster.reducer_shape(), [ReduceJob(str(self._root), self.study.grid.name)])

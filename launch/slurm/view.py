@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dbscale.study.store import Store
 from launch.slurm.queue import Asked, Element, SlurmError, parse_queue, queue_command, read_ended
-from launch.slurm.records import SubmitRecord, active_cells, active_jobs, jobs_dir, read_records
+from launch.slurm.records import SubmitRecord, active_cells, active_jobs, jobs_dir, read_all_records, read_records
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class Look:
             return SlurmView(self.store, self.records, (), wait_s, str(error))
         jobs = {record.job for record in self.records}
         queue = tuple(element for element in everything if element.array in jobs)
-        return SlurmView(self.store, self.records, queue, wait_s, active=active_cells(self.records, queue))
+        active = active_cells(read_all_records(self.store), everything)
+        return SlurmView(self.store, self.records, queue, wait_s, active=active)
 
     def drop(self) -> None:
         """Nobody wants to know any more."""

@@ -148,6 +148,24 @@ def test_what_is_ending_is_waited_for_because_it_may_be_cancelled(
     assert again["elements"] == records(workplace)[0]["elements"][1:]
 
 
+def test_a_cell_that_another_grid_has_queued_is_waited_for_and_not_submitted(
+    submit: Any, slurm: Path, workplace: Any
+) -> None:
+    """Two grids of one store share their baselines."""
+    submit()
+    (slurm / "queue").write_text("".join(f"101|{i}|PENDING||x\n" for i in range(4)) + "103|N/A|PENDING||x\n")
+    other = ("--set", "name=other")
+    assert submit(*other)[0] == 0
+    paths = sorted(workplace.store.grid_dir("other").glob("submits/*.json"))
+    made = [json.loads(path.read_text()) for path in paths]
+    assert [(record["kind"], record["after"]) for record in made] == [("bundles", [101]), ("reduce", [101, 104])]
+    assert made[0]["elements"] == records(workplace)[1]["elements"]
+    _, out, _ = submit(*other, command="status")
+    assert re.search(r"finetune +8 ", out)  # of the first wave, queued by the other grid
+    submit(*other, command="cancel")
+    assert not calls(slurm, "scancel")  # none of its own is in the queue
+
+
 def test_cells_that_are_done_are_not_submitted(submit: Any, slurm: Path, workplace: Any) -> None:
     workplace.behave(fail=["distill"])
     main(["submit", *workplace.where, "--cluster", "inline"])

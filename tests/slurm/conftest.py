@@ -187,17 +187,28 @@ class Sandbox:
             time.sleep(0.2)
 
 
-def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on."""
+@contextlib.contextmanager
+def own_ports(count: int) -> Iterator[int]:
+    """The first of `count` ports in a row that nobody listens on; the one before it is held, so that sandboxes raised
+    at the same moment do not collide."""
     for first in range(21800, 29000, 50):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
+        with contextlib.ExitStack() as probes:
+            sockets = [probes.enter_context(socket.socket()) for _ in range(count + 1)]
+            if all(is_free(probe, first + i) for i, probe in enumerate(sockets)):
+                for probe in sockets[1:]:
+                    probe.close()
+                yield first + 1
+                return
     raise AssertionError("no free ports")
+
+
+def is_free(probe: socket.socket, port: int) -> bool:
+    """Binds `probe` to it."""
+    try:
+        probe.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")
@@ -208,21 +219,30 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
             pytest.fail(f"DBSCALE_REQUIRE_SLURM=1, but {reason}")
         pytest.skip(reason)
     kept = os.environ.get("SANDBOX_DIR")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("slurm")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("slurm") / "sandbox"
     wanted = {"DIR": folder, "GRACE": 4, "CRED_EXPIRE": 5, "KILLWAIT": 3, "TIMEOUT": 120}
-    if not kept:
-        wanted["PORT"] = free_ports(8)
-    environment = {**os.environ, **{f"SANDBOX_{name}": str(value) for name, value in wanted.items()}}
-    environment["SLURM_CONF"] = str(folder / "slurm.conf")
-    cluster = Sandbox(environment)
-    cluster.script("up")
-    os.environ["SLURM_CONF"] = environment["SLURM_CONF"]
-    try:
-        yield cluster
-    finally:
-        del os.environ["SLURM_CONF"]
-        if not kept:
-            cluster.script("down", "--wipe")
+    with contextlib.nullcontext() if kept else own_ports(8) as port, pytest.MonkeyPatch.context() as patch:
+        if port is not None:
+            wanted["PORT"] = port
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        cluster = Sandbox({**os.environ, **{f"SANDBOX_{name}": str(value) for name, value in wanted.items()}})
+        try:
+            cluster.script("up")
+            yield cluster
+        finally:
+            if not kept:
+                cluster.script("down", "--wipe")
+        assert kept or not left_over(folder)
+
+
+def left_over(folder: Path) -> list[str]:
+    """What a sandbox that was torn down left behind: files, and processes that name its folder."""
+    found = [str(path) for path in folder.parent.glob("*")]
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if f"{folder}/" in " ".join([*process.cmdline(), process.environ().get("SLURM_CONF", "")]):
+                found.append(f"{process.pid}: {process.cmdline()}")
+    return found
 
 
 @pytest.fixture
