@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,11 +151,20 @@ def _configure_process(resources: Resources) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if os.access(EXTENSIONS, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+    _prefer_own_ninja()
     torch.use_deterministic_algorithms(resources.deterministic, warn_only=True)
     # Determinism also fills every fresh tensor with NaN to unmask reads of unwritten memory: a cost, no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = not resources.deterministic
     torch.set_float32_matmul_precision("high")
+
+
+def _prefer_own_ninja() -> None:
+    """Put this environment's programs first: a system's ninja of another version would build the op anew, and the next
+    process with ours once more."""
+    scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", "")
+    if os.access(os.path.join(scripts, "ninja"), os.X_OK) and path.split(os.pathsep)[0] != scripts:
+        os.environ["PATH"] = scripts + os.pathsep + path
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         accumulation=context.batching.accumulation,
         ema=ema,
         checkpointer=checkpointer,
-        reporter=Reporter(accelerator, recipe, context.store, spec.key, state.record),
+        reporter=Reporter(accelerator, recipe, context.store, spec.key, state.record, num_done=state.step),
         state=state,
         stop=context.stop,
         checkpoint_interval_s=context.resources.checkpoint_interval_s,

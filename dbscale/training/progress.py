@@ -52,16 +52,21 @@ class NonFiniteLoss(TrainingError):
 class Reporter:
     """Collects the losses of one cell; rank 0 writes them."""
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, store: Store, key: str, record: LossRecord) -> None:
+    def __init__(
+        self, accelerator: Accelerator, recipe: Recipe, store: Store, key: str, record: LossRecord, *, num_done: int = 0
+    ) -> None:
+        """`num_done` steps are behind the run; `record` is what they left."""
         self._accelerator, self._recipe, self._store, self._key = accelerator, recipe, store, key
         self.record = record
         self._interval = max(MIN_REPORT_STEPS, recipe.num_steps // NUM_REPORTS)
         self._on_device: list[Tensor] = []
         self._terms: tuple[str, ...] = ()
-        self._next_heartbeat, self._mark = 0.0, (time.monotonic(), 0)
+        self._next_heartbeat, self._mark = 0.0, (time.monotonic(), num_done)
         self._images_per_s, self._loss = 0.0, None
         hidden = not accelerator.is_main_process or not sys.stderr.isatty()
-        self._bar = tqdm(total=recipe.num_steps, unit="step", dynamic_ncols=True, leave=False, disable=hidden)
+        self._bar = tqdm(
+            total=recipe.num_steps, initial=num_done, unit="step", dynamic_ncols=True, leave=False, disable=hidden
+        )
 
     def add(self, step: int, losses: Losses) -> None:
         """Take the losses of 0-based `step`, this rank's share of the batch."""

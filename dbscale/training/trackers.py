@@ -20,6 +20,7 @@ from dbscale.training.errors import TrainingError
 
 PROJECT = "dbscale"
 RUN_FILE = "tracker.json"
+"""Tracker → id of the cell's run there; written once its settings are."""
 
 
 def tracker_options(tracker: str | None, folder: Path) -> dict[str, Any]:
@@ -38,18 +39,21 @@ def open_tracker(accelerator: Accelerator, spec: CellSpec, folder: Path, tracker
     if tracker is None:
         yield
         return
-    known = read_json(folder / RUN_FILE) if (folder / RUN_FILE).exists() else {}
+    path = folder / RUN_FILE
+    known: dict[str, str] = read_json(path) if path.exists() else {}
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {},
         "wandb": {"id": spec.id, "name": spec.key, "resume": "allow", "dir": str(folder)},
-        "mlflow": {"run_id": known.get("run_id"), "run_name": spec.key},
+        "mlflow": {"run_id": known.get("mlflow"), "run_name": spec.key},
     }
     # Accelerate hands tensorboard the project as the name of a sub-folder of the cell's own.
     project = "run" if tracker == "tensorboard" else PROJECT
-    accelerator.init_trackers(project, config=flatten(spec.recipe.model_dump()), init_kwargs=options)
-    if tracker == "mlflow" and accelerator.is_main_process:
-        started: Any = accelerator.get_tracker("mlflow", unwrap=True)
-        write_json(folder / RUN_FILE, {"run_id": started.info.run_id})
+    # Settings are noted once: tensorboard would show each resumption as one more run without curves.
+    config = None if tracker in known else flatten(spec.recipe.model_dump())
+    accelerator.init_trackers(project, config=config, init_kwargs=options)
+    if config is not None and accelerator.is_main_process:
+        started: Any = accelerator.get_tracker(tracker, unwrap=True)
+        write_json(path, known | {tracker: started.info.run_id if tracker == "mlflow" else spec.id})
     try:
         yield
     finally:

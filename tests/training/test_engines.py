@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dbscale.study.recipe import Distill
+from dbscale.study.recipe import Budget, Distill
 from dbscale.training import run
 
 ENGINES = {"ddp": None, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
@@ -188,3 +188,15 @@ def _launch(bench, data_dir, config, world_size):
     row = bench.store.read_row(cell.key)
     assert row.resources["engine"] == ("plain" if config in ("single", "ddp") else config)
     assert row.timing.num_devices == world_size
+
+
+def test_the_environments_own_ninja_is_found_first(monkeypatch, bench):
+    """A system's ninja of another version would build DeepSpeed's op again, at every change between the two."""
+    import os
+    import shutil
+    import sysconfig
+
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "unused")
+    assert bench.run(bench.cell(budget=Budget(steps=1))).status == "done"
+    assert shutil.which("ninja") == os.path.join(sysconfig.get_path("scripts"), "ninja")
