@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dbscale.laws.errors import LawError
-from dbscale.laws.form import Form
+from dbscale.laws.form import LOG_FLOOR, Form
 from dbscale.laws.forms import find_form
 from dbscale.laws.losses import Loss
 from dbscale.laws.prediction import calibration_of, mean_interval, prediction_interval
@@ -69,11 +69,12 @@ class LawFit:
         return {n: float(v) for n, v in zip(self.form.param_names, self.to_param_rows(theta[None])[0], strict=True)}
 
     def to_param_rows(self, theta: np.ndarray) -> np.ndarray:
-        """Scaled coordinates [S, p] to parameters [S, p] in the table's own units."""
+        """Scaled coordinates [S, p] to parameters [S, p] in the table's own units; amplitudes at the floor are 0."""
         matrix = self.form.unscaling(self.units)
         plain = theta @ matrix[:, :-1].T + matrix[:, -1]
         with np.errstate(over="ignore"):
-            return np.where(self.form.is_log, np.exp(plain), plain)
+            values = np.where(self.form.is_log, np.exp(plain), plain)
+        return np.where(self.form.is_log & (theta <= np.log(LOG_FLOOR) + 1.0), 0.0, values)
 
     @property
     def covariance(self) -> np.ndarray:

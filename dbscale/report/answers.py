@@ -19,44 +19,74 @@ def answers(
     if not len(table.pretrained):
         yield "No finished run with upstream data yet: there is nothing to conclude."
     for setting in table.settings:
-        chosen = [fit for fit in fits if fit.chosen and setting_of(fit) == setting]
-        yield _answer_of(table, setting, boundaries, trusted=not any(map(is_poor, chosen)), level=level)
+        yield _answer_of(table, setting, boundaries, fits, level)
 
 
 def _answer_of(
-    table: RunTable, setting: Setting, boundaries: Sequence[BoundaryRecord], *, trusted: bool, level: float
+    table: RunTable, setting: Setting, boundaries: Sequence[BoundaryRecord], fits: Sequence[FitRecord], level: float
 ) -> str:
-    """The laws' verdict first where they describe the runs well, else that of the paired runs."""
-    name = setting.label(table)
-    pooled = {
-        record.method: record for record in boundaries if record.student is None and setting_of(record) == setting
-    }
+    name, fall = setting.label(table), _fall(table, setting)
+    pooled = pooled_of(boundaries, setting)
     if not pooled:
         unpaired = "There are no pairs of a plain and a distilled run, so distillation cannot be judged."
-        return f"On {name}, {_fall(table, setting)} {unpaired}"
-    fall = _fall(table, setting)
-    verdict = _trusted_verdict(pooled, table, setting, trusted=trusted, level=level)
-    return f"On {name}, {verdict} Over all runs {fall}"
-
-
-def _trusted_verdict(
-    pooled: dict[str, BoundaryRecord], table: RunTable, setting: Setting, *, trusted: bool, level: float
-) -> str:
+        return f"On {name}, {fall} {unpaired}"
     law, free = pooled.get("law"), pooled["law_free"]
-    without_law = _verdict(free, table, setting, level)
-    if law is None:
-        return without_law
-    if not trusted:
-        return f"{without_law} The fitted laws describe these runs too poorly to locate a boundary."
-    if _contradicts(law, mean_delta(table, setting)):
-        return f"{without_law} The fitted laws contradict that sign and are not used."
-    return _verdict(law, table, setting, level) + _second_opinion(law, free)
+    main = leading(table, setting, boundaries, fits)
+    verdict = _verdict(main, table, setting, level)
+    other = _second_opinion(main, law, free, misfit=_misfit(fits, setting), mean=mean_delta(table, setting))
+    return f"On {name}, {verdict}{other} Over all runs {fall}"
 
 
-def _contradicts(record: BoundaryRecord, measured: float) -> bool:
+def pooled_of(boundaries: Sequence[BoundaryRecord], setting: Setting) -> dict[str, BoundaryRecord]:
+    """The pooled boundaries of a setting by method."""
+    return {record.method: record for record in boundaries if record.pooled and setting_of(record) == setting}
+
+
+def leading(
+    table: RunTable, setting: Setting, boundaries: Sequence[BoundaryRecord], fits: Sequence[FitRecord]
+) -> BoundaryRecord:
+    """The pooled boundary that the answer reports: the laws' where they describe the runs, else the paired runs'."""
+    pooled = pooled_of(boundaries, setting)
+    law, free = pooled.get("law"), pooled["law_free"]
+    if law is None or _misfit(fits, setting) or _contradicts(law, mean_delta(table, setting)):
+        return free
+    return free if law.upstream_samples is None and free.upstream_samples is not None else law
+
+
+def _misfit(fits: Sequence[FitRecord], setting: Setting) -> bool:
+    return any(fit.chosen and setting_of(fit) == setting and is_poor(fit) for fit in fits)
+
+
+def _contradicts(law: BoundaryRecord, measured: float) -> bool:
     """Whether a law says one sign throughout while the measured mean has the other."""
-    sign = {"always_positive": 1, "always_negative": -1}.get(record.direction or "", 0)
+    sign = {"always_positive": 1, "always_negative": -1}.get(law.direction or "", 0)
     return sign * measured < 0
+
+
+def _second_opinion(
+    main: BoundaryRecord, law: BoundaryRecord | None, free: BoundaryRecord, *, misfit: bool, mean: float
+) -> str:
+    """What the other road to a boundary says, where that adds or contradicts; why the laws do not lead."""
+    if law is None:
+        return ""
+    if main is free:
+        return " " + _why_not(law, misfit=misfit, mean=mean)
+    if free.upstream_samples is not None:
+        root = free.upstream_samples
+        return f" Without assuming a law, the paired runs put it at {about(root.value)} ({interval_text(root)})."
+    sure = percent(free.probability or 0, 0)
+    alone = f" Without assuming a law, the paired runs alone do not establish it ({sure} of the drawn curves cross)."
+    return alone if law.upstream_samples is not None else ""
+
+
+def _why_not(law: BoundaryRecord, *, misfit: bool, mean: float) -> str:
+    """Why the fitted laws do not give the answer."""
+    if misfit:
+        return "The fitted laws describe these runs too poorly to locate a boundary."
+    if _contradicts(law, mean):
+        return "The fitted laws give the arms' difference the other sign and are not used."
+    told = BY_THE_LAWS[law.direction or "within_noise"]
+    return f"That rests on the paired runs alone: by the fitted laws {told}."
 
 
 def _fall(table: RunTable, setting: Setting) -> str:
@@ -64,7 +94,7 @@ def _fall(table: RunTable, setting: Setting) -> str:
     runs = table.pretrained.where(setting=setting)
     sizes = runs.values("upstream_samples")
     first, last = ends_of(runs)
-    change = "falls" if last < first else "does not fall"
+    change = "falls" if last < first else "rises" if last > first else "stays the same"
     return (
         f"error {change} from {percent(first)} with {sizes[0]:,} upstream images to {percent(last)} with {sizes[-1]:,}."
     )
@@ -103,16 +133,14 @@ WITHOUT_ROOT = {
 }
 """Verdicts without a root, by what ΔE does over the measured range."""
 
-
-def _second_opinion(main: BoundaryRecord, other: BoundaryRecord) -> str:
-    """What the measurements say without a law, where that adds or contradicts."""
-    root = other.upstream_samples
-    if root is not None:
-        return f" Without assuming a law, the paired runs put it at {about(root.value)} ({interval_text(root)})."
-    if main.upstream_samples is not None:
-        sure = percent(other.probability or 0, 0)
-        return f" Without assuming a law, the paired runs alone do not establish it (probability {sure})."
-    return ""
+BY_THE_LAWS = {
+    "always_positive": "distilling helps throughout",
+    "always_negative": "distilling hurts throughout",
+    "negative_to_positive": "distilling hurts first and helps later",
+    "positive_to_negative": "distilling helps first and hurts later, but where it turns is open",
+    "within_noise": "the arms do not differ beyond noise",
+}
+"""The same as a clause, where the laws are the second opinion."""
 
 
 def mean_delta(table: RunTable, setting: Setting) -> float:

@@ -29,12 +29,21 @@ EVERY = 4
 
 @dataclass(frozen=True)
 class Cell:
-    """One student and D_f, or None for pooled."""
+    """One student and D_f, or None for pooled; all seeds, or one."""
 
     setting: Setting
-    student: str | None
-    num_params: int | None
-    downstream_samples: int | None
+    student: str | None = None
+    num_params: int | None = None
+    downstream_samples: int | None = None
+    seed: int | None = None
+
+    def holds(self, pair: Pair) -> bool:
+        run = pair.plain
+        return (
+            self.student in (None, run.student)
+            and self.downstream_samples in (None, run.downstream_samples)
+            and self.seed in (None, run.seed)
+        )
 
 
 def cells_of(runs: RunTable, setting: Setting) -> list[Cell]:
@@ -44,7 +53,7 @@ def cells_of(runs: RunTable, setting: Setting) -> list[Cell]:
         for student in runs.both_arms.students
         for labels in runs.both_arms.values("downstream_samples")
     ]
-    return [*singles, Cell(setting, None, None, None)]
+    return [*singles, Cell(setting)]
 
 
 def law_boundaries(
@@ -88,18 +97,21 @@ def free_boundaries(
     *,
     level: float,
     seed: int,
-) -> Iterator[BoundaryRecord]:
-    """From the paired measurements alone, every cell and pooled."""
-    for cell in cells_of(runs, setting):
+) -> Iterator[tuple[BoundaryRecord, Curve | None]]:
+    """From the paired measurements alone: every cell, pooled, and pooled for each seed. Pooled curves are kept."""
+    seeds = sorted({pair.plain.seed for pair in pairs})
+    by_seed = [Cell(setting, seed=each) for each in seeds] if len(seeds) > 1 else []
+    for cell in (*cells_of(runs, setting), *by_seed):
         try:
             found = find_boundary(paired_delta(pairs, wrong, cell), level=level, reach=REACH, seed=seed)
         except LawError as error:
-            yield _without(cell, runs, str(error))
+            yield _without(cell, runs, str(error)), None
         except np.linalg.LinAlgError:
             # Replicates that agree to the last digit leave no noise to weigh the points by.
-            yield _without(cell, runs, "the paired runs do not determine a curve.")
+            yield _without(cell, runs, "the paired runs do not determine a curve."), None
         else:
-            yield record(cell, found, "law_free", None)
+            pooled = cell == Cell(setting)
+            yield record(cell, found, "law_free", None), delta_curve(cell, found, None) if pooled else None
 
 
 def _without(cell: Cell, runs: RunTable, reason: str) -> BoundaryRecord:
@@ -110,14 +122,7 @@ def _without(cell: Cell, runs: RunTable, reason: str) -> BoundaryRecord:
 
 def paired_delta(pairs: Sequence[Pair], wrong: dict[str, np.ndarray], cell: Cell) -> PairedDelta:
     """ΔE by D_p and seed; pooled means average over students and D_f. Raises NotEnoughData below three D_p."""
-    groups = complete_groups(
-        [
-            pair
-            for pair in pairs
-            if cell.student in (None, pair.plain.student)
-            and cell.downstream_samples in (None, pair.plain.downstream_samples)
-        ]
-    )
+    groups = complete_groups([pair for pair in pairs if cell.holds(pair)])
     sizes, seeds = [size for size, _ in groups], [seed for _, seed in groups]
     if len(set(sizes)) < FEWEST_SIZES:
         raise NotEnoughData(f"complete pairs at {len(set(sizes))} values of D_p, a boundary needs {FEWEST_SIZES}.")
@@ -149,7 +154,7 @@ def record(cell: Cell, found: Boundary, method: str, law: str | None) -> Boundar
 def _names(cell: Cell) -> dict[str, Any]:
     return {
         **cell.setting._asdict(), "student": cell.student, "num_params": cell.num_params,
-        "downstream_samples": cell.downstream_samples,
+        "downstream_samples": cell.downstream_samples, "seed": cell.seed,
     }  # fmt: skip
 
 
@@ -159,7 +164,7 @@ def _measured(runs: RunTable) -> tuple[float, float]:
     return float(max(sizes[0] for sizes in both)), float(min(sizes[-1] for sizes in both))
 
 
-def delta_curve(cell: Cell, found: Boundary, law: str) -> Curve:
+def delta_curve(cell: Cell, found: Boundary, law: str | None) -> Curve:
     """The drawn part of ΔE: the measured range and a little beyond."""
     x = np.array(found.curve["upstream_samples"])
     low, high = found.measured_range

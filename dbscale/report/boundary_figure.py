@@ -41,12 +41,14 @@ def boundary_figure(records: Sequence[BoundaryRecord], ticks: Sequence[float], f
              "fillcolor": "rgba(31,78,140,0.05)", "line": {"width": 0}}
         ],
         "margin": {"l": 190, "r": 16, "t": 34, "b": 46},
-        "annotations": [*_without_root(records, labels, (low * high) ** 0.5)],
+        "annotations": [*_without_root(records, labels, (low, high))],
     }  # fmt: skip
     return Figure(figure_id, {"data": traces, "layout": layout}, height)
 
 
 def _boundary_label(record: BoundaryRecord) -> str:
+    if record.seed is not None:
+        return f"all pooled · seed {record.seed}"
     return "all pooled" if record.student is None else f"{record.student} · {record.downstream_samples:,} labels"
 
 
@@ -74,15 +76,21 @@ def _boundary_trace(records: Sequence[BoundaryRecord], labels: list[str], method
     }  # fmt: skip
 
 
-def _without_root(records: Sequence[BoundaryRecord], labels: list[str], x: float) -> Iterator[Spec]:
-    """Where no boundary is established, the line says so, once for both methods."""
+def _without_root(
+    records: Sequence[BoundaryRecord], labels: list[str], measured: tuple[float, float]
+) -> Iterator[Spec]:
+    """Where no boundary is established, the line says so, once for both methods; beside a root, on its free side."""
+    low, high = measured
     for place, label in enumerate(reversed(labels)):
         here = [record for record in records if _boundary_label(record) == label]
         rootless = [record for record in here if record.upstream_samples is None]
+        roots = [record.upstream_samples.value for record in here if record.upstream_samples is not None]
         if rootless:
-            shift = 0.0 if len(rootless) == len(here) else 0.14 if rootless[0].method == "law" else -0.14
+            x, side = (low * high) ** 0.5, "center"
+            if roots:
+                x, side = (low / 4.2, "left") if roots[0] > x else (high * 4.2, "right")
             yield {
-                "x": math.log10(x), "y": place + shift, "xref": "x", "yref": "y", "text": _said(rootless),
+                "x": math.log10(x), "y": place, "xref": "x", "yref": "y", "text": _said(rootless), "xanchor": side,
                 "showarrow": False, "font": {"size": 11, "color": MUTED}, "bgcolor": "rgba(255,255,255,0.75)",
             }  # fmt: skip
 

@@ -108,7 +108,8 @@ def _collection(table: RunTable) -> tuple[Entry, ...]:
         Entry("Are metrics smoothed or changed?", "no; in log fits an error of 0 stands for half the smallest above 0"),
         Entry("Are runs left out?", f"{left_out}; {len(table.missing)} points have no result"),
         Entry(
-            "Are runs and code available?", "rows.csv beside this page holds every run; `dbscale fit` refits from it"
+            "Are runs and code available?",
+            "rows.csv holds every run; `dbscale report --table rows.csv` fits and draws all of this from it",
         ),
     )
 
@@ -136,7 +137,7 @@ def _fitting(table: RunTable, laws: LawsFile, boundary: BoundaryFile) -> tuple[E
 
 def _starts(fits: Sequence[FitRecord]) -> str:
     """How many of the deterministic starts ended at the best objective."""
-    starts = [fit.law_fit["starts"] for fit in fits if "starts" in fit.law_fit]
+    starts = [fit.law_fit["starts"] for fit in fits if fit.law_fit is not None]
     if not starts:
         return ""
     reached = f"{min(s['reached'] for s in starts)} to {max(s['reached'] for s in starts)}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dbscale.report.table import MissingPoint, RunTable
+from dbscale.report.words import percent
 from dbscale.study.plan import PlanRecord
 from dbscale.study.row import Row
 from dbscale.study.store import Store
@@ -23,11 +24,11 @@ class StageCost:
     num_cells: int
     device_time_s: float
     longest_s: float
-    images_per_s: float
-    """Median over cells."""
-    data_wait_share: float
-    """Mean over cells."""
-    num_attempts: int
+    images_per_s: float | None
+    """Median over cells; None where a table does not tell."""
+    data_wait_share: float | None
+    """Mean over cells; None where a table does not tell."""
+    num_attempts: int | None
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Cost:
             return f"{text}."
         if self.num_done < self.num_cells:
             return f"{text}; the plan predicts {duration(self.predicted_s)} for all of them."
-        share = self.actual_s / self.predicted_s
-        return f"{text}; the plan predicted {duration(self.predicted_s)}, {share:.2f} times that was used."
+        share = percent(self.actual_s / self.predicted_s, 0)
+        return f"{text}, {share} of the {duration(self.predicted_s)} that the plan predicted."
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,40 @@ def _stage(stage: str, device: str, host: str, rows: Sequence[Row]) -> StageCost
         stage, device, host, len(rows), sum(times), max(times),
         float(np.median([row.timing.images_per_s for row in rows])),
         float(np.mean([row.timing.data_wait_share for row in rows])), sum(row.timing.num_attempts for row in rows),
+    )  # fmt: skip
+
+
+def cost_of_table(table: RunTable) -> Cost:
+    """Of the runs of a table and the upstream runs they name, where their times are known; nothing was predicted."""
+    finetunes = [run for run in table if run.device_time_s is not None]
+    upstream = {run.upstream_key: run for run in table if run.upstream_key and run.upstream_device_time_s is not None}
+    groups: dict[tuple[str, str, str], list[tuple[float, float | None, int | None]]] = {}
+    for run in upstream.values():
+        time = run.upstream_device_time_s or 0.0
+        speed = run.upstream_samples_seen / time if run.upstream_samples_seen and time else None
+        groups.setdefault((run.upstream_stage or "upstream", run.device, run.host), []).append((time, speed, None))
+    for run in finetunes:
+        speed = run.samples_seen / run.train_time_s if run.samples_seen and run.train_time_s else None
+        place = ("finetune", run.device, run.host)
+        groups.setdefault(place, []).append((run.device_time_s or 0.0, speed, run.num_attempts))
+    stages = tuple(_table_stage(*place, cells) for place, cells in sorted(groups.items(), key=_by_stage))
+    count = len(upstream) + len(finetunes)
+    return Cost(stages, sum(stage.device_time_s for stage in stages), 0.0, count, count)
+
+
+def _by_stage(item: tuple[tuple[str, str, str], object]) -> tuple[bool, bool, tuple[str, str, str]]:
+    """Pretraining, then distilling, then finetuning."""
+    stage = item[0][0]
+    return stage == "finetune", stage == "distill", item[0]
+
+
+def _table_stage(
+    stage: str, device: str, host: str, cells: Sequence[tuple[float, float | None, int | None]]
+) -> StageCost:
+    times, speeds, attempts = ([value for value in column if value is not None] for column in zip(*cells, strict=True))
+    return StageCost(
+        stage, device, host, len(cells), sum(times), max(times),
+        float(np.median(speeds)) if speeds else None, None, sum(attempts) if attempts else None,
     )  # fmt: skip
 
 

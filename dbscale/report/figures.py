@@ -101,13 +101,14 @@ def pooled_figure(panel: Panel, ticks: Sequence[float], figure_id: str) -> Figur
     axes = {"xaxis": "x", "yaxis": "y"}
     layout = base_layout(POOLED_HEIGHT)
     curve = panel.series[0].curve
+    method = "law" if curve is None or curve.law else "law_free"
     layout |= {
         "xaxis": log_axis(ticks) | {"title": axis_title(AXIS_TITLES["upstream_samples"])},
         "yaxis": {
             "title": axis_title(DELTA_TITLE), "tickformat": "+.3~g", "gridcolor": RULE, "zeroline": False,
             "nticks": 6,
         },
-        "shapes": [_zero_line(axes), *_boundary_shapes(panel.boundary, axes)],
+        "shapes": [_zero_line(axes), *_boundary_shapes(panel.boundary, axes, method)],
         "showlegend": False, "margin": {"l": 58, "r": 8, "t": 8, "b": 44},
     }  # fmt: skip
     traces = [*(_delta_curve(curve, axes, True) if curve else ()), *_delta_points(panel, axes, True)]
@@ -119,10 +120,12 @@ def _delta_curve(curve: Curve, axes: Spec, first: bool) -> Iterator[Spec]:
     scaled = curve.model_copy(update={name: _hundredfold(getattr(curve, name)) for name in ("y", "low", "high")})
     common = {**axes, "legendgroup": "law", "meta": {"arm": "delta"}}
     yield from _band(scaled, look.faded(0.12), common)
+    source, dash = ("laws", "solid") if curve.law else ("through the paired runs", "dot")
     yield {
         **common, "type": "scatter", "mode": "lines", "x": scaled.x, "y": scaled.y, "showlegend": first,
-        "name": "difference of the fitted laws, with interval", "line": {"color": look.color, "width": 2},
-        "hovertemplate": "laws<br>%{x:,.4s}: %{y:+.2f} points<extra></extra>",
+        "name": "difference of the fitted laws, with interval",
+        "line": {"color": look.color, "width": 2, "dash": dash},
+        "hovertemplate": f"{source}<br>%{{x:,.4s}}: %{{y:+.2f}} points<extra></extra>",
     }  # fmt: skip
 
 
@@ -160,11 +163,11 @@ def _zero_line(axes: Spec) -> Spec:
     }  # fmt: skip
 
 
-def _boundary_shapes(records: Sequence[BoundaryRecord], axes: Spec) -> Iterator[Spec]:
-    """A line at the root and a shade over its interval, from the laws."""
+def _boundary_shapes(records: Sequence[BoundaryRecord], axes: Spec, method: str = "law") -> Iterator[Spec]:
+    """A line at the root and a shade over its interval, by the method whose curve is drawn."""
     for record in records:
         root = record.upstream_samples
-        if record.method != "law" or root is None:
+        if record.method != method or root is None:
             continue
         place = {"xref": axes["xaxis"], "yref": f"{axes['yaxis']} domain", "y0": 0, "y1": 1, "layer": "below"}
         low, high = root.low or record.measured_range[0] / 2, root.high or record.measured_range[1] * 2

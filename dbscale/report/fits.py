@@ -18,6 +18,7 @@ from dbscale.report.arm_fits import EXPONENTS, LAWS, ArmFit, Resamples, fit_arm,
 from dbscale.report.boundaries import free_boundaries, law_boundaries
 from dbscale.report.curves import curves_of
 from dbscale.report.deltas import delta_points, pairs_of, seed_noise_log
+from dbscale.report.levers import lever_records
 from dbscale.report.notes import about_delta, about_fits, about_missing
 from dbscale.report.schema import (
     BoundaryFile,
@@ -27,13 +28,14 @@ from dbscale.report.schema import (
     Estimate,
     FitRecord,
     LawsFile,
+    LeverRecord,
     Prediction,
     TransferRecord,
 )
 from dbscale.report.table import Run, RunTable, Setting
 from dbscale.report.transfer import transfer_records
 
-METHOD_VERSION = 3
+METHOD_VERSION = 4
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 
 
@@ -122,6 +124,7 @@ def fit_grid(
         curves=tuple(curve for curve in curves if curve.arm != "delta"),
         predictions=tuple(item for part in parts for item in part.predictions),
         transfer=tuple(item for part in parts for item in part.transfer),
+        levers=tuple(item for part in parts for item in part.levers),
         notes=(*table.warnings, *about_missing(table), *(note for part in parts for note in part.notes)),
     )  # fmt: skip
     boundary = BoundaryFile(
@@ -143,6 +146,7 @@ class SettingFindings:
     boundaries: tuple[BoundaryRecord, ...]
     points: tuple[DeltaPoint, ...]
     transfer: tuple[TransferRecord, ...]
+    levers: tuple[LeverRecord, ...]
     notes: tuple[str, ...]
 
 
@@ -152,16 +156,18 @@ def fit_setting(table: RunTable, setting: Setting, wrong: dict[str, np.ndarray],
     usable = chosen.usable if chosen else {}
     pairs = pairs_of(table, setting)
     from_laws = list(law_boundaries(runs, usable, level=options.level)) if len(usable) == 2 and pairs else []
-    free = free_boundaries(runs, setting, pairs, wrong, level=options.level, seed=options.seed) if pairs else ()
+    free = list(free_boundaries(runs, setting, pairs, wrong, level=options.level, seed=options.seed)) if pairs else []
+    boundaries = [*from_laws, *free]
     fits = tuple(record for each in candidates for record in records_of(runs, each, each is chosen, options))
     arms = [fit for each in candidates for fit in each.arms.values()]
     curves = [curve for fit in usable.values() for curve in curves_of(table, fit, level=options.level)]
     return SettingFindings(
-        fits=fits, curves=(*curves, *(curve for _, curve in from_laws)),
+        fits=fits, curves=(*curves, *(curve for _, curve in boundaries if curve is not None)),
         predictions=tuple(predictions_of(runs, chosen)) if chosen else (),
-        boundaries=(*(record for record, _ in from_laws), *free),
+        boundaries=tuple(record for record, _ in boundaries),
         points=tuple(delta_points(pairs, wrong, level=options.level)),
         transfer=tuple(transfer_records(table, arms, level=options.level)),
+        levers=tuple(lever_records(runs, usable, level=options.level)),
         notes=tuple(about_fits(table, setting, fits)),
     )  # fmt: skip
 
@@ -240,11 +246,12 @@ def _record(
         return FitRecord(**common, status=status, reason=str(failure))
     found = fit.fits[student]
     intervals = found.interval(options.level)
-    written = found.fit.to_dict(calibrate=chosen)
-    covered = ((written.get("calibration") or {}).get("coverage") or {}).get("0.9")
+    written = found.fit.to_dict(calibrate=True) if chosen else None
+    covered = written["calibration"]["coverage"].get("0.9") if written else None
     return FitRecord(
         **common, status="fitted", chosen=chosen, equation=found.fit.form.equation,
         variables=found.fit.form.variable_names, warnings=found.fit.warnings,
+        at_bound=found.fit.at_bound,
         params={name: estimate(name, value, *intervals[name]) for name, value in found.fit.params.items()},
         rmsd_log=residual(fit, runs.runs), held_out_rmsd_log=residual(held_out, last_size(runs.runs)),
         coverage=covered, law_fit=written,

@@ -43,33 +43,40 @@ def about_fits(table: RunTable, setting: Setting, fits: Sequence[FitRecord]) -> 
     if any(fit.chosen for fit in fits):
         yield from _two_values(table, setting, name)
     yield from _unfitted(fits, name)
-    for fit in fits:
-        whom = f"{fit.arm} error on {name}" + (f" with {fit.student}" if fit.student else "")
-        if fit.chosen and is_poor(fit):
-            yield _poor(fit, whom)
-        if fit.chosen and (fit.held_out_rmsd_log or 0.0) > FAR_OUT * max(fit.noise_log or 0.05, LEAST_NOISE):
-            miss = percent(fit.held_out_rmsd_log or 0.0, 0)
-            told = f"would have missed {whom} there by {miss}"
-            yield f"Without the largest D_p, the {fit.law} law {told}: do not extrapolate."
+    chosen = [fit for fit in fits if fit.chosen]
+    poor = [_missed(fit, fit.rmsd_log, noise=True) for fit in chosen if is_poor(fit)]
+    if poor:
+        yield f"On {name} the {chosen[0].law} law misses {listed(poor)}: take its curves as a guide only."
+    far = [_missed(fit, fit.held_out_rmsd_log) for fit in chosen if _is_far_out(fit)]
+    if far:
+        largest = max(table.pretrained.where(setting=setting).values("upstream_samples"))
+        told = f"Fitted without the runs at {largest:,} upstream images, the {chosen[0].law} law misses their"
+        yield f"{told} {listed(far)} on {name}: do not extrapolate."
     if not any(fit.chosen for fit in fits):
         yield f"No law could be fitted on {name}: only measurements are shown."
 
 
 def _unfitted(fits: Sequence[FitRecord], name: str) -> Iterator[str]:
     """Laws without a fit, one sentence for each reason."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[str, list[FitRecord]] = {}
     for fit in fits:
         if fit.status != "fitted":
-            reasons.setdefault((fit.arm, fit.reason), []).append(fit.law)
-    for (arm, reason), laws in reasons.items():
-        yield f"No fit of {listed(dict.fromkeys(laws))} to {arm} error on {name}: {reason}."
+            reasons.setdefault(fit.reason, []).append(fit)
+    for reason, without in reasons.items():
+        laws, arms = (listed(dict.fromkeys(getattr(fit, part) for fit in without)) for part in ("law", "arm"))
+        yield f"No fit of {laws} to {arms} error on {name}: {reason}."
 
 
-def _poor(fit: FitRecord, whom: str) -> str:
-    size = fit.rmsd_log or 0.0
-    noise = f", {size / fit.noise_log:.1f} times the spread between seeds" if fit.noise_log else ""
-    miss = f"misses {whom} by {percent(size, 0)} (root mean square){noise}"
-    return f"The {fit.law} law {miss}: take its curves as a guide only."
+def _missed(fit: FitRecord, size: float | None, *, noise: bool = False) -> str:
+    """Whose error, by how much, and against what noise."""
+    whom = f"{fit.arm} error" + (f" of {fit.student}" if fit.student else "")
+    beside = f" ({(size or 0.0) / fit.noise_log:.1f} times the spread between seeds)" if noise and fit.noise_log else ""
+    return f"{whom} by {percent(size or 0.0, 0)}{beside}"
+
+
+def _is_far_out(fit: FitRecord) -> bool:
+    """Held-out residuals well beyond the noise."""
+    return (fit.held_out_rmsd_log or 0.0) > FAR_OUT * max(fit.noise_log or 0.05, LEAST_NOISE)
 
 
 def _two_values(table: RunTable, setting: Setting, name: str) -> Iterator[str]:
@@ -141,7 +148,7 @@ def about_delta(boundaries: Sequence[BoundaryRecord], points: Sequence[DeltaPoin
     if not boundaries:
         return
     name = setting_of(boundaries[0]).label(table)
-    yield from _signs([record for record in boundaries if record.student is None], name)
+    yield from _signs([record for record in boundaries if record.pooled], name)
     for method, how in (("law", "The laws establish"), ("law_free", "The paired runs alone establish")):
         single = [record for record in boundaries if record.student is not None and record.method == method]
         found = sum(record.upstream_samples is not None for record in single)

@@ -1,11 +1,10 @@
 """`report.html`: one self-contained page that works offline; the answer first, then what it rests on.
 
-Reads plan, rows, laws.json and boundary.json; draws, never fits. All values are escaped by the template.
+Draws a table, its findings and its background; never fits. All values are escaped by the template.
 """
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,27 +15,30 @@ import numpy as np
 
 from dbscale import __version__
 from dbscale.report import panels
+from dbscale.report.answers import leading
+from dbscale.report.background import Background, day, of_grid, of_table
 from dbscale.report.boundary_figure import boundary_figure
 from dbscale.report.checklist import Part, checklist
-from dbscale.report.costs import Cost, LostCell, cost_of, duration, lost_cells
+from dbscale.report.costs import Cost, duration
 from dbscale.report.figures import delta_figure, error_figure, pooled_figure
 from dbscale.report.fits import Findings
 from dbscale.report.notes import setting_of
 from dbscale.report.plotly_axes import Figure
 from dbscale.report.predictors import Correlation, correlations
 from dbscale.report.reduce import load_plan
-from dbscale.report.refresh import refresh
-from dbscale.report.schema import BoundaryFile, FitRecord, LawsFile, TransferRecord
+from dbscale.report.refresh import refresh, refresh_table
+from dbscale.report.schema import BoundaryFile, FitRecord, LawsFile, LeverRecord, TransferRecord
 from dbscale.report.style import LOOKS
 from dbscale.report.table import RunTable, Setting
 from dbscale.report.trust_figures import predicted_figure, residual_figure
 from dbscale.report.words import percent, symbols
-from dbscale.study.plan import PlanRecord
 from dbscale.study.store import Store, atomic_open
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDEST = 4
 """Panels side by side on a laptop screen."""
+CURVES = {False: "line: difference of the fitted laws", True: "line: through the paired runs, no law assumed"}
+"""What the line of the first picture is, by whether it is free of any law."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class SettingPart:
     label: str
     pooled: Figure | None
     """The page's first picture."""
+    pooled_curve: str
+    """What its line is."""
     boundary: Figure | None
     delta: tuple[Figure, ...]
     by_upstream: tuple[Figure, ...]
@@ -55,6 +59,7 @@ class SettingPart:
     residuals: Figure | None
     fits: tuple[FitRecord, ...]
     transfer: tuple[TransferRecord, ...]
+    levers: tuple[LeverRecord, ...]
 
     @property
     def equations(self) -> list[str]:
@@ -86,9 +91,7 @@ class Page:
     level: str
     law_names: str
     predictors: tuple[Correlation, ...]
-    cost: Cost
-    missing: tuple[LostCell, ...]
-    cells: tuple[dict[str, Any], ...]
+    background: Background
     checklist: tuple[Part, ...]
     footer: str
 
@@ -100,11 +103,20 @@ class Page:
 def write_report(store: Store, grid_name: str) -> Path:
     """Write `<store>/grids/<name>/report.html`, fitting anew only where rows changed; returns its path."""
     table, findings = refresh(store, grid_name)
-    page = make_page(store, load_plan(store, grid_name), table, findings)
-    path = store.grid_dir(grid_name) / "report.html"
-    with atomic_open(path, "w") as file:
+    page = make_page(table, findings, of_grid(store, load_plan(store, grid_name), table))
+    return _write(page, store.grid_dir(grid_name))
+
+
+def write_table_report(path: Path, folder: Path) -> Path:
+    """The same from a table alone, with laws.json and boundary.json beside it; returns the page's path."""
+    table, findings = refresh_table(path, folder)
+    return _write(make_page(table, findings, of_table(path, table)), folder)
+
+
+def _write(page: Page, folder: Path) -> Path:
+    with atomic_open(folder / "report.html", "w") as file:
         file.write(render(page))
-    return path
+    return folder / "report.html"
 
 
 def render(page: Page) -> str:
@@ -118,6 +130,7 @@ def render(page: Page) -> str:
     environment.filters |= {
         "duration": duration,
         "symbol": symbols,
+        "minus": lambda text: text.replace("-", "−"),
         "share": lambda value: "–" if value is None else percent(value),
     }
     parts = {name: Markup((TEMPLATES / f"report.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
@@ -126,34 +139,21 @@ def render(page: Page) -> str:
     )  # fmt: skip
 
 
-def make_page(store: Store, plan: PlanRecord, table: RunTable, findings: Findings) -> Page:
+def make_page(table: RunTable, findings: Findings, background: Background) -> Page:
     laws, boundary = findings.laws, findings.boundary
-    rows = {key: store.read_row(key) for key in plan.cells}
-    done = [row for row in rows.values() if row is not None]
-    specs = [store.read_spec(key) for key in plan.cells if (store.cell_dir(key) / "recipe.json").exists()]
-    cost = cost_of(plan, done)
     return Page(
-        grid=plan.grid, question=plan.question, answers=boundary.answers, tiles=tuple(_tiles(table, cost)),
+        grid=table.grid, question=table.question, answers=boundary.answers,
+        tiles=tuple(_tiles(table, background.cost)),
         notes=(*laws.notes, *boundary.notes), settings=tuple(
             setting_part(table, laws, boundary, setting, number) for number, setting in enumerate(table.settings, start=1)
         ),
         arms=tuple(_arm(name) for name in (*table.arms, *(("scratch",) if len(table.scratch) else ()))),
         level=percent(laws.level, 0), law_names=_law_names(laws),
         predictors=tuple(correlations(table, level=laws.level)),
-        cost=cost, missing=tuple(lost_cells(table, store, plan)), cells=tuple(_cells(store, plan, rows)),
-        checklist=checklist(table, laws, boundary, specs),
-        footer=f"dbscale {__version__}. Planned {_day(plan.created)}; page written {_day(None)}. "
-        "Numbers: rows.csv, laws.json and boundary.json beside this file.",
+        background=background, checklist=checklist(table, laws, boundary, background.specs),
+        footer=f"dbscale {__version__}. {background.origin}; page written {day()}. "
+        "Numbers: the table of runs, laws.json and boundary.json.",
     )  # fmt: skip
-
-
-def _day(seconds: float | None) -> str:
-    moment = (
-        datetime.datetime.now(tz=datetime.UTC)
-        if seconds is None
-        else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    )
-    return f"{moment:%d %B %Y %H:%M} UTC"
 
 
 def _law_names(laws: LawsFile) -> str:
@@ -171,7 +171,8 @@ def _tiles(table: RunTable, cost: Cost) -> Iterable[Tile]:
             f"lowest error: {best.dataset}, {best.arm} {best.student}, {best.upstream_samples:,} upstream images",
         )
         yield _upstream_tile(table)
-    yield Tile(duration(cost.actual_s), f"device time for {cost.num_done} cells")
+    if cost.num_done:
+        yield Tile(duration(cost.actual_s), f"device time for {cost.num_done} cells")
 
 
 def _upstream_tile(table: RunTable) -> Tile:
@@ -203,9 +204,11 @@ def setting_part(table: RunTable, laws: LawsFile, boundary: BoundaryFile, settin
         name: tuple(error_figure(block, f"s{number}-{name}-{i}") for i, block in enumerate(grid.blocks(WIDEST)))
         for name, grid in grids.items()
     }
-    pooled = panels.delta_panel(boundary, setting, None, None, "all students", "all labels")
+    free = bool(records) and leading(table, setting, boundary.boundaries, laws.fits).method == "law_free"
+    pooled = panels.delta_panel(boundary, setting, None, None, "all students", "all labels", free=free)
     return SettingPart(
         label=setting.label(table),
+        pooled_curve=CURVES[free],
         pooled=pooled_figure(pooled, grids["upstream"].ticks, f"s{number}-pooled") if records else None,
         boundary=boundary_figure(known, runs.values("upstream_samples"), f"s{number}-boundary") if known else None,
         delta=tuple(delta_figure(block, f"s{number}-delta-{i}") for i, block in enumerate(delta.blocks(WIDEST)))
@@ -218,6 +221,7 @@ def setting_part(table: RunTable, laws: LawsFile, boundary: BoundaryFile, settin
         residuals=residual_figure(predictions, f"s{number}-residuals") if predictions else None,
         fits=tuple(fit for fit in laws.fits if setting_of(fit) == setting),
         transfer=tuple(item for item in laws.transfer if setting_of(item) == setting),
+        levers=tuple(item for item in laws.levers if setting_of(item) == setting),
     )
 
 
@@ -239,22 +243,3 @@ def _arm(name: str) -> dict[str, Any]:
         "dashes": dashes,
         "glyph": Markup(glyphs[name]).format(look.color),
     }
-
-
-def _cells(store: Store, plan: PlanRecord, rows: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """One mapping a cell, unfinished ones first."""
-    entries = [_cell(store, key, rows[key]) for key in plan.cells]
-    yield from sorted(entries, key=lambda entry: entry["state"] == "done")
-
-
-def _cell(store: Store, key: str, row: Any) -> dict[str, Any]:
-    if row is None:
-        return {"key": key, "state": store.state(key)} | dict.fromkeys(
-            ("arm", "dataset", "samples", "seed", "params", "error", "time"), ""
-        )
-    return {
-        "key": key, "state": "done", "arm": row.arm, "dataset": row.dataset, "samples": f"{row.num_samples:,}",
-        "seed": row.seed,
-        "params": panels.count_text(row.num_params), "error": percent(row.error_rate),
-        "time": duration(row.timing.device_time_s),
-    }  # fmt: skip

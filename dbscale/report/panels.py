@@ -145,15 +145,16 @@ def delta_by_upstream(table: RunTable, boundary: BoundaryFile, setting: Setting)
 
 
 def delta_panel(
-    boundary: BoundaryFile, setting: Setting, student: str | None, labels: int | None, column: str, row: str
-) -> Panel:
-    """ΔE of one student and D_f, or pooled under None."""
+    boundary: BoundaryFile, setting: Setting, student: str | None, labels: int | None, column: str, row: str,
+    *, free: bool = False,
+) -> Panel:  # fmt: skip
+    """ΔE of one student and D_f, or pooled under None; its curve from the laws, or free of any (pooled only)."""
     here = {"student": student, "downstream_samples": labels}
-    curves = [curve for curve in boundary.curves if _matches(curve, setting, **here)]
+    curves = [curve for curve in boundary.curves if _matches(curve, setting, **here) and (curve.law is None) == free]
     return Panel(
         column, row, (Series("delta", (), (), (), curves[0] if curves else None),), None,
         tuple(point for point in boundary.points if _matches(point, setting, **here)),
-        tuple(record for record in boundary.boundaries if _matches(record, setting, **here)),
+        tuple(record for record in boundary.boundaries if _matches(record, setting, seed=None, **here)),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dbscale.report import panels
 from dbscale.report.fits import Findings
 from dbscale.report.panels import AXIS_TITLES, Panel, PanelGrid, Series, count_text
-from dbscale.report.refresh import refresh
+from dbscale.report.refresh import refresh, refresh_table
 from dbscale.report.schema import Curve
 from dbscale.report.style import INK, LOOKS, MUTED, RULE
 from dbscale.report.table import RunTable, Setting
@@ -33,6 +33,12 @@ STYLE = {
 def export_figures(store: Store, grid_name: str, out_dir: Path) -> tuple[Path, ...]:
     """Write every figure of a grid's report to `out_dir`, one SVG and one PDF each; returns the paths."""
     table, findings = refresh(store, grid_name)
+    return draw_figures(table, findings, out_dir)
+
+
+def export_table_figures(path: Path, out_dir: Path) -> tuple[Path, ...]:
+    """The same from a table alone, with laws.json and boundary.json beside the figures."""
+    table, findings = refresh_table(path, out_dir)
     return draw_figures(table, findings, out_dir)
 
 

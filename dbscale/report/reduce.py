@@ -34,7 +34,9 @@ def load_plan(store: Store, grid_name: str) -> PlanRecord:
         grids = store.root / "grids"
         known = [path.name for path in grids.iterdir()] if grids.is_dir() else []
         hint = nearest(grid_name, known) if known else "it holds no grid yet"
-        raise TableError(f"no plan of grid {grid_name!r} in {store.root}: {hint}; `dbscale submit` (make grid) writes it")
+        raise TableError(
+            f"no plan of grid {grid_name!r} in {store.root}: {hint}; `dbscale submit` (make grid) writes it"
+        )
     return plan
 
 

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
 
 from dbscale import __version__
 from dbscale.report import schema
 from dbscale.report.csv_rows import to_csv
 from dbscale.report.fits import METHOD_VERSION, Findings, Options, fit_grid
 from dbscale.report.mistakes import load_mistakes
-from dbscale.report.reduce import reduce_grid
+from dbscale.report.reduce import read_table, reduce_grid
 from dbscale.report.schema import BoundaryFile, LawsFile
 from dbscale.report.table import RunTable
 from dbscale.study.cell import canonical_json
 from dbscale.study.store import Store
 from dbscale.study.strict import ConfigError
 
+QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
+"""Of a table that comes without a grid."""
+
 
 def refresh(store: Store, grid_name: str, options: Options | None = None) -> tuple[RunTable, Findings]:
     """Reduce and, where needed, fit; rows.csv, rows.parquet, laws.json and boundary.json are current afterwards."""
-    options = options or Options()
     table = reduce_grid(store, grid_name)
-    folder = store.grid_dir(grid_name)
+    return table, _current(table, store.grid_dir(grid_name), options or Options(), lambda: load_mistakes(store, table))
+
+
+def refresh_table(path: Path, folder: Path, options: Options | None = None) -> tuple[RunTable, Findings]:
+    """The same from a table alone, anyone's: laws.json and boundary.json in `folder` are current afterwards."""
+    path = path.resolve()
+    name = path.parent.name if path.stem == "rows" else path.stem
+    table = replace(read_table(path), grid=name, question=QUESTION)
+    return table, _current(table, folder, options or Options(), dict)
+
+
+def _current(
+    table: RunTable, folder: Path, options: Options, load_wrong: Callable[[], dict[str, np.ndarray]]
+) -> Findings:
+    """The findings stored in `folder` where they are of this table, else new ones."""
     wanted = digest(table, options)
     try:
         found = Findings(
@@ -31,9 +51,9 @@ def refresh(store: Store, grid_name: str, options: Options | None = None) -> tup
     except (ConfigError, ValueError):
         found = None
     if found is None or (found.laws.source, found.boundary.source) != (wanted, wanted):
-        found = fit_grid(table, wrong=load_mistakes(store, table), options=options, source=wanted)
+        found = fit_grid(table, wrong=load_wrong(), options=options, source=wanted)
         found.write(folder)
-    return table, found
+    return found
 
 
 def digest(table: RunTable, options: Options) -> str:

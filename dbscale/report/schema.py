@@ -5,14 +5,15 @@ Everything a page or a figure draws is here or in rows.csv; drawing never fits a
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dbscale.report.table import TableError
-from dbscale.study.store import read_json, write_json
+from dbscale.study.store import atomic_open, read_json
 from dbscale.study.strict import Strict, validate
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 AxisName = Literal["upstream_samples", "downstream_samples", "num_params"]
 BoundaryStatus = Literal["crossing", "extrapolated", "no_crossing", "not_enough_data"]
 Direction = Literal[
@@ -48,6 +49,8 @@ class FitRecord(Strict):
     """Those that vary; a variable with one value has no term."""
     num_runs: int = 0
     params: dict[str, Estimate] = {}
+    at_bound: tuple[str, ...] = ()
+    """Parameters that ended where they may go no further: an E_inf of 0, a vanished amplitude."""
     rmsd_log: float | None = None
     """Root mean square of log(predicted / measured) over the fitted runs: 0.05 is about 5 %."""
     held_out_rmsd_log: float | None = None
@@ -58,8 +61,8 @@ class FitRecord(Strict):
     """The spread of repeated seeds on the same scale: what no law can explain."""
     warnings: tuple[str, ...] = ()
     """What the fit itself is wary of: weak parameters, repeated rows."""
-    law_fit: dict[str, Any] = {}
-    """The fit itself, as `dbscale.laws` writes and reads it."""
+    law_fit: dict[str, Any] | None = None
+    """The fit itself, as `dbscale.laws` writes and reads it; of the chosen law only."""
 
 
 class Curve(Strict):
@@ -70,7 +73,8 @@ class Curve(Strict):
     dataset: str
     arm: str
     """plain or distilled; `delta` for E_plain − E_distilled."""
-    law: str
+    law: str | None
+    """None: through the paired runs, no law assumed."""
     axis: AxisName
     student: str | None
     upstream_samples: int | None
@@ -117,6 +121,25 @@ class TransferRecord(Strict):
     """Labels that training from scratch would need beyond the middle D_f to match the largest D_p; None: unknown."""
 
 
+class LeverRecord(Strict):
+    """What twice as much of each lever would do at the largest point measured, by the chosen law of one arm."""
+
+    variant: str
+    upstream_dataset: str
+    dataset: str
+    arm: str
+    law: str
+    student: str
+    upstream_samples: int
+    downstream_samples: int
+    error: Estimate
+    """At that point."""
+    doubled: dict[AxisName, Estimate]
+    """Error with twice as much of one lever, the others as they are; levers that the law does not have are left out."""
+    images_per_label: Estimate | None
+    """Upstream images that lower the error as much as one more label does."""
+
+
 class LawsFile(Strict):
     """`laws.json`."""
 
@@ -132,6 +155,7 @@ class LawsFile(Strict):
     curves: tuple[Curve, ...]
     predictions: tuple[Prediction, ...]
     transfer: tuple[TransferRecord, ...]
+    levers: tuple[LeverRecord, ...]
     notes: tuple[str, ...]
     """What a reader must know: curves that do not fall, poor fits, missing cells."""
 
@@ -163,6 +187,8 @@ class BoundaryRecord(Strict):
     num_params: int | None
     downstream_samples: int | None
     """None: pooled over D_f."""
+    seed: int | None = None
+    """None: all seeds together."""
     method: Literal["law", "law_free"]
     law: str | None = None
     status: BoundaryStatus
@@ -178,6 +204,11 @@ class BoundaryRecord(Strict):
     measured_range: tuple[float, float]
     words: tuple[str, ...] = ()
     """What the numbers mean and what to do about them."""
+
+    @property
+    def pooled(self) -> bool:
+        """Over students, D_f and seeds."""
+        return self.student is None and self.seed is None
 
 
 class BoundaryFile(Strict):
@@ -200,7 +231,18 @@ File = TypeVar("File", LawsFile, BoundaryFile)
 
 
 def write(path: Path, value: LawsFile | BoundaryFile) -> None:
-    write_json(path, value.model_dump(mode="json"))
+    """One record a line, so that a file can be read, searched and compared by eye."""
+    fields = value.model_dump(mode="json").items()
+    lines = [f' "{name}": {_block(field)}' for name, field in fields]
+    with atomic_open(path, "w") as file:
+        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _block(field: Any) -> str:
+    """A field's value: lists with one item a line, all else in one."""
+    if not (isinstance(field, list) and field):
+        return json.dumps(field, allow_nan=False)
+    return "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in field) + "\n ]"
 
 
 def read(kind: type[File], path: Path) -> File:

@@ -50,4 +50,6 @@ def _boundary_line(record: BoundaryRecord, width: int) -> str:
         if root
         else (record.direction or "too little data").replace("_", " ")
     )
-    return f"    {record.dataset:<{width}}{whom:<26}{found}{'  extrapolated' if record.status == 'extrapolated' else ''}"
+    return (
+        f"    {record.dataset:<{width}}{whom:<26}{found}{'  extrapolated' if record.status == 'extrapolated' else ''}"
+    )

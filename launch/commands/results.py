@@ -1,4 +1,7 @@
-"""`dbscale reduce|report|export`: from rows to laws, boundary, page and figures.  `dbscale.report` does the work."""
+"""`dbscale reduce|report|export`: from rows to laws, boundary, page and figures.  `dbscale.report` does the work.
+
+From the rows of a grid's cells, or with `--table` from a table of runs and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,25 @@ def add_commands(add: AddCommand) -> None:
         add_grid(parser, bare=name != "export")
         add_store(parser)
         add_data(parser)
+        parser.add_argument("--table", type=Path, help="a rows.csv (or parquet) instead of a grid's cells")
         if name == "export":
             parser.add_argument("cell", nargs="?", metavar="CELL",
                                 help="key or id of a finished cell: write its model instead of the figures")  # fmt: skip
             parser.add_argument("--out", type=Path,
                                 help="default: <store>/grids/<name>/figures, or <store>/exports/<key>")  # fmt: skip
+        else:
+            parser.add_argument("--out", type=Path, help="with --table, where to write (default: beside the table)")
 
 
 def reduce(arguments: argparse.Namespace) -> int:
-    from dbscale.report.refresh import refresh
+    from dbscale.report.refresh import refresh, refresh_table
     from dbscale.report.terminal import summary
 
+    if arguments.table is not None:
+        folder = table_folder(arguments)
+        table, findings = refresh_table(arguments.table, folder)
+        print(f"{summary(findings)}\n\n{len(table)} rows; wrote {folder / 'laws.json'} and {folder / 'boundary.json'}")
+        return 0
     store, name = store_of(arguments), grid_name(arguments)
     table, findings = refresh(store, name)
     print(summary(findings))
@@ -41,19 +52,32 @@ def reduce(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    path, _ = write_results(store_of(arguments), grid_name(arguments))
+    if arguments.table is not None:
+        from dbscale.report.page import write_table_report
+
+        path = write_table_report(arguments.table, table_folder(arguments))
+    else:
+        path, _ = write_results(store_of(arguments), grid_name(arguments))
     print(path)
     return 0
+
+
+def table_folder(arguments: argparse.Namespace) -> Path:
+    """Where the results of `--table` go."""
+    return arguments.out or arguments.table.parent
 
 
 def export(arguments: argparse.Namespace) -> int:
     if arguments.cell is not None:
         return export_model(store_of(arguments), arguments.cell, arguments.out)
-    from dbscale.report.paper import export_figures
+    from dbscale.report.paper import export_figures, export_table_figures
 
-    store, name = store_of(arguments), grid_name(arguments)
-    for path in export_figures(store, name, arguments.out or store.grid_dir(name) / "figures"):
-        print(path)
+    if arguments.table is not None:
+        paths = export_table_figures(arguments.table, arguments.out or arguments.table.parent / "figures")
+    else:
+        store, name = store_of(arguments), grid_name(arguments)
+        paths = export_figures(store, name, arguments.out or store.grid_dir(name) / "figures")
+    print("\n".join(map(str, paths)))
     return 0
 
 

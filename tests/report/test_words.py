@@ -76,7 +76,22 @@ def test_no_crossing_is_an_answer(table, direction, phrase):
 
 def test_a_second_opinion_that_disagrees_is_given(table):
     (text,) = answers(table, [boundary(), unclear()])
-    assert "do not establish it (probability 40 %)" in text
+    assert "do not establish it (40 % of the drawn curves cross)" in text
+
+
+def test_a_boundary_that_only_the_paired_runs_show_is_said_as_theirs(table):
+    law = boundary(status="no_crossing", direction="within_noise", upstream_samples=None)
+    free = boundary(method="law_free", law=None, upstream_samples=Estimate(value=2000.0, low=1000.0, high=4000.0))
+    (text,) = answers(table, [law, free])
+    assert "pays up to about 2,000 upstream images" in text
+    assert "rests on the paired runs alone: by the fitted laws the arms do not differ beyond noise" in text
+    assert "no boundary" not in text
+
+
+def test_a_seeds_own_boundary_is_no_answer(table):
+    alone = boundary(method="law_free", law=None, seed=1, direction="always_negative", upstream_samples=None)
+    (text,) = answers(table, [boundary(), unclear(), alone])
+    assert "about 8,100 upstream images" in text
 
 
 def test_a_poor_law_does_not_give_the_answer(table):
@@ -133,6 +148,14 @@ def test_laws_that_fail_for_one_reason_share_a_sentence(table):
     fits = [chosen_fit(), chosen_fit(law="product", **failed), chosen_fit(law="transfer_gap", **failed)]
     found = [note for note in about_fits(table, table.settings[0], fits) if "No fit" in note]
     assert found == ["No fit of product and transfer_gap to plain error on digits: D_f has one value."]
+
+
+def test_both_arms_share_a_warning(table):
+    poor = {"rmsd_log": 0.3, "held_out_rmsd_log": 0.5}
+    fits = [chosen_fit(**poor), chosen_fit(arm="distilled", **poor)]
+    found = " ".join(about_fits(table, table.settings[0], fits))
+    assert "misses plain error by 30 % (6.0 times the spread between seeds) and distilled error by 30 %" in found
+    assert "without the runs at 128,000 upstream images" in found
 
 
 @pytest.mark.parametrize(("value", "text"), [(8123, "8,100"), (999, "1,000"), (12.4, "12"), (1_281_167, "1,300,000")])
