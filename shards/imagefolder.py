@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ class ImageFolder(FieldSource):
     """Class folders to take, in label order; None takes all, sorted."""
     exclude: frozenset[str] = frozenset()
     """Files to leave out, relative to `path`."""
+    remedy: ClassVar[str] = "mend or remove such files (or list them under the source's `exclude`)"
 
     @property
     def default_encoding(self) -> Encoding:
@@ -91,4 +93,7 @@ class ImageFolder(FieldSource):
                 yield relative
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[bytes]:
-        return ((self.path / name).read_bytes() for name in names)
+        return map(self._read_file, names)  # unlike a generator, it goes on after a file that cannot be read
+
+    def _read_file(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()

@@ -6,14 +6,13 @@ loses only the shards in flight, and two runs at once do double work but no harm
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +23,15 @@ from dbscale.data.decode import DecodeError
 from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
 from shards.encode import encode
-from shards.source import Content, Source
+from shards.source import Source
 from shards.tar import Sample, write_shard
 
 WORK_FOLDER = ".pack"
 """Inside the dataset's folder: the plan and the finished shards' rows, until the manifest is written."""
 _PARALLEL_FROM = 8192
 """Samples below which starting processes costs more than it saves."""
+_SHOWN_FAULTS = 10
+"""Samples that cannot be packed which a message names at most."""
 
 
 @dataclass(frozen=True)
@@ -65,38 +66,38 @@ class ShardJob:
         return np.load(self.rows_path, allow_pickle=False)
 
 
-def run_job(source: Source, job: ShardJob) -> int:
-    """Write one shard and its rows; returns the number of samples."""
-    rows = write_shard(job.tar_path, _samples(source, job), job.shard)
+class _Faulty(Exception):
+    """Stops a shard from being written."""
+
+
+def run_job(source: Source, job: ShardJob) -> list[str]:
+    """Write one shard and its rows; where samples cannot be packed nothing is written, and they are named."""
+    faults: list[str] = []
+    try:
+        rows = write_shard(job.tar_path, _samples(source, job, faults), job.shard)
+    except _Faulty:
+        return faults
     with atomic_writer(job.rows_path) as file:
         np.save(file, rows, allow_pickle=False)
-    return len(rows)
+    return []
 
 
-def _samples(source: Source, job: ShardJob) -> Iterator[Sample]:
-    for slot, content in enumerate(_contents(source, job)):
-        name = job.names[slot]
-        try:
-            suffix, data, height, width = encode(content, job.encoding, job.raw_size)
-        except DecodeError as error:
-            raise DataError(
-                f"{name}: {error}; remove the file (or list it under the source's `exclude`), then run the same "
-                "command again"
-            ) from error
-        yield Sample(make_key(job.first_position + slot, name), suffix, data, int(job.labels[slot]), height, width)
-
-
-def _contents(source: Source, job: ShardJob) -> Iterator[Content]:
+def _samples(source: Source, job: ShardJob, faults: list[str]) -> Iterator[Sample]:
+    """Encoded samples; raises _Faulty after the last when there were faults, so that all are found at once."""
     contents = source.read(job.split, job.numbers, job.names)
-    for name in job.names:
+    for slot, name in enumerate(job.names):
         try:
-            content = next(contents)
+            suffix, data, height, width = encode(next(contents), job.encoding, job.raw_size)
+        except StopIteration:  # a reader that could not go on after a fault
+            break
         except OSError as error:
-            raise DataError(
-                f"{name}: cannot be read ({error.strerror}); mend the file (or list it under the source's `exclude`), "
-                "then run the same command again"
-            ) from error
-        yield content
+            faults.append(f"{source.origin(name)}: cannot be read ({error.strerror})")
+        except DecodeError as error:
+            faults.append(f"{source.origin(name)}: {error}")
+        else:
+            yield Sample(make_key(job.first_position + slot, name), suffix, data, int(job.labels[slot]), height, width)
+    if faults:
+        raise _Faulty
 
 
 def make_key(position: int, name: str) -> str:
@@ -114,11 +115,24 @@ def run_jobs(source: Source, jobs: Sequence[ShardJob], num_processes: int | None
     with tqdm(
         total=total, desc=f"pack {jobs[0].folder.name}", unit="img", unit_scale=True, disable=not progress
     ) as bar:
-        if min(wanted, len(jobs)) == 1:
-            for job in jobs:
-                bar.update(run_job(source, job))
-        else:
-            _run_in_pool(source, jobs, min(wanted, len(jobs)), bar.update)
+        faults = []
+        for job, found in _run_all(source, jobs, min(wanted, len(jobs))):
+            bar.update(len(job.names))
+            faults += found
+    if faults:
+        more = f" (and {len(faults) - 1} more: {'; '.join(faults[1:_SHOWN_FAULTS])})" if faults[1:] else ""
+        raise DataError(
+            f"{faults[0]}{more}; {source.remedy}, remove the half-finished {jobs[0].folder}, then run the same command "
+            "again"
+        )
+
+
+def _run_all(source: Source, jobs: Sequence[ShardJob], num_processes: int) -> Iterator[tuple[ShardJob, list[str]]]:
+    """Each job as it ends, with its faults."""
+    if num_processes == 1:
+        yield from ((job, run_job(source, job)) for job in jobs)
+    else:
+        yield from _run_in_pool(source, jobs, num_processes)
 
 
 def default_processes(num_samples: int) -> int:
@@ -131,12 +145,13 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_in_pool(source: Source, jobs: Sequence[ShardJob], size: int, advance: Callable[[int], Any]) -> None:
+def _run_in_pool(source: Source, jobs: Sequence[ShardJob], size: int) -> Iterator[tuple[ShardJob, list[str]]]:
     # Spawned, not forked: the caller may have threads (torch's, for one), and those do not survive a fork.
     pool = ProcessPoolExecutor(size, get_context("spawn"), _start_worker, (source,))
     try:
-        for future in as_completed([pool.submit(_run_in_worker, job) for job in jobs]):
-            advance(future.result())
+        pending = {pool.submit(_run_in_worker, job): job for job in jobs}
+        for future in as_completed(pending):
+            yield pending[future], future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -158,6 +173,6 @@ def _start_worker(source: Source) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _run_in_worker(job: ShardJob) -> int:
+def _run_in_worker(job: ShardJob) -> list[str]:
     assert _worker_source is not None
     return run_job(_worker_source, job)

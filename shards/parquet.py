@@ -87,14 +87,19 @@ class Parquet(FieldSource):
         return Listing(np.concatenate(columns).astype(np.int64), names)
 
     def listings(self) -> dict[str, Listing]:
-        for split, listing in self._listed.items():
+        for listing in self._listed.values():
             wrong = np.flatnonzero((listing.labels < 0) | (listing.labels >= len(self.classes)))
             if len(wrong):
                 raise DataError(
-                    f"{self.path}: split {split!r}: label {listing.labels[wrong[0]]} of {listing.names[wrong[0]]!r} is "
-                    f"out of range 0…{len(self.classes) - 1} (unlabelled files hold -1: set `test` to others)"
+                    f"{self.origin(listing.names[wrong[0]])}: label {listing.labels[wrong[0]]} is out of range "
+                    f"0…{len(self.classes) - 1}; mend it (unlabelled files hold -1: set `test` to others)"
                 )
         return self._listed
+
+    def origin(self, name: str) -> str:
+        """File and row."""
+        file, row = name.rsplit(":", 1)
+        return f"{self.path / file}, row {row}"
 
     def prepare(self, work: Path) -> "Parquet":
         """Spool every file that is not spooled yet."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,17 @@ class Source(Protocol):
     @property
     def default_encoding(self) -> Encoding: ...
 
+    @property
+    def remedy(self) -> str:
+        """What to do about samples that cannot be packed, for messages."""
+        ...
+
     def listings(self) -> dict[str, Listing]:
         """Splits by name, `train` first."""
+        ...
+
+    def origin(self, name: str) -> str:
+        """Where a sample of the listing comes from, for messages."""
         ...
 
     def prepare(self, work: Path) -> "Source":
@@ -54,6 +63,13 @@ class FieldSource:
 
     A copy in another process carries the fields alone; cached listings and pixels stay behind.
     """
+
+    remedy: ClassVar[str] = "take these samples out of their file"
+
+    def origin(self, name: str) -> str:
+        """The name, below the source's path where it has one."""
+        path = getattr(self, "path", None)
+        return name if path is None else f"{path / name}"
 
     def prepare(self, work: Path) -> Self:
         """Nothing to do."""

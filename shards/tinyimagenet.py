@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ class TinyImageNet(FieldSource):
     """200 classes at 64 px; the official validation split serves as the test split."""
 
     path: Path
+    remedy: ClassVar[str] = "unzip the archive again, or remove such files"
 
     @property
     def default_encoding(self) -> Encoding:
@@ -58,4 +60,7 @@ class TinyImageNet(FieldSource):
         return Listing(np.array([label_of[row[1]] for row in rows], np.int64), [f"val/images/{row[0]}" for row in rows])
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[bytes]:
-        return ((self.path / name).read_bytes() for name in names)
+        return map(self._read_file, names)  # unlike a generator, it goes on after a file that cannot be read
+
+    def _read_file(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from dbscale.data.decode import DecodeError, decode_image
 from dbscale.data.errors import DataError
-from dbscale.data.index import checksum, open_index, split_fingerprint
+from dbscale.data.index import checksum, mend, open_index, split_fingerprint
 from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
 from shards.jobs import default_processes
 from shards.repair import index_is_damaged
-from shards.walk import walk_tar
+from shards.walk import Member, walk_tar
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _map(tasks: list[tuple[Path, str, int]], jobs: int) -> Iterator[list[Problem
 
 def _index_problems(folder: Path, split: SplitInfo, manifest: Manifest) -> Iterator[Problem]:
     if index_is_damaged(folder, split):
-        yield Problem(split.index, None, f"missing or changed; `dbscale shards pack {folder.name}` writes it again")
+        yield Problem(split.index, None, f"missing or changed; {mend(folder)}")
         return
     try:
         index = open_index(folder, split)
@@ -82,7 +82,8 @@ def _index_problems(folder: Path, split: SplitInfo, manifest: Manifest) -> Itera
         yield Problem(split.index, None, str(error))
         return
     if split_fingerprint(index) != split.fingerprint:
-        yield Problem(split.index, None, "does not have the fingerprint of the manifest")
+        foreign = "does not have the fingerprint of the manifest; remove the dataset's folder and pack it again"
+        yield Problem(split.index, None, foreign)
     for key, times in Counter(index["key"].tolist()).items():
         if times > 1:
             yield Problem(split.index, key.decode(), f"key occurs {times} times")
@@ -96,42 +97,59 @@ def verify_shard(folder: Path, split_name: str, shard: int) -> list[Problem]:
     split = load_manifest(folder).split(split_name)
     info = split.shards[shard]
     path = folder / info.name
-    mend = f"remove it and run `dbscale shards pack {folder.name}`, which writes it again"
     if not path.exists():
-        return [Problem(info.name, None, f"missing; run `dbscale shards pack {folder.name}`, which writes it again")]
+        return [Problem(info.name, None, f"missing; {mend(folder)}")]
     if path.stat().st_size != info.num_bytes:
         sizes = f"has {path.stat().st_size:,} bytes, expected {info.num_bytes:,}"
-        return [Problem(info.name, None, f"{sizes}; {mend}")]
+        return [Problem(info.name, None, f"{sizes}; {mend(folder)}")]
     index = open_index(folder, split)
+    remedy = f"remove {info.name} and {mend(folder)}"  # of the right size, it would be taken for sound
     try:
-        members = {member.name: member for member in walk_tar(path)}
+        members = {member.name: member for member in walk_tar(path, remedy)}
     except DataError as error:
-        return [Problem(info.name, None, f"{error}; {mend}")]
+        return [Problem(info.name, None, str(error).removeprefix(f"{path}: "))]
     first = sum(other.num_samples for other in split.shards[:shard])
     rows = index[first : first + info.num_samples]
     content = np.memmap(path, np.uint8, "r")
     by_place = {(member.offset, member.size): member.key for member in members.values()}
-    return [problem for row in rows for problem in _sample_problems(info.name, row, content, by_place, members)]
+    problems = []
+    for row in rows:
+        key = bytes(row["key"]).decode()
+        changes = list(_changes(key, row, content, by_place, members))
+        problems += [Problem(info.name, key, f"{what}; {remedy}") for what in changes]
+        if not changes:
+            problems += [Problem(info.name, key, what) for what in _faults_of_the_source(_data(row, content))]
+    return problems
 
 
-def _sample_problems(
-    name: str, row: np.void, content: NDArray[np.uint8], by_place: dict[tuple[int, int], str], members: dict
-) -> Iterator[Problem]:
-    key = bytes(row["key"]).decode()
-    offset, size = int(row["offset"]), int(row["size"])
-    if by_place.get((offset, size)) != key:
-        yield Problem(name, key, "not where the index says: the index is older than the tar, or of another one")
+def _data(row: np.void, content: NDArray[np.uint8]) -> bytes:
+    start = int(row["offset"])
+    return bytes(content[start : start + int(row["size"])])
+
+
+def _changes(
+    key: str,
+    row: np.void,
+    content: NDArray[np.uint8],
+    by_place: dict[tuple[int, int], str],
+    members: dict[str, Member],
+) -> Iterator[str]:
+    """How a sample differs from what was packed."""
+    if by_place.get((int(row["offset"]), int(row["size"]))) != key:
+        yield "not where the index says: the index is older than the tar, or of another one"
         return
     label = members.get(f"{key}.cls")
     if label is None:
-        yield Problem(name, key, "has no label member (.cls)")
+        yield "has no label member (.cls)"
     elif bytes(content[label.offset : label.offset + label.size]) != str(int(row["label"])).encode():
-        yield Problem(name, key, f"label in the tar differs from the index ({int(row['label'])})")
-    data = bytes(content[offset : offset + size])
-    if checksum(data) != int(row["checksum"]):
-        yield Problem(name, key, "checksum mismatch: the bytes changed since packing")
-        return
+        yield f"label in the tar differs from the index ({int(row['label'])})"
+    if checksum(_data(row, content)) != int(row["checksum"]):
+        yield "checksum mismatch: the bytes changed since packing"
+
+
+def _faults_of_the_source(data: bytes) -> Iterator[str]:
+    """What packing again would not mend."""
     try:
         decode_image(data)
     except DecodeError as error:
-        yield Problem(name, key, str(error))
+        yield f"{error}; it came so from its source: training shows the next of its class instead"

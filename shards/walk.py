@@ -35,8 +35,8 @@ class Member(NamedTuple):
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 
-def walk_tar(path: Path) -> Iterator[Member]:
-    """Regular files in stored order.
+def walk_tar(path: Path, remedy: str = "fetch it again") -> Iterator[Member]:
+    """Regular files in stored order; `remedy` ends the messages about a damaged tar.
 
     Raises:
         DataError: truncated, a corrupt header, a missing end mark, a pickle, or a name that leaves the archive.
@@ -44,26 +44,24 @@ def walk_tar(path: Path) -> Iterator[Member]:
     try:
         size = path.stat().st_size
         with open(path, "rb", buffering=1 << 16) as file:
-            yield from _walk(file, path, size)
+            yield from _walk(file, path, size, remedy)
     except FileNotFoundError as error:
         raise DataError(f"{path}: shard is missing") from error
 
 
-def _walk(file, path: Path, size: int) -> Iterator[Member]:
+def _walk(file, path: Path, size: int, remedy: str) -> Iterator[Member]:
     position, long_name = 0, None
     while True:
         header = os.pread(file.fileno(), _BLOCK, position)
         if len(header) < _BLOCK:
-            raise DataError(f"{path}: truncated: ends at byte {size:,} without the end mark of a tar; fetch it again")
+            raise DataError(f"{path}: truncated: ends at byte {size:,} without the end mark of a tar; {remedy}")
         if header == bytes(_BLOCK):
             return
-        info = _parse(header, path, position)
+        info = _parse(header, path, position, remedy)
         data = position + _BLOCK
         end = data + -(-info.size // _BLOCK) * _BLOCK
         if end > size:
-            raise DataError(
-                f"{path}: truncated: {info.name!r} needs {end:,} bytes, the file has {size:,}; fetch it again"
-            )
+            raise DataError(f"{path}: truncated: {info.name!r} needs {end:,} bytes, the file has {size:,}; {remedy}")
         if info.type in _EXTENDED:
             long_name = _long_name(os.pread(file.fileno(), info.size, data), info.type)
         else:
@@ -74,11 +72,11 @@ def _walk(file, path: Path, size: int) -> Iterator[Member]:
         position = end
 
 
-def _parse(header: bytes, path: Path, position: int) -> tarfile.TarInfo:
+def _parse(header: bytes, path: Path, position: int, remedy: str) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise DataError(f"{path}: corrupt tar header at byte {position:,} ({error}); fetch or pack it again") from error
+        raise DataError(f"{path}: corrupt tar header at byte {position:,} ({error}); {remedy}") from error
 
 
 def _long_name(data: bytes, kind: bytes) -> str | None:

@@ -45,14 +45,19 @@ class WebDatasetTars(FieldSource):
         return tuple(str(label) for label in range(count))
 
     def listings(self) -> dict[str, Listing]:
-        for split, listing in self._scanned.items():
+        for listing in self._scanned.values():
             wrong = np.flatnonzero((listing.labels < 0) | (listing.labels >= len(self.classes)))
             if len(wrong):
                 raise DataError(
-                    f"{self.path}: split {split!r}: label {listing.labels[wrong[0]]} of {listing.names[wrong[0]]!r} is "
-                    f"out of range 0…{len(self.classes) - 1}; mend the label or extend class_names"
+                    f"{self.origin(listing.names[wrong[0]])}: label {listing.labels[wrong[0]]} is out of range "
+                    f"0…{len(self.classes) - 1}; mend the label or extend class_names"
                 )
         return self._scanned
+
+    def origin(self, name: str) -> str:
+        """Tar and key."""
+        tar, _, _, key = name.split(":", 3)
+        return f"{self.path / tar}, sample {key!r}"
 
     @cached_property
     def _scanned(self) -> dict[str, Listing]:
@@ -106,7 +111,9 @@ def pair_members(path: Path) -> Iterator[tuple[str, Member, int]]:
     lonely = sorted(images.keys() ^ labels.keys())
     if lonely:
         lack = "label (.cls)" if lonely[0] in images else "image"
-        raise DataError(f"{path}: sample {lonely[0]!r} has no {lack}; {len(lonely)} samples are incomplete")
+        raise DataError(
+            f"{path}: sample {lonely[0]!r} has no {lack}; {len(lonely)} samples are incomplete: complete or remove them"
+        )
     with open(path, "rb") as file:
         for key, image in images.items():
             yield key, image, _label(os.pread(file.fileno(), labels[key].size, labels[key].offset), key, path)

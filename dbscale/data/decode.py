@@ -7,6 +7,7 @@ format is told from the bytes, never from the file's name: ImageNet holds PNG fi
 
 import io
 import struct
+import warnings
 
 import numpy as np
 import simplejpeg
@@ -69,7 +70,9 @@ def _check_pixels(height: int, width: int) -> None:
 
 def _open_pillow(data: bytes) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and an error
+            image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise DecodeError(f"refused as a decompression bomb: {error}") from error
     except Exception as error:  # Pillow's plugins raise many kinds on damaged input

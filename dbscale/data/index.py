@@ -5,6 +5,7 @@ An .npy of structured records, opened as a memory map: 14M samples open at once,
 """
 
 import hashlib
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -81,5 +82,8 @@ def open_index(folder: Path, split: SplitInfo) -> NDArray[np.void]:
 
 
 def mend(folder: Path) -> str:
-    """The command that rewrites a dataset's missing, cut or resized files."""
-    return f"run `dbscale shards pack {folder.name}`, which rewrites only what is damaged"
+    """What to do about a dataset's missing, cut or resized files, and the command for it."""
+    if folder.parent.name != "shards":
+        return "pack it again with the same options, which rewrites only what is damaged (remove a staged copy)"
+    command = shlex.join(["dbscale", "shards", "pack", folder.name, "--data", str(folder.parent.parent)])
+    return f"run `{command}`, which rewrites only what is damaged"

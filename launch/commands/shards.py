@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from dbscale.study.grid import datasets_in_use
+from dbscale.study.grid import Grid, datasets_in_use
 from dbscale.study.strict import ConfigError, nearest
 from launch.options import AddCommand, add_data, add_grid
+from launch.study import DEFAULT_GRID
 
 
 def add_commands(add: AddCommand) -> None:
@@ -34,10 +37,22 @@ def pack(arguments: argparse.Namespace) -> int:
 
     grid = load_grid(arguments.grid, arguments.overrides)
     for name in arguments.datasets or datasets_in_use(grid):
-        if name not in grid.datasets:
-            raise ConfigError(f"grid {grid.name}: no dataset {name!r}; {nearest(name, list(grid.datasets))}")
-        print(f"{name}: {ensure_packed(name, grid.datasets[name], arguments.data, jobs=arguments.jobs)}", flush=True)
+        folder = ensure_packed(name, _entry(name, grid, arguments), arguments.data, jobs=arguments.jobs)
+        print(f"{name}: {folder}", flush=True)
     return 0
+
+
+def _entry(name: str, grid: Grid, arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """What to pack a dataset from: the grid's entry. Where no grid was named, the name of a packed one suffices to
+    mend it."""
+    from dbscale.data.manifest import MANIFEST_NAME, load_manifest
+
+    packed = arguments.data / "shards" / name
+    if name in arguments.datasets and arguments.grid is DEFAULT_GRID and (packed / MANIFEST_NAME).exists():
+        return load_manifest(packed).source
+    if name not in grid.datasets:
+        raise ConfigError(f"grid {grid.name}: no dataset {name!r}; {nearest(name, list(grid.datasets))}")
+    return grid.datasets[name]
 
 
 def verify(arguments: argparse.Namespace) -> int:

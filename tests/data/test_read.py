@@ -43,7 +43,7 @@ def test_a_cut_shard_is_named_with_both_sizes(own_folder: Path, open_small: Call
 def test_a_missing_shard_names_the_command(own_folder: Path, open_small: Callable[..., Dataset]) -> None:
     (own_folder / "train-000001.tar").unlink()
     loader = make_loader(open_small(own_folder).subset(), global_batch=53, seed=0)
-    with pytest.raises(DataError, match=r"train-000001\.tar: shard is missing; run `dbscale shards pack arrays`"):
+    with pytest.raises(DataError, match=r"train-000001\.tar: shard is missing; pack it again with the same options"):
         next(loader)
 
 

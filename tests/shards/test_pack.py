@@ -54,7 +54,7 @@ def test_a_killed_pack_goes_on_and_ends_alike(tree: Path, tmp_path: Path, monkey
     written: list[str] = []
     run = shard_jobs.run_job
 
-    def dying(source, job) -> int:
+    def dying(source, job) -> list[str]:
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(job.tar_path.name)
@@ -66,7 +66,7 @@ def test_a_killed_pack_goes_on_and_ends_alike(tree: Path, tmp_path: Path, monkey
     with pytest.raises(DataError, match="the folder holds no finished dataset"):
         load_manifest(tmp_path / "killed")
 
-    def counting(source, job) -> int:
+    def counting(source, job) -> list[str]:
         written.append(job.tar_path.name)
         return run(source, job)
 
@@ -187,20 +187,26 @@ def test_a_small_jpeg_keeps_its_bytes_as_jpeg256(tmp_path: Path, make_image) -> 
     assert data in (tmp_path / "out" / "train-000000.tar").read_bytes()
 
 
-def test_a_file_that_is_no_image_is_named(tree: Path) -> None:
-    (tree / "train/kind-1/notes.txt").write_text("not an image")
-    with pytest.raises(
-        DataError, match=r"train/kind-1/notes.txt: not an image: .* list it under the source's `exclude`"
-    ):
-        packed(tree)
-    shutil.rmtree(tree.parent / "shards")
-    assert load_manifest(packed(tree, exclude=["train/kind-1/notes.txt"])).split("train").num_samples == 23
-
-
-def test_a_file_that_cannot_be_read_is_named(tree: Path) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_files_that_cannot_be_packed_are_named_at_once(tree: Path, count: int) -> None:
+    (tree / "train/kind-0/notes.txt").write_text("not an image")
     (tree / "train/kind-1/gone.png").symlink_to(tree / "nowhere.png")
-    with pytest.raises(DataError, match=r"train/kind-1/gone.png: cannot be read \(No such file or directory\); mend"):
-        packed(tree)
+    (tree / "test/kind-2/empty.png").touch()
+    with pytest.raises(DataError) as caught:
+        pack(make_source("imagefolder", path=str(tree)), tree / "out", shard_samples=4, jobs=count, progress=False)
+    message = str(caught.value)
+    assert f"{tree}/train/kind-0/notes.txt: not an image: 12 bytes that begin with b'not an i'" in message
+    assert f"{tree}/train/kind-1/gone.png: cannot be read (No such file or directory)" in message
+    assert f"{tree}/test/kind-2/empty.png: not an image: 0 bytes" in message
+    assert f"(and 2 more: {tree}" in message
+    assert "list them under the source's `exclude`" in message
+    # What it tells to do next works.
+    assert f"remove the half-finished {tree / 'out'}, then run the same command again" in message
+    shutil.rmtree(tree / "out")
+    (tree / "train/kind-0/notes.txt").unlink()
+    exclude = ["train/kind-1/gone.png", "test/kind-2/empty.png"]
+    source = make_source("imagefolder", path=str(tree), exclude=exclude)
+    assert pack(source, tree / "out", shard_samples=4, jobs=count, progress=False).split("train").num_samples == 23
 
 
 def test_a_full_disk_is_said_and_finished_shards_are_kept(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def test_parquet_bad_input(tmp_path: Path, make_image: Image) -> None:
     with pytest.raises(DataError, match=r"no parquet file matches 'train-\*.parquet'"):
         source().listings()
     write_parquet(tmp_path / "train-0.parquet", [make_image(1)] * 2, [0, -1], ["cat"])
-    with pytest.raises(DataError, match=r"label -1 of 'train-0.parquet:1' is out of range 0…0 \(unlabelled"):
+    with pytest.raises(DataError, match=r"train-0.parquet, row 1: label -1 is out of range 0…0; mend it \(unlabelled"):
         source().listings()
     with pytest.raises(DataError, match="no column 'img'; it has: image, label"):
         source(image_column="img").listings()

@@ -10,6 +10,7 @@ import pytest
 from dbscale.data import open_dataset
 from dbscale.data.index import file_checksum
 from dbscale.data.manifest import load_manifest, save_manifest
+from launch.cli import main
 from shards.info import describe
 from shards.pack import ensure_packed
 from shards.verify import verify
@@ -38,7 +39,11 @@ def test_changed_bytes_are_found(packed: Path) -> None:
     overwrite(packed / "train-000001.tar", int(record["offset"]) + 60, b"\xff")
     (problem,) = verify(packed)
     assert (problem.file, problem.key) == ("train-000001.tar", bytes(record["key"]).decode())
-    assert "checksum mismatch" in problem.what
+    mend = f"remove train-000001.tar and run `dbscale shards pack photos --data {packed.parent.parent}`"
+    assert problem.what.startswith(f"checksum mismatch: the bytes changed since packing; {mend}")
+    (packed / "train-000001.tar").unlink()
+    assert main(["shards", "pack", "photos", "--data", str(packed.parent.parent)]) == 0
+    assert verify(packed) == []
 
 
 def test_cut_missing_and_corrupt_shards_are_found(packed: Path) -> None:
@@ -47,9 +52,11 @@ def test_cut_missing_and_corrupt_shards_are_found(packed: Path) -> None:
     (packed / "train-000003.tar").unlink()
     overwrite(packed / "test-000000.tar", 2, b"\xff\xff")
     cut, missing, corrupt = verify(packed)
-    assert cut.what.startswith(f"has {size - 1024:,} bytes, expected {size:,}; remove it and run `dbscale shards pack")
-    assert missing.what.startswith("missing; run")
-    assert "corrupt tar header at byte 0" in corrupt.what
+    assert cut.what.startswith(f"has {size - 1024:,} bytes, expected {size:,}; run `dbscale shards pack photos")
+    assert missing.what.startswith("missing; run `dbscale shards pack photos")
+    assert corrupt.what.startswith(
+        "corrupt tar header at byte 0 (bad checksum); remove test-000000.tar and run `dbscale"
+    )
 
 
 def test_a_tar_newer_than_its_index_is_found(packed: Path) -> None:
@@ -105,6 +112,7 @@ def test_undecodable_images_are_listed(tree: Path) -> None:
     folder = ensure_packed("photos", SPEC, tree.parent, progress=False)
     (problem,) = verify(folder)
     assert "train_0_0" in str(problem) and "damaged png" in problem.what
+    assert "remove" not in problem.what  # packing again would not help
 
 
 def test_describe(packed: Path) -> None:
