@@ -7,10 +7,14 @@ PYTHON  ?= python3
 ARGS    ?=
 FAULTS  ?= 20
 
+# Handed on in the environment as typed: neither make nor a shell reads `$`, quotes or spaces in them.
+$(foreach name,GRID CLUSTER STORE DATA,$(eval override $(name) := $$(value $(name))))
+export GRID CLUSTER STORE DATA
+
 VENV  := .venv
 STAMP := $(VENV)/.installed
 RUN   := $(VENV)/bin/dbscale
-WHERE := --grid "$(GRID)" --store "$(STORE)" --data "$(DATA)"
+WHERE := --grid "$$GRID" --store "$$STORE" --data "$$DATA"
 BUILD_OP := from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load()
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -20,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
         bench bench-data bench-train bench-kernels bench-laws bench-launch
 
 help: ## List the targets
-	@echo "make TARGET [GRID=$(GRID)] [CLUSTER=$(CLUSTER)] [STORE=$(STORE)] [DATA=$(DATA)]"
+	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv and install exact versions
@@ -61,19 +65,19 @@ chaos: $(STAMP) ## Run a grid on a SLURM sandbox through FAULTS=20 faults at ran
 	  $(VENV)/bin/python -m pytest -q -s tests/slurm/test_chaos.py -m "slurm and slow" $(ARGS)
 
 shards: $(STAMP) ## Pack the grid's datasets into tar shards
-	@$(RUN) shards pack --grid "$(GRID)" --data "$(DATA)" $(ARGS)
+	@$(RUN) shards pack --grid "$$GRID" --data "$$DATA" $(ARGS)
 
 plan: $(STAMP) ## Show what is new, done, running and failed, and what it will cost
-	@$(RUN) plan $(WHERE) --cluster "$(CLUSTER)" $(ARGS)
+	@$(RUN) plan $(WHERE) --cluster "$$CLUSTER" $(ARGS)
 
 grid: $(STAMP) ## Run the grid, fit the laws, write the report; type it again to resume
-	@$(RUN) submit $(WHERE) --cluster "$(CLUSTER)" $(ARGS)
+	@$(RUN) submit $(WHERE) --cluster "$$CLUSTER" $(ARGS)
 
 status: $(STAMP) ## How far it is, what failed and why
 	@$(RUN) status $(WHERE) $(ARGS)
 
 cancel: $(STAMP) ## Stop this grid's jobs, and only those
-	@$(RUN) cancel $(WHERE) --cluster "$(CLUSTER)" $(ARGS)
+	@$(RUN) cancel $(WHERE) --cluster "$$CLUSTER" $(ARGS)
 
 reduce: $(STAMP) ## Collect the rows and fit the laws
 	@$(RUN) reduce $(WHERE) $(ARGS)

@@ -140,21 +140,21 @@ def login_node_gone(chaos: Chaos, job: str) -> None:
     submit(chaos)
 
 
-def store_read_only(chaos: Chaos, job: str) -> None:
+def store_read_only(chaos: Chaos, job: str, seconds: float | None = None) -> None:
     """For new writers; file descriptors that are open go on."""
     root = str(chaos.place.store.root)
     subprocess.run(["mount", "--bind", root, root], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", root], check=True)
-    chaos.pause(2, 6)
+    time.sleep(seconds or chaos.die.uniform(2, 6))
     subprocess.run(["umount", "--lazy", root], check=True)
 
 
-def store_full(chaos: Chaos, job: str) -> None:
+def store_full(chaos: Chaos, job: str, seconds: float | None = None) -> None:
     ballast = chaos.place.store.root / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 20))
-    chaos.pause(2, 6)
+    time.sleep(seconds or chaos.die.uniform(2, 6))
     ballast.unlink()
 
 

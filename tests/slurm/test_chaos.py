@@ -6,14 +6,12 @@ DBSCALE_CHAOS_SEED repeats the faults of another run; DBSCALE_CHAOS_FAULTS is ho
 from __future__ import annotations
 
 import csv
-import importlib.util
 import os
 import random
 import secrets
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,12 +24,6 @@ LONG_STEPS = 1500
 """A cell of the long form trains for ten seconds or so, longer than a process takes to start."""
 PATIENCE_S = 1200.0
 """For real training on a machine that others use as well."""
-
-_spec = importlib.util.spec_from_file_location("dbscale_chaos", Path(__file__).with_name("chaos.py"))
-assert _spec is not None and _spec.loader is not None
-faults = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = faults
-_spec.loader.exec_module(faults)
 
 
 @pytest.fixture
@@ -56,7 +48,7 @@ def check_whole(place: Any, num_cells: int) -> None:
 
 
 def test_a_few_faults_cost_no_step_and_no_row(
-    place: Any, sandbox: Any, seed: int, num_cells: int, all_ended: Callable[..., None]
+    place: Any, sandbox: Any, faults: ModuleType, seed: int, num_cells: int, all_ended: Callable[..., None]
 ) -> None:
     """The short form, with stand-ins for training."""
     with faults.disk_of_its_own(place.store.root) as own_disk:
@@ -76,7 +68,7 @@ def test_a_few_faults_cost_no_step_and_no_row(
 @pytest.mark.slow
 def test_many_faults_change_no_bit_of_real_training(
     real: Callable[..., Any], results: Callable[[Any], dict[str, Any]], sandbox: Any, seed: int,
-    all_ended: Callable[..., None],
+    faults: ModuleType, all_ended: Callable[..., None],
 ) -> None:  # fmt: skip
     """The long form: rounds of a real grid, until so many faults were injected; each equals the undisturbed one."""
     count, die = int(os.environ.get("DBSCALE_CHAOS_FAULTS", "20")), random.Random(seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -56,11 +58,12 @@ def check(place: Any, all_ended: Callable[[], None], num_cells: int, *, saved: b
         (lambda sandbox, job: sandbox.send(job, "USR2"), True),
         (lambda sandbox, job: sandbox.requeue(job), True),
         (lambda sandbox, job: sandbox.preempt(), True),
+        (lambda sandbox, job: sandbox.tell("scontrol", "update", f"JobId={job}", "TimeLimit=1"), True),
         (lambda sandbox, job: sandbox.kill_rank(job), False),
         (lambda sandbox, job: sandbox.kill_batch_shell(job), True),
         (lambda sandbox, job: (sandbox.power_off(1), sandbox.power_off(2)), False),
     ],
-    ids=["warning", "requeue", "preemption", "killed-rank", "killed-batch-shell", "power-cut"],
+    ids=["warning", "requeue", "preemption", "time-limit", "killed-rank", "killed-batch-shell", "power-cut"],
 )
 def test_the_job_comes_back(
     running: Callable[[], str], sandbox: Any, finish_and_check: Callable[..., None],
@@ -110,10 +113,30 @@ def test_a_rank_of_one_element_costs_the_other_elements_nothing(
     place.behave(steps=STEPS, step_s=0.1, checkpoint=5)
     assert submit("--set", "cluster.target_min=0.01").returncode == 0
     wait_until(lambda: len(place.steps()) == 4 and all(len(steps) > 7 for steps in place.steps().values()))
-    array = sandbox.slurm("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%F").split()[0]
+    jobs = sandbox.slurm("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").split()
+    array = next(job for job in jobs if "_" in job).partition("_")[0]
     wait_until(lambda: sandbox.kill_rank(array))
     wait_until(sandbox.restarts)
     place.behave(steps=STEPS, step_s=0, checkpoint=5)
     all_ended()
     attempts = sorted(len(place.store.attempts(key)) for key in place.done() if "pretrain" in key)
     assert attempts == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("fault", ["store_read_only", "store_full"])
+def test_a_store_that_cannot_be_written_to_for_a_while_costs_no_job(
+    place: Any, submit: Callable[..., Any], sandbox: Any, wait_until: Callable[..., None],
+    all_ended: Callable[..., None], num_cells: int, faults: ModuleType, fault: str,
+) -> None:  # fmt: skip
+    """Of jobs that run just then, and of one that starts."""
+    with faults.disk_of_its_own(place.store.root) as own_disk:
+        if not own_disk:
+            pytest.skip("nothing may be mounted here")
+        place.behave(steps=STEPS, step_s=0.1, checkpoint=5)
+        assert submit("--set", "cluster.target_min=0.01").returncode == 0
+        wait_until(lambda: len(place.steps()) == 4 and all(len(steps) > 7 for steps in place.steps().values()))
+        sandbox.requeue(sandbox.jobs("RUNNING")[0])
+        chaos = faults.Chaos(place, sandbox, random.Random(0), [], own_disk)
+        getattr(faults, fault)(chaos, "", seconds=10)
+        wait_until(sandbox.restarts)
+        check(place, all_ended, num_cells, saved=False)

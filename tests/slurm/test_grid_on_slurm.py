@@ -20,9 +20,11 @@ def test_a_grid_goes_through_and_typed_again_submits_nothing(
     place: Any, submit: Callable[..., Any], all_ended: Callable[[], None], num_cells: int
 ) -> None:
     place.behave(steps=20, step_s=0.05)
-    first = submit(*ONE_BUNDLE_EACH)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.count("submitted") == 3  # one array a wave, and the reducer
+    words = ["submit", "--cluster", str(place.folder / "cluster.yaml"), *ONE_BUNDLE_EACH]
+    first = place.start(*words, umask=0o027)
+    shown, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors
+    assert shown.count("submitted") == 4  # wave 1 in two arrays, for this cluster's may have 3 elements; the reducer
     during = submit(*ONE_BUNDLE_EACH)
     assert re.search(r"nothing to submit: \d+ cells wait or run", during.stdout)
     assert "in SLURM" in place.run("status").stdout
@@ -37,6 +39,8 @@ def test_a_grid_goes_through_and_typed_again_submits_nothing(
     assert all("=== " in Path(each.log).read_text() for each in attempts)
     leftovers = [path for path in place.store.grid_dir("tiny").glob("jobs/*/*") if path.suffix in (".pkl", ".fence")]
     assert len(leftovers) <= 2  # the reducer's own
+    written = [path for path in place.store.root.rglob("*") if path.name != "fake.json"]
+    assert not [path for path in written if path.lstat().st_mode & 0o027]
 
 
 def test_a_new_value_submits_only_the_new_cells(
@@ -56,25 +60,49 @@ def test_a_new_value_submits_only_the_new_cells(
 
 def test_cancel_stops_this_grid_for_good_and_nothing_else(
     place: Any, submit: Callable[..., Any], sandbox: Any, wait_until: Callable[..., None],
-    all_ended: Callable[[], None], num_cells: int,
+    all_ended: Callable[..., None], num_cells: int,
 ) -> None:  # fmt: skip
     place.behave(steps=400, step_s=0.1)
     assert submit().returncode == 0
-    sandbox.slurm("sbatch", "--output=/dev/null", "--wrap", "sleep 300")
-    wait_until(place.steps)
+    assert submit("--set", "name=other", "--set", "seeds=[1]").returncode == 0
+    wait_until(lambda: len(place.steps()) > 1)
+    others = other_jobs(sandbox)
     cancelled = place.run("cancel")
     assert "cancelled job" in cancelled.stdout, cancelled.stderr
-    wait_until(lambda: len(sandbox.jobs()) == 1)
+    wait_until(lambda: sandbox.jobs() == others)
     time.sleep(5)  # a requeue would show by now
-    assert len(sandbox.jobs()) == 1
-    sandbox.clear()
-    states = {place.store.state(key) for key in place.steps()}
-    assert states == {"interrupted"}
+    assert sandbox.jobs() == others
+    assert {place.store.state(key) for key in place.steps() if "-s0-" in key} == {"interrupted"}
+    assert {place.store.state(key) for key in place.steps() if "-s1-" in key} == {"running"}
     place.behave(steps=400, step_s=0)
     assert submit().returncode == 0
     all_ended()
-    assert len(place.done()) == num_cells
+    assert len(place.done()) == 2 * num_cells
     assert all(steps == list(range(400)) for steps in place.steps().values())
+
+
+def other_jobs(sandbox: Any) -> list[str]:
+    """Raw ids of the jobs of the grid named other."""
+    lines = sandbox.slurm("squeue", "--noheader", "--array", "--format=%A %j").splitlines()
+    return [line.split()[0] for line in lines if "dbscale-other-" in line]
+
+
+def test_a_grid_typed_right_after_cancel_goes_on_whole(
+    place: Any, submit: Callable[..., Any], wait_until: Callable[..., None], all_ended: Callable[..., None],
+    num_cells: int,
+) -> None:  # fmt: skip
+    """The jobs that were cancelled still end; their cells are nobody's."""
+    place.behave(steps=60, step_s=0.1)
+    assert submit(*ONE_BUNDLE_EACH).returncode == 0
+    wait_until(lambda: len(place.steps()) == 4)
+    assert place.run("cancel").returncode == 0
+    again = submit(*ONE_BUNDLE_EACH)
+    assert again.returncode == 0, again.stderr
+    place.behave(steps=60, step_s=0)
+    all_ended()
+    assert len(place.done()) == num_cells
+    assert all(steps == list(range(60)) for steps in place.steps().values())
+    assert (place.store.grid_dir("tiny") / "report.html").exists()
 
 
 def test_a_failed_teacher_blocks_its_students_with_the_reason(
