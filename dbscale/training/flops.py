@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbscale.study.recipe import Model, Recipe
-from dbscale.training.models import make_model
+from dbscale.training.models import skeleton
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,13 @@ class Size:
 
 def measure(model: Model, *, num_classes: int, image_size: int) -> Size:
     """Count parameters and operations."""
-    return _measure(model.model_dump_json(), type(model), num_classes, image_size)
+    return _measure(skeleton(model, num_classes=num_classes, image_size=image_size), image_size)
 
 
 @cache
-def _measure(model_json: str, kind: type[Model], num_classes: int, image_size: int) -> Size:
-    model = kind.model_validate_json(model_json)
-    with torch.device("meta"):
-        network = make_model(model, num_classes=num_classes, image_size=image_size).eval()
-        images = torch.zeros(1, 3, image_size, image_size)
+def _measure(network: nn.Module, image_size: int) -> Size:
+    network = copy.deepcopy(network).eval()
+    images = torch.zeros(1, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(images)
     num_params = sum(parameter.numel() for parameter in network.parameters())

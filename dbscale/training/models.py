@@ -5,7 +5,9 @@ The DeiT family is timm's own ViT class with other sizes, so a saved `model.safe
 
 from __future__ import annotations
 
+import copy
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +87,8 @@ def load_backbone(model: nn.Module, weights: Path) -> None:
 def restore_model(model: Model, weights: Path, *, num_classes: int, image_size: int) -> nn.Module:
     """The model that `weights` were saved from. Raises TrainingError when they do not fit."""
     state = read_weights(weights)
-    with torch.device("meta"):  # initial values would be drawn only to be overwritten
-        network = make_model(model, num_classes=num_classes, image_size=image_size)
+    # Initial values would be drawn only to be overwritten.
+    network = copy.deepcopy(skeleton(model, num_classes=num_classes, image_size=image_size))
     if any(buffer.is_meta for name, buffer in network.named_buffers() if name not in state):
         network = make_model(model, num_classes=num_classes, image_size=image_size)
     try:
@@ -94,6 +96,18 @@ def restore_model(model: Model, weights: Path, *, num_classes: int, image_size: 
     except RuntimeError as error:
         raise TrainingError(f"{weights} does not fit its recipe's model: {error}") from None
     return network
+
+
+def skeleton(model: Model, *, num_classes: int, image_size: int) -> nn.Module:
+    """The model without memory, made once per process: to be counted, or copied and given weights. Not to be changed."""
+    return _skeleton(model.model_dump_json(), type(model), num_classes, image_size)
+
+
+@cache
+def _skeleton(model_json: str, kind: type[Model], num_classes: int, image_size: int) -> nn.Module:
+    model = kind.model_validate_json(model_json)
+    with torch.device("meta"):
+        return make_model(model, num_classes=num_classes, image_size=image_size)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
