@@ -27,6 +27,7 @@ from dbscale.study.store import Store
 from dbscale.training import results, run
 from dbscale.training.loop import Run
 from shards.pack import ensure_packed
+from tests.training.end_state import end_hash
 
 DATASETS: dict[str, dict[str, Any]] = {
     "up": {"source": "fractals", "families": 6, "num_train": 96, "num_test": 50, "image_size": 16},
@@ -137,27 +138,6 @@ class Bench:
         return {"row": row, "metrics": lines, "correct": correct, "end": self.end_states.get(cell.key)}
 
 
-def state_hash(*values: Any) -> str:
-    """Of nested containers of tensors and numbers."""
-    digest = hashlib.sha256()
-
-    def take(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                digest.update(str(key).encode())
-                take(value[key])
-        elif isinstance(value, (list, tuple)):
-            for each in value:
-                take(each)
-        else:
-            digest.update(repr(value).encode())
-
-    take(values)
-    return digest.hexdigest()
-
-
 @pytest.fixture
 def bench_of(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Bench]:
     """Benches with stores of their own, whose cells note the optimizer's last state."""
@@ -165,8 +145,7 @@ def bench_of(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     original = results.finish_training
 
     def noting(finished: Run, spec: Any, store: Store) -> results.Trained | None:
-        average = [] if finished.ema is None else finished.ema.average
-        made[store.root].end_states[spec.key] = state_hash(finished.optimizer.state_dict(), average)
+        made[store.root].end_states[spec.key] = end_hash(finished)
         return original(finished, spec, store)
 
     monkeypatch.setattr(run, "finish_training", noting)

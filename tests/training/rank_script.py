@@ -5,7 +5,6 @@ python rank_script.py JOB.json, with RANK, WORLD_SIZE and the rest of torch's ra
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from dbscale.study.stop import StopRequest  # noqa: E402
 from dbscale.study.store import Store  # noqa: E402
 from dbscale.training import checkpoint, loop, run  # noqa: E402
 from dbscale.training import evaluate as evaluation  # noqa: E402
+from tests.training.end_state import end_hash  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -58,29 +58,11 @@ def note_end(results: dict[str, Any]) -> None:
     original = run.finish_training
 
     def noting(finished: loop.Run, spec: Any, store: Store) -> Any:
-        digest = hashlib.sha256()
-        state = finished.optimizer.state_dict()
-        inner = getattr(getattr(finished.optimizer, "optimizer", None), "optimizer", None)
-        # Not inner.state_dict(): under ZeRO-3 it looks its partitions up among the whole parameters and fails.
-        for each in tensors([state, list(inner.state.values()) if inner is not None else None]):
-            digest.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        for each in [] if finished.ema is None else finished.ema.average:
-            digest.update(each.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        results["end"] = digest.hexdigest()
+        results["end"] = end_hash(finished)
         (store.root / f"end-{os.environ['RANK']}").write_text(results["end"])
         return original(finished, spec, store)
 
     run.finish_training = noting
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [each for key in sorted(value, key=str) for each in tensors(value[key])]
-    if isinstance(value, (list, tuple)):
-        return [each for item in value for each in tensors(item)]
-    return []
 
 
 def kill_at(where: str, call: int) -> None:

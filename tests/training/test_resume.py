@@ -59,11 +59,12 @@ TRAPS = {
 }
 
 
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", TRAPS)
-def test_killed_ends_as_if_never_killed(where, bench_of, kill_on_call):
+def test_killed_ends_as_if_never_killed(where, precision, bench_of, kill_on_call):
     whole, cut = bench_of("whole"), bench_of("cut")
-    cell = whole.cell(ema_decay=0.9)
-    cut.cell(ema_decay=0.9)
+    cell = whole.cell(ema_decay=0.9, precision=precision)
+    cut.cell(ema_decay=0.9, precision=precision)
     whole.run(cell, OFTEN)
 
     assert cut.run_killed(cell, kill_on_call(*TRAPS[where]), OFTEN) == signal.SIGKILL
@@ -116,6 +117,22 @@ def test_stopped_runs_of_other_kinds(options: dict[str, Any], bench_of, stop_aft
     assert cut.run(cells[1], stop=stop_after(3)).status == "interrupted"
     assert cut.run(cells[1]).status == "done"
     assert cut.fingerprint(cells[1]) == whole.fingerprint(cells[0])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_stopped_under_zero_in_one_process(stage, bench_of, stop_after):
+    """What a cell runs under unless it is told otherwise; two processes are in test_engines."""
+    resources = Resources(zero_stage=stage, threads=1, micro_batch=8)
+    whole, cut = bench_of("whole"), bench_of("cut")
+    options = {"precision": "bf16", "ema_decay": 0.9}
+    cell = whole.cell(**options)
+    cut.cell(**options)
+    assert whole.run(cell, resources).status == "done"
+    for steps in (4, 3):
+        assert cut.run(cell, resources, stop_after(steps)).status == "interrupted"
+    assert cut.run(cell, resources).status == "done"
+    assert cut.store.attempts(cell.key)[-1].resumed_from_step == 7
+    assert cut.fingerprint(cell) == whole.fingerprint(cell)
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(bench_of, stop_after, capfd):
