@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dbscale.laws.errors import LawError, nearest
 from dbscale.laws.form import Form
-from dbscale.laws.forms_curves import BNSL, LOG_LAW, M4, RECTIFIED, SATURATING
+from dbscale.laws.forms_curves import BNSL, LOG_LAW, RECTIFIED, SATURATING
+from dbscale.laws.forms_m4 import M4, m4_product_form
 from dbscale.laws.forms_power import (
     CHINCHILLA,
     EFFECTIVE_DATA,
@@ -21,6 +22,7 @@ FORMS: dict[str, Form] = {
     for form in (
         additive_form(),
         product_form(),
+        m4_product_form(),
         TRANSFER_GAP,
         EFFECTIVE_DATA,
         POWER,

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from dbscale.laws.form import Columns, Contains, Form, Param, Scaling, Values
+from dbscale.laws.forms_m4 import sigmoid
 from dbscale.laws.forms_power import ANY
 
 EXPONENT = (-10.0, 10.0)
-NEWTON_STEPS = 40
 
 
 def saturating_value(x: Columns, p: Values) -> np.ndarray:
@@ -45,88 +45,6 @@ SATURATING = Form(
 )
 
 
-def m4_root(x: Columns, p: Values) -> np.ndarray:
-    """z with ε = E + (E0 − E)·σ(z), from g(z) = log σ(z) − a·log σ(−z) = log(b·x^c) − (1 − a)·log(E0 − E).
-
-    g lies between its asymptotes z and a·z and bends one way, so Newton's method from the nearer asymptote converges
-    without ever overshooting.
-    """
-    a = np.real(p["a"])
-    level = np.maximum(np.real(p["E0"] - p["E"]), 1e-300)
-    target = np.log(np.real(p["b"])) + np.real(p["c"]) * np.log(x["x"]) - (1 - a) * np.log(level)
-    far = target / np.maximum(a, 1e-6)
-    z = np.where(a < 1, np.maximum(target, far), np.minimum(target, far))
-    for _ in range(NEWTON_STEPS):
-        small = np.exp(-np.abs(z))
-        sigma_minus = np.where(z > 0, small, 1.0) / (1.0 + small)
-        step = (a * z - (1 - a) * (np.maximum(-z, 0) + np.log1p(small)) - target) / (a + (1 - a) * sigma_minus)
-        z = z - np.where(np.isfinite(step), step, 0.0)
-        if np.all(np.abs(step) <= 1e-13 * (1 + np.abs(z)), where=np.isfinite(step)):
-            break
-    return z
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    small = np.exp(-np.abs(z))
-    return np.where(z >= 0, 1.0, small) / (1.0 + small)
-
-
-def m4_parts(x: Columns, p: Values) -> tuple[np.ndarray, np.ndarray]:
-    """ε − E and E0 − ε, each without cancellation; nan where E0 ≤ E. Real parts only."""
-    level, a = np.real(p["E0"] - p["E"]), np.real(p["a"])
-    z = m4_root(x, p)
-    plain = np.real(p["b"]) * np.exp(np.real(p["c"]) * np.log(x["x"]))
-    level = np.where(level > 0, level, np.nan)
-    above = np.where(a == 0, plain, level * _sigmoid(z))
-    return above, np.where(a == 0, np.maximum(level - plain, 1e-12), np.maximum(level * _sigmoid(-z), 1e-300))
-
-
-def m4_value(x: Columns, p: Values) -> np.ndarray:
-    """ε from (ε − E)/(E0 − ε)^a = b·x^c. At a = 0 this is E + b·x^c, whatever E0. A Newton step carries complex
-    parts.
-    """
-    above, below = m4_parts(x, p)
-    if not any(np.iscomplexobj(v) for v in p.values()):
-        return p["E"] + above
-    shift_low, shift_high = (1j * np.imag(p[k]) for k in ("E", "E0"))
-    gap = np.log(above - shift_low) - p["a"] * np.log(below + shift_high) - np.log(p["b"]) - p["c"] * np.log(x["x"])
-    slope = 1.0 / (1.0 / above + np.real(p["a"]) / below)
-    return np.real(p["E"]) + above - 1j * np.imag(gap) * slope
-
-
-def m4_gradient(x: Columns, p: Values) -> tuple[np.ndarray, Values]:
-    """y and its slopes from the implicit equation F = log(ε − E) − a·log(E0 − ε) − log b − c·log x = 0."""
-    above, below = m4_parts(x, p)
-    slope = 1.0 / (1.0 / above + p["a"] / below)  # 1 / (∂F/∂ε)
-    return p["E"] + above, {
-        "E": slope / above,
-        "E0": slope * p["a"] / below,
-        "a": slope * np.log(below),
-        "b": slope / p["b"],
-        "c": slope * np.log(x["x"]),
-    }
-
-
-M4 = Form(
-    "m4",
-    "(y - E)/(E0 - y)^a = b*x^c",
-    (ANY,),
-    (
-        Param("E", "linear", (0.0, 0.98), 0.0, np.inf, unit="y_low"),
-        Param("E0", "linear", (1.001, 1.6), 0.0, np.inf, unit="y_high", rate_ceiling=True),
-        Param("a", "linear", (0.0, 2.0), 0.0, 20.0),
-        Param("b", "log", (0.02, 5.0), unit="y_mid"),
-        Param("c", "linear", (-1.2, -0.05), *EXPONENT),
-    ),
-    value=m4_value,
-    gradient=m4_gradient,
-    scaling=(Scaling("b", "x", "c", -1.0),),
-    contains=(Contains("power_plus", lambda p: {**p, "E0": 1.0, "a": 0.0}),),
-    domain="x > 0, E < y < E0; E0 is at most 1 for error rates and free for losses",
-    source="M4 of Alabdulmohsin et al. 2209.06640",
-)
-
-
 def bnsl_value(x: Columns, p: Values) -> np.ndarray:
     """a + b·x^-c0·(1 + (x/d1)^(1/f1))^(-c1·f1)."""
     t = (np.log(x["x"]) - np.log(p["d1"])) / p["f1"]
@@ -138,7 +56,7 @@ def bnsl_gradient(x: Columns, p: Values) -> tuple[np.ndarray, Values]:
     """y and its slopes."""
     log = np.log(x["x"])
     t = (log - np.log(p["d1"])) / p["f1"]
-    bend, gate = np.logaddexp(0.0, t), _sigmoid(t)
+    bend, gate = np.logaddexp(0.0, t), sigmoid(t)
     bare = np.exp(-p["c0"] * log - p["c1"] * p["f1"] * bend)
     part = p["b"] * bare
     return p["a"] + part, {

@@ -90,12 +90,12 @@ def power_sum(
     )
 
 
-_GRID = ((UPSTREAM, "A", "alpha"), (SIZE, "B", "beta"), (DOWNSTREAM, "C", "gamma"))
+GRID = ((UPSTREAM, "A", "alpha"), (SIZE, "B", "beta"), (DOWNSTREAM, "C", "gamma"))
 
 
 def additive_form(names: tuple[str, ...] = ("upstream_samples", "num_params", "downstream_samples")) -> Form:
     """E = E∞ + A·D_p^-α + B·M^-β + C·D_f^-γ over those of the three variables that vary."""
-    used = [row for row in _GRID if row[0].name in names]
+    used = [row for row in GRID if row[0].name in names]
     return power_sum(
         "additive",
         "E = E_inf + " + " + ".join(f"{a}*{v.symbol}^-{e}" for v, a, e in used),
@@ -109,7 +109,7 @@ def additive_form(names: tuple[str, ...] = ("upstream_samples", "num_params", "d
 
 def product_form(names: tuple[str, ...] = ("upstream_samples", "num_params", "downstream_samples")) -> Form:
     """E = E∞ + K·D_p^-α·M^-β·D_f^-γ over those of the three variables that vary."""
-    used = [row for row in _GRID if row[0].name in names]
+    used = [row for row in GRID if row[0].name in names]
     return power_sum(
         "product",
         "E = E_inf + K" + "".join(f"*{v.symbol}^-{e}" for v, _, e in used),

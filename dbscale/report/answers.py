@@ -71,12 +71,15 @@ def _second_opinion(
         return ""
     if main is free:
         return " " + _why_not(law, misfit=misfit, mean=mean)
-    if free.upstream_samples is not None:
-        root = free.upstream_samples
+    root = free.upstream_samples
+    if root is not None:
         return f" Without assuming a law, the paired runs put it at {about(root.value)} ({interval_text(root)})."
-    sure = percent(free.probability or 0, 0)
-    alone = f" Without assuming a law, the paired runs alone do not establish it ({sure} of the drawn curves cross)."
-    return alone if law.upstream_samples is not None else ""
+    if law.upstream_samples is not None:
+        sure = percent(free.probability or 0, 0)
+        return f" Without assuming a law, the paired runs alone do not establish it ({sure} of the drawn curves cross)."
+    if free.direction == "within_noise" and law.direction != "within_noise":
+        return " Without assuming a law, the paired runs show no difference beyond noise."
+    return ""
 
 
 def _why_not(law: BoundaryRecord, *, misfit: bool, mean: float) -> str:

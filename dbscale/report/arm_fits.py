@@ -18,7 +18,7 @@ from dbscale.laws.losses import Loss
 from dbscale.laws.resample import Bootstrap, refit, resample_counts
 from dbscale.report.table import Run, RunTable, Setting
 
-LAWS = ("additive", "product", "transfer_gap")
+LAWS = ("additive", "product", "m4_product", "transfer_gap")
 AXES = ("upstream_samples", "num_params", "downstream_samples")
 LOSS = Loss("huber", "log", 0.1)
 """Quadratic for the noise of seeds (about 10 %), linear for runs that went astray."""

@@ -81,6 +81,14 @@ def test_a_law_reproduces_the_laws_it_contains(name: str, inner: str) -> None:
         np.testing.assert_allclose(form.evaluate(x, form.coordinates(embed(values))), expected, rtol=1e-6)
 
 
+def test_m4_product_solves_its_equation() -> None:
+    form, x = FORMS["m4_product"], columns("m4_product")
+    p = {"E_inf": 0.1, "E0": 0.9, "a": 0.7, "K": 3.0, "alpha": 0.4, "beta": 0.2, "gamma": 0.3}
+    y = form.evaluate(x, form.coordinates(p))
+    right = 3.0 * x["upstream_samples"] ** -0.4 * x["num_params"] ** -0.2 * x["downstream_samples"] ** -0.3
+    np.testing.assert_allclose((y - 0.1) / (0.9 - y) ** 0.7, right, rtol=1e-9)
+
+
 def test_m4_solves_its_equation() -> None:
     p = {"E": 0.1, "E0": 0.9, "a": 0.7, "b": 3.0, "c": -0.4}
     x = np.geomspace(1e-6, 1e9, 60)

@@ -62,7 +62,7 @@ def test_unplanned_grid_names_the_nearest(make_store):
 
 
 def test_empty_store_says_what_to_do(tmp_path: Path):
-    with pytest.raises(TableError, match="dbscale plan"):
+    with pytest.raises(TableError, match="dbscale submit"):
         reduce_grid(Store(tmp_path), "demo")
 
 
