@@ -122,6 +122,12 @@ def node_daemon_restart(chaos: Chaos, job: str) -> None:
     chaos.sandbox.restart_node_daemon(chaos.die.choice([1, 2]), chaos.die.uniform(0, 3))
 
 
+def node_cut_off(chaos: Chaos, job: str) -> None:
+    """Its ranks train on while SLURM starts the job again."""
+    node = chaos.sandbox.node_of(job)
+    chaos.sandbox.cut_off(int(node.removeprefix("n")), chaos.die.uniform(1, 4))
+
+
 def power_cut(chaos: Chaos, job: str) -> None:
     chaos.sandbox.power_off(chaos.die.choice([1, 2]), chaos.die.uniform(1, 4))
 
@@ -160,13 +166,13 @@ def store_full(chaos: Chaos, job: str, seconds: float | None = None) -> None:
 
 FAULTS: tuple[Callable[[Chaos, str], None], ...] = (
     warning, preemption, preemption_term_only, requeue, time_limit, killed_rank, killed_batch_shell, frozen_rank,
-    paused_rank, node_drained, node_daemon_restart, power_cut, controller_restart, login_node_gone, store_read_only,
-    store_full,
+    paused_rank, node_drained, node_daemon_restart, node_cut_off, power_cut, controller_restart,
+    login_node_gone, store_read_only, store_full,
 )  # fmt: skip
 ON_OWN_DISK = (store_read_only, store_full)
-AT_WORK_SHARE = 0.6
+AT_WORK_SHARE = 0.5
 """Of faults that wait until a cell trains; the others may hit jobs that start, save or end."""
-RARE = (time_limit,)
+RARE = (time_limit, node_cut_off)
 """Slow ones: dealt once a hand, others twice."""
 
 

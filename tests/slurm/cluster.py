@@ -91,14 +91,14 @@ class Sandbox:
         """Ports that processes of a job listen on for other machines."""
         return {
             connection.laddr.port
-            for process in self._processes(job, lambda words: True)
+            for process in self._processes(job, is_rank)
             for connection in process.net_connections("tcp")
             if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in ("127.0.0.1", "::1")
         }
 
     def kill_rank(self, job: str, number: int = signal.SIGKILL) -> bool:
         """Send a signal to one training process of a job; False when it has none just now."""
-        return self._signal(job, number, lambda words: "submitit.core._submit" in words)
+        return self._signal(job, number, is_rank)
 
     def kill_batch_shell(self, job: str) -> bool:
         return self._signal(job, signal.SIGKILL, lambda words: bool(words) and words[-1].endswith("slurm_script"))
@@ -137,6 +137,12 @@ class Sandbox:
         time.sleep(seconds)
         self.script("start-node", str(node))
 
+    def cut_off(self, node: int, seconds: float = 3.0) -> None:
+        """A node loses its connection and finds it again: SLURM starts its jobs anew, the old processes live on."""
+        self.script("cut-off", str(node))
+        time.sleep(seconds)
+        self.script("start-node", str(node))
+
     def restart_node_daemon(self, node: int, seconds: float = 1.0) -> None:
         """slurmd ends and starts again; its jobs live on meanwhile."""
         self.script("stop-daemon", str(node))
@@ -159,6 +165,11 @@ class Sandbox:
         deadline = time.monotonic() + 60
         while self.jobs() and time.monotonic() < deadline:
             time.sleep(0.2)
+
+
+def is_rank(words: list[str]) -> bool:
+    """Whether a command line is that of a training process, and not of the srun that started it."""
+    return "submitit.core._submit" in words and not words[0].endswith("srun")
 
 
 @contextlib.contextmanager

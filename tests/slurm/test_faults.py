@@ -86,13 +86,25 @@ def test_a_controller_that_restarts_changes_nothing(
     finish_and_check(saved=False)
 
 
-def test_a_frozen_process_that_wakes_up_late_is_fenced_off(
+def test_a_frozen_process_does_not_hold_up_its_job(
     place: Any, running: Callable[[], str], sandbox: Any, finish_and_check: Callable[..., None]
 ) -> None:
-    """A node that lost its connection: its job was started elsewhere while its processes live on."""
     job = running()
-    sandbox.kill_rank(job, signal.SIGSTOP)
+    assert sandbox.kill_rank(job, signal.SIGSTOP)
     sandbox.requeue(job)
+    finish_and_check(saved=False)
+
+
+def test_processes_of_a_node_that_was_cut_off_are_fenced_off(
+    place: Any, running: Callable[[], str], sandbox: Any, finish_and_check: Callable[..., None],
+    wait_until: Callable[..., None],
+) -> None:  # fmt: skip
+    """Its job was started elsewhere while its processes live on: they end without a word to the store."""
+    job = running()
+    place.behave(steps=STEPS, step_s=2, checkpoint=5)  # SLURM takes its time
+    sandbox.cut_off(int(sandbox.node_of(job).removeprefix("n")))
+    logs = place.store.grid_dir("tiny") / "jobs"
+    wait_until(lambda: any("superseded by a later start" in path.read_text() for path in logs.glob("*/*_log.out")))
     finish_and_check(saved=False)
 
 
