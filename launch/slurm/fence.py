@@ -63,8 +63,9 @@ class Claim:
         if self.key is None:
             return False
         with contextlib.suppress(OSError, ValueError):
-            signed = [each.job for each in self.store.attempts(self.key)]
-            return self.job in signed and signed[-1] != self.job
+            last = self.store.last_attempt(self.key)
+            if last is not None and last.job != self.job:  # before this job's own attempt is there, it is an older one
+                return self.job in [each.job for each in self.store.attempts(self.key)]
         return False
 
     def check(self) -> None:

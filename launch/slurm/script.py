@@ -74,10 +74,10 @@ def setup_lines(shape: Shape, folder: Path, requeue_limit: int) -> list[str]:
 
 
 def requeue_lines(requeue_limit: int) -> list[str]:
-    """Requeue a job that a rank's death or a node's fault ended; never one that is being cancelled or that SLURM
-    requeues itself.
+    """Requeue a job that a rank's death or a node's fault ended; never one that is being cancelled, that SLURM
+    requeues itself, or that was started again elsewhere while this shell lived on.
 
-    The state is asked until slurmctld answers, for it may be restarting.
+    SLURM is asked until slurmctld answers, for it may be restarting.
     """
     return [
         # One element of every array has the array's number as its raw id, which alone would mean the whole array.
@@ -86,8 +86,8 @@ def requeue_lines(requeue_limit: int) -> list[str]:
         "requeue_unless_done() {",
         f'  [ "$1" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {int(requeue_limit)} ] || exit "$1"',
         "  for _ in $(seq 50); do",
-        '    state=$(squeue --noheader --jobs="$job" --format=%T) || { sleep 6; continue; }',
-        '    [ "$state" = RUNNING ] || break',
+        '    start=$(squeue --noheader --jobs="$job" --Format=State:20,RestartCnt:10) || { sleep 6; continue; }',
+        '    [ "$(echo $start)" = "RUNNING ${SLURM_RESTART_COUNT:-0}" ] || break',
         '    scontrol requeue "$job" && break',
         "    sleep 6",
         "  done",

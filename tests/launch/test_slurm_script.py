@@ -59,15 +59,16 @@ def log_folder(slurm: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("state", "restarts", "requeued"),
-    [("RUNNING", "0", 1), ("RUNNING", "5", 0), ("CANCELLED", "0", 0), ("PENDING", "1", 0)],
-)
+    ("start", "restarts", "requeued"),
+    [("RUNNING             0         ", "0", 1), ("RUNNING 3", "3", 1), ("RUNNING 5", "5", 0), ("COMPLETING 0", "0", 0),
+     ("CANCELLED 0", "0", 0), ("PENDING 1", "1", 0), ("RUNNING 1", "0", 0)],
+)  # fmt: skip
 @pytest.mark.parametrize("body", ["return 9", "exit 9", "set -e; (exit 9)", "kill -9 $BASHPID"])
-def test_the_script_keeps_the_exit_code_and_requeues_while_the_limit_allows_and_the_job_still_runs(
-    submit: Any, slurm: Path, body: str, state: str, restarts: str, requeued: int
+def test_the_script_keeps_the_exit_code_and_requeues_while_the_limit_allows_and_this_start_still_runs(
+    submit: Any, slurm: Path, body: str, start: str, restarts: str, requeued: int
 ) -> None:
     submit()
-    (slurm / "queue").write_text(state)
+    (slurm / "queue").write_text(start)
     (slurm / "calls").unlink()
     done = run_script(slurm, body, SLURM_RESTART_COUNT=restarts)
     if "kill" in body:
