@@ -3,18 +3,19 @@
     python tests/bench/bench_train.py [--model tiny|deit_h2|deit_h8] [--steps 200] [--rounds 5] [--device cpu|cuda]
 
 Variants take turns, and the ratios are of each variant's best round: on a shared machine a slow round says more about
-the neighbours than about the loop. Ours reads real shards and augments; the others reuse one synthetic batch.
+the neighbours than about the loop. On a CPU, processor time is told beside wall time, for a machine that is never quiet.
+Ours reads real shards and augments; the others reuse one synthetic batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,141 +23,109 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
-from timm.scheduler.cosine_lr import CosineLRScheduler
-from timm.utils.clip_grad import dispatch_clip_grad
-from timm.utils.metrics import AverageMeter
-from torch import nn
-from torch.nn.functional import cross_entropy
+from train_peers import SETTINGS, Pace, Setting, bare, now, pace, synchronize, timm_manner
 
 from dbscale.data import load_manifest
 from dbscale.study.cell import Cell
-from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Precision, Recipe, Training
+from dbscale.study.recipe import Augment, Budget, Data, Optim, Recipe, Training
 from dbscale.study.resources import Resources
 from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
-from dbscale.training.checkpoint import Checkpointer, LoopState
+from dbscale.training import run
+from dbscale.training.checkpoint import Checkpointer
 from dbscale.training.device import device_name
-from dbscale.training.models import make_model
 from dbscale.training.progress import Reporter
-from dbscale.training.run import run_cell
 from shards.pack import ensure_packed
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all variants share."""
+class Ran:
+    """What one cell of ours took."""
 
-    model: DeiT
-    image_size: int
-    batch: int
-    precision: Precision
-    device: torch.device
-    steps: int
-    warmup: int = 10
-    """Steps before the clock starts."""
-    num_classes: int = 16
+    step: Pace
+    around: Pace
+    """The cell, less its training and evaluation."""
+    data_wait_share: float
+    peak_memory_bytes: int
 
 
-SETTINGS = {
-    "tiny": (DeiT(heads=4, head_width=16, depth=4, patch_size=8), 32, 128),
-    "deit_h2": (DeiT(heads=2), 224, 256),
-    "deit_h8": (DeiT(heads=8), 224, 256),
-}
-
-
-def timed(step: Callable[[int], object], setting: Setting) -> float:
-    """Seconds a step, after warm-up."""
-    for number in range(setting.warmup):
-        step(number)
-    synchronize(setting.device)
-    started = time.perf_counter()
-    for number in range(setting.warmup, setting.steps):
-        step(number)
-    synchronize(setting.device)
-    return (time.perf_counter() - started) / (setting.steps - setting.warmup)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def fresh(setting: Setting) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.autocast]:
-    model = make_model(setting.model, num_classes=setting.num_classes, image_size=setting.image_size)
-    images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, device=setting.device)
-    labels = torch.randint(0, setting.num_classes, (setting.batch,), device=setting.device)
-    autocast = torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16")
-    return model.to(setting.device).train(), images, labels, autocast
-
-
-def bare(setting: Setting) -> float:
-    """The shortest loop that trains: synthetic batch, forward, backward, clip, step."""
-    model, images, labels, autocast = fresh(setting)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-    def step(_: int) -> None:
-        with autocast:
-            logits = model(images)
-        cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return timed(step, setting)
-
-
-def timm_manner(setting: Setting) -> float:
-    """The inner loop of timm's train.py from timm's own parts, synthetic batch, logging every 50 steps."""
-    model, images, labels, autocast = fresh(setting)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.05)
-    scheduler = CosineLRScheduler(optimizer, t_initial=setting.steps, t_in_epochs=False)
-    meter, loss_fn = AverageMeter(), nn.CrossEntropyLoss(label_smoothing=0.1)
-
-    def step(number: int) -> None:
-        with autocast:
-            loss = loss_fn(model(images), labels)
-        loss.backward()
-        dispatch_clip_grad(model.parameters(), value=1.0, mode="norm")
-        optimizer.step()
-        optimizer.zero_grad()
-        if number % 50 == 0:
-            meter.update(loss.item(), setting.batch)
-        scheduler.step_update(num_updates=number)
-
-    return timed(step, setting)
-
-
-def ours(resources: Resources) -> Callable[[Setting], float]:
+def ours(resources: Resources) -> Callable[[Setting], Pace]:
     """`run_cell` on real shards."""
-
-    def measure(setting: Setting) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            return _run(setting, resources, Path(folder))["step_s"]
-
-    return measure
+    return lambda setting: run_ours(setting, resources).step
 
 
-def _run(setting: Setting, resources: Resources, folder: Path) -> dict[str, float]:
+def run_ours(setting: Setting, resources: Resources) -> Ran:
     data_dir = Path(tempfile.gettempdir()) / "dbscale-bench-data"
-    name = f"fractals{setting.image_size}"
+    with tempfile.TemporaryDirectory() as folder:
+        store, cell = Store(Path(folder)), make_cell(setting, data_dir)
+        store.write_spec(cell.spec())
+        with marked_steps(setting) as marks, clocked(run, "train") as train, clocked(run, "evaluate_cell") as evaluate:
+            started = now()
+            outcome = run.run_cell(store, cell.key, data_dir=data_dir, resources=resources, stop=StopRequest())
+            total = pace(started, now(), 1)
+    if outcome.row is None:
+        raise SystemExit(f"the benchmark's cell failed: {outcome.reason}")
+    around = Pace(*(whole - sum(parts) for whole, *parts in zip(total, *train, *evaluate, strict=True)))
+    step = pace(*marks, setting.steps - setting.warmup)
+    return Ran(step, around, outcome.row.timing.data_wait_share, outcome.row.timing.peak_memory_bytes)
+
+
+@contextlib.contextmanager
+def clocked(owner: Any, name: str, after: Callable[..., object] = lambda *_: None) -> Iterator[list[Pace]]:
+    """Inside, each call of owner.name adds what it took; `after` is called off the clock."""
+    original, spans = getattr(owner, name), []
+
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        started = now()
+        result = original(*arguments, **keywords)
+        spans.append(pace(started, now(), 1))
+        after(*arguments)
+        return result
+
+    setattr(owner, name, timed)
+    try:
+        yield spans
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def marked_steps(setting: Setting) -> Iterator[list[Pace]]:
+    """The clocks after warm-up and after the last step."""
+    original, marks = Reporter.add, []
+
+    def noting(self: Reporter, step: int, losses: Any) -> None:
+        original(self, step, losses)
+        if step + 1 in (setting.warmup, setting.steps):
+            synchronize(setting.device)
+            marks.append(now())
+
+    Reporter.add = noting  # type: ignore[method-assign]
+    try:
+        yield marks
+    finally:
+        Reporter.add = original  # type: ignore[method-assign]
+
+
+def make_cell(setting: Setting, data_dir: Path) -> Cell:
+    """A pretraining on packed fractals, resident or raw by their size."""
+    name, size = f"fractals{setting.image_size}", setting.image_size
     spec = {
         "source": "fractals",
         "families": setting.num_classes,
         "num_train": 2048,
         "num_test": 64,
-        "image_size": setting.image_size,
+        "image_size": size,
     }
     tier = "resident"
-    if setting.image_size > 64:
-        spec |= {"encoding": "raw", "raw_size": setting.image_size}
+    if size > 64:
+        spec |= {"encoding": "raw", "raw_size": size}
         tier = "raw"
     dataset = ensure_packed(name, spec, data_dir)
     recipe = Recipe(
         stage="pretrain",
         model=setting.model,
-        data=Data(dataset=name, num_samples=2048, image_size=setting.image_size, tier=tier),
+        data=Data(dataset=name, num_samples=2048, image_size=size, tier=tier),
         training=Training(
             budget=Budget(steps=setting.steps),
             optim=Optim(lr=1e-4, clip_norm=1.0),
@@ -167,37 +136,10 @@ def _run(setting: Setting, resources: Resources, folder: Path) -> dict[str, floa
         ),
         seed=0,
     )
-    cell = Cell(recipe, load_manifest(dataset).fingerprint)
-    store = Store(folder)
-    store.write_spec(cell.spec())
-    marks: dict[int, float] = {}
-    original = Reporter.add
-
-    def noting(self: Reporter, step: int, losses: object) -> None:
-        original(self, step, losses)  # type: ignore[arg-type]
-        if step + 1 in (setting.warmup, setting.steps):
-            synchronize(setting.device)
-            marks[step + 1] = time.perf_counter()
-
-    Reporter.add = noting  # type: ignore[method-assign]
-    started = time.perf_counter()
-    try:
-        outcome = run_cell(store, cell.key, data_dir=data_dir, resources=resources, stop=StopRequest())
-    finally:
-        Reporter.add = original  # type: ignore[method-assign]
-    total = time.perf_counter() - started
-    if outcome.row is None:
-        raise SystemExit(f"the benchmark's cell failed: {outcome.reason}")
-    timing = outcome.row.timing
-    return {
-        "step_s": (marks[setting.steps] - marks[setting.warmup]) / (setting.steps - setting.warmup),
-        "around_s": total - timing.train_time_s - timing.eval_time_s,
-        "data_wait_share": timing.data_wait_share,
-        "peak_memory_bytes": timing.peak_memory_bytes,
-    }
+    return Cell(recipe, load_manifest(dataset).fingerprint)
 
 
-def variants(setting: Setting) -> dict[str, Callable[[Setting], float]]:
+def variants(setting: Setting) -> dict[str, Callable[[Setting], Pace]]:
     threads = torch.get_num_threads() if setting.device.type == "cpu" else None
     common: dict[str, Any] = {"device": setting.device.type, "threads": threads, "checkpoint_interval_s": 1e9}
     return {
@@ -221,64 +163,57 @@ def main() -> None:
         arguments.warmup,
     )  # fmt: skip
     known = variants(setting)
-    chosen = {name: known[name] for name in arguments.variants or known if arguments.variants or "compiled" not in name}
-    times: dict[str, list[float]] = {name: [] for name in chosen}
+    usual = [name for name in known if "compiled" not in name]
+    chosen = {name: known[name] for name in (usual if arguments.variants is None else arguments.variants)}
+    times: dict[str, list[Pace]] = {name: [] for name in chosen}
     for number in range(arguments.rounds):
         for name, measure in chosen.items():
             times[name].append(measure(setting))
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
-    print_table(setting, times)
-    with tempfile.TemporaryDirectory() as folder:
-        how = Resources(zero_stage=None, threads=arguments.threads or None)
-        last = _run(setting, how, Path(folder))
-    stall_s = checkpoint_stall(setting, how)
+    if times:
+        print_table(setting, times)
+    print_cell(setting, Resources(zero_stage=None, threads=arguments.threads or None, device=arguments.device))
+
+
+def print_cell(setting: Setting, how: Resources) -> None:
+    """What a cell costs besides its steps: start and end, waits, memory, checkpoints."""
+    short = replace(setting, steps=setting.warmup + 3)
+    ran = [run_ours(short, how.model_copy(update={"checkpoint_interval_s": 1e9})) for _ in range(4)][1:]
+    wall_s, cpu_s = (statistics.median(each) for each in zip(*(each.around for each in ran), strict=True))
+    often = how.model_copy(update={"checkpoint_interval_s": 1e-9, "checkpoint_stall_share": 1e9})
+    with clocked(Checkpointer, "save", after=lambda saver, *_: saver.finish()) as saves:
+        run_ours(short, often)
+    stall_s = statistics.median(each.wall_s for each in saves)
     print(
-        f"\nAround a further cell of the process (everything but training and evaluation): {last['around_s']:.3f} s; "
-        f"data wait {last['data_wait_share']:.1%}; peak memory {last['peak_memory_bytes'] / 2**20:,.0f} MiB\n"
+        f"\nAround a further cell of the process (everything but training and evaluation), median of three: {wall_s:.3f} s, "
+        f"{cpu_s:.3f} s of processor time; data wait {ran[-1].data_wait_share:.1%}; peak memory "
+        f"{ran[-1].peak_memory_bytes / 2**20:,.0f} MiB\n"
         f"A checkpoint stops training for {stall_s * 1e3:.1f} ms (median): {stall_s / 60:.3%} of the time at one a "
         f"minute, {stall_s / 300:.3%} at one every five minutes"
     )
 
 
-def checkpoint_stall(setting: Setting, how: Resources) -> float:
-    """Seconds that a save stops training, median over a run that saves after every step; what goes on beside training
-    is waited for off the clock."""
-    seconds: list[float] = []
-    original = Checkpointer.save
-
-    def noting(self: Checkpointer, state: LoopState) -> Path:
-        started = time.perf_counter()
-        path = original(self, state)
-        seconds.append(time.perf_counter() - started)
-        self.finish()
-        return path
-
-    Checkpointer.save = noting  # type: ignore[method-assign]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            often = {"checkpoint_interval_s": 1e-9, "checkpoint_stall_share": 1e9}
-            _run(replace(setting, steps=setting.warmup + 3), how.model_copy(update=often), Path(folder))
-    finally:
-        Checkpointer.save = original  # type: ignore[method-assign]
-    return statistics.median(seconds)
-
-
-def print_table(setting: Setting, times: dict[str, list[float]]) -> None:
+def print_table(setting: Setting, times: dict[str, list[Pace]]) -> None:
     kind = f"{setting.model.heads}×{setting.model.head_width} depth {setting.model.depth}, {setting.image_size} px"
     print(
         f"DeiT {kind}, batch {setting.batch}, {setting.precision}, {device_name(setting.device)}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
     )
-    print("| loop | ms a step, best | median | images/s | speed ÷ bare | speed ÷ timm |\n|---|---|---|---|---|---|")
-    best = {name: min(values) for name, values in times.items()}
+    on_cpu = setting.device.type == "cpu"
+    columns = ["loop", "ms a step, best", "median", "images/s", "speed ÷ bare", "speed ÷ timm"]
+    columns += ["processor ms, best", "bare ÷", "timm ÷"] if on_cpu else []
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    best = {name: Pace(*map(min, zip(*values, strict=True))) for name, values in times.items()}
     for name, values in times.items():
-        row = [
-            f"{best[name] * 1e3:.2f}",
-            f"{statistics.median(values) * 1e3:.2f}",
-            f"{setting.batch / best[name]:,.0f}",
-        ]
-        row += [f"{best[other] / best[name]:.3f}" if other in best else "" for other in ("bare", "timm")]
+        own = best[name]
+        row = [f"{own.wall_s * 1e3:.2f}", f"{statistics.median(each.wall_s for each in values) * 1e3:.2f}"]
+        row += [f"{setting.batch / own.wall_s:,.0f}", *_ratios(best, name, 0)]
+        row += [f"{own.cpu_s * 1e3:.2f}", *_ratios(best, name, 1)] if on_cpu else []
         print(f"| {name} | {' | '.join(row)} |")
+
+
+def _ratios(best: dict[str, Pace], name: str, clock: int) -> list[str]:
+    return [f"{best[peer][clock] / best[name][clock]:.3f}" if peer in best else "" for peer in ("bare", "timm")]
 
 
 def _parse() -> argparse.Namespace:
@@ -292,8 +227,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--threads", type=int, default=None if on_gpu else 1)
     parser.add_argument("--warmup", type=int, default=10, help="steps before the clock starts")
-    parser.add_argument("--variants", nargs="+", metavar="NAME",
-                        help="loops to measure, as the table names them (default: all but the compiled one)")  # fmt: skip
+    parser.add_argument("--variants", nargs="*", metavar="NAME",
+                        help="loops to measure, as the table names them (default: all but the compiled one); "
+                        "without a name, only what a cell costs besides its steps")  # fmt: skip
     return parser.parse_args()
 
 
