@@ -73,7 +73,7 @@ def advise(
     decision = "distill" if better >= SURE else "plain" if better <= 1 - SURE else "undecided"
     rows = tuple(_row(arm, e, level) for arm, e in errors.items())
     outside = _outside(fits, point)
-    sentence = _sentence(decision, better, rows, boundary, outside, point)
+    sentence = _sentence(decision, better, rows, boundary, _beyond(fits, outside), point)
     return Advice(decision, better, rows, boundary.root, boundary.interval, boundary.status, outside, level, sentence)
 
 
@@ -97,7 +97,14 @@ def _outside(fits: Mapping, point: Mapping[str, float]) -> tuple[str, ...]:
     )
 
 
-def _sentence(decision: str, better: float, rows: tuple, boundary, outside: tuple, point: Mapping[str, float]) -> str:
+def _beyond(fits: Mapping, outside: tuple[str, ...]) -> str:
+    """Which values of the question were never measured, and what was."""
+    measured = law_of(fits["plain"]).x
+    ranges = [f"{name} ({measured[name].min():,.0f} to {measured[name].max():,.0f})" for name in outside]
+    return f" This lies outside what was measured of {', '.join(ranges)}: a guess by the laws." if ranges else ""
+
+
+def _sentence(decision: str, better: float, rows: tuple, boundary, beyond: str, point: Mapping[str, float]) -> str:
     plain, distilled = (float(r["expected_error"]) for r in rows)
     verdict = {"distill": "Distil", "plain": "Do not distil", "undecided": "Undecided: either arm may win"}[decision]
     text = (
@@ -114,4 +121,4 @@ def _sentence(decision: str, better: float, rows: tuple, boundary, outside: tupl
         text += ", itself an extrapolation" if boundary.status == "extrapolated" else ""
     else:
         text += "; no boundary is established"
-    return text + (f". Outside the measured range: {', '.join(outside)}." if outside else ".")
+    return f"{text}.{beyond}"

@@ -76,14 +76,16 @@ def _refuse(name: str, column: np.ndarray, wrong: np.ndarray, what: str, fix: st
     rows = np.flatnonzero(wrong)
     if rows.size:
         shown = ", ".join(str(r) for r in rows[:5]) + (" …" if rows.size > 5 else "")
-        raise LawError(f"{name}: {rows.size} value(s) {what} (rows {shown}: {float(column[rows[0]])!r}); {fix}")
+        raise LawError(f"{name}: {rows.size} value(s) {what} (row index {shown}: {float(column[rows[0]])!r}); {fix}")
 
 
 def _lift_zeros(y: np.ndarray, notes: list[str]) -> np.ndarray:
     """A measured error of 0 has no logarithm: it stands for 'below the smallest error seen'."""
     if np.any(y < 0):
         rows = np.flatnonzero(y < 0)
-        raise LawError(f"y: {rows.size} negative value(s) (row {rows[0]}: {y[rows[0]]!r}); use loss='least_squares'")
+        raise LawError(
+            f"y: {rows.size} negative value(s) (row index {rows[0]}: {float(y[rows[0]]):g}); use loss='least_squares'"
+        )
     if not np.any(y == 0):
         return y
     if not np.any(y > 0):

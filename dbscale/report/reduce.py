@@ -6,7 +6,6 @@ Reads plan.json, row.json and attempts; says which points are missing and why. F
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -126,20 +125,26 @@ def _members(name: str) -> tuple[Any, ...]:
 
 def read_table(path: Path) -> RunTable:
     """A table from rows.csv or rows.parquet, ours or anyone's with these columns. Raises TableError."""
-    path = Path(path)
+    records, header = read_records(path)
+    return from_records(records, header, where=str(path))
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and header of any CSV or parquet file, values as they stand there. Raises TableError for other files."""
     if not path.exists():
         raise TableError(f"no table at {path}")
     if path.suffix == ".parquet":
+        import pyarrow
         import pyarrow.parquet
 
-        records = pyarrow.parquet.read_table(path).to_pylist()
-        return from_records(records, records[0] if records else (), where=str(path))
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        return from_records(list(reader), reader.fieldnames or (), where=str(path))
-
-
-def as_records(table: RunTable) -> list[dict[str, Any]]:
-    """Plain mappings, one a run."""
-    names = [field.name for field in fields(Run)]
-    return [{name: asdict(run)[name] for name in names} for run in table]
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except pyarrow.ArrowInvalid as error:
+            raise TableError(f"{path} is not a parquet file: {error}") from None
+        return table.to_pylist(), list(table.column_names)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            return list(reader), list(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise TableError(f"{path} is not a CSV table in UTF-8 ({error}); save it as such, or as parquet") from None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,16 +61,10 @@ def fit(arguments: argparse.Namespace) -> int:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The table's rows by column name. Raises ConfigError when there are none."""
-    if not path.exists():
-        raise ConfigError(f"no table at {path}")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    """The table's rows by column name. Raises TableError for what is no table, ConfigError when it has no rows."""
+    from dbscale.report.reduce import read_records
 
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    else:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+    rows, _ = read_records(path)
     if not rows:
         raise ConfigError(f"{path} has no rows")
     return rows
@@ -143,10 +137,15 @@ def numbers(rows: Sequence[Mapping[str, Any]], column: str, path: Path) -> list[
         raise ConfigError(f"{path}: no column {column!r}; {nearest(column, list(rows[0]))}")
     values = []
     for number, row in enumerate(rows, start=1):
+        if row[column] in (None, ""):
+            raise ConfigError(f"{path}, row {number}: {column} is empty; fill it in or remove the row")
         try:
-            values.append(float(row[column]))
+            value = float(row[column])
         except (TypeError, ValueError):
             raise ConfigError(f"{path}, row {number}: {column} is {row[column]!r}, not a number") from None
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}, row {number}: {column} is {row[column]}; remove the row or repair it")
+        values.append(value)
     return values
 
 

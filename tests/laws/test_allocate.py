@@ -74,6 +74,13 @@ def test_advice_follows_the_boundary(fits, d_p: float, decision: str) -> None:
     side = "below" if decision == "distill" else "above"
     assert side in advice.sentence and "distilled" in advice.table()
     json.loads(advice.to_json())
+    assert "guess" not in advice.sentence
+
+
+def test_advice_beyond_the_measured_range_is_called_a_guess(fits) -> None:
+    advice = advise(fits, upstream_samples=2e3, downstream_samples=1000, num_params=1e9)
+    assert advice.extrapolated == ("num_params",)
+    assert "num_params (2,500,000 to 38,000,000): a guess by the laws" in advice.sentence
 
 
 def test_transfer_gaps_and_effective_data() -> None:

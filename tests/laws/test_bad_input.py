@@ -18,7 +18,7 @@ def changed(values: np.ndarray, row: int, value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("x", "y", "words"),
     [
-        (changed(X, 2, np.nan), Y, r"1 value\(s\) not a finite number \(rows 2"),
+        (changed(X, 2, np.nan), Y, r"1 value\(s\) not a finite number \(row index 2"),
         (X, changed(Y, 3, np.inf), r"y: 1 value\(s\) not a finite"),
         (changed(X, 0, 0.0), Y, "not above 0"),
         (changed(X, 0, -5.0), Y, "not above 0"),

@@ -146,3 +146,11 @@ def test_floats_survive_csv_exactly(errors):
     header = lines[0].split(",")
     again = from_records([dict(zip(header, line.split(","), strict=True)) for line in lines[1:]], header, where="t")
     assert again.runs == runs
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_a_file_that_is_no_table_is_named(tmp_path: Path, name: str):
+    path = tmp_path / name
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(TableError, match=f"{name} is not a"):
+        read_table(path)
