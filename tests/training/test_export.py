@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from timm.utils.metrics import accuracy
 
+from dbscale.data import make_eval_loader, make_transform, open_dataset
 from dbscale.study.cost import num_params
-from dbscale.study.recipe import Budget
-from dbscale.training.models import timm_arguments
+from dbscale.study.recipe import Budget, TimmModel
+from dbscale.training.evaluate import evaluate
+from dbscale.training.models import restore_model, timm_arguments
 
 
 def test_weights_load_into_plain_timm(bench):
@@ -26,8 +31,6 @@ def test_weights_load_into_plain_timm(bench):
 
 
 def test_evaluation_agrees_with_timm_on_the_same_images(bench):
-    from dbscale.data import make_transform, open_dataset
-
     cell = bench.cell(budget=Budget(steps=30))
     row = bench.run(cell).row
     test = open_dataset(bench.data_dir / "shards/up", "test", image_size=16)
@@ -88,3 +91,38 @@ def test_export_command_writes_what_timm_loads(bench, tmp_path, capsys):
         assert all(torch.equal(value, bench.weights(cell)[key]) for key, value in model.state_dict().items())
     assert main(["export", "nothing", "--store", store]) == 1
     assert "no cell 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
+def test_a_timm_checkpoint_is_judged_as_timm_judges_it(name, bench, tmp_path):
+    """Trained, saved and validated by timm's own parts; restored and evaluated by ours on the same images."""
+    model_of = {
+        "vit_tiny_patch16_224": {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3},
+        "resnet10t": {},
+    }
+    test = open_dataset(bench.data_dir / "shards/up", "test", image_size=16)
+    transform = make_transform(image_size=16, train=False)
+    pixels, _ = test.reader.fetch(np.arange(test.num_samples))
+    ids = torch.arange(test.num_samples)
+    images, labels = transform(torch.from_numpy(pixels), epoch=ids * 0, sample_ids=ids), torch.from_numpy(test.labels)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=6, **model_of[name])
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3)
+    for _ in range(8):
+        torch.nn.functional.cross_entropy(model.train()(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        logits = model.eval()(images)
+    top1, top5 = accuracy(logits, labels, topk=(1, 5))
+
+    recipe_model = TimmModel(
+        kind="timm", name=name, kwargs={key: v for key, v in model_of[name].items() if key != "img_size"}
+    )
+    restored = restore_model(recipe_model, tmp_path / "model.safetensors", num_classes=6, image_size=16)
+    loader = make_eval_loader(test.subset(), batch_size=7, transform=transform)
+    found = evaluate(restored, loader, test.num_samples, SimpleNamespace(device=torch.device("cpu"), num_processes=1))
+    assert 0.2 < 1 - found.error_rate < 1
+    assert (1 - found.error_rate, 1 - found.top5_error_rate) == pytest.approx((float(top1) / 100, float(top5) / 100))
+    assert found.correct_N.tolist() == (logits.argmax(1) == labels).tolist()
