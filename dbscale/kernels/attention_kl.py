@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dbscale.kernels.attention_arguments import MapPair, TokenSlice, as_autocast, make_map_pair
-from dbscale.kernels.attention_kl_chunked import kl_rows_chunked, out_and_total_kl_chunked, total_kl_chunked
+from dbscale.kernels.attention_kl_chunked import kl_rows_chunked, out_and_kl_rows_chunked, total_kl_chunked
 from dbscale.kernels.attention_kl_eager import kl_rows_eager, out_and_kl_rows_eager
 from dbscale.kernels.attention_kl_sdpa import kl_rows_sdpa
 from dbscale.kernels.backend import resolve_backend
@@ -95,11 +95,8 @@ def sdpa_with_attention_kl(
     weight = _row_weight(row_weight, pair, reduction)
     v = as_autocast(v)
     with torch.autocast(q.device.type, enabled=False):
-        is_whole = pair.rows_shape[2] == q.shape[2]
-        if chosen == "chunked" and reduction != "none" and is_whole:
-            out, total = out_and_total_kl_chunked(pair, v, _total_weight(pair, weight, reduction))
-            return AttentionWithKL(out, total)
-        if chosen in ("sdpa", "chunked"):
+        is_sliced = pair.rows_shape[2] != q.shape[2]
+        if chosen == "sdpa" or (chosen == "chunked" and is_sliced):
             out = F.scaled_dot_product_attention(pair.q_s, pair.k_s, v, scale=pair.scale_s)
             return AttentionWithKL(out, _reduced_kl(pair.sliced(), weight, reduction, chosen))
         out, rows = _joint_rows(chosen)(pair, v)
@@ -161,4 +158,6 @@ def _joint_rows(backend: str) -> Callable[[MapPair, Tensor], tuple[Tensor, Tenso
         from dbscale.kernels.attention_kl_triton import out_and_kl_rows_triton
 
         return out_and_kl_rows_triton
-    return torch.compile(out_and_kl_rows_eager) if backend == "compile" else out_and_kl_rows_eager
+    if backend == "compile":
+        return torch.compile(out_and_kl_rows_eager)
+    return out_and_kl_rows_chunked if backend == "chunked" else out_and_kl_rows_eager

@@ -17,9 +17,10 @@ def row_dot_kernel(
     out, grad_out, pulls, num_heads, num_tokens, D_V: tl.constexpr, P_V: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """pulls [B, H, N] = Σ out · grad_out: what the softmax's normalisation takes back from every row."""
-    batch_head = tl.program_id(1).to(tl.int64)
+    num_blocks = tl.cdiv(num_tokens, BLOCK_M)
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
     batch, head = batch_head // num_heads, batch_head % num_heads
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     left = load_rows(out, batch, head, rows, num_tokens, D_V, P_V).to(tl.float32)
     right = load_rows(grad_out, batch, head, rows, num_tokens, D_V, P_V).to(tl.float32)
     tl.store(pulls + batch_head * num_tokens + rows, tl.sum(left * right, 1), mask=rows < num_tokens)

@@ -1,154 +1,276 @@
 """Attention-map KL in closed form, a cache-sized block of maps at a time: what the CPU runs.
 
-Plain torch operations on any device; never more than one block of the maps exists. Value and gradient come out of one
-pass, so backward only multiplies, and the attention output shares that pass. With reduction "none", where the upstream
-gradient is a number per row, backward makes the pass again. Leaves checks to `attention_kl`.
+Plain torch operations on any device; never more than one block of the maps exists. With the attention output, or where
+every row has an upstream gradient of its own, backward makes the maps anew (short ones, which are no larger than q, k
+and v, are kept); a reduced KL alone finds value and gradient in one pass, and its backward only multiplies. Leaves
+checks and reductions to `attention_kl`.
 """
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from dbscale.kernels.attention_arguments import MapPair
-from dbscale.kernels.attention_blocks import attention_gradients, blocks, kl_block
+from dbscale.kernels.attention_blocks import blocks, kl_block, packed, slope_block
 from dbscale.kernels.head_map import HeadPlan
 from dbscale.kernels.kd_loss_eager import wide
+
+SHORT = 2
+"""Maps of up to so many times as many tokens as a head is wide are kept for backward: they cost about what q and k do."""
 
 
 def total_kl_chunked(pair: MapPair, weight: Tensor) -> Tensor:
     """Σ weight · KL over all rows, a scalar; weight [B, M, N], no gradient."""
-    return _call_total(pair, None, weight)[0]
-
-
-def out_and_total_kl_chunked(pair: MapPair, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention output and Σ weight · KL; all tokens are compared."""
-    total, out, *_ = _call_total(pair, v, weight)
-    return out, total
+    want_grad = torch.is_grad_enabled() and (pair.q_s.requires_grad or pair.k_s.requires_grad)
+    operator = _total_kl if torch.compiler.is_compiling() else _DirectTotal.apply
+    return operator(*_operands(pair), weight, *_numbers(pair), want_grad)[0]
 
 
 def kl_rows_chunked(pair: MapPair) -> Tensor:
     """KL(teacher map ‖ student map) of every row: [B, M, N]."""
-    heads = pair.heads
-    return _kl_rows(
-        pair.q_s, pair.k_s, pair.q_t, pair.k_t, heads.mixing,
-        pair.scale_s, pair.scale_t, heads.num_maps, heads.group_size, heads.repeats,
-    )  # fmt: skip
+    return _attend(pair, None)[1]
 
 
-def _call_total(pair: MapPair, v: Tensor | None, weight: Tensor) -> tuple[Tensor, ...]:
-    heads = pair.heads
-    want_grad = torch.is_grad_enabled() and (pair.q_s.requires_grad or pair.k_s.requires_grad)
-    return _total_kl(
-        pair.q_s, pair.k_s, v, pair.q_t, pair.k_t, heads.mixing, weight,
-        pair.scale_s, pair.scale_t, heads.num_maps, heads.group_size, heads.repeats, want_grad,
-    )  # fmt: skip
+def out_and_kl_rows_chunked(pair: MapPair, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention output [B, H_s, N, d_v] and the KL rows; all tokens are compared."""
+    return _attend(pair, v)
 
 
-@torch.library.custom_op("dbscale::attention_kl_total_chunked", mutates_args=())
-def _total_kl(
-    q_s: Tensor, k_s: Tensor, v: Tensor | None, q_t: Tensor, k_t: Tensor, mixing: Tensor | None, weight: Tensor,
+def _attend(pair: MapPair, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    operator = _attention if torch.compiler.is_compiling() else _DirectAttention.apply
+    return operator(*_operands(pair), v, *_numbers(pair))
+
+
+def _operands(pair: MapPair) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    return pair.q_s, pair.k_s, pair.q_t, pair.k_t, pair.heads.mixing
+
+
+def _numbers(pair: MapPair) -> tuple[float, float, int, int, int]:
+    return pair.scale_s, pair.scale_t, pair.heads.num_maps, pair.heads.group_size, pair.heads.repeats
+
+
+def _scores_t(q_t: Tensor, k_t: Tensor, images: slice, tokens: slice, scale_t: float) -> Tensor:
+    return packed(q_t[images, :, tokens], scale_t) @ packed(k_t[images]).mT
+
+
+def _accumulating(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+# A reduced KL alone
+
+
+def _total_forward(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mixing: Tensor | None, weight: Tensor,
     scale_s: float, scale_t: float, num_maps: int, group_size: int, repeats: int, want_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    total, out, rows, grad_q, grad_k = outputs = _outputs(q_s, v, num_maps, want_grad)
-    heads = HeadPlan(num_maps, group_size, repeats, mixing)
-    if want_grad:
-        grad_k.zero_()
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    total, grad_q, grad_k = _total_outputs(q_s, want_grad)
+    rows = total.new_empty(weight.shape)
     for images, tokens in blocks(q_s):
-        q, k = wide(q_s[images, :, tokens]) * scale_s, wide(k_s[images])
-        scores_t = (wide(q_t[images, :, tokens]) * scale_t) @ wide(k_t[images]).mT
-        kl, p_s, slope = kl_block(q @ k.mT, scores_t, heads, want_grad)
-        rows[images, :, tokens] = kl
-        if v is not None:
-            out[images, :, tokens] = p_s @ wide(v[images])
+        q, k = packed(q_s[images, :, tokens], scale_s), packed(k_s[images])
+        scores_t = _scores_t(q_t, k_t, images, tokens, scale_t)
+        heads = HeadPlan(num_maps, group_size, repeats, mixing)
+        rows[images, :, tokens], _, slope = kl_block(q @ k.mT, scores_t, heads, want_grad)
         if slope is not None:
             row_weight = weight[images, :, tokens, None].to(q.dtype).repeat_interleave(group_size, 1)
             grad_q[images, :, tokens] = (slope @ k).mul_(row_weight * scale_s)
-            grad_k[images] += slope.mT @ q.mul_(row_weight)
+            _add_over_tokens(grad_k, slope.mT @ q.mul_(row_weight), images, tokens)
     total.copy_((rows * weight).sum())
-    return outputs
+    return total, grad_q, grad_k
 
 
-def _outputs(
-    q_s: Tensor, v: Tensor | None, num_maps: int, want_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """total [], out like v, rows [B, M, N], grad_q and grad_k like q_s in the accumulating dtype."""
-    dtype = torch.float64 if q_s.dtype == torch.float64 else torch.float32
-    batch, num_heads, num_tokens, _ = q_s.shape
-    out_shape = (0,) if v is None else (batch, num_heads, num_tokens, v.shape[3])
+def _add_over_tokens(total: Tensor, part: Tensor, images: slice, tokens: slice) -> None:
+    """total[images] += part, where the first block of an image's tokens finds nothing there yet."""
+    if tokens.start == 0:
+        total[images] = part
+    else:
+        total[images] += part
+
+
+_total_kl = torch.library.custom_op("dbscale::attention_kl_total_chunked", _total_forward, mutates_args=())
+
+
+def _total_outputs(q_s: Tensor, want_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """total [], grad_q and grad_k like q_s, in the accumulating dtype."""
     grad_shape = q_s.shape if want_grad else (0,)
-    return (
-        q_s.new_empty((), dtype=dtype),
-        q_s.new_empty(out_shape),
-        q_s.new_empty((batch, num_maps, num_tokens), dtype=dtype),
-        q_s.new_empty(grad_shape, dtype=dtype),
-        q_s.new_empty(grad_shape, dtype=dtype),
-    )
+    total, grad_q, grad_k = (q_s.new_empty(shape, dtype=_accumulating(q_s)) for shape in ((), grad_shape, grad_shape))
+    return total, grad_q, grad_k
 
 
 @_total_kl.register_fake
-def _(q_s, k_s, v, q_t, k_t, mixing, weight, scale_s, scale_t, num_maps, group_size, repeats, want_grad):
-    return _outputs(q_s, v, num_maps, want_grad)
-
-
-@torch.library.custom_op("dbscale::attention_gradients_chunked", mutates_args=())
-def _attention_gradients(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_gradients(grad_out, q, k, v, out, scale)
-
-
-@_attention_gradients.register_fake
-def _(grad_out, q, k, v, out, scale):
-    return tuple(torch.empty_like(wide(each), memory_format=torch.contiguous_format) for each in (q, k, v))
+def _(q_s, k_s, q_t, k_t, mixing, weight, scale_s, scale_t, num_maps, group_size, repeats, want_grad):
+    return _total_outputs(q_s, want_grad)
 
 
 def _setup_total(ctx, inputs, output) -> None:
-    q, k, v, *_ = inputs
-    _, out, rows, grad_q, grad_k = output
-    ctx.mark_non_differentiable(rows, grad_q, grad_k)
+    _, grad_q, grad_k = output
+    ctx.mark_non_differentiable(grad_q, grad_k)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_q, grad_k, *((q, k, v, out) if v is not None else ()))
-    ctx.scale = inputs[7]
-    ctx.dtype = q.dtype
+    ctx.save_for_backward(grad_q, grad_k)
+    ctx.dtype = inputs[0].dtype
 
 
-def _backward_total(ctx, upstream, grad_out, *_unused):
-    kl_q, kl_k, *attention = ctx.saved_tensors
-    grads: list[Tensor | None] = [None, None, None]
-    if upstream is not None:
-        grads[:2] = upstream * kl_q, upstream * kl_k
-    if grad_out is not None and attention:
-        found = _attention_gradients(grad_out, *attention, ctx.scale)
-        grads = [new if old is None else old + new for old, new in zip(grads, found, strict=True)]
-    return *(None if each is None else each.to(ctx.dtype) for each in grads), *(None,) * 10
+def _backward_total(ctx, upstream, *_unused):
+    grads = (None, None) if upstream is None else ((upstream * each).to(ctx.dtype) for each in ctx.saved_tensors)
+    return *grads, *(None,) * 10
 
 
 _total_kl.register_autograd(_backward_total, setup_context=_setup_total)
 
 
-@torch.library.custom_op("dbscale::attention_kl_rows_chunked", mutates_args=())
-def _kl_rows(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mixing: Tensor | None,
+class _DirectTotal(torch.autograd.Function):
+    """`_total_kl` without the dispatcher, which is written in Python; see `kd_loss_chunked`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _total_forward(*inputs)
+        _setup_total(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward_total)
+
+
+# Output and KL rows, or KL rows alone
+
+
+def _attention_forward(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mixing: Tensor | None, v: Tensor | None,
     scale_s: float, scale_t: float, num_maps: int, group_size: int, repeats: int,
-) -> Tensor:  # fmt: skip
-    nothing = q_s.new_zeros(()).expand(q_s.shape[0], num_maps, q_s.shape[2])
-    numbers = (scale_s, scale_t, num_maps, group_size, repeats)
-    return _total_kl(q_s, k_s, None, q_t, k_t, mixing, nothing, *numbers, False)[2]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _attend_blocks(
+        None, q_s, k_s, q_t, k_t, v, scale_s, scale_t, HeadPlan(num_maps, group_size, repeats, mixing)
+    )
 
 
-@_kl_rows.register_fake
-def _(q_s, k_s, q_t, k_t, mixing, scale_s, scale_t, num_maps, group_size, repeats):
-    return _outputs(q_s, None, num_maps, False)[2]
+def _attend_blocks(
+    keep: list[Tensor] | None, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, v: Tensor | None,
+    scale_s: float, scale_t: float, heads: HeadPlan,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and KL rows; where asked, each block's maps and the KL's gradient in its scores are appended to `keep`."""
+    out, rows = _attention_outputs(q_s, v, heads.num_maps)
+    for images, tokens in blocks(q_s):
+        scores_s = packed(q_s[images, :, tokens], scale_s) @ packed(k_s[images]).mT
+        scores_t = _scores_t(q_t, k_t, images, tokens, scale_t)
+        rows[images, :, tokens], p_s, slope = kl_block(scores_s, scores_t, heads, keep is not None)
+        if v is not None:
+            out[images, :, tokens] = p_s @ packed(v[images])
+        if keep is not None and slope is not None:
+            keep += p_s, slope
+    return out, rows
 
 
-def _setup_rows(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.numbers = inputs[5:]
+_attention = torch.library.custom_op("dbscale::attention_kl_chunked", _attention_forward, mutates_args=())
 
 
-def _backward_rows(ctx, upstream):
-    q_s, k_s, q_t, k_t, mixing = ctx.saved_tensors
-    grad_q, grad_k = _total_kl(q_s, k_s, None, q_t, k_t, mixing, upstream, *ctx.numbers, True)[3:]
-    return grad_q.to(q_s.dtype), grad_k.to(q_s.dtype), *(None,) * 8
+def _attention_outputs(q_s: Tensor, v: Tensor | None, num_maps: int) -> tuple[Tensor, Tensor]:
+    batch, num_heads, num_tokens, _ = q_s.shape
+    out_shape = (0,) if v is None else (batch, num_heads, num_tokens, v.shape[3])
+    return q_s.new_empty(out_shape), q_s.new_empty((batch, num_maps, num_tokens), dtype=_accumulating(q_s))
 
 
-_kl_rows.register_autograd(_backward_rows, setup_context=_setup_rows)
+@_attention.register_fake
+def _(q_s, k_s, q_t, k_t, mixing, v, scale_s, scale_t, num_maps, group_size, repeats):
+    return _attention_outputs(q_s, v, num_maps)
+
+
+def _gradients_forward(
+    grad_out: Tensor | None, upstream: Tensor | None, out: Tensor,
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mixing: Tensor | None, v: Tensor | None,
+    scale_s: float, scale_t: float, num_maps: int, group_size: int, repeats: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    heads = HeadPlan(num_maps, group_size, repeats, mixing)
+    return _gradients_of_blocks([], grad_out, upstream, out, q_s, k_s, q_t, k_t, v, scale_s, scale_t, heads)
+
+
+def _gradients_of_blocks(
+    kept: Sequence[Tensor], grad_out: Tensor | None, upstream: Tensor | None, out: Tensor,
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, v: Tensor | None,
+    scale_s: float, scale_t: float, heads: HeadPlan,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients in q, k and v; `kept` is what `_attend_blocks` appended, or empty: then the maps are made anew."""
+    grad_q, grad_k, grad_v = grads = _gradient_outputs(q_s, v)
+    kept_of_block = zip(kept[::2], kept[1::2], strict=True)
+    for images, tokens in blocks(q_s):
+        q, k = packed(q_s[images, :, tokens], scale_s), packed(k_s[images])
+        if kept:
+            p_s, slope = next(kept_of_block)
+        else:
+            p_s, slope = slope_block(q @ k.mT, _scores_t(q_t, k_t, images, tokens, scale_t), heads)
+        slope = None if upstream is None else slope * _per_head(upstream[images, :, tokens], heads)
+        if grad_out is not None and v is not None:
+            grad_rows = packed(grad_out[images, :, tokens])
+            _add_over_tokens(grad_v, p_s.mT @ grad_rows, images, tokens)
+            pull = (grad_rows * wide(out[images, :, tokens])).sum(-1, keepdim=True)
+            through_out = (grad_rows @ packed(v[images]).mT).sub_(pull).mul_(p_s)
+            slope = through_out if slope is None else through_out.add_(slope)
+        assert slope is not None
+        grad_q[images, :, tokens] = (slope @ k).mul_(scale_s)
+        _add_over_tokens(grad_k, slope.mT @ q, images, tokens)
+    return grads
+
+
+def _per_head(rows: Tensor, heads: HeadPlan) -> Tensor:
+    """[b, M, r] as a factor of [b, H_s, r, N]."""
+    return wide(rows)[..., None].repeat_interleave(heads.group_size, 1)
+
+
+_gradients = torch.library.custom_op("dbscale::attention_gradients_chunked", _gradients_forward, mutates_args=())
+
+
+def _gradient_outputs(q_s: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Like q_s, q_s and v, contiguous, in the accumulating dtype."""
+    dtype, v_shape = _accumulating(q_s), (0,) if v is None else v.shape
+    grad_q, grad_k, grad_v = (q_s.new_empty(shape, dtype=dtype) for shape in (q_s.shape, q_s.shape, v_shape))
+    return grad_q, grad_k, grad_v
+
+
+@_gradients.register_fake
+def _(grad_out, upstream, out, q_s, k_s, q_t, k_t, mixing, v, scale_s, scale_t, num_maps, group_size, repeats):
+    return _gradient_outputs(q_s, v)
+
+
+def _setup_attention(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0], *inputs[:6])
+    ctx.numbers = inputs[6:]
+
+
+def _backward_attention(ctx, grad_out, upstream):
+    out, *operands = ctx.saved_tensors
+    grad_out = None if operands[-1] is None else grad_out
+    if grad_out is None and upstream is None:
+        return (None,) * 11
+    return _as_inputs(_gradients(grad_out, upstream, out, *operands, *ctx.numbers), operands[0].dtype, grad_out)
+
+
+def _as_inputs(grads: Iterable[Tensor], dtype: torch.dtype, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_q, grad_k, grad_v = (each.to(dtype) for each in grads)
+    return grad_q, grad_k, None, None, None, (None if grad_out is None else grad_v), *(None,) * 5
+
+
+_attention.register_autograd(_backward_attention, setup_context=_setup_attention)
+
+
+class _DirectAttention(torch.autograd.Function):
+    """`_attention` without the dispatcher, which is written in Python (see `kd_loss_chunked`); keeps short maps."""
+
+    @staticmethod
+    def forward(ctx, q_s, k_s, q_t, k_t, mixing, v, scale_s, scale_t, *heads):
+        is_short = q_s.shape[2] <= SHORT * q_s.shape[3]
+        kept = list[Tensor]() if is_short and any(ctx.needs_input_grad) else None
+        ctx.numbers = scale_s, scale_t, HeadPlan(*heads, mixing=mixing)
+        out, rows = _attend_blocks(kept, q_s, k_s, q_t, k_t, v, *ctx.numbers)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, q_s, k_s, q_t, k_t, v, *(kept or ()))
+        return out, rows
+
+    @staticmethod
+    def backward(ctx, *upstreams):
+        grad_out, upstream = upstreams
+        out, q_s, k_s, q_t, k_t, v, *kept = ctx.saved_tensors
+        grad_out = None if v is None else grad_out
+        if grad_out is None and upstream is None:
+            return (None,) * 11
+        grads = _gradients_of_blocks(kept, grad_out, upstream, out, q_s, k_s, q_t, k_t, v, *ctx.numbers)
+        return _as_inputs(grads, q_s.dtype, grad_out)

@@ -13,7 +13,7 @@ from dbscale.kernels.triton_math import (
     NEAR,
     dot,
     load_rows,
-    log1p_small,
+    log1p_less_mean,
     near_terms,
     ratio_of,
     store_rows,
@@ -37,20 +37,32 @@ def _absorb(scores, maximum, total, rate):
 
 
 @triton.jit
-def _near_kl(q_rows, k_s, q_t_rows, k_t, place, num_tokens, scales, stats_s, stats_t, mean_gap, kl,
+def _gap(z_s, z_t, usual_gap, scale_ratio, exists):
+    """Student's less teacher's scores, in the student's raw scores: equal scores and scales then leave exactly 0.
+
+    The usual gap of a row is a whole number: taking it off is exact, and a large common shift costs no digits.
+    """
+    return tl.where(exists, (z_s - usual_gap[:, None]) - z_t * scale_ratio, 0.0)
+
+
+@triton.jit
+def _near_kl(q_rows, k_s, q_t_rows, k_t, place, num_tokens, scales, stats_s, stats_t, usual_gap, mean_gap, kl,
              D_S: tl.constexpr, P_S: tl.constexpr, D_T: tl.constexpr, P_T: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Second walk: log1p(Σ p_t (eˣ − 1 − x)) of every row."""
+    """Second walk: log1p(Σ p_t (eˣ − 1 − x)) of every row, with what rounding left of Σ p_t x."""
     excess = tl.zeros_like(kl)
+    mean = excess
     inv_s, inv_t, kappa = 1.0 / stats_s[1], 1.0 / stats_t[1], tl.exp(tl.minimum(kl, NEAR))
     for start in range(0, num_tokens, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         z_s = _scores(q_rows, k_s, place[0], place[1], keys, num_tokens, D_S, P_S)
         z_t = _scores(q_t_rows, k_t, place[0], place[2], keys, num_tokens, D_T, P_T)
-        gap = tl.where((keys < num_tokens)[None, :], z_s - z_t * (scales[1] / scales[0]), 0.0)
+        gap = _gap(z_s, z_t, usual_gap, scales[1] / scales[0], (keys < num_tokens)[None, :])
+        offset = (gap - mean_gap[:, None]) * scales[0]
         p_s = tl.exp2((z_s - stats_s[0][:, None]) * (scales[0] * LOG2_E)) * inv_s[:, None]
         p_t = tl.exp2((z_t - stats_t[0][:, None]) * (scales[1] * LOG2_E)) * inv_t[:, None]
-        excess += tl.sum(near_terms(p_s, p_t, (gap - mean_gap[:, None]) * scales[0], kappa[:, None]), 1)
-    return log1p_small(tl.maximum(excess, 0.0))
+        excess += tl.sum(near_terms(p_s, p_t, offset, kappa[:, None]), 1)
+        mean += tl.sum(p_t * offset, 1)
+    return log1p_less_mean(excess, mean)
 
 
 @triton.jit
@@ -61,35 +73,36 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, N, D_V], kl_rows [B, H, N], statistics [4, B, H, N]: maximum and sum of the student, of the teacher."""
-    batch_head = tl.program_id(1).to(tl.int64)
+    num_blocks = tl.cdiv(num_tokens, BLOCK_M)
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
     place = (batch_head // num_heads, batch_head % num_heads, batch_head % num_heads // repeats)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     q_rows = load_rows(q_s, place[0], place[1], rows, num_tokens, D_S, P_S)
     max_s = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     sum_s = tl.zeros((BLOCK_M,), tl.float32)
-    max_t, sum_t, gaps = max_s, sum_s, sum_s
+    max_t, sum_t, gaps, usual_gap = max_s, sum_s, sum_s, sum_s
     total = tl.zeros((BLOCK_M, P_V), tl.float32)
     q_t_rows = q_rows
-    # Gaps are counted in the student's raw scores: equal scores and scales then leave exactly 0.
     scale_ratio = scale_t / scale_s
     if HAS_KL:
         q_t_rows = load_rows(q_t, place[0], place[2], rows, num_tokens, D_T, P_T)
     for start in range(0, num_tokens, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         z_s = _scores(q_rows, k_s, place[0], place[1], keys, num_tokens, D_S, P_S)
+        exp_s, max_s, sum_s, shrink_s = _absorb(z_s, max_s, sum_s, scale_s * LOG2_E)
         if HAS_KL:
             z_t = _scores(q_t_rows, k_t, place[0], place[2], keys, num_tokens, D_T, P_T)
-            gap = tl.where((keys < num_tokens)[None, :], z_s - z_t * scale_ratio, 0.0)
             exp_t, max_t, sum_t, shrink_t = _absorb(z_t, max_t, sum_t, scale_t * LOG2_E)
+            usual_gap = tl.where(start == 0, tl.floor(max_s - max_t * scale_ratio + 0.5), usual_gap)
+            gap = _gap(z_s, z_t, usual_gap, scale_ratio, (keys < num_tokens)[None, :])
             gaps = gaps * shrink_t + tl.sum(exp_t * gap, 1)
-        exp_s, max_s, sum_s, shrink_s = _absorb(z_s, max_s, sum_s, scale_s * LOG2_E)
         if HAS_OUT:
             values = load_rows(v, place[0], place[1], keys, num_tokens, D_V, P_V)
             total = total * shrink_s[:, None] + dot(exp_s.to(values.dtype), values)
 
     exists = rows < num_tokens
     at = batch_head * num_tokens + rows
-    plane = tl.num_programs(1).to(tl.int64) * num_tokens
+    plane = (tl.num_programs(0) // num_blocks).to(tl.int64) * num_tokens
     tl.store(statistics + at, max_s, mask=exists)
     tl.store(statistics + plane + at, sum_s, mask=exists)
     if HAS_OUT:
@@ -99,9 +112,9 @@ def forward_kernel(
         tl.store(statistics + 3 * plane + at, sum_t, mask=exists)
         mean_gap = gaps / sum_t
         # Maxima are subtracted from each other before the sums join in: the log-sum-exps themselves may be large.
-        kl = (max_s - max_t * scale_ratio - mean_gap) * scale_s + tl.log(ratio_of(sum_s, sum_t))
+        kl = ((max_s - usual_gap) - max_t * scale_ratio - mean_gap) * scale_s + tl.log(ratio_of(sum_s, sum_t))
         if tl.min(tl.where(exists, kl, NEAR), 0) < NEAR:
             near = _near_kl(q_rows, k_s, q_t_rows, k_t, place, num_tokens, (scale_s, scale_t), (max_s, sum_s),
-                            (max_t, sum_t), mean_gap, kl, D_S, P_S, D_T, P_T, BLOCK_N // 2)  # fmt: skip
+                            (max_t, sum_t), usual_gap, mean_gap, kl, D_S, P_S, D_T, P_T, BLOCK_N // 2)  # fmt: skip
             kl = tl.where(kl < NEAR, near, kl)
         tl.store(kl_rows + at, kl, mask=exists)

@@ -114,7 +114,8 @@ def _forward(
     values, out_or_unused = (q_s, q_s) if v is None else (v, out)
     shape = tile_shape(q_s.dtype, q_s.shape[3], values.shape[3], q_t.shape[3], backward=False)
     if kl_rows.numel():
-        forward_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]), batch * num_heads)](
+        # One axis, blocks of a head side by side: the others end at 65,535, and neighbours share keys in the cache.
+        forward_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_heads,)](
             strided(q_s), strided(k_s), strided(values), strided(q_t), strided(k_t), strided(out_or_unused),
             kl_rows, statistics, num_heads, num_tokens, repeats, scale_s, scale_t,
             HAS_OUT=v is not None, HAS_KL=True, **widths_of(q_s, values, q_t), **shape,
@@ -148,7 +149,7 @@ def _gradients(
     weights = statistics[0] if upstream is None else upstream
     pulls = torch.empty_like(statistics[0]) if has_out else statistics
     if has_out:
-        row_dot_kernel[(triton.cdiv(num_tokens, 64), batch * num_heads)](
+        row_dot_kernel[(triton.cdiv(num_tokens, 64) * batch * num_heads,)](
             strided(out), strided(grad_rows), pulls, num_heads, num_tokens,
             D_V=widths["D_V"], P_V=widths["P_V"], BLOCK_M=64,
         )  # fmt: skip

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from dbscale.kernels.backend import resolve_backend
-from dbscale.kernels.kd_loss_chunked import kd_rows_chunked
-from dbscale.kernels.kd_loss_eager import kd_rows_eager
-from dbscale.kernels.kd_target import KDTarget, KDWeights, Target, make_target
-
-RowsFunction = Callable[[Tensor, Tensor, KDTarget, KDWeights], tuple[Tensor, Tensor, Tensor]]
+from dbscale.kernels.kd_loss_chunked import kd_chunked
+from dbscale.kernels.kd_loss_eager import kd_eager
+from dbscale.kernels.kd_target import KDWeights, Target, make_target
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 
@@ -34,7 +32,7 @@ class KDLoss(NamedTuple):
 
 
 def kd_loss(
-    student_logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target,
+    student_logits: Tensor, teacher_logits: Tensor, target: Target,
     *,
     alpha: float,
     temperature: float,
@@ -53,38 +51,36 @@ def kd_loss(
     Raises ValueError for shapes, targets, names or numbers that do not fit. An index outside [0, C) raises on the
     CPU; on a device, where a check would wait for it, it makes its row NaN. Source: Hinton et al. (1503.02531), §2.
     """
-    _check(student_logits_BC, teacher_logits_BC, alpha, temperature, label_smoothing, reduction)
-    num_rows, num_classes = student_logits_BC.shape
-    chosen = resolve_backend(backend, "kd_loss", student_logits_BC.device.type)
-    mean_scale = 1.0 if reduction in ("sum", "none") else 1.0 / max(num_rows, 1)
-    kl_scale = 1.0 / num_classes if reduction == "mean" else 1.0
+    _check(student_logits, teacher_logits, alpha, temperature, label_smoothing, reduction)
+    num_rows, num_classes = student_logits.shape
+    chosen = resolve_backend(backend, "kd_loss", student_logits.device.type)
     weights = KDWeights(
         temperature=float(temperature),
         label_smoothing=float(label_smoothing),
         ce_weight=1.0 - alpha,
         # T² keeps the gradient's scale independent of the temperature.
-        kl_weight=alpha * temperature**2 * kl_scale,
-        row_scale=mean_scale,
+        kl_weight=alpha * temperature**2,
+        row_scale=1.0 if reduction in ("sum", "none") else 1.0 / max(num_rows, 1),
+        kl_scale=1.0 / num_classes if reduction == "mean" else 1.0,
     )
-    mixture = make_target(target, student_logits_BC)
+    checked = make_target(target, student_logits)
     # Autocast would send the sums, which are products with ones, through a lower precision.
-    with torch.autocast(student_logits_BC.device.type, enabled=False):
-        loss, ce, kl = _rows(chosen)(student_logits_BC, teacher_logits_BC.detach(), mixture, weights)
-    ce, kl = ce.detach(), kl.detach()
-    if reduction == "none":
-        return KDLoss(loss, ce, kl)
-    return KDLoss(loss.sum(), ce.sum() * mean_scale, kl.sum() * (mean_scale * kl_scale))
+    with torch.autocast(student_logits.device.type, enabled=False):
+        loss, ce, kl = _implementation(chosen)(
+            student_logits, teacher_logits.detach(), checked, weights, reduction != "none"
+        )
+    return KDLoss(loss, ce.detach(), kl.detach())
 
 
 @cache
-def _rows(backend: str) -> RowsFunction:
+def _implementation(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     if backend == "triton":
-        from dbscale.kernels.kd_loss_triton import kd_rows_triton
+        from dbscale.kernels.kd_loss_triton import kd_triton
 
-        return kd_rows_triton
+        return kd_triton
     if backend == "compile":
-        return torch.compile(kd_rows_eager)
-    return kd_rows_eager if backend == "eager" else kd_rows_chunked
+        return torch.compile(kd_eager)
+    return kd_eager if backend == "eager" else kd_chunked
 
 
 def _check(

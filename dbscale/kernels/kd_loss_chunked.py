@@ -7,60 +7,58 @@ for backward. What `kd_loss` runs on the CPU. Leaves checks and reduction to `kd
 import torch
 from torch import Tensor
 
-from dbscale.kernels.closed_forms import expectation, may_hold, refine_near
-from dbscale.kernels.kd_loss_eager import wide
+from dbscale.kernels.closed_forms import FEW_ELEMENTS, expectation, may_hold, refine_near
 from dbscale.kernels.kd_target import KDTarget, KDWeights
 
-ELEMENTS_PER_BLOCK = 1 << 18
-"""1 MiB of float32: measured best on a core with 512 KiB of L2, flat within 20 % over a factor of 4."""
+ELEMENTS_PER_BLOCK = 1 << 17
+"""Half a MiB of float32: measured best on a core with 2 MiB of L2, flat within 20 % over a factor of 4."""
 
 
-def kd_rows_chunked(
-    student_BC: Tensor, teacher_BC: Tensor, target: KDTarget, weights: KDWeights
+def kd_chunked(
+    student_BC: Tensor, teacher_BC: Tensor, target: KDTarget, weights: KDWeights, is_reduced: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighed loss of each row (differentiable in the student), its cross-entropy and its KL, each [B]."""
+    """The loss (differentiable in the student), its cross-entropy and its KL: scalars, or rows [B]."""
     want_grad = torch.is_grad_enabled() and student_BC.requires_grad
-    loss, ce, kl, _ = _kd_chunked(
+    operator = _kd_chunked if torch.compiler.is_compiling() else _Direct.apply
+    loss, ce, kl, _ = operator(
         student_BC, teacher_BC, target.labels_a_B, target.labels_b_B, target.lam_B, target.soft_BC,
-        weights.temperature, weights.label_smoothing, weights.ce_weight, weights.kl_weight, weights.row_scale, want_grad,
+        list(weights), is_reduced, want_grad,
     )  # fmt: skip
     return loss, ce, kl
 
 
-@torch.library.custom_op("dbscale::kd_chunked", mutates_args=())
-def _kd_chunked(
+def _forward(
     student: Tensor, teacher: Tensor,
     labels_a: Tensor | None, labels_b: Tensor | None, lam: Tensor | None, soft: Tensor | None,
-    temperature: float, label_smoothing: float, ce_weight: float, kl_weight: float, row_scale: float, want_grad: bool,
+    numbers: list[float], is_reduced: bool, want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    target = KDTarget(labels_a, labels_b, lam, soft)
-    weights = KDWeights(temperature, label_smoothing, ce_weight, kl_weight, row_scale)
-    loss, ce, kl, grad = _outputs(student, want_grad)
-    wide_dtype = loss.dtype
+    target, weights = KDTarget(labels_a, labels_b, lam, soft), KDWeights(*numbers)
+    ce, kl, _, grad = _outputs(student, False, want_grad)
+    is_small = student.device.type == "cpu" and student.numel() <= FEW_ELEMENTS
+    dtype = torch.float64 if is_small else ce.dtype
     rows_per_block = max(1, ELEMENTS_PER_BLOCK // student.shape[1])
     for start in range(0, student.shape[0], rows_per_block):
         block = slice(start, start + rows_per_block)
-        _one_block(wide(student[block]), wide(teacher[block]), _rows_of(target, block, wide_dtype), weights,
-                   ce[block], kl[block], grad[block] if want_grad else None)  # fmt: skip
-    loss.zero_()
-    for weight, part in ((ce_weight, ce), (kl_weight, kl)):
-        if weight:
-            loss.add_(part, alpha=row_scale * weight)
-    return loss, ce, kl, grad
+        _one_block(student[block].to(dtype), teacher[block].to(dtype), _rows_of(target, block, dtype), weights,
+                   ce[block], kl[block], grad[block] if want_grad else None,
+                   is_exact=is_small and student.dtype != dtype)  # fmt: skip
+    return *weights.combined(ce, kl, is_reduced), grad
 
 
-def _outputs(student: Tensor, want_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_kd_chunked = torch.library.custom_op("dbscale::kd_chunked", _forward, mutates_args=())
+
+
+def _outputs(student: Tensor, is_reduced: bool, want_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    loss, ce, kl = (student.new_empty(student.shape[0], dtype=dtype) for _ in range(3))
+    loss, ce, kl = (student.new_empty(() if is_reduced else student.shape[0], dtype=dtype) for _ in range(3))
     # float16 would lose gradients below 6e-8 before a loss scale could lift them.
     grad_dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
     return loss, ce, kl, student.new_empty(student.shape if want_grad else (0,), dtype=grad_dtype)
 
 
 @_kd_chunked.register_fake
-def _(student, teacher, labels_a, labels_b, lam, soft, temperature, label_smoothing, ce_weight, kl_weight, row_scale,
-      want_grad):  # fmt: skip
-    return _outputs(student, want_grad)
+def _(student, teacher, labels_a, labels_b, lam, soft, numbers, is_reduced, want_grad):
+    return _outputs(student, is_reduced, want_grad)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -73,11 +71,31 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, upstream, *_unused):
     (grad,) = ctx.saved_tensors
-    student_grad = None if upstream is None else (grad * upstream[:, None]).to(ctx.dtype)
-    return student_grad, *(None,) * 11
+    if upstream is None:
+        return (None,) * 9
+    return (grad * (upstream[:, None] if upstream.ndim else upstream)).to(ctx.dtype), *(None,) * 8
 
 
 _kd_chunked.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator for code that runs as it stands: a dispatcher written in Python costs more than a small batch."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # with `setup_context` apart, torch binds every call to a signature, at the same cost
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *upstreams):
+        upstream, *_ = upstreams
+        (grad,) = ctx.saved_tensors
+        is_final = upstream is not None and upstream.ndim == 0 and grad.dtype == ctx.dtype
+        if is_final and not may_hold(upstream != 1):
+            return grad, *(None,) * 8
+        return _backward(ctx, upstream)
 
 
 def _rows_of(target: KDTarget, block: slice, dtype: torch.dtype) -> KDTarget:
@@ -89,83 +107,85 @@ def _rows_of(target: KDTarget, block: slice, dtype: torch.dtype) -> KDTarget:
 
 def _one_block(
     student: Tensor, teacher: Tensor, target: KDTarget, weights: KDWeights,
-    ce: Tensor, kl: Tensor, grad: Tensor | None,
+    ce: Tensor, kl: Tensor, grad: Tensor | None, *, is_exact: bool,
 ) -> None:  # fmt: skip
-    """Fill ce, kl [r] and grad [r, C] of one block of rows."""
-    p_s, maximum, total = _softmax(student, weights.temperature)
-    p_t, maximum_t, total_t = _softmax(teacher, weights.temperature)
-    gap = (maximum - maximum_t).squeeze(-1) - expectation(p_t, student - teacher)
-    # Maxima are subtracted from each other before the sums join in: the log-sum-exps themselves may be large.
-    plain = gap / weights.temperature + (total / total_t).log_().squeeze(-1)
+    """Fill ce, kl [r] and grad [r, C] of one block of rows; is_exact: the dtype is wider than that of the logits."""
+    temperature = weights.temperature
+    # Maxima are taken off before anything is summed: the log-sum-exps themselves may be large.
+    shifted, shifted_t = _below_maximum(student), _below_maximum(teacher)
+    p_s, total = _softmax(shifted, temperature)
+    p_t, total_t = _softmax(shifted_t, temperature)
+    plain = (total / total_t).log_() - expectation(p_t, torch.sub(shifted, shifted_t, out=shifted_t)) / temperature
 
-    def scores(rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        return (student, teacher) if rows is None else (student[rows], teacher[rows])
+    def rows_of(rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return (student, teacher, p_t) if rows is None else (student[rows], teacher[rows], p_t[rows])
 
-    is_empty = total_t.squeeze(-1) == 0
-    kl.copy_(refine_near(plain, scores, weights.temperature))
+    kl.copy_(plain if is_exact else refine_near(plain, rows_of, temperature))
+    is_empty = total_t == 0
     if may_hold(is_empty):
         kl.masked_fill_(is_empty, 0.0)
         p_t = torch.where(is_empty[:, None], p_s, p_t)  # a teacher without mass pulls nowhere
-    p_1 = p_s
-    if weights.temperature != 1.0:
-        p_1, maximum, total = _softmax(student, 1.0)
-    ce.copy_(_cross_entropy(student, maximum, total, target, weights.label_smoothing))
+    p_1, total = (p_s, total) if temperature == 1.0 else _softmax(shifted, 1.0)
+    ce.copy_(_cross_entropy(shifted, total, target, weights.label_smoothing))
     if grad is not None:
-        # d(KL)/dz = (p_s − p_t)/T, formed before anything is added to it: it may be small.
-        slope = (p_s - p_t).mul_(weights.kl_weight / weights.temperature * weights.row_scale)
-        grad.copy_(_add_ce_slope(slope, p_1, target, weights))
+        slope = torch.sub(p_s, p_t, out=grad if grad.dtype == p_s.dtype else None)
+        slope.mul_(weights.kl_slope)  # formed before anything is added to it: it may be small
+        _add_ce_slope(slope, p_1, target, weights)
+        if slope is not grad:
+            grad.copy_(slope)
 
 
-def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(logits / T), the row maximum of the logits and the row sum of exp((logits − maximum)/T).
-
-    A row of −inf alone gets the maximum 0, the sum 0 and probabilities 0.
-    """
+def _below_maximum(logits: Tensor) -> Tensor:
+    """logits less their row maximum; a row of −inf alone stays as it is."""
     maximum = logits.amax(-1, keepdim=True)
-    maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
-    probability = torch.sub(logits, maximum)
-    if temperature != 1.0:
-        probability.div_(temperature)
-    probability.exp_()
+    return logits - maximum.clamp_min_(torch.finfo(logits.dtype).min)
+
+
+def _softmax(shifted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """softmax(shifted / T) and the row sum of exp(shifted / T), both 0 for a row of −inf alone."""
+    probability = shifted.exp() if temperature == 1.0 else torch.div(shifted, temperature).exp_()
     total = probability.sum(-1, keepdim=True)
-    return probability.div_(total.masked_fill(total == 0, 1.0)), maximum, total
+    return probability.div_(total.clamp_min(torch.finfo(total.dtype).tiny)), total.squeeze(-1)
 
 
-def _cross_entropy(student: Tensor, maximum: Tensor, total: Tensor, target: KDTarget, label_smoothing: float) -> Tensor:
-    """−Σ_j q_j log p_j of each row, q = (1 − ε)·target + ε/C."""
-    log_total = total.squeeze(-1).log()
+def _cross_entropy(shifted: Tensor, total: Tensor, target: KDTarget, label_smoothing: float) -> Tensor:
+    """−Σ_j q_j log p_j of each row, q = (1 − ε)·target + ε/C, of logits shifted to the maximum 0."""
+    log_total = total.log()
     expected = torch.zeros_like(log_total)
     mass = 1.0 if target.soft_BC is None else label_smoothing + (1 - label_smoothing) * target.soft_BC.sum(-1)
     if target.soft_BC is not None:
-        expected += (target.soft_BC * (student - maximum)).sum(-1)
-    for labels, share in _hard_labels(target, student.dtype):
-        expected += share * (student.gather(1, labels[:, None]) - maximum).squeeze(1)
+        expected += (target.soft_BC * shifted).sum(-1)
+    for labels, share in _hard_labels(target):
+        logit = shifted.gather(1, labels[:, None]).squeeze(1)
+        expected += logit if share is None else logit * share
     expected *= 1 - label_smoothing
     if label_smoothing:
-        expected += label_smoothing * (student.mean(-1) - maximum.squeeze(-1))
+        expected += label_smoothing * shifted.mean(-1)
     return mass * log_total - expected
 
 
-def _add_ce_slope(slope: Tensor, p_1: Tensor, target: KDTarget, weights: KDWeights) -> Tensor:
+def _add_ce_slope(slope: Tensor, p_1: Tensor, target: KDTarget, weights: KDWeights) -> None:
     """slope += weight · (p_1·Σq − q), in place."""
-    weight, smoothing = weights.ce_weight * weights.row_scale, weights.label_smoothing
+    weight, smoothing = weights.ce_slope, weights.label_smoothing
     if not weight:
-        return slope
+        return
     if target.soft_BC is None:
         slope.add_(p_1, alpha=weight)
     else:
         mass = smoothing + (1 - smoothing) * target.soft_BC.sum(-1, keepdim=True)
         slope.add_(p_1 * mass, alpha=weight)
         slope.add_(target.soft_BC, alpha=-weight * (1 - smoothing))
-    for labels, share in _hard_labels(target, slope.dtype):
-        slope.scatter_add_(1, labels[:, None], -weight * (1 - smoothing) * share[:, None])
-    return slope.sub_(weight * smoothing / slope.shape[1]) if smoothing else slope
+    for labels, share in _hard_labels(target):
+        pull = slope.new_full((len(slope), 1), -weight * (1 - smoothing))
+        slope.scatter_add_(1, labels[:, None], pull if share is None else pull * share[:, None])
+    if smoothing:
+        slope.sub_(weight * smoothing / slope.shape[1])
 
 
-def _hard_labels(target: KDTarget, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """(labels [r], their share [r]) once or twice; none with a soft target."""
+def _hard_labels(target: KDTarget) -> list[tuple[Tensor, Tensor | None]]:
+    """(labels [r], their share [r], None for the whole) once or twice; none with a soft target."""
     if target.labels_a_B is None:
         return []
     if target.labels_b_B is None or target.lam_B is None:
-        return [(target.labels_a_B, torch.ones_like(target.labels_a_B, dtype=dtype))]
+        return [(target.labels_a_B, None)]
     return [(target.labels_a_B, target.lam_B), (target.labels_b_B, 1 - target.lam_B)]

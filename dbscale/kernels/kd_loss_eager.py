@@ -17,16 +17,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def kd_rows_eager(
-    student_BC: Tensor, teacher_BC: Tensor, target: KDTarget, weights: KDWeights
+def kd_eager(
+    student_BC: Tensor, teacher_BC: Tensor, target: KDTarget, weights: KDWeights, is_reduced: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighed loss of each row (differentiable in the student), its cross-entropy and its KL, each [B]."""
+    """The loss (differentiable in the student), its cross-entropy and its KL: scalars, or rows [B]."""
     student_BC, teacher_BC = wide(student_BC), wide(teacher_BC)
     ce = _cross_entropy_rows(student_BC, target, weights.label_smoothing)
     kl = _kl_rows(student_BC / weights.temperature, teacher_BC / weights.temperature)
-    # A part of weight 0 is left out: 0 · inf would be NaN.
-    parts = [weight * part for weight, part in ((weights.ce_weight, ce), (weights.kl_weight, kl)) if weight]
-    return weights.row_scale * torch.stack(parts).sum(0), ce, kl
+    return weights.combined(ce, kl, is_reduced)
 
 
 def _kl_rows(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ computing to the backends.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,18 +28,37 @@ class KDTarget:
     """Floating [B, C], rows are distributions."""
 
 
-@dataclass(frozen=True)
-class KDWeights:
-    """The numbers of the loss: row_scale · (ce_weight · CE + kl_weight · KL at the temperature)."""
+class KDWeights(NamedTuple):
+    """The numbers of the loss: ce_weight · CE + kl_weight · KL, row by row or reduced."""
 
     temperature: float
     label_smoothing: float
     ce_weight: float
     """1 − α."""
     kl_weight: float
-    """α·T², over C where the reduction asks for it."""
+    """α·T²."""
     row_scale: float
     """1/B, or 1: inside the row, so that the gradient of a mean is final after one pass."""
+    kl_scale: float
+    """1/C where the reduction divides the KL by the classes, else 1."""
+
+    @property
+    def kl_slope(self) -> float:
+        """Factor of (p_s − p_t) in the gradient of a row: d(KL)/dz = (p_s − p_t)/T."""
+        return self.kl_weight * self.kl_scale * self.row_scale / self.temperature
+
+    @property
+    def ce_slope(self) -> float:
+        """Factor of (p − q) in the gradient of a row."""
+        return self.ce_weight * self.row_scale
+
+    def combined(self, ce: Tensor, kl: Tensor, is_reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, cross-entropy and KL from rows [B] of the last two: three scalars, or [B] each."""
+        ce, kl = (ce.sum(), kl.sum()) if is_reduced else (ce, kl)
+        ce, kl = ce * self.row_scale, kl * (self.row_scale * self.kl_scale)
+        # A part of weight 0 is left out: 0 · inf would be NaN.
+        parts = [weight * part for weight, part in ((self.ce_weight, ce), (self.kl_weight, kl)) if weight]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1], ce, kl
 
 
 def make_target(target: Target, student_BC: Tensor) -> KDTarget:

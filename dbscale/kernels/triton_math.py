@@ -22,7 +22,7 @@ def expm1_minus_x(x):
 
 @triton.jit
 def log1p_small(x):
-    """log(1 + x) for 0 ≤ x ≤ 1/2: 2 artanh(x/(2 + x)). The hardware's logarithm loses small x."""
+    """log(1 + x) for |x| ≤ 1/2: 2 artanh(x/(2 + x)). The hardware's logarithm loses small x."""
     ratio = x / (2.0 + x)
     square = ratio * ratio
     series = square * (1.0 / 11) + (1.0 / 9)
@@ -30,6 +30,12 @@ def log1p_small(x):
     series = series * square + (1.0 / 5)
     series = series * square + (1.0 / 3)
     return 2.0 * ratio * (series * square + 1.0)
+
+
+@triton.jit
+def log1p_less_mean(excess, mean):
+    """log(1 + excess + mean) − mean: the KL where the mean, rounding alone, is not quite 0; never negative."""
+    return tl.maximum(log1p_small(excess + mean) - mean, 0.0)
 
 
 @triton.jit

@@ -1,6 +1,8 @@
-"""Every backend that runs on this device against textbook formulas in float64, written here and nowhere else."""
+"""Every backend that runs on this device against textbook formulas in float64, written here and nowhere else; refusals."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +101,38 @@ def test_attention_kl_and_its_gradients(backend: str, tokens: int, heads_s: int,
 @pytest.mark.parametrize(
     ("field", "value"), [("backend", "cuda"), ("alpha", 1.5), ("temperature", 0.0), ("reduction", "max")]
 )
-def test_refusals_name_what_is_wrong(field: str, value: object) -> None:
+def test_numbers_and_names_that_do_not_fit(field: str, value: object) -> None:
     options: dict = {"alpha": 0.5, "temperature": 1.0} | {field: value}
     with pytest.raises(ValueError, match=field):
         kd_loss(torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, dtype=torch.long), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": torch.tensor([0, 9])}, "0…9, but the logits have 4 classes"),
+        ({"target": torch.tensor([0.5, 1.0])}, r"soft target has shape \[2\]"),
+        ({"target": torch.tensor([0, 1, 2])}, r"expected integers of shape \[2\]"),
+        ({"target": (torch.tensor([0, 1]), torch.tensor([0, 1]))}, "a mixup target is"),
+        ({"teacher": torch.zeros(2, 5)}, r"\[2, 4\], teacher logits \[2, 5\]"),
+        ({"student": torch.zeros(2, 4, dtype=torch.long)}, "expected floating"),
+        ({"backend": "triton"}, "needs CUDA tensors"),
+    ],
+)
+def test_refusals_say_what_and_which(change, words, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    given_: dict[str, Any] = {
+        "student": torch.zeros(2, 4),
+        "teacher": torch.zeros(2, 4),
+        "target": torch.tensor([0, 1]),
+    }
+    given_ |= {"backend": "auto"} | change
+    with pytest.raises(ValueError, match=words):
+        kd_loss(
+            given_["student"],
+            given_["teacher"],
+            given_["target"],
+            alpha=0.5,
+            temperature=1.0,
+            backend=given_["backend"],
+        )

@@ -50,13 +50,15 @@ def reference(student: Tensor, teacher: Tensor, target: Any, **options: Any):
     return run(student.double(), teacher.double(), target, **(options | {"backend": "eager"}))
 
 
-def error(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+def error(value: Tensor, expected: Tensor, smallest: float = 1e-30) -> float:
+    return float((value.double() - expected).norm() / expected.norm().clamp_min(smallest))
 
 
-def check(result: tuple[KDLoss, Tensor], expected: tuple[KDLoss, Tensor], tolerance: float) -> None:
+def check(
+    result: tuple[KDLoss, Tensor], expected: tuple[KDLoss, Tensor], tolerance: float, smallest: float = 1e-30
+) -> None:
     for name, value, other in zip(KDLoss._fields, result[0], expected[0], strict=True):
-        assert error(value, other) <= tolerance, name
+        assert error(value, other, smallest) <= tolerance, name
     assert error(result[1], expected[1]) <= tolerance, "gradient"
 
 
@@ -91,12 +93,44 @@ def test_reductions(backend, device, tolerance, reduction) -> None:
     smoothing=st.sampled_from([0.0, 0.2]), kind=st.sampled_from(["hard", "soft", "mixup"]), seed=st.integers(0, 999),
 )  # fmt: skip
 @EXAMPLES
-def test_drawn_shapes(backend, device, tolerance, rows, classes, alpha, temperature, smoothing, kind, seed) -> None:
+def test_drawn_shapes(
+    backend, device, tolerance, is_exact, rows, classes, alpha, temperature, smoothing, kind, seed
+) -> None:
     torch.manual_seed(seed)
     student, teacher = torch.randn(2, rows, classes, device=device) * 2
     target = make_target(kind, rows, classes, device)
     options = {"alpha": alpha, "temperature": temperature, "label_smoothing": smoothing, "backend": backend}
-    check(run(student, teacher, target, **options), reference(student, teacher, target, **options), 2 * tolerance)
+    # A small KL drawn by chance: the textbook form is wrong by the rounding of log-probabilities, whatever the KL is.
+    check(
+        run(student, teacher, target, **options),
+        reference(student, teacher, target, **options),
+        2 * tolerance,
+        smallest=1e-30 if is_exact else 0.1,
+    )
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("shift", [96.0, 1000.0])
+def test_a_large_common_shift_costs_no_digits(backend, device, is_exact, delta, shift) -> None:
+    if not is_exact and backend != "sdpa":
+        pytest.skip("the textbook form cancels; that is why the others exist")
+    for classes in (10, 1003, 21841) if backend != "triton" else (10, 1003):
+        teacher = torch.randn(3, classes, device=device) * 3
+        student = teacher + delta * torch.randn(3, classes, device=device) + shift
+        target = make_target("hard", 3, classes, device)
+        options = {"alpha": 1.0, "temperature": 1.0, "backend": backend, "reduction": "none"}
+        result, expected = (each(student, teacher, target, **options)[0].kl for each in (run, reference))
+        assert float(((result.double() - expected) / expected).abs().max()) <= 1e-5
+
+
+def test_long_rows_of_equal_numbers_are_added_exactly_enough(backend, device) -> None:
+    """Adding 100,000 equal probabilities in turn is wrong by 3e-5."""
+    teacher = torch.zeros(2, 100_000, device=device)
+    student = teacher.clone()
+    student[:, ::2] = 8.0
+    target = make_target("hard", 2, 100_000, device)
+    options = {"temperature": 1.0, "backend": backend, "reduction": "none"}
+    check(run(student, teacher, target, **options), reference(student, teacher, target, **options), 1e-6)
 
 
 def test_the_gradient_is_that_of_finite_differences(backend) -> None:
@@ -260,34 +294,3 @@ def test_repeats_are_bitwise_equal(backend, device) -> None:
     assert torch.equal(first[1], second[1]) and all(
         torch.equal(*pair) for pair in zip(first[0], second[0], strict=True)
     )
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"target": torch.tensor([0, 9])}, "0…9, but the logits have 4 classes"),
-        ({"target": torch.tensor([0.5, 1.0])}, r"soft target has shape \[2\]"),
-        ({"target": torch.tensor([0, 1, 2])}, r"expected integers of shape \[2\]"),
-        ({"target": (torch.tensor([0, 1]), torch.tensor([0, 1]))}, "a mixup target is"),
-        ({"teacher": torch.zeros(2, 5)}, r"\[2, 4\], teacher logits \[2, 5\]"),
-        ({"student": torch.zeros(2, 4, dtype=torch.long)}, "expected floating"),
-        ({"backend": "triton"}, "needs CUDA tensors"),
-    ],
-)
-def test_refusals_say_what_and_which(change, words, monkeypatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    given_: dict[str, Any] = {
-        "student": torch.zeros(2, 4),
-        "teacher": torch.zeros(2, 4),
-        "target": torch.tensor([0, 1]),
-    }
-    given_ |= {"backend": "auto"} | change
-    with pytest.raises(ValueError, match=words):
-        kd_loss(
-            given_["student"],
-            given_["teacher"],
-            given_["target"],
-            alpha=0.5,
-            temperature=1.0,
-            backend=given_["backend"],
-        )

@@ -51,26 +51,33 @@ def test_operators_pass_opcheck(backend, device) -> None:
     student = torch.randn(3, 9, device=device, requires_grad=True)
     teacher, labels = torch.randn(3, 9, device=device), torch.tensor([0, 1, 8], device=device)
     q, k, v, q_t, k_t = maps(device, 1, 2, 5, 4)
-    numbers = (2.0, 0.1, 0.4, 0.6, 1.0, True)
-    logits_arguments = (student, teacher, labels, None, None, None, *numbers)
+    numbers = [2.0, 0.1, 0.4, 0.6, 1.0, 1.0]
+    logits_arguments = [
+        (student, teacher, labels, None, None, None, numbers, reduced, True) for reduced in (True, False)
+    ]
     cases: list[tuple[Any, tuple]]
     if backend == "chunked":
-        from dbscale.kernels.attention_kl_chunked import _attention_gradients, _kl_rows, _total_kl
+        from dbscale.kernels.attention_kl_chunked import _attention, _gradients, _total_kl
         from dbscale.kernels.kd_loss_chunked import _kd_chunked
 
-        weight = torch.rand(1, 2, 5)
+        weight, heads = torch.rand(1, 2, 5, device=device), (0.5, 0.5, 2, 1, 1)
+        saved = [each.detach() for each in (v, q, k, q_t, k_t)]
         cases = [
-            (_kd_chunked, logits_arguments),
-            (_total_kl, (q, k, v, q_t, k_t, None, weight, 0.5, 0.5, 2, 1, 1, True)),
-            (_total_kl, (q, k, None, q_t, k_t, None, weight, 0.5, 0.5, 2, 1, 1, True)),
-            (_kl_rows, (q, k, q_t, k_t, None, 0.5, 0.5, 2, 1, 1)),
-            (_attention_gradients, (*(each.detach() for each in (v, q, k, v, v)), 0.5)),
+            *((_kd_chunked, arguments) for arguments in logits_arguments),
+            (_total_kl, (q, k, q_t, k_t, None, weight, *heads, True)),
+            (_attention, (q, k, q_t, k_t, None, v, *heads)),
+            (_attention, (q, k, q_t, k_t, None, None, *heads)),
+            (_gradients, (saved[0], weight, *saved, None, v.detach(), *heads)),
+            (_gradients, (None, weight, *saved, None, None, *heads)),
         ]
     else:
         from dbscale.kernels.attention_kl_triton import _forward
         from dbscale.kernels.kd_loss_triton import _kd_triton
 
-        cases = [(_kd_triton, logits_arguments), (_forward, (q, k, v, q_t, k_t, 0.5, 0.5, 1))]
+        cases = [
+            *((_kd_triton, arguments) for arguments in logits_arguments),
+            (_forward, (q, k, v, q_t, k_t, 0.5, 0.5, 1)),
+        ]
     # What has no gradient is compared too; a second backward is refused by the kernel on logits, which reuses memory.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for operator, arguments in cases:

@@ -1,0 +1,1 @@
+"""The parts of `bench_kernels.py`: how it measures, and the two losses beside their peers."""
