@@ -27,12 +27,12 @@ def test_a_grid_goes_through_and_typed_again_submits_nothing(
     assert shown.count("submitted") == 4  # wave 1 in two arrays, for this cluster's may have 3 elements; the reducer
     during = submit(*ONE_BUNDLE_EACH)
     assert re.search(r"nothing to submit: \d+ cells wait or run", during.stdout)
-    assert "in SLURM" in place.run("status").stdout
+    assert "in SLURM" in place.run("status", "--wait", "30").stdout
     all_ended()
     assert len(place.done()) == num_cells
     assert all(steps == list(range(20)) for steps in place.steps().values())
     assert (place.store.grid_dir("tiny") / "report.html").exists()
-    assert "complete" in place.run("status").stdout
+    assert "complete" in place.run("status", "--wait", "30").stdout
     assert "cells are done" in submit(*ONE_BUNDLE_EACH).stdout
     attempts = [place.store.last_attempt(key) for key in place.done()]
     assert all(each.job and each.log for each in attempts)
@@ -112,7 +112,7 @@ def test_a_failed_teacher_blocks_its_students_with_the_reason(
     assert submit().returncode == 0
     all_ended()
     assert len(place.done()) == num_cells - 6
-    status = place.run("status").stdout
+    status = place.run("status", "--wait", "30").stdout
     assert "loss is not finite" in status
     assert "blocked" in status
 
@@ -134,12 +134,14 @@ def test_a_login_node_that_dies_while_submitting_leaves_nothing_twice(
 
 
 def test_job_scripts_that_cannot_start_are_shown_as_lost(
-    place: Any, submit: Callable[..., Any], all_ended: Callable[[], None]
+    place: Any, submit: Callable[..., Any], wait_until: Callable[..., None], all_ended: Callable[..., None]
 ) -> None:
     broken = submit("--set", "cluster.slurm.setup=[exit 7]", "--set", "cluster.requeue_limit=0")
     assert broken.returncode == 0
     all_ended()
-    time.sleep(2)  # accounting lags
-    status = place.run("status").stdout
-    assert "FAILED, exit code 7:0" in status
-    assert "log: " in status
+
+    def status() -> str:
+        return place.run("status", "--wait", "30").stdout
+
+    wait_until(lambda: "FAILED, exit code 7:0" in status())  # accounting lags
+    assert "log: " in status()
