@@ -20,6 +20,7 @@ from dbscale.study.stop import StopRequest
 from dbscale.study.store import Attempt, Store
 from launch.ranks import Rank, rank_environment
 from launch.signals import ProcessMark, install_handlers, stop_on_signals, watch_processes
+from launch.staging import staged
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ class LocalBundle:
     driver: ProcessMark
     port: int
     """Rendezvous port of this job's ranks, chosen by the driver."""
+    staging: str | None = None
 
     def __call__(self) -> tuple[Result, ...]:
         stop = StopRequest()
         with stop_on_signals(stop):
             watch_processes(stop, (self.driver, ProcessMark.of(os.getppid())))
             os.environ.update(rank_environment(Rank.of(), master="127.0.0.1", port=self.port))
-            return run_bundle(self.keys, Store(Path(self.store)), Path(self.data), self.resources, stop, log=job_log())
+            store = Store(Path(self.store))
+            with staged(self.keys, store, Path(self.data), self.staging, stop) as data_dir:
+                return run_bundle(self.keys, store, data_dir, self.resources, stop, log=job_log())
 
 
 def job_log() -> str:

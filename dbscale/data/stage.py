@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from dbscale.data.read import check_shard_size
 
 _USERS = ".users"
+_REMOVED = ".removed"
 _held: dict[Path, int] = {}
 """Descriptors of the folders this process uses; their locks fall when the process ends, however it ends."""
 
@@ -36,12 +38,16 @@ def stage_subset(subset: Subset, staging: str | Path) -> Subset:
     """
     dataset = subset.dataset
     local = Path(staging) / _folder_name(dataset.manifest)
-    _hold(local)
-    for name in (dataset.split.index, MANIFEST_NAME):
-        if not (local / name).exists():
-            _copy(dataset.folder / name, local / name)
-    for shard in needed_shards(subset):
-        _stage_shard(dataset.folder, local, shard)
+    hold(local)
+    try:
+        for name in (dataset.split.index, MANIFEST_NAME):
+            if not (local / name).exists():
+                _copy(dataset.folder / name, local / name)
+        for shard in needed_shards(subset):
+            _stage_shard(dataset.folder, local, shard)
+    except BaseException:
+        let_go(local)
+        raise
     cache = dataset.cache_dir or local / "cache"
     staged = Dataset(local, dataset.manifest, dataset.split_name, dataset.tier, dataset.image_size, cache)
     return replace(subset, dataset=staged)
@@ -63,13 +69,21 @@ def needed_shards(subset: Subset) -> list[ShardInfo]:
 
 
 def remove_unused(staging: str | Path) -> list[Path]:
-    """Remove the staged datasets that no living process uses; returns what was removed."""
+    """Remove the folders that no living process uses; returns what was removed. Several processes may do so at once."""
     removed = []
+    for leftover in Path(staging).glob(f".*{_REMOVED}"):  # of a process that was killed meanwhile
+        shutil.rmtree(leftover, ignore_errors=True)
     for users in sorted(Path(staging).glob(f"*/{_USERS}")):
-        descriptor = os.open(users, os.O_RDWR)
+        try:
+            descriptor = os.open(users, os.O_RDWR)
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(users.parent)
+            # Moved away first: whoever comes while the files go finds no folder, rather than half of one.
+            aside = users.parent.with_name(f".{users.parent.name}.{uuid4().hex[:12]}{_REMOVED}")
+            users.parent.rename(aside)
+            shutil.rmtree(aside)
             removed.append(users.parent)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -81,13 +95,18 @@ def remove_unused(staging: str | Path) -> list[Path]:
 
 def release(subset: Subset) -> None:
     """Say that this process no longer uses the folder of a staged subset."""
-    descriptor = _held.pop(subset.dataset.folder, None)
+    let_go(subset.dataset.folder)
+
+
+def let_go(local: Path) -> None:
+    """Undo `hold`."""
+    descriptor = _held.pop(local, None)
     if descriptor is not None:
         os.close(descriptor)
 
 
-def _hold(local: Path) -> None:
-    """Take part in the shared lock that marks a folder as used."""
+def hold(local: Path) -> None:
+    """Create a folder and mark it as used as long as this process lives: take part in its shared lock."""
     if local in _held and (local / _USERS).exists():
         return
     while True:

@@ -88,7 +88,8 @@ class LocalRun:
             self.running.append(Started(task, self._submit(task, free[0]), free.pop(0)))
 
     def _submit(self, task: Task, slot: int) -> LocalJob[tuple[Result, ...]]:
-        resources = self.cluster.shape(task.stage).resources
+        shape = self.cluster.shape(task.stage)
+        resources = shape.resources
         count = resources.num_processes
         gpus = visible_gpus()[slot * count : (slot + 1) * count] if resources.device != "cpu" else ()
         executor = submitit.LocalExecutor(self.job_folder)
@@ -98,7 +99,7 @@ class LocalRun:
         )  # fmt: skip
         bundle = LocalBundle(
             task.keys, str(self.store.root.absolute()), str(self.data_dir.absolute()), resources,
-            ProcessMark.of(), free_port() if count > 1 else 0,
+            ProcessMark.of(), free_port() if count > 1 else 0, shape.slurm.staging,
         )  # fmt: skip
         with (
             environment_variables(**import_environment(), **thread_environment(resources)),

@@ -25,6 +25,7 @@ from launch.signals import stop_on_signals
 from launch.slurm.ending import RETRY_EXIT, watch_for_end, wind_down
 from launch.slurm.fence import Claim, Fence, watch
 from launch.slurm.identity import JobIdentity
+from launch.staging import staged
 from launch.worker import Result, job_log, record_death, run_bundle
 
 BUSY_TRIES, BUSY_WAIT_S = 60, 5.0
@@ -76,16 +77,14 @@ class SlurmBundle:
         return self
 
     def _work(self, stop: StopRequest, job: JobIdentity, rank: Rank, claim: Claim) -> tuple[Result, ...]:
-        from launch.slurm.staging import staged
-
         store = claim.store
-        data_dir = staged(self.keys, store, Path(self.data), self.staging)
         job_keys = [key for key in self.keys if not failed_in_this_job(store, key, job)]
         patience = Patience(store, rank, stop, claim)
-        return run_bundle(
-            job_keys, store, data_dir, self.resources, stop, job=str(job), log=job_log(), around=patience.run,
-            second_turns=rank.world_size == 1,
-        )  # fmt: skip
+        with staged(job_keys, store, Path(self.data), self.staging, stop) as data_dir:
+            return run_bundle(
+                job_keys, store, data_dir, self.resources, stop, job=str(job), log=job_log(), around=patience.run,
+                second_turns=rank.world_size == 1,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,28 @@ def test_folders_in_use_are_kept_and_others_removed(folder: Path, tmp_path: Path
     assert remove_unused(tmp_path) == []
 
 
+def test_a_folder_that_comes_while_the_old_one_goes_is_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subset = open_dataset(folder, tier="raw").subset(15)
+    release(stage_subset(subset, tmp_path))
+    remove = shutil.rmtree
+
+    def remove_while_another_job_starts(path: Path, **options: bool) -> None:
+        staged = stage_subset(subset, tmp_path)
+        remove(path, **options)
+        assert np.array_equal(images(staged), images(subset))
+        release(staged)
+
+    monkeypatch.setattr(shutil, "rmtree", remove_while_another_job_starts)
+    remove_unused(tmp_path)
+    monkeypatch.undo()
+    # What a remover that was killed left behind goes with the next.
+    (tmp_path / ".arrays-0123.removed").mkdir()
+    assert len(remove_unused(tmp_path)) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def _stage(folder: Path, staging: Path) -> int:
     return int(images(stage_subset(open_dataset(folder, tier="raw").subset(40), staging)).sum())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from launch.slurm.fence import SUPERSEDED_EXIT, Claim, Fence
 from launch.slurm.identity import JobIdentity
 from launch.slurm.job import Patience, failed_in_this_job
 from launch.slurm.queue import parse_element, parse_ended
-from launch.slurm.staging import staged, view
+from launch.staging import staged
 from launch.worker import Result, record_death
 
 TRAINING = {"budget": {"steps": 10}, "optim": {"lr": 1e-3}, "global_batch": 8, "precision": "fp32"}
@@ -187,26 +188,56 @@ def test_a_staged_bundle_reads_the_same_images_from_the_nodes_disk(
     from dbscale.data import open_dataset
 
     store, data, keys = packed
-    assert staged(keys, store, data, None) == data
+    with staged(keys, store, data, None, StopRequest()) as folder:
+        assert folder == data
     monkeypatch.setenv("NODE_DISK", str(tmp_path / "node disk"))
-    folder = staged(keys, store, data, "$NODE_DISK/x")
-    assert staged(keys, store, data, "$NODE_DISK/x") == folder
-    assert tmp_path / "node disk" in folder.parents
     there = open_dataset(data / "shards" / "up").subset(20)
     expected = there.dataset.reader.fetch(there.indices)[0]
-    shutil.rmtree(data)
-    for split, count in (("train", 20), ("test", None)):
-        subset = open_dataset(folder / "shards" / "up", split).subset(count)
-        found = subset.dataset.reader.fetch(subset.indices)[0]
-        assert len(found) == len(subset.indices)
-        assert split == "test" or np.array_equal(found, expected)
-    assert open_dataset(folder / "shards" / "up").fingerprint == there.dataset.fingerprint
+    with staged(keys, store, data, "$NODE_DISK/x", StopRequest()) as folder:
+        assert tmp_path / "node disk" in folder.parents
+        data.rename(tmp_path / "away")
+        for split, count in (("train", 20), ("test", None)):
+            subset = open_dataset(folder / "shards" / "up", split).subset(count)
+            found = subset.dataset.reader.fetch(subset.indices)[0]
+            assert len(found) == len(subset.indices)
+            assert split == "test" or np.array_equal(found, expected)
+        assert open_dataset(folder / "shards" / "up").fingerprint == there.dataset.fingerprint
+    assert list((tmp_path / "node disk/x/dbscale").iterdir()) == []
 
 
-def test_bundles_of_other_datasets_have_other_views(packed: tuple[Store, Path, list[str]], tmp_path: Path) -> None:
-    copies = [tmp_path / "node" / name for name in ("up-1", "up-2")]
-    one, other = (view(tmp_path / "node", {"up": copy}) for copy in copies)
-    assert [(folder / "shards" / "up").readlink() for folder in (one, other)] == copies
+def test_a_job_that_comes_back_finds_its_copies(packed: tuple[Store, Path, list[str]], tmp_path: Path) -> None:
+    store, data, keys = packed
+    stop = StopRequest()
+    with staged(keys, store, data, str(tmp_path / "node"), stop):
+        stop.ask("SIGUSR2")
+    (copy,) = (tmp_path / "node/dbscale").glob("up-*")
+    stamps = {path: path.stat().st_mtime_ns for path in copy.glob("*.tar")}
+    with staged(keys, store, data, str(tmp_path / "node"), StopRequest()) as folder:
+        assert (folder / "shards/up").resolve() == copy
+        assert {path: path.stat().st_mtime_ns for path in copy.glob("*.tar")} == stamps
+    assert list((tmp_path / "node/dbscale").iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["full disk", "no such variable"])
+def test_what_cannot_be_staged_is_read_where_it_is(
+    packed: tuple[Store, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], fault: str,
+) -> None:  # fmt: skip
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store, data, keys = packed
+    place = str(tmp_path / "node")
+    if fault == "full disk":
+        monkeypatch.setattr(shutil, "copyfileobj", full)
+    else:
+        place = "$NO_SUCH_DISK/x"
+    with staged(keys, store, data, place, StopRequest()) as folder:
+        assert folder == data
+    said = capsys.readouterr().err
+    expected = "the disk is full" if fault == "full disk" else "a variable that is not set in the job's environment"
+    assert expected in said and f"reading {data / 'shards'}" in said
+    assert not list(tmp_path.glob("node/dbscale/*"))
 
 
 def test_a_store_that_refuses_is_waited_for(
