@@ -25,7 +25,7 @@ def explain(
     if status == "no_crossing":
         words.append(
             f"No crossing is established between {low:,.0f} and {high:,.0f} upstream samples "
-            f"({probability:.0%} of the drawn curves cross within reach): the range may be too short."
+            f"({100 * probability:.0f} % of the drawn curves cross within reach): the range may be too short."
         )
         words += _without_crossing(direction, delta)
     if status == "crossing" and direction != "positive_to_negative":

@@ -45,12 +45,16 @@ def pooled_of(boundaries: Sequence[BoundaryRecord], setting: Setting) -> dict[st
 def leading(
     table: RunTable, setting: Setting, boundaries: Sequence[BoundaryRecord], fits: Sequence[FitRecord]
 ) -> BoundaryRecord:
-    """The pooled boundary that the answer reports: the laws' where they describe the runs, else the paired runs'."""
+    """The pooled boundary that the answer reports: the laws' where they describe the runs, else the paired runs'.
+
+    Without a root the laws only lead where the paired runs show the same, or nothing for want of data.
+    """
     pooled = pooled_of(boundaries, setting)
     law, free = pooled.get("law"), pooled["law_free"]
     if law is None or _misfit(fits, setting) or _contradicts(law, mean_delta(table, setting)):
         return free
-    return free if law.upstream_samples is None and free.upstream_samples is not None else law
+    agreed = free.upstream_samples is None and free.direction in (None, law.direction)
+    return law if law.upstream_samples is not None or agreed else free
 
 
 def _misfit(fits: Sequence[FitRecord], setting: Setting) -> bool:
@@ -74,12 +78,9 @@ def _second_opinion(
     root = free.upstream_samples
     if root is not None:
         return f" Without assuming a law, the paired runs put it at {about(root.value)} ({interval_text(root)})."
-    if law.upstream_samples is not None:
-        sure = percent(free.probability or 0, 0)
-        return f" Without assuming a law, the paired runs alone do not establish it ({sure} of the drawn curves cross)."
-    if free.direction == "within_noise" and law.direction != "within_noise":
-        return " Without assuming a law, the paired runs show no difference beyond noise."
-    return ""
+    sure = percent(free.probability or 0, 0)
+    alone = f" Without assuming a law, the paired runs alone do not establish it ({sure} of the drawn curves cross)."
+    return alone if law.upstream_samples is not None else ""
 
 
 def _why_not(law: BoundaryRecord, *, misfit: bool, mean: float) -> str:

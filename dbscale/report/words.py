@@ -8,7 +8,8 @@ from dbscale.report.schema import Estimate
 
 SYMBOLS = (
     ("E_inf", "E∞"), ("^-alpha", "^(−α)"), ("^-beta", "^(−β)"), ("^-gamma", "^(−γ)"), ("alpha", "α"), ("beta", "β"),
-    ("gamma", "γ"), ("*", "·"), ("transfer_gap", "transfer gap"),
+    ("gamma", "γ"), ("*", "·"), (" - ", " − "), ("E0", "E₀"),
+    ("transfer_gap", "transfer gap"), ("m4_product", "m4 product"),
 )  # fmt: skip
 
 
