@@ -44,7 +44,12 @@ class ShardFiles:
     def read(self, position: int) -> bytes:
         """The encoded bytes of one sample. Raises DecodeError when they changed since packing."""
         shard, size, offset, expected, *_ = self.index[position].item()
-        data = os.pread(self.open(shard).number, size, offset)
+        try:
+            data = os.pread(self.open(shard).number, size, offset)
+        except OSError as error:  # not the sample's fault: to replace it would train on other images
+            raise DataError(
+                f"{self.describe(position)}: cannot be read ({error.strerror}); look at the disk"
+            ) from error
         if checksum(data) != expected:
             raise DecodeError(f"{self.describe(position)}: the bytes changed since packing (checksum mismatch)")
         return data

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dbscale.data import EvalLoader
 from dbscale.training.accelerators import reduce_over_ranks
+from dbscale.training.lockstep import lockstep
 
 NUM_CALIBRATION_BINS = 15
 
@@ -42,7 +43,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, num_samples: int, accelerator
     """Evaluate `model` on a loader's pass; every rank gets the whole result."""
     model.eval()
     table_N5, num_classes = torch.zeros(num_samples, 5, dtype=torch.float64), 0
-    for batch in loader:
+    for batch in lockstep(iter(loader), accelerator):
         assert isinstance(batch.images, Tensor), "an evaluation loader transforms"
         logits_BC = model(batch.images.to(accelerator.device, non_blocking=True)).float()
         num_classes = logits_BC.shape[1]

@@ -9,10 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from dbscale.training.accelerators import reduce_over_ranks
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import energy_j
 from dbscale.training.ema import EMA
+from dbscale.training.lockstep import highest_of_ranks, lockstep
 from dbscale.training.losses import Losses, Objective, Target
 from dbscale.training.optimizer import learning_rate, set_learning_rate
 from dbscale.training.progress import Reporter
@@ -75,8 +74,8 @@ def train(run: Run) -> bool:
     energy = energy_j(run.accelerator.device)
     saved_at = mark = time.perf_counter()
     interval_s = run.checkpoint_interval_s
-    for step in range(state.step, recipe.num_steps):
-        batch = next(run.loader)
+    steps = range(state.step, recipe.num_steps)
+    for step, batch in zip(steps, lockstep(run.loader, run.accelerator), strict=False):
         state.data_wait_s += time.perf_counter() - mark
         if len(batch.bad_ids):
             state.bad_ids = sorted({*state.bad_ids, *batch.bad_ids.tolist()})
@@ -179,19 +178,7 @@ def _agree(run: Run, request: Request) -> Request:
     """The highest request of all ranks, so that all save at the same step."""
     if run.accelerator.num_processes == 1:
         return request
-    # Over the host: a device collective would make the host wait for the step just launched.
-    wish = torch.tensor([int(request)])
-    dist.all_reduce(wish, op=dist.ReduceOp.MAX, group=_host_group())
-    return Request(int(wish))
-
-
-@cache
-def _host_group() -> dist.ProcessGroup | None:
-    if dist.get_backend() == "gloo":
-        return None
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    return Request(highest_of_ranks(request))
 
 
 def _add_energy(run: Run, since: float | None) -> float | None:

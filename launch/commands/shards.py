@@ -22,7 +22,8 @@ def add_commands(add: AddCommand) -> None:
         ("info", info, "describe packed datasets: sizes, balance, fingerprint, samples of each class"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("datasets", nargs="*", metavar="DATASET", help="names (default: all)")
+        words = "names (default: all)" if name == "pack" else "names or folders (default: all)"
+        command.add_argument("datasets", nargs="*", metavar="DATASET", help=words)
         command.set_defaults(shards=run)
         add_data(command)
         if name == "pack":
@@ -83,9 +84,9 @@ def _folders(arguments: argparse.Namespace) -> list[Path]:
     """Folders of the named datasets, or of all that are packed."""
     root = arguments.data / "shards"
     packed = sorted(path.parent.name for path in root.glob("*/manifest.json"))
-    for name in arguments.datasets:
-        if name not in packed:
-            raise ConfigError(
-                f"no packed dataset {name!r} in {root}; {nearest(name, packed) if packed else 'none yet'}"
-            )
-    return [root / name for name in arguments.datasets or packed]
+    folders = [root / name if name in packed else Path(name) for name in arguments.datasets or packed]
+    for folder in folders:
+        if not (folder / "manifest.json").exists():
+            known = nearest(folder.name, packed) if packed else "none yet"
+            raise ConfigError(f"no packed dataset {str(folder)!r} in {root}, nor such a folder; {known}")
+    return folders

@@ -1,5 +1,6 @@
 """Damaged shards stop with the mending command; a bad sample is replaced and counted."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,16 @@ def test_a_missing_shard_names_the_command(own_folder: Path, open_small: Callabl
     (own_folder / "train-000001.tar").unlink()
     loader = make_loader(open_small(own_folder).subset(), global_batch=53, seed=0)
     with pytest.raises(DataError, match=r"train-000001\.tar: shard is missing; pack it again with the same options"):
+        next(loader)
+
+
+def test_a_disk_that_fails_stops_the_run(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    loader = make_loader(open_dataset(own_folder, tier="jpeg").subset(), global_batch=53, seed=0)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataError, match=r"train-00000\d\.tar, sample '.*': cannot be read \(Input/output error\)"):
         next(loader)
 
 

@@ -48,6 +48,8 @@ def test_verify_names_what_is_wrong_and_pack_mends_it(packed: Path, capsys: pyte
 
 
 def test_names_that_are_not_there(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "info", str(packed / "shards" / "digits")]) == 0
+    assert "digits: 10 classes" in capsys.readouterr().out
     assert main(["shards", "info", "digit", "--data", str(packed)]) == 1
     assert "no packed dataset 'digit'" in capsys.readouterr().err
     assert main(["shards", "pack", "digit", "--data", str(packed)]) == 1
