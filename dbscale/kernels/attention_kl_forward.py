@@ -19,12 +19,15 @@ from dbscale.kernels.triton_math import (
     store_rows,
 )
 
+MISSING: tl.constexpr = tl.constexpr(-1e30)
+"""Score of a key that does not exist: no mass, and finite, so that the gap of two of them counts nothing."""
+
 
 @triton.jit
 def _scores(q, k, batch, head, keys, num_tokens, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Raw scores q·kᵀ of a block of rows and a block of keys, −inf for keys that do not exist."""
+    """Raw scores q·kᵀ of a block of rows and a block of keys."""
     scores = dot(q, tl.trans(load_rows(k, batch, head, keys, num_tokens, WIDTH, PADDED)))
-    return tl.where((keys < num_tokens)[None, :], scores, -float("inf"))
+    return tl.where((keys < num_tokens)[None, :], scores, MISSING)
 
 
 @triton.jit
@@ -37,12 +40,12 @@ def _absorb(scores, maximum, total, rate):
 
 
 @triton.jit
-def _gap(z_s, z_t, usual_gap, scale_ratio, exists):
+def _gap(z_s, z_t, usual_gap, scale_ratio):
     """Student's less teacher's scores, in the student's raw scores: equal scores and scales then leave exactly 0.
 
     The usual gap of a row is a whole number: taking it off is exact, and a large common shift costs no digits.
     """
-    return tl.where(exists, (z_s - usual_gap[:, None]) - z_t * scale_ratio, 0.0)
+    return (z_s - usual_gap[:, None]) - z_t * scale_ratio
 
 
 @triton.jit
@@ -56,7 +59,7 @@ def _near_kl(q_rows, k_s, q_t_rows, k_t, place, num_tokens, scales, stats_s, sta
         keys = start + tl.arange(0, BLOCK_N)
         z_s = _scores(q_rows, k_s, place[0], place[1], keys, num_tokens, D_S, P_S)
         z_t = _scores(q_t_rows, k_t, place[0], place[2], keys, num_tokens, D_T, P_T)
-        gap = _gap(z_s, z_t, usual_gap, scales[1] / scales[0], (keys < num_tokens)[None, :])
+        gap = _gap(z_s, z_t, usual_gap, scales[1] / scales[0])
         offset = (gap - mean_gap[:, None]) * scales[0]
         p_s = tl.exp2((z_s - stats_s[0][:, None]) * (scales[0] * LOG2_E)) * inv_s[:, None]
         p_t = tl.exp2((z_t - stats_t[0][:, None]) * (scales[1] * LOG2_E)) * inv_t[:, None]
@@ -94,7 +97,7 @@ def forward_kernel(
             z_t = _scores(q_t_rows, k_t, place[0], place[2], keys, num_tokens, D_T, P_T)
             exp_t, max_t, sum_t, shrink_t = _absorb(z_t, max_t, sum_t, scale_t * LOG2_E)
             usual_gap = tl.where(start == 0, tl.floor(max_s - max_t * scale_ratio + 0.5), usual_gap)
-            gap = _gap(z_s, z_t, usual_gap, scale_ratio, (keys < num_tokens)[None, :])
+            gap = _gap(z_s, z_t, usual_gap, scale_ratio)
             gaps = gaps * shrink_t + tl.sum(exp_t * gap, 1)
         if HAS_OUT:
             values = load_rows(v, place[0], place[1], keys, num_tokens, D_V, P_V)
