@@ -6,7 +6,9 @@ The DeiT family is timm's own ViT class with other sizes, so a saved `model.safe
 from __future__ import annotations
 
 import copy
+import difflib
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,9 @@ def make_model(
             f"image_size {image_size} is not a multiple of patch_size {model.patch_size}; choose sizes that divide"
         )
     name, arguments = timm_arguments(model, num_classes=num_classes, image_size=image_size)
+    if not timm.is_model(name.partition(".")[0]):
+        close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "see timm.list_models()"
+        raise TrainingError(f"timm knows no model {name!r}; near it: {close}")
     if drop_path:
         arguments["drop_path_rate"] = drop_path
     if guided:
@@ -60,7 +65,8 @@ def make_model(
         try:
             return timm.create_model(name, pretrained=False, **arguments)
         except (RuntimeError, TypeError, AssertionError) as error:
-            raise TrainingError(f"timm cannot create {name!r} with {arguments}: {error}") from error
+            hint = "; it has no stochastic depth: set drop_path to 0" if "drop_path_rate" in str(error) else ""
+            raise TrainingError(f"timm cannot create {name!r} with {arguments}: {error}{hint}") from error
 
 
 def load_backbone(model: nn.Module, weights: Path) -> None:
@@ -73,15 +79,10 @@ def load_backbone(model: nn.Module, weights: Path) -> None:
         state = checkpoint_filter_fn(state, model)
     heads = head_names(model)
     backbone = {name: value for name, value in state.items() if not name.startswith(heads)}
-    try:
-        missing, unexpected = model.load_state_dict(backbone, strict=False)
-    except RuntimeError as error:
-        raise TrainingError(f"{weights} does not fit this cell's model: {error}") from None
-    missing = [name for name in missing if not name.startswith(heads)]
-    if missing or unexpected:
-        raise TrainingError(
-            f"{weights} does not fit this cell's model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}"
-        )
+    _refuse_misfit(
+        weights, backbone, {name: each for name, each in model.state_dict().items() if not name.startswith(heads)}
+    )
+    model.load_state_dict(backbone, strict=False)
 
 
 def restore_model(model: Model, weights: Path, *, num_classes: int, image_size: int) -> nn.Module:
@@ -91,11 +92,25 @@ def restore_model(model: Model, weights: Path, *, num_classes: int, image_size: 
     network = copy.deepcopy(skeleton(model, num_classes=num_classes, image_size=image_size))
     if any(buffer.is_meta for name, buffer in network.named_buffers() if name not in state):
         network = make_model(model, num_classes=num_classes, image_size=image_size)
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise TrainingError(f"{weights} does not fit its recipe's model: {error}") from None
+    _refuse_misfit(weights, state, network.state_dict())
+    network.load_state_dict(state, assign=True)
     return network
+
+
+def _refuse_misfit(weights: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise TrainingError unless `state` holds exactly the tensors that are wanted."""
+    wrong = [
+        f"{name} is {list(state[name].shape)} there, {list(each.shape)} here"
+        for name, each in wanted.items()
+        if name in state and each.shape != state[name].shape
+    ]
+    wrong += [f"{name} is missing" for name in wanted if name not in state]
+    wrong += [f"{name} is not known here" for name in state if name not in wanted]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise TrainingError(
+            f"{weights} does not fit this cell's model: {wrong[0]}{more}; both must name the same model"
+        )
 
 
 def skeleton(model: Model, *, num_classes: int, image_size: int) -> nn.Module:

@@ -99,6 +99,17 @@ def test_damaged_parent_weights_are_refused(bench):
     assert "is not what its row.json describes" in failed(bench.run(bench.cell("finetune", init=parent)))
 
 
+def test_parents_of_another_model_are_refused(bench):
+    parent = bench.cell(budget=Budget(steps=1))
+    bench.run(parent)
+    wider, deeper = (DeiT(heads=h, head_width=8, depth=d, patch_size=4) for h, d in ((3, 2), (2, 3)))
+    reason = failed(bench.run(bench.cell("finetune", init=parent, model=wider)))
+    assert "model.safetensors does not fit this cell's model: cls_token is [1, 1, 16] there, [1, 1, 24] here" in reason
+    assert len(reason.splitlines()) == 1
+    reason = failed(bench.run(bench.cell("finetune", init=parent, model=deeper)))
+    assert "blocks.2.norm1.weight is missing and 11 more" in reason
+
+
 def test_another_dataset_under_the_same_name_is_refused(bench):
     cell = bench.cell(fingerprint="0" * 32)
     assert "has fingerprint" in failed(bench.run(cell))
@@ -130,10 +141,12 @@ def test_unknown_cell(bench):
     [
         ({"precision": "fp16"}, "precision fp16 needs a GPU"),
         ({"model": DeiT(heads=1, head_width=8, depth=1, patch_size=5)}, "16 is not a multiple of patch_size 5"),
-        ({"model": TimmModel(kind="timm", name="no_such_model")}, "Unknown model"),
+        ({"model": TimmModel(kind="timm", name="deit_tinny_patch16_224")}, "deit_tiny_patch16_224"),
+        ({"model": TimmModel(kind="timm", name="resnet10t", kwargs={"depht": 3})}, "'depht'"),
+        ({"model": TimmModel(kind="timm", name="vgg11"), "drop_path": 0.1}, "set drop_path to 0"),
         ({"num_samples": 97}, "97"),
     ],
-    ids=["fp16", "patch size", "model", "num_samples"],
+    ids=["fp16", "patch size", "model", "model's argument", "no stochastic depth", "num_samples"],
 )
 def test_recipes_that_cannot_be_trained(options, expected, bench):
     assert expected in failed(bench.run(bench.cell(**options)))
