@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dbscale.kernels.closed_forms import kl_of_maps, refine_near
+from dbscale.kernels.closed_forms import ELEMENTS_ON_DEVICE, kl_of_maps, refine_near
 from dbscale.kernels.head_map import HeadPlan
 from dbscale.kernels.kd_loss_eager import wide
 
@@ -17,9 +17,10 @@ ELEMENTS_PER_BLOCK = 1 << 18
 def blocks(q: Tensor) -> Iterator[tuple[slice, slice]]:
     """(images, query tokens) of each block: several whole images where they are small, else rows of one."""
     batch, num_heads, num_tokens, _ = q.shape
+    most = ELEMENTS_PER_BLOCK if q.device.type == "cpu" else ELEMENTS_ON_DEVICE
     entries_per_row = max(num_heads * num_tokens, 1)
-    tokens = min(max(ELEMENTS_PER_BLOCK // entries_per_row, 1), max(num_tokens, 1))
-    images = max(ELEMENTS_PER_BLOCK // (entries_per_row * tokens), 1)
+    tokens = min(max(most // entries_per_row, 1), max(num_tokens, 1))
+    images = max(most // (entries_per_row * tokens), 1)
     for first_image in range(0, batch, images):
         for first_token in range(0, num_tokens, tokens):
             yield slice(first_image, first_image + images), slice(first_token, first_token + tokens)

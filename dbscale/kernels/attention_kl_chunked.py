@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dbscale.kernels.attention_arguments import MapPair
 from dbscale.kernels.attention_blocks import blocks, kl_block, packed, slope_block
@@ -128,7 +129,7 @@ class _DirectTotal(torch.autograd.Function):
         _setup_total(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward_total)
+    backward = staticmethod(once_differentiable(_backward_total))  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 # Output and KL rows, or KL rows alone
@@ -266,7 +267,8 @@ class _DirectAttention(torch.autograd.Function):
         return out, rows
 
     @staticmethod
-    def backward(ctx, *upstreams):
+    @once_differentiable
+    def backward(ctx, *upstreams):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_out, upstream = upstreams
         out, q_s, k_s, q_t, k_t, v, *kept = ctx.saved_tensors
         grad_out = None if v is None else grad_out

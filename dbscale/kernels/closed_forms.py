@@ -18,6 +18,9 @@ SERIES_RADIUS = 1.0
 FEW_ELEMENTS = 1 << 13
 """So many scores are computed in float64 on the CPU, where that costs less than forms that keep the digits."""
 
+ELEMENTS_ON_DEVICE = 1 << 25
+"""Elements of a block on an accelerator, where each is some forty launches and must be worth them: 128 MiB."""
+
 LONG_ROW = 512
 """Columns from which torch's own sum is as fast as a product with ones, and more exact."""
 

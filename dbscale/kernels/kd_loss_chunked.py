@@ -6,8 +6,9 @@ for backward. What `kd_loss` runs on the CPU. Leaves checks and reduction to `kd
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dbscale.kernels.closed_forms import FEW_ELEMENTS, expectation, may_hold, refine_near
+from dbscale.kernels.closed_forms import ELEMENTS_ON_DEVICE, FEW_ELEMENTS, expectation, may_hold, refine_near
 from dbscale.kernels.kd_target import KDTarget, KDWeights
 
 ELEMENTS_PER_BLOCK = 1 << 17
@@ -34,9 +35,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     target, weights = KDTarget(labels_a, labels_b, lam, soft), KDWeights(*numbers)
     ce, kl, _, grad = _outputs(student, False, want_grad)
-    is_small = student.device.type == "cpu" and student.numel() <= FEW_ELEMENTS
+    on_cpu = student.device.type == "cpu"
+    is_small = on_cpu and student.numel() <= FEW_ELEMENTS
     dtype = torch.float64 if is_small else ce.dtype
-    rows_per_block = max(1, ELEMENTS_PER_BLOCK // student.shape[1])
+    rows_per_block = max(1, (ELEMENTS_PER_BLOCK if on_cpu else ELEMENTS_ON_DEVICE) // student.shape[1])
     for start in range(0, student.shape[0], rows_per_block):
         block = slice(start, start + rows_per_block)
         _one_block(student[block].to(dtype), teacher[block].to(dtype), _rows_of(target, block, dtype), weights,
@@ -89,7 +91,8 @@ class _Direct(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, *upstreams):
+    @once_differentiable
+    def backward(ctx, *upstreams):  # pyright: ignore[reportIncompatibleMethodOverride]
         upstream, *_ = upstreams
         (grad,) = ctx.saved_tensors
         is_final = upstream is not None and upstream.ndim == 0 and grad.dtype == ctx.dtype

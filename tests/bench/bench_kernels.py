@@ -3,7 +3,7 @@
 Forward and backward are measured together. Prints the machine, the bandwidth of a large copy and one markdown table
 per loss: medians, ratios to eager from the same rounds, what is kept for backward and the most held at once. On CUDA
 the times are those between events, caches flushed, and floors are the bytes that any implementation must move by the
-measured copy. docs/benchmarks/kernels.md holds the figures.
+measured copy; on the CPU they are CPU seconds of one thread. docs/benchmarks/kernels.md holds the figures.
 """
 
 from __future__ import annotations
@@ -32,15 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9, help="turns that every variant takes (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="torch threads on the CPU (default: torch's choice)")
     parser.add_argument("--only", nargs="+", choices=tuple(LOSSES), default=tuple(LOSSES), help="losses to measure")
     parser.add_argument("--skip", nargs="+", default=(), metavar="VARIANT", help="variants to leave out")
     parser.add_argument("--case", help="only the cases whose description contains this text")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is visible; --device cpu measures the CPU's backends")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)  # on the CPU: its seconds are counted, and cells train on one
     warnings.filterwarnings("ignore", category=UserWarning)  # torch.compile's advice
     device = torch.device(arguments.device)
     bandwidth = copy_bandwidth(device, (1 << 30) if device.type == "cuda" else (256 << 20))
@@ -77,9 +75,7 @@ def lines(case: str, results: dict[str, Result], floor_s: float) -> Iterator[str
 
 def machine(device: torch.device) -> str:
     """Device, threads and versions in one line."""
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_model()}, {torch.get_num_threads()} threads"
-    )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_model()}, 1 thread"
     versions = ", ".join(map(versioned, PACKAGES))
     return f"{name}, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, {versions}"
 
