@@ -117,6 +117,18 @@ def test_cells_can_be_filtered(opened):
     page.fill("input[data-filter=cells]", "")
 
 
+def test_nothing_is_squeezed_on_paper(opened):
+    """Keys of cells may break over two lines, not over twenty."""
+    page, _ = opened
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 720, "height": 1000})
+    tallest = page.evaluate("Math.max(...[...document.querySelectorAll('#cells tr')].map((row) => row.offsetHeight))")
+    page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 1280, "height": 800})
+    assert tallest < 100
+
+
 def test_it_prints_and_has_its_picture_taken(opened, tmp_path: Path):
     """Set DBSCALE_SCREENSHOT to keep the picture: the README's is made this way."""
     page, _ = opened

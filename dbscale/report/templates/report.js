@@ -31,7 +31,7 @@
   const parts = [...document.querySelectorAll("div[data-setting]")];
   let unprinted = [];
   window.addEventListener("beforeprint", () => {
-    document.querySelectorAll("details").forEach((d) => { d.open = true; });
+    document.querySelectorAll(".notes details").forEach((d) => { d.open = true; });
     unprinted = parts.filter((part) => part.hidden);
     unprinted.forEach((part) => { part.hidden = false; });
     drawAll();
