@@ -6,8 +6,7 @@ caller's; which sample comes when is `order`.
 """
 
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dbscale.data.dataset import Subset
 from dbscale.data.errors import DataError
 from dbscale.data.order import Stream, valid_world_sizes
 from dbscale.data.read import Pixels
+from dbscale.data.serve import serve
 from dbscale.data.transform import Transform
 
 
@@ -104,7 +103,7 @@ class TrainLoader:
         self._max_bad_share = max_bad_share
         self._bad_ids: set[int] = set()
         self._next = consumed // self._global_batch
-        self._batches = _serve(batches, count(self._next), num_workers)
+        self._batches = serve(batches, count(self._next), num_workers)
 
     @property
     def consumed(self) -> int:
@@ -249,7 +248,7 @@ class EvalLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _serve(self._batches, range(len(self._batches)), self._num_workers)
+        return serve(self._batches, range(len(self._batches)), self._num_workers)
 
 
 def make_eval_loader(
@@ -267,26 +266,3 @@ def make_eval_loader(
     """
     check_world(batch_size * max(world_size, 1), rank, world_size)
     return EvalLoader(_EvalBatches(subset, batch_size, rank, world_size, transform), num_workers)
-
-
-def _serve(batches: _TrainBatches | _EvalBatches, numbers: Iterable[int], num_workers: int) -> Iterator[Batch]:
-    if num_workers == 0:
-        return (batches[number] for number in numbers)
-    _ = batches.subset.dataset.reader  # opened (and, for the resident tier, decoded) once, before the workers fork
-    with warnings.catch_warnings():
-        # More workers than cores is the caller's choice.
-        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        loader = DataLoader(
-            batches,  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=numbers,
-            num_workers=num_workers,
-            collate_fn=_identity,  # type: ignore[arg-type]
-            # A generator of its own: the loader must not draw from, and so change, the caller's random state.
-            generator=torch.Generator(),
-        )
-        return iter(loader)
-
-
-def _identity(batch: Batch) -> Batch:
-    return batch

@@ -61,8 +61,9 @@ def test_a_disk_that_fails_stops_the_run(own_folder: Path, monkeypatch: pytest.M
 def test_an_error_reaches_the_caller_from_a_worker(own_folder: Path) -> None:
     (own_folder / "train-000001.tar").unlink()
     loader = make_loader(open_dataset(own_folder, tier="raw").subset(), global_batch=53, seed=0, num_workers=2)
-    with pytest.raises(DataError, match=r"train-000001.tar: shard is missing"):
+    with pytest.raises(DataError) as caught:
         next(loader)
+    assert str(caught.value).startswith(f"{own_folder / 'train-000001.tar'}: shard is missing")  # no traceback first
     loader.close()
 
 
