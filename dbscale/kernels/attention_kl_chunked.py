@@ -129,7 +129,10 @@ class _DirectTotal(torch.autograd.Function):
         _setup_total(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(_backward_total))  # pyright: ignore[reportIncompatibleMethodOverride]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstreams):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _backward_total(ctx, *upstreams)
 
 
 # Output and KL rows, or KL rows alone
