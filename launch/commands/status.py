@@ -18,7 +18,7 @@ from launch.text import duration, table
 
 STATES: tuple[State, ...] = ("done", "running", "queued", "interrupted", "failed", "blocked", "new")
 MAX_SHOWN = 20
-WAIT_S = 0.6
+WAIT_S = 0.5
 """A controller that is away lets squeue try for ten seconds."""
 CLEAR_SCREEN = "\033[H\033[2J"
 

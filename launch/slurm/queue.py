@@ -6,10 +6,13 @@ import os
 import pwd
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TIMEOUT_S = 30.0
+READ_S = 0.1
+"""To read an answer that is there, however late it is asked for."""
 DEFAULT_MAX_ARRAY_SIZE = 1001
 
 
@@ -114,6 +117,7 @@ class Asked:
     """A SLURM command under way, so that other work can be done meanwhile."""
 
     process: subprocess.Popen[str]
+    since: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of(cls, command: Sequence[str]) -> Asked:
@@ -124,10 +128,11 @@ class Asked:
             raise SlurmError(f"no `{command[0]}` here: use a login node of the cluster, or --cluster local") from None
 
     def answer(self, timeout_s: float) -> str:
-        """Standard output, within `timeout_s` from now. Raises SlurmError."""
+        """Standard output, within `timeout_s` of asking. Raises SlurmError."""
         program = self.process.args[0]  # type: ignore[index]
+        left_s = timeout_s - (time.monotonic() - self.since)
         try:
-            answer, said = self.process.communicate(timeout=timeout_s)
+            answer, said = self.process.communicate(timeout=max(READ_S, left_s))
         except subprocess.TimeoutExpired:
             self.drop()
             raise SlurmError(f"SLURM does not answer (`{program}`, {timeout_s:g} s); try again later") from None
