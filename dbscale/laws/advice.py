@@ -106,7 +106,7 @@ def _beyond(fits: Mapping, outside: tuple[str, ...]) -> str:
 
 def _sentence(decision: str, better: float, rows: tuple, boundary, beyond: str, point: Mapping[str, float]) -> str:
     plain, distilled = (float(r["expected_error"]) for r in rows)
-    verdict = {"distill": "Distil", "plain": "Do not distil", "undecided": "Undecided: either arm may win"}[decision]
+    verdict = {"distill": "Distill", "plain": "Do not distill", "undecided": "Undecided: either arm may win"}[decision]
     text = (
         f"{verdict}: expected error {distilled:.3f} distilled, {plain:.3f} plain "
         f"(distilled better with probability {better:.0%})"

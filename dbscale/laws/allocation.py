@@ -248,7 +248,7 @@ def _advice(
     low, high = (float(q) for q in np.quantile(plan.errors_here, tails))
     measured = {n: plan.fit.x[n] for n in LEVERS if n in plan.fit.x}
     outside = tuple(n for n, m in measured.items() if not m.min() * 0.999 <= plan.point[n] <= m.max() * 1.001)
-    verb = {"plain": "Train without distillation", "distilled": "Distil"}[arm]
+    verb = {"plain": "Train without distillation", "distilled": "Distill"}[arm]
     sentence = (
         f"{verb} on {plan.point['upstream_samples']:,.0f} upstream images with {plan.point['num_params']:,.0f} "
         f"parameters and {plan.point['downstream_samples']:,.0f} labelled downstream images: "

@@ -19,7 +19,9 @@ from dbscale.laws.rolling import RollingErrors, beyond, rolling_origin
 UNKNOWN_DRIFT = 0.05
 """Error per unit of log distance that is assumed when the table is too short for a single rolling origin."""
 MAX_DISTANCE = 1.5
-"""Rolling errors further out than this (in log x) say little about the next doubling and are not used."""
+"""Rolling errors further out than this (in log x) say little about the next doubling and are not used, unless the
+table's levels lie further apart.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def score_quantile(scores: np.ndarray, level: float) -> float:
 
 def make_calibration(noise: float, rolling: RollingErrors) -> Calibration:
     """Calibrate from in-sample noise and held-out errors."""
-    use = np.isfinite(rolling.error) & (rolling.distance <= MAX_DISTANCE)
+    use = rolling.near(MAX_DISTANCE)
     if not use.any():
         return Calibration(noise, UNKNOWN_DRIFT, np.array([]), {})
     error, distance = np.abs(rolling.error[use]), rolling.distance[use]

@@ -17,7 +17,9 @@ from dbscale.laws.starts import best_starts
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 EXTRA_STARTS = 3
 HORIZON = 1.0
-"""Forms are ranked by errors at most this far (in log x, a factor of 2.7) beyond the training range."""
+"""Forms are ranked by errors at most this far (in log x, a factor of 2.7) beyond the training range, or at the next level
+where that lies further out.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,16 @@ class RollingErrors:
         """Root mean over the `last` (default: all) origins of each one's mean square within HORIZON; nan without
         any.
         """
-        squares = np.where(self.distance <= HORIZON, self.error**2, np.nan)
+        squares = np.where(self.near(HORIZON), self.error**2, np.nan)
         rows = squares[np.isfinite(squares).any(axis=1)]
         rows = rows if last is None else rows[-last:]
         return float(np.sqrt(np.mean(np.nanmean(rows, axis=1)))) if len(rows) else float("nan")
+
+    def near(self, reach: float) -> np.ndarray:
+        """Held-out rows that count [O, n]: those within `reach`, and where levels lie further apart the nearest one."""
+        held_out = np.where(np.isfinite(self.error), self.distance, np.inf)
+        nearest = held_out.min(axis=1, keepdims=True, initial=np.inf)
+        return np.isfinite(held_out) & (held_out <= np.maximum(reach, nearest * (1 + 1e-9)))
 
 
 def training_masks(x: dict[str, np.ndarray]) -> np.ndarray:
