@@ -127,7 +127,6 @@ def measure(num_cells: int) -> dict[str, float]:
         (folder / "slurm" / "queue").unlink()
         found["status, all done"] = timed(lambda: typed(["status", *where]))
         found["reduce"] = timed(lambda: collect(folder / "out"))
-        found["reduce and fit"] = timed(lambda: typed(["reduce", *where]))
         return found
 
 
