@@ -58,7 +58,8 @@ test-slow: $(STAMP) ## Run the long tests as well
 	@$(VENV)/bin/python -m pytest -q -n 2 -m "not bench and not slurm" $(ARGS)
 
 test-slurm: $(STAMP) ## Run the tests on a SLURM sandbox (root; tests/slurm/sandbox.sh install)
-	@DBSCALE_REQUIRE_SLURM=1 $(VENV)/bin/python -m pytest -q -n 2 -m "slurm and not slow" tests/slurm $(ARGS)
+	@DBSCALE_REQUIRE_SLURM=1 DBSCALE_CHAOS_SEED="$(or $(SEED),1)" \
+	  $(VENV)/bin/python -m pytest -q -n 2 -m "slurm and not slow" tests/slurm $(ARGS)
 
 chaos: $(STAMP) ## Run a grid on a SLURM sandbox through FAULTS=20 faults at random (SEED=n repeats a run)
 	@DBSCALE_REQUIRE_SLURM=1 DBSCALE_CHAOS_FAULTS="$(FAULTS)" $(if $(SEED),DBSCALE_CHAOS_SEED="$(SEED)") \
