@@ -35,7 +35,7 @@ from dbscale.report.schema import (
 from dbscale.report.table import Run, RunTable, Setting
 from dbscale.report.transfer import transfer_records
 
-METHOD_VERSION = 6
+METHOD_VERSION = 7
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 
 
