@@ -19,7 +19,7 @@ from dbscale.training.accelerators import AMP_DTYPE, Batching
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.ema import EMA
 from dbscale.training.errors import TrainingError
-from dbscale.training.logit_cache import open_cache
+from dbscale.training.logit_cache import CachedTeacher, open_cache
 from dbscale.training.loop import Run
 from dbscale.training.losses import make_objective, wants_maps
 from dbscale.training.models import freeze_backbone, load_backbone, make_model
@@ -52,9 +52,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     teacher = load_teacher(context.store, spec, num_classes=dataset.num_classes, device=accelerator.device)
     for model in (student, teacher):
         set_precision(model, recipe, accelerator)
-    keeps_logits = teacher is not None and context.resources.teacher_cache and not wants_maps(recipe.distill)
-    answer = open_cache(context.store, spec, teacher, accelerator.device) if teacher and keeps_logits else None
-    objective = make_objective(recipe, context.resources, teacher, student, answer)
+    objective = make_objective(recipe, context.resources, teacher, student, _make_answer(spec, teacher, context))
     if context.resources.compile:
         student.compile()
     optimizer = make_optimizer(student, recipe.training.optim)
@@ -88,6 +86,13 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         checkpoint_interval_s=context.resources.checkpoint_interval_s,
         checkpoint_stall_share=context.resources.checkpoint_stall_share,
     )
+
+
+def _make_answer(spec: CellSpec, teacher: nn.Module | None, context: Context) -> CachedTeacher | None:
+    """The teacher's kept logits, where they are asked for and are all that is asked of it."""
+    if teacher is None or not context.resources.teacher_cache or wants_maps(spec.recipe.distill):
+        return None
+    return open_cache(context.store, spec, teacher, context.accelerator.device)
 
 
 def _make_checkpointer(
