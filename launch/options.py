@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from dbscale.study.resources import Tracker
 from dbscale.study.store import Store
-from launch.study import DEFAULT_GRID, Study, load_study
+from launch.study import DEFAULT_GRID, RESOURCES_PREFIX, Study, load_study
 
+TRACKERS = get_args(Tracker)
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 """How a family adds a command: name, function, one line of help."""
 
@@ -39,6 +41,19 @@ class _BareGrid(argparse.Action):
 def add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides",
                         help="change a key of the grid, or with `cluster.` of the cluster; repeatable")  # fmt: skip
+
+
+def add_tracker(parser: argparse.ArgumentParser) -> None:
+    """`--tracker NAME`, short for a `--set`."""
+    parser.add_argument("--tracker", choices=TRACKERS, action=_Tracker, dest="overrides", default=argparse.SUPPRESS,
+                        help="also log to it, through Accelerate; a resumed cell continues its run there")  # fmt: skip
+
+
+class _Tracker(argparse.Action):
+    """Joins the overrides."""
+
+    def __call__(self, _parser: object, namespace: argparse.Namespace, values: Any, _option: object = None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), f"{RESOURCES_PREFIX}tracker={values}"])
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from launch.cluster import CONFIGS, Cluster, load_cluster
 
 DEFAULT_GRID = CONFIGS / "grids" / "demo.yaml"
 CLUSTER_PREFIX = "cluster."
+RESOURCES_PREFIX = f"{CLUSTER_PREFIX}resources."
 MAX_CALIBRATION_ROWS = 200
 
 

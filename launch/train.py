@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from dbscale.study.resources import Resources
 from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
 from dbscale.study.strict import ConfigError, validate
-from dbscale.study.strict_yaml import load_yaml
-from launch.options import add_set
+from dbscale.study.strict_yaml import load_yaml, override
+from launch.options import add_set, add_tracker
 from launch.signals import install_handlers
-from launch.study import load_study, record_cell
+from launch.study import RESOURCES_PREFIX, load_study, record_cell
 
 EXIT_CODES = {"done": 0, "failed": 1, "blocked": 3, "busy": 4, "interrupted": 75}
 
@@ -35,7 +36,7 @@ def main() -> int:
     arguments = _parse()
     stop = StopRequest()
     install_handlers(stop)
-    resources = _resources(arguments.resources)
+    resources = _resources(arguments.resources, arguments.overrides)
     from dbscale.training.run import run_cell
 
     install_handlers(stop)  # again: the heavy imports may have put handlers of their own in place
@@ -56,6 +57,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--cell", required=True, help="key of the cell, which is its folder's name in the store")
     parser.add_argument("--grid", type=Path, help="the grid of a cell that was never submitted")
     add_set(parser)
+    add_tracker(parser)
     parser.add_argument("--store", type=Path, default=Path("out"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument(
@@ -64,9 +66,11 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _resources(path: Path | None) -> Resources:
-    """From the YAML, with engine and number of processes as `accelerate launch` started them."""
+def _resources(path: Path | None, overrides: Sequence[str]) -> Resources:
+    """From the YAML and `--set cluster.resources.…`, with engine and number of processes as `accelerate launch` has."""
     values: dict[str, Any] = dict(load_yaml(path).get("resources", {})) if path else {}
+    own = [each.removeprefix(RESOURCES_PREFIX) for each in overrides if each.startswith(RESOURCES_PREFIX)]
+    values = override(values, own)
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         values["zero_stage"] = _launched_zero_stage()
     values["num_processes"] = int(os.environ.get("WORLD_SIZE", "1"))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dbscale.study.cell import Arm, Cell, canonical_json
+from dbscale.study.cell import Arm, Cell
 from dbscale.study.recipe import Data, Distill, Model, Positive, Recipe, Stage, Tier, Training
 from dbscale.study.strict import ConfigError, Strict, nearest, validate
 from dbscale.study.strict_yaml import load_yaml, override, set_path
@@ -254,8 +254,3 @@ def merged_cells(points: Sequence[Point]) -> tuple[Cell, ...]:
 def datasets_in_use(grid: Grid) -> tuple[str, ...]:
     """Names of the datasets any axis reads, in order, each once."""
     return tuple(dict.fromkeys(axis.dataset for _, variant in variants_of(grid) for axis in variant.axes))
-
-
-def grid_digest(grid: Grid) -> str:
-    """A short text that changes when the grid's content does."""
-    return canonical_json(grid.model_dump(mode="json", exclude_none=True))

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from dbscale.study.strict import Strict
 
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
 
 class Resources(Strict):
     """Written in `configs/clusters/*.yaml` under `resources:`."""
@@ -32,4 +34,4 @@ class Resources(Strict):
     teacher_cache: bool = False
     """Keep a teacher's logits in `<store>/teacher_logits`, by the pixels it saw: for students that share a stream and
     a teacher that is dearer than reading them. Attention maps are not kept."""
-    tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
+    tracker: Tracker | None = None

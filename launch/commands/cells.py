@@ -16,7 +16,7 @@ from dbscale.study.store import Store
 from dbscale.study.strict import ConfigError
 from launch.cluster import load_cluster
 from launch.lock import holder, is_held
-from launch.options import AddCommand, add_data, add_grid, add_set, add_store, store_of, study_of
+from launch.options import AddCommand, add_data, add_grid, add_set, add_store, add_tracker, store_of, study_of
 from launch.signals import stop_on_signals
 from launch.study import CLUSTER_PREFIX, match_key, record_cell
 
@@ -31,6 +31,7 @@ def add_commands(add: AddCommand) -> None:
     add_store(parser)
     add_data(parser)
     add_set(parser)
+    add_tracker(parser)
     parser = add("logs", logs, "show the log of a cell's last attempt")
     parser.add_argument("cell", help="the cell's key, or its 12-digit id")
     parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until interrupted")

@@ -19,7 +19,7 @@ from dbscale.study.stop import StopRequest
 from launch.commands import plan as plan_command
 from launch.commands.results import report_is_current, write_results
 from launch.lock import driver_lock
-from launch.options import AddCommand, add_study, study_of
+from launch.options import AddCommand, add_study, add_tracker, study_of
 from launch.schedule import tasks_of
 from launch.signals import stop_on_signals
 from launch.study import Study, plan_study
@@ -33,6 +33,7 @@ WAIT_FOR_OTHERS_S = 120.0
 def add_commands(add: AddCommand) -> None:
     parser = add("submit", run, "run a grid: pack, plan, train, reduce, report; type it again to resume")
     add_study(parser)
+    add_tracker(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what would be started, start nothing")
     parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
 

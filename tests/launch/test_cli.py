@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launch.cli import main, make_parser
+from launch.options import study_of
 from launch.study import DEFAULT_GRID
 
 
@@ -171,3 +172,10 @@ def test_fit_keeps_to_bounds_and_says_what_it_pooled(tmp_path: Path, capsys: pyt
 )
 def test_a_grid_is_given_with_or_without_its_option(words: list[str], grid: Path) -> None:
     assert make_parser().parse_args(words).grid == grid
+
+
+def test_a_tracker_is_named_by_an_option_of_its_own(workplace: Any) -> None:
+    words = ["submit", *workplace.where, "--set", "cluster.resources.threads=2", "--tracker", "mlflow"]
+    resources = study_of(make_parser().parse_args(words)).cluster.shape("pretrain").resources
+    assert (resources.tracker, resources.threads) == ("mlflow", 2)
+    assert study_of(make_parser().parse_args(words[:-2])).cluster.shape("pretrain").resources.tracker is None
