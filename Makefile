@@ -15,7 +15,6 @@ VENV  := .venv
 STAMP := $(VENV)/.installed
 RUN   := $(VENV)/bin/dbscale
 WHERE := --grid "$$GRID" --store "$$STORE" --data "$$DATA"
-BUILD_OP := from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load()
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -34,11 +33,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes, about 5 GB, once) ..."
 	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
-	@echo "Building DeepSpeed's communication op for the CPU (half a minute, once) ..."
-	@mkdir -p $(VENV)/torch_extensions
-	@TORCH_EXTENSIONS_DIR="$(CURDIR)/$(VENV)/torch_extensions" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
-	  $(VENV)/bin/python -c "$(BUILD_OP)" >/dev/null 2>$(VENV)/op.log || \
-	  { echo "DeepSpeed could not build it (is a C++ compiler there?); see $(VENV)/op.log" >&2; exit 1; }
 	@touch $@
 
 check: $(STAMP) ## Format, lint, types and the layer test, in under a minute

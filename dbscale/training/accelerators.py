@@ -11,8 +11,6 @@ import gc
 import json
 import logging
 import os
-import sys
-import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +30,6 @@ from dbscale.study.resources import Resources
 from dbscale.training.errors import TrainingError
 from dbscale.training.trackers import tracker_options
 
-EXTENSIONS = Path(sys.prefix) / "torch_extensions"
-"""Where `make setup` built DeepSpeed's op: in a cache that checkouts share, each would build it anew for its own paths."""
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 LONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 LOMO = cache(accelerate.optimizer.is_lomo_available)
@@ -149,22 +145,11 @@ def _configure_process(resources: Resources) -> None:
     if resources.threads is not None:
         torch.set_num_threads(resources.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if os.access(EXTENSIONS, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
-    _prefer_own_ninja()
     torch.use_deterministic_algorithms(resources.deterministic, warn_only=True)
     # Determinism also fills every fresh tensor with NaN to unmask reads of unwritten memory: a cost, no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = not resources.deterministic
     torch.set_float32_matmul_precision("high")
-
-
-def _prefer_own_ninja() -> None:
-    """Put this environment's programs first: a system's ninja of another version would build the op anew, and the next
-    process with ours once more."""
-    scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", "")
-    if os.access(os.path.join(scripts, "ninja"), os.X_OK) and path.split(os.pathsep)[0] != scripts:
-        os.environ["PATH"] = scripts + os.pathsep + path
 
 
 @contextlib.contextmanager
@@ -213,5 +198,8 @@ def _open_lone_group(on_cpu: bool) -> None:
 def _quiet_deepspeed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import deepspeed  # noqa: F401  (seconds to import, hence only where ZeRO is used)
+        import deepspeed  # (seconds to import, hence only where ZeRO is used)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its op for inference on CPUs: training never calls it, yet it would be compiled here and leave 67 MB a rank in
+    # /dev/shm for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

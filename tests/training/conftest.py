@@ -202,6 +202,8 @@ class Ranks:
 
     folder: Path
     data_dir: Path
+    ports: list[int] = field(default_factory=list)
+    """Of the starts so far."""
 
     def run(
         self, runs: list[dict[str, Any]], world_size: int = 2, timeout_s: float = 900
@@ -211,6 +213,7 @@ class Ranks:
         job = self.folder / f"job-{number}.json"
         job.write_text(json.dumps({"data_dir": str(self.data_dir), "runs": runs}))
         port = _free_port()
+        self.ports.append(port)
         processes = [
             self._start(job, self.folder / f"job-{number}-{rank}.log", _rank_variables(rank, world_size, port))
             for rank in range(world_size)
