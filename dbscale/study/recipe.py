@@ -138,12 +138,13 @@ class Attention(Strict):
 
 
 class Distill(Strict):
-    """loss = (1-alpha)·CE + alpha·T²·KL(teacher ‖ student) + beta·attention KL."""
+    """loss = (1-alpha)·CE + alpha·guidance + beta·attention KL."""
 
     alpha: Share = 0.5
     temperature: float = Field(default=3.0, gt=0)
-    target: Literal["soft", "hard"] = "soft"
-    """hard: the teacher's argmax replaces its distribution (DeiT's hard distillation)."""
+    target: Literal["soft", "hard", "mixed"] = "soft"
+    """What the teacher guides with. soft: T²·KL(teacher ‖ student) (Hinton et al., 1503.02531); hard: cross-entropy to
+    its decision (DeiT's hard distillation, 2012.12877, eq. 3); mixed: half of each."""
     attention: Attention | None = None
 
 

@@ -32,7 +32,7 @@ from dbscale.training.progress import LossRecord
 
 NUM_KEPT = 2
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 """Of what `_seal` writes."""
 
 

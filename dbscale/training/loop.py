@@ -23,7 +23,7 @@ from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import energy_j
 from dbscale.training.ema import EMA
 from dbscale.training.lockstep import highest_of_ranks, lockstep
-from dbscale.training.losses import Losses, Objective, Target
+from dbscale.training.losses import TERMS, Losses, Objective, Target
 from dbscale.training.optimizer import learning_rate, set_learning_rate
 from dbscale.training.progress import Reporter
 from dbscale.training.seeds import derive_seed, seed_step
@@ -171,7 +171,7 @@ def _mean(collected: list[Losses]) -> Losses:
 
     loss, ce = mean("loss"), mean("ce")
     assert loss is not None and ce is not None
-    return Losses(loss, ce, mean("kl"), mean("attention_kl"))
+    return Losses(loss, ce, *(mean(name) for name in TERMS[2:]))
 
 
 def _agree(run: Run, request: Request) -> Request:

@@ -20,16 +20,18 @@ from dbscale.study.resources import Resources
 from dbscale.training.attention import make_tap
 
 Target = Tensor | MixTarget
-TERMS = ("loss", "ce", "kl", "attention_kl")
+TERMS = ("loss", "ce", "kl", "hard", "attention_kl")
 
 
 class Losses(NamedTuple):
-    """Scalars of one micro-batch, float32; `kl` and `attention_kl` are None where the recipe has no such term."""
+    """Scalars of one micro-batch, float32; from `kl` on, None where the recipe has no such term."""
 
     loss: Tensor
     """What is minimised."""
     ce: Tensor
     kl: Tensor | None = None
+    hard: Tensor | None = None
+    """Cross-entropy to the teacher's decision."""
     attention_kl: Tensor | None = None
 
 
@@ -89,21 +91,28 @@ class _DistillObjective:
         return losses._replace(loss=losses.loss + self.settings.attention.beta * maps, attention_kl=maps.detach())
 
     def _on_logits(self, logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target) -> Losses:
-        settings = self.settings
-        if settings.alpha == 0:
+        alpha = self.settings.alpha
+        if alpha == 0:
             return _plain(logits_BC, target, self.smoothing)
-        if settings.target == "hard":
-            # DeiT's hard distillation (Touvron et al., 2012.12877, eq. 3): the teacher's decision is a label, and
-            # unlike true labels it is not smoothed.
-            ce = _cross_entropy(logits_BC, target, self.smoothing)
-            hard = cross_entropy(logits_BC.float(), teacher_logits_BC.argmax(1))
-            return Losses((1 - settings.alpha) * ce + settings.alpha * hard, ce.detach(), hard.detach())
+        if self.settings.target == "soft":
+            return self._soft(logits_BC, teacher_logits_BC, target, alpha)
+        # The teacher's decision is a label, and unlike true labels it is not smoothed.
+        hard = cross_entropy(logits_BC.float(), teacher_logits_BC.argmax(1))
+        if self.settings.target == "hard":
+            other, kept, share = _plain(logits_BC, target, self.smoothing), 1 - alpha, alpha
+        else:
+            kept, share = 1 - alpha / 2, alpha / 2
+            other = self._soft(logits_BC, teacher_logits_BC, target, share / kept)
+        return other._replace(loss=kept * other.loss + share * hard, hard=hard.detach())
+
+    def _soft(self, logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target, alpha: float) -> Losses:
+        """(1 - alpha)·CE + alpha·T²·KL"""
         result = kd_loss(
             logits_BC,
             teacher_logits_BC,
             (target.y_a, target.y_b, target.lam) if isinstance(target, MixTarget) else target,
-            alpha=settings.alpha,
-            temperature=settings.temperature,
+            alpha=alpha,
+            temperature=self.settings.temperature,
             label_smoothing=self.smoothing,
             backend=self.backend,
         )

@@ -24,7 +24,7 @@ from dbscale.training.device import device_name, peak_flops, peak_memory_bytes
 from dbscale.training.evaluate import Evaluation, evaluate
 from dbscale.training.flops import count_train_flops, measure
 from dbscale.training.loop import Run, gather_bad_samples
-from dbscale.training.losses import wants_teacher
+from dbscale.training.losses import wants_maps, wants_teacher
 from dbscale.training.models import restore_model
 from dbscale.training.prepare import Context, engine_name, open_cell_dataset, set_precision
 from dbscale.training.probes import probe_upstream
@@ -142,7 +142,7 @@ def make_row(
         kd_backend=resolve_backend(context.resources.kd_backend, "kd_loss", accelerator.device.type)
         if teacher
         else None,
-        resources=_how(recipe.training.precision, context),
+        resources=_how(recipe, context),
         timing=_timing(recipe, trained, train_flops, eval_time_s, accelerator, attempts),
     )
 
@@ -178,17 +178,21 @@ def _upstream(spec: CellSpec, context: Context) -> Upstream | None:
     )
 
 
-def _how(precision: str, context: Context) -> dict[str, str | int | float | bool | None]:
+def _how(recipe: Recipe, context: Context) -> dict[str, str | int | float | bool | None]:
+    maps_backend = resolve_backend(
+        context.resources.kd_backend, "sdpa_with_attention_kl", context.accelerator.device.type
+    )
     return {
         "engine": engine_name(context.resources),
         "world_size": context.batching.world_size,
         "micro_batch": context.batching.micro_batch,
         "accumulation": context.batching.accumulation,
-        "precision": precision,
+        "precision": recipe.training.precision,
         "threads": torch.get_num_threads(),
         "deterministic": context.resources.deterministic,
         "compile": context.resources.compile,
         "torch": torch.__version__,
+        **({"attention_backend": maps_backend} if wants_maps(recipe.distill) else {}),
     }
 
 

@@ -34,11 +34,14 @@ def export_weights(path: Path, accelerator: Accelerator, model: nn.Module, ema: 
 
 
 def write_weights(path: Path, state: dict[str, Tensor]) -> str:
-    """Atomic safetensors file, names as timm's; its SHA-256."""
-    content = safetensors.torch.save({name: _plain(value) for name, value in state.items()}, metadata={"format": "pt"})
+    """Atomic safetensors file, names as timm's; its SHA-256. Raises StoreError when it cannot be written."""
+    plain = {name: _plain(value) for name, value in state.items()}
     with atomic_open(path, "wb") as file:
-        file.write(content)
-    return hashlib.sha256(content).hexdigest()
+        try:
+            safetensors.torch.save_file(plain, file.name, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
+        return sha256_of(Path(file.name))
 
 
 def _plain(tensor: Tensor) -> Tensor:

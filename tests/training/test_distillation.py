@@ -26,12 +26,13 @@ def test_distilling_with_no_weight_is_plain_bitwise(attention, bench):
     [
         (SMALL, Distill(alpha=0.5), {"kl"}),
         (LARGE, Distill(alpha=1.0), {"kl"}),
-        (SMALL, Distill(alpha=0.5, target="hard"), {"kl"}),
+        (SMALL, Distill(alpha=0.5, target="hard"), {"hard"}),
+        (SMALL, Distill(alpha=0.5, target="mixed"), {"kl", "hard"}),
         (SMALL, Distill(alpha=0.5, attention=Attention(layers="all", head_map="repeat")), {"kl", "attention_kl"}),
         (LARGE, Distill(alpha=0.5, attention=Attention(layers=(0, -1), head_map="matrix")), {"kl", "attention_kl"}),
         (LARGE, Distill(alpha=0.0, attention=Attention(head_map="mean")), {"attention_kl"}),
     ],
-    ids=["smaller", "larger", "hard", "all layers", "matrix", "maps only"],
+    ids=["smaller", "larger", "hard", "mixed", "all layers", "matrix", "maps only"],
 )
 def test_each_kind_of_distillation_trains_and_reports_its_terms(teacher_model, distill, terms, bench):
     options = {"augment": Augment(mixup=0.8), "budget": Budget(steps=10)}
@@ -44,7 +45,8 @@ def test_each_kind_of_distillation_trains_and_reports_its_terms(teacher_model, d
     line = bench.fingerprint(cell)["metrics"][-1]
     assert line.keys() - {"step", "lr", "loss", "ce"} == terms
     expected = (1 - distill.alpha) * line["ce"]
-    expected += distill.alpha * line.get("kl", 0) * (distill.temperature**2 if distill.target == "soft" else 1)
+    soft, hard = distill.temperature**2 * line.get("kl", 0), line.get("hard", 0)
+    expected += distill.alpha * ((soft + hard) / 2 if distill.target == "mixed" else soft + hard)
     expected += line.get("attention_kl", 0) * (distill.attention.beta if distill.attention else 0)
     assert line["loss"] == pytest.approx(expected, rel=1e-5)
     assert outcome.row.arm == "distilled" and outcome.row.teacher == teacher.key
@@ -67,10 +69,11 @@ def _soft_term(student, teacher, temperature):
     return temperature**2 * (p_t * (p_t.log() - log_p_s)).sum(1).mean()
 
 
-@pytest.mark.parametrize("target", ["soft", "hard"])
+@pytest.mark.parametrize("target", ["soft", "hard", "mixed"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed labels"])
 def test_distillation_is_its_formula_in_value_and_gradient(target, mixed):
-    """loss = (1-α)·CE + α·T²·KL; hard: α·CE to the teacher's decision, which is not smoothed (DeiT)."""
+    """loss = (1-α)·CE + α·T²·KL; hard: α·CE to the teacher's decision, which is not smoothed
+    (DeiT); mixed: half of each."""
     from dbscale.data import MixTarget
 
     torch.manual_seed(1)
@@ -87,10 +90,9 @@ def test_distillation_is_its_formula_in_value_and_gradient(target, mixed):
     dense = wanted.dense(7, smoothing=0.1) if mixed else labels
     smoothing = 0.0 if mixed else 0.1
     ce = torch.nn.functional.cross_entropy(expected, dense, label_smoothing=smoothing)
-    if target == "soft":
-        guided = _soft_term(expected, teacher_logits, 2.5)
-    else:
-        guided = torch.nn.functional.cross_entropy(expected, teacher_logits.argmax(1))
+    soft = _soft_term(expected, teacher_logits, 2.5)
+    hard = torch.nn.functional.cross_entropy(expected, teacher_logits.argmax(1))
+    guided = {"soft": soft, "hard": hard, "mixed": (soft + hard) / 2}[target]
     loss = 0.6 * ce + 0.4 * guided
     terms.loss.backward()
     loss.backward()

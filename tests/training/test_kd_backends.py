@@ -38,6 +38,7 @@ def test_the_backend_changes_a_run_by_rounding_alone(backend, by_default, bench_
     assert row.kd_backend == "chunked" and row.teacher is not None
     other_row, other_metrics = distilled(bench_of(backend), backend)
     assert other_row.kd_backend == ("chunked" if backend == "sdpa" else backend), "on logits sdpa is the chunked form"
+    assert (row.resources["attention_backend"], other_row.resources["attention_backend"]) == ("chunked", backend)
     assert other_row.weights_sha256 != row.weights_sha256, "the two did run different code"
     assert len(metrics) == len(other_metrics) > 0
     for line, other in zip(metrics, other_metrics, strict=True):
@@ -48,4 +49,5 @@ def test_the_backend_changes_a_run_by_rounding_alone(backend, by_default, bench_
 
 
 def test_a_run_without_a_teacher_names_no_backend(bench):
-    assert bench.run(bench.cell()).row.kd_backend is None
+    row = bench.run(bench.cell()).row
+    assert row.kd_backend is None and "attention_backend" not in row.resources
