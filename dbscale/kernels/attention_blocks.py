@@ -34,6 +34,14 @@ def packed(tensor: Tensor, scale: float = 1.0) -> Tensor:
     return torch.mul(tensor, scale, out=tensor.new_empty(tensor.shape))
 
 
+def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out[:] = left @ right, batches [b, H] of matrices, with no copy where `out` is whole; returns `out`."""
+    if out.dtype != left.dtype or not out.is_contiguous():
+        return out.copy_(left @ right)
+    torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
 def kl_block(
     scores_s: Tensor, scores_t: Tensor, heads: HeadPlan, want_slope: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dbscale.kernels.attention_arguments import MapPair
-from dbscale.kernels.attention_blocks import blocks, kl_block, packed, slope_block
+from dbscale.kernels.attention_blocks import blocks, kl_block, multiply_into, packed, slope_block
 from dbscale.kernels.head_map import HeadPlan
 from dbscale.kernels.kd_loss_eager import wide
 
@@ -75,18 +75,18 @@ def _total_forward(
         rows[images, :, tokens], _, slope = kl_block(q @ k.mT, scores_t, heads, want_grad)
         if slope is not None:
             row_weight = weight[images, :, tokens, None].to(q.dtype).repeat_interleave(group_size, 1)
-            grad_q[images, :, tokens] = (slope @ k).mul_(row_weight * scale_s)
-            _add_over_tokens(grad_k, slope.mT @ q.mul_(row_weight), images, tokens)
+            multiply_into(grad_q[images, :, tokens], slope, k).mul_(row_weight * scale_s)
+            _add_over_tokens(grad_k, slope.mT, q.mul_(row_weight), images, tokens)
     total.copy_((rows * weight).sum())
     return total, grad_q, grad_k
 
 
-def _add_over_tokens(total: Tensor, part: Tensor, images: slice, tokens: slice) -> None:
-    """total[images] += part, where the first block of an image's tokens finds nothing there yet."""
+def _add_over_tokens(total: Tensor, left: Tensor, right: Tensor, images: slice, tokens: slice) -> None:
+    """total[images] += left @ right, where the first block of an image's tokens finds nothing there yet."""
     if tokens.start == 0:
-        total[images] = part
+        multiply_into(total[images], left, right)
     else:
-        total[images] += part
+        total[images] += left @ right
 
 
 _total_kl = torch.library.custom_op("dbscale::attention_kl_total_chunked", _total_forward, mutates_args=())
@@ -158,7 +158,7 @@ def _attend_blocks(
         scores_t = _scores_t(q_t, k_t, images, tokens, scale_t)
         rows[images, :, tokens], p_s, slope = kl_block(scores_s, scores_t, heads, keep is not None)
         if v is not None:
-            out[images, :, tokens] = p_s @ packed(v[images])
+            multiply_into(out[images, :, tokens], p_s, packed(v[images]))
         if keep is not None and slope is not None:
             keep += p_s, slope
     return out, rows
@@ -201,16 +201,18 @@ def _gradients_of_blocks(
             p_s, slope = next(kept_of_block)
         else:
             p_s, slope = slope_block(q @ k.mT, _scores_t(q_t, k_t, images, tokens, scale_t), heads)
-        slope = None if upstream is None else slope * _per_head(upstream[images, :, tokens], heads)
+        factor = None if upstream is None else _per_head(upstream[images, :, tokens], heads)
         if grad_out is not None and v is not None:
             grad_rows = packed(grad_out[images, :, tokens])
-            _add_over_tokens(grad_v, p_s.mT @ grad_rows, images, tokens)
+            _add_over_tokens(grad_v, p_s.mT, grad_rows, images, tokens)
             pull = (grad_rows * wide(out[images, :, tokens])).sum(-1, keepdim=True)
             through_out = (grad_rows @ packed(v[images]).mT).sub_(pull).mul_(p_s)
-            slope = through_out if slope is None else through_out.add_(slope)
-        assert slope is not None
-        grad_q[images, :, tokens] = (slope @ k).mul_(scale_s)
-        _add_over_tokens(grad_k, slope.mT @ q, images, tokens)
+            slope = through_out if factor is None else through_out.addcmul_(slope, factor)
+        else:
+            assert factor is not None
+            slope = slope * factor
+        multiply_into(grad_q[images, :, tokens], slope, k).mul_(scale_s)
+        _add_over_tokens(grad_k, slope.mT, q, images, tokens)
     return grads
 
 
