@@ -19,7 +19,9 @@ def blocks(q: Tensor) -> Iterator[tuple[slice, slice]]:
     batch, num_heads, num_tokens, _ = q.shape
     most = ELEMENTS_PER_BLOCK if q.device.type == "cpu" else ELEMENTS_ON_DEVICE
     entries_per_row = max(num_heads * num_tokens, 1)
-    tokens = min(max(most // entries_per_row, 1), max(num_tokens, 1))
+    # Equal parts, and an image that is a little too large in one: a short rest costs as many operations as a block.
+    parts = max(round(entries_per_row * num_tokens / most), 1)
+    tokens = max(math.ceil(num_tokens / parts), 1)
     images = max(most // (entries_per_row * tokens), 1)
     for first_image in range(0, batch, images):
         for first_token in range(0, num_tokens, tokens):
