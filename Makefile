@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fix test test-slow test-slurm chaos shards plan grid status cancel reduce report export clean \
-        bench bench-data bench-train bench-kernels bench-laws bench-launch
+        bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-launch
 
 help: ## List the targets
 	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
@@ -82,12 +82,13 @@ report: $(STAMP) ## Write report.html
 
 bench: bench-data bench-train bench-kernels bench-laws bench-launch ## All benchmarks
 
+bench-accuracy: ## CIFAR-10 by our loop and by timm's (ARGS="--cifar cifar-10-batches-bin")
 bench-data: ## Loader and decoding beside their peers
 bench-train: ## The loop beside a hand-written one
 bench-kernels: ## Distillation losses beside eager and torch.compile
 bench-laws: ## Fits of public tables, with time per fit
 bench-launch: ## Planning, submitting and reducing large grids
-bench-data bench-train bench-kernels bench-laws bench-launch: $(STAMP)
+bench-accuracy bench-data bench-train bench-kernels bench-laws bench-launch: $(STAMP)
 	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
 
 export: $(STAMP) ## Draw the report's figures as SVG and PDF
