@@ -17,7 +17,7 @@ WEIGHT: Mapping[Stage, int] = {"finetune": 0, "pretrain": 1, "distill": 2}
 
 @dataclass(frozen=True)
 class Task:
-    """A bundle as an executor sees it: keys in order, what they wait for, how often it was started again."""
+    """A bundle as an executor sees it: keys in order, what they wait for, how often it was started again in vain."""
 
     keys: tuple[str, ...]
     parents: frozenset[str]
@@ -74,7 +74,8 @@ def next_ready(waiting: Sequence[Task], running: Collection[Task]) -> Task | Non
 def rest_after_crash(task: Task, states: Mapping[str, CellState], parents: Mapping[str, Sequence[str]]) -> Task | None:
     """What is left when a bundle's process died; the cell it died in, and what builds on it, come last.
 
-    So a cell that kills its process (out of memory) costs the others of its bundle nothing but time.
+    So a cell that kills its process (out of memory) costs the others of its bundle nothing but time. Restarts are counted
+    anew once a start has settled a cell.
     """
     rest = [key for key in task.keys if key in states and states[key] not in SETTLED]
     last = {key for key in rest if states[key] in ("interrupted", "running")}
@@ -82,4 +83,5 @@ def rest_after_crash(task: Task, states: Mapping[str, CellState], parents: Mappi
         if last.intersection(parents.get(key, ())):
             last.add(key)
     ordered = [key for key in rest if key not in last] + [key for key in rest if key in last]
-    return replace(task, keys=tuple(ordered), restarts=task.restarts + 1) if ordered else None
+    restarts = task.restarts + 1 if len(ordered) == len(task.keys) else 0
+    return replace(task, keys=tuple(ordered), restarts=restarts) if ordered else None

@@ -33,6 +33,8 @@ class Result:
     reason: str | None = None
 
 
+LOST_EXIT = 76
+"""Of a rank whose peers may hang."""
 RunOne = Callable[[str], Result]
 Around = Callable[[RunOne, str], Result]
 
@@ -56,8 +58,21 @@ class LocalBundle:
             watch_processes(stop, (self.driver, ProcessMark.of(os.getppid())))
             os.environ.update(rank_environment(Rank.of(), master="127.0.0.1", port=self.port))
             store = Store(Path(self.store))
+            alone = self.resources.num_processes == 1
             with staged(self.keys, store, Path(self.data), self.staging, stop) as data_dir:
-                return run_bundle(self.keys, store, data_dir, self.resources, stop, log=job_log())
+                return run_bundle(
+                    self.keys, store, data_dir, self.resources, stop, log=job_log(),
+                    around=None if alone else end_with_peers, second_turns=alone,
+                )  # fmt: skip
+
+
+def end_with_peers(run_one: RunOne, key: str) -> Result:
+    """A cell that several ranks run: one that fails alone leaves the others waiting in a collective, so it ends its
+    process, they lose the connection, and the driver starts what is left of the bundle again."""
+    result = run_one(key)
+    if result.status == "failed":
+        sys.exit(LOST_EXIT)
+    return result
 
 
 def job_log() -> str:

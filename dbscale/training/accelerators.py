@@ -89,6 +89,20 @@ def open_accelerator(
             accelerator.free_memory()
 
 
+@contextlib.contextmanager
+def keeps_linear() -> Iterator[None]:
+    """Give `torch.nn.functional.linear` back on leaving.
+
+    A ZeRO-3 engine replaces it for the rest of the process, by one that frees gathered weights sooner and rounds
+    otherwise under autocast. What comes after training, and other cells, must not depend on what the process did before.
+    """
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
 def reduce_over_ranks(accelerator: Accelerator, tensor: Tensor, reduction: Literal["sum", "mean"]) -> Tensor:
     """Elementwise over all ranks, equal on each; the tensor itself in a world of one."""
     if accelerator.num_processes == 1:

@@ -1,4 +1,5 @@
-"""Who may run a cell, and the record of each try: rank 0's work.  What happens inside a try is `run`'s."""
+"""Who may run a cell, and the record of each try: rank 0's work, and what other ranks tell it.  What happens inside a
+try is `run`'s."""
 
 from __future__ import annotations
 
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from dbscale.study.row import Row
-from dbscale.study.store import Attempt, Store, StoreError
+from dbscale.study.store import Attempt, Store, StoreError, read_json, write_json
 
+FAULT_NAME = ".fault-{}.json"
+"""Of a rank, beside its cell's attempts, for the time of one try."""
 PACKAGES = ("torch", "timm", "accelerate", "deepspeed", "numpy")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 Ending = Literal["done", "failed", "interrupted", "blocked"]
@@ -70,6 +73,18 @@ def close_attempt(store: Store, admission: Admission, status: Ending, reason: st
         store.write_attempt(admission.key, admission.attempt)
 
 
+def tell_main(store: Store, key: str, rank: int, reason: str) -> None:
+    """Leave word why this rank ends: rank 0, cut off in a collective, would know only that a connection was lost."""
+    with contextlib.suppress(StoreError):
+        write_json(store.cell_dir(key) / FAULT_NAME.format(rank), {"reason": f"rank {rank}: {reason}"})
+
+
+def told_to_main(store: Store, key: str) -> str | None:
+    """Why another rank of this try ended, if one left word."""
+    paths = sorted(store.cell_dir(key).glob(FAULT_NAME.format("*")))
+    return read_json(paths[0])["reason"] if paths else None
+
+
 def _open_attempt(store: Store, key: str, *, num_devices: int, job: str | None, log: str | None) -> Admission:
     earlier = store.attempts(key)
     if earlier and earlier[-1].status == "running":
@@ -87,6 +102,8 @@ def _open_attempt(store: Store, key: str, *, num_devices: int, job: str | None, 
         num_devices=num_devices,
     )
     admission = Admission(key, None, attempt, store)
+    for path in store.cell_dir(key).glob(FAULT_NAME.format("*")):
+        path.unlink(missing_ok=True)
     reason = _missing_parents(store, key)
     if reason is not None:
         admission.refusal = ("blocked", reason, None)

@@ -24,14 +24,15 @@ from dbscale.study.resources import Resources
 from dbscale.study.row import Row
 from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
-from dbscale.training.accelerators import make_batching, open_accelerator, world_size_from_environment
-from dbscale.training.attempts import Admission, admit, close_attempt
+from dbscale.training.accelerators import keeps_linear, make_batching, open_accelerator, world_size_from_environment
+from dbscale.training.attempts import Admission, admit, close_attempt, tell_main, told_to_main
 from dbscale.training.checkpoint import list_checkpoints
 from dbscale.training.device import reset_peak_memory
 from dbscale.training.loop import train
 from dbscale.training.prepare import Context, open_cell_dataset, prepare_run
 from dbscale.training.progress import NonFiniteLoss
 from dbscale.training.results import (
+    Trained,
     clear_scratch,
     evaluate_cell,
     finish_training,
@@ -102,18 +103,9 @@ def _train_and_evaluate(spec: CellSpec, context: Context, admission: Admission |
     reset_peak_memory(accelerator.device)
     trained = _from_main(read_trained(folder) if accelerator.is_main_process else None, accelerator)
     if trained is None:
-        run = prepare_run(spec, open_cell_dataset(spec, context.data_dir, "train"), context)
-        if admission is not None:
-            admission.resumed_from(run.state.step)
-        tracker = open_tracker(accelerator, spec, folder, context.resources.tracker)
-        with contextlib.ExitStack() as parts, tracker:
-            for part in (run.loader, run.reporter, run.checkpointer):
-                parts.callback(part.close)
-            if not train(run):
-                if admission is not None:
-                    close_attempt(store, admission, "interrupted", context.stop.reason)
-                return Outcome("interrupted", context.stop.reason)
-        trained = _from_main(finish_training(run, spec, store), accelerator)
+        trained = _train(spec, context, admission)
+        if trained is None:
+            return Outcome("interrupted", context.stop.reason)
     evaluation, eval_time_s = evaluate_cell(spec, trained, context)
     row = None
     if admission is not None:
@@ -122,6 +114,24 @@ def _train_and_evaluate(spec: CellSpec, context: Context, admission: Admission |
         close_attempt(store, admission, "done", None)
         clear_scratch(folder)
     return Outcome("done", None, _from_main(row, accelerator))
+
+
+def _train(spec: CellSpec, context: Context, admission: Admission | None) -> Trained | None:
+    """Train to the end and write the weights; None when asked to stop, with all saved."""
+    store, accelerator = context.store, context.accelerator
+    with keeps_linear():
+        run = prepare_run(spec, open_cell_dataset(spec, context.data_dir, "train"), context)
+        if admission is not None:
+            admission.resumed_from(run.state.step)
+        tracker = open_tracker(accelerator, spec, store.cell_dir(spec.key), context.resources.tracker)
+        with contextlib.ExitStack() as parts, tracker:
+            for part in (run.loader, run.reporter, run.checkpointer):
+                parts.callback(part.close)
+            if not train(run):
+                if admission is not None:
+                    close_attempt(store, admission, "interrupted", context.stop.reason)
+                return None
+        return _from_main(finish_training(run, spec, store), accelerator)
 
 
 @dataclass
@@ -148,6 +158,11 @@ def _failures_recorded(
             whole = list_checkpoints(store.cell_dir(key) / "checkpoints")
             reason += f"; last good checkpoint: {whole[0] if whole else 'none'}"
         status: Literal["interrupted", "failed"] = "interrupted" if stop.requested else "failed"
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            tell_main(store, key, rank, reason)
+        elif not isinstance(error, ValueError):
+            reason = told_to_main(store, key) or reason
         box.value = Outcome(status, reason)
         if admission is not None:
             close_attempt(store, admission, status, reason)

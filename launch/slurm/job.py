@@ -26,7 +26,7 @@ from launch.slurm.ending import RETRY_EXIT, watch_for_end, wind_down
 from launch.slurm.fence import Claim, Fence, watch
 from launch.slurm.identity import JobIdentity
 from launch.staging import staged
-from launch.worker import Result, job_log, record_death, run_bundle
+from launch.worker import LOST_EXIT, Result, job_log, record_death, run_bundle
 
 BUSY_TRIES, BUSY_WAIT_S = 60, 5.0
 """A cell held by a process of an earlier start: that one ends itself within seconds."""
@@ -40,7 +40,6 @@ PASSING = re.compile(
     re.IGNORECASE,
 )
 """Failures of the machine rather than of the cell: the file system, or a rank that died."""
-LOST_EXIT = 76
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, expand
 from dbscale.study.plan import Plan, make_plan
+from dbscale.study.store import CellState
 from dbscale.study.strict import validate
 from launch.schedule import Task, next_ready, rest_after_crash, tasks_of
 
@@ -71,7 +72,15 @@ def test_the_cell_that_killed_its_process_comes_last_with_its_children() -> None
     rest = rest_after_crash(whole, {"a": "interrupted", "a1": "new", "b": "done", "b1": "new", "c": "failed"}, parents)
     assert rest is not None
     assert rest.keys == ("b1", "a", "a1")
-    assert rest.restarts == 1
+    assert rest.restarts == 0, "two cells were settled"
+
+
+def test_only_starts_that_settle_nothing_count() -> None:
+    states: dict[str, CellState] = {"a": "interrupted", "b": "new"}
+    rest = rest_after_crash(task("a", "b", restarts=1), states, {})
+    assert rest is not None and rest.restarts == 2
+    rest = rest_after_crash(task("a", "b", restarts=1), {**states, "b": "done"}, {})
+    assert rest is not None and rest.restarts == 0
 
 
 def test_nothing_is_left_when_all_is_settled() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -12,7 +13,7 @@ from dbscale.study.resources import Resources
 from dbscale.study.stop import StopRequest
 from launch.ranks import Rank, port_of_job, rank_environment, thread_environment
 from launch.signals import ProcessMark, stop_on_signals, watch_processes
-from launch.worker import Result, work_through
+from launch.worker import LOST_EXIT, Result, end_with_peers, work_through
 
 
 def runner(statuses: dict[str, list[str]]) -> Callable[[str], Result]:
@@ -30,6 +31,18 @@ def test_a_blocked_cell_gets_another_turn_when_its_parent_came_late() -> None:
     statuses = {"student": ["blocked", "done"], "other": ["done"]}
     results = work_through(["student", "other"], runner(statuses), StopRequest(), ready=lambda key: True)
     assert [result.status for result in results] == ["done", "done"]
+
+
+def test_a_rank_whose_cell_failed_ends_with_its_peers() -> None:
+    """They may wait for it in a collective; what is left of the bundle starts again."""
+    with pytest.raises(SystemExit) as ended:
+        work_through(
+            list("ab"), partial(end_with_peers, runner({"a": ["failed"]})), StopRequest(), ready=lambda _: True
+        )
+    assert ended.value.code == LOST_EXIT
+    run = partial(end_with_peers, runner({"a": ["done"], "b": ["blocked"]}))
+    results = work_through(list("ab"), run, StopRequest(), ready=lambda _: False)
+    assert [result.status for result in results] == ["done", "blocked"]
 
 
 def test_a_stop_between_cells_leaves_the_rest_alone() -> None:

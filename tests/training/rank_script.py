@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,21 @@ def note_end(results: dict[str, Any]) -> None:
     run.finish_training = noting
 
 
-def kill_at(where: str, call: int) -> None:
+def trap(where: str, call: int, spring: Callable[[], None]) -> None:
+    """`spring` at the n-th call."""
     owner, name = TRAPS[where]
     original, count = getattr(owner, name), iter(range(1, 1_000_000))
 
     def trapped(*arguments: Any, **keywords: Any) -> Any:
         if next(count) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            spring()
         return original(*arguments, **keywords)
 
     setattr(owner, name, trapped)
+
+
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
 
 def main() -> None:
@@ -82,7 +88,9 @@ def main() -> None:
     rank, results = os.environ["RANK"], []
     for each in job["runs"]:
         if each.get("kill_rank") == int(rank):
-            kill_at(each["kill_where"], each["kill_call"])
+            trap(each["kill_where"], each["kill_call"], lambda: os.kill(os.getpid(), signal.SIGKILL))
+        if each.get("fail_rank") == int(rank):
+            trap(each["fail_where"], each["fail_call"], run_out_of_memory)
         result: dict[str, Any] = {}
         note_end(result)
         outcome = run.run_cell(
@@ -93,6 +101,8 @@ def main() -> None:
             stop=StopAt(at=each.get("stop_at")),
         )
         results.append({"status": outcome.status, "reason": outcome.reason, **result})
+        if outcome.status == "failed":
+            break  # and end, as a worker does: its peers may wait for it
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(results))
 
 

@@ -6,8 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from dbscale.study.recipe import Distill
+from dbscale.study.resources import Resources
 from dbscale.training import run
 
 ENGINES = {"ddp": None, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
@@ -51,6 +53,22 @@ def test_two_ranks_stopped_and_resumed_under_each_engine(bench_of, ranks):
             assert results[3 * number]["end"] == results[3 * number + 2]["end"], engine
     left = [path for port in ranks.ports for path in Path("/dev/shm").glob(f"*_{port}_*")]
     assert not left, "memory of the node that nobody gives back"
+
+
+def test_a_zero3_cell_leaves_linear_layers_as_they_were(bench, monkeypatch):
+    """DeepSpeed replaces them for the rest of the process: evaluation after a restart would round otherwise."""
+    before, seen = torch.nn.functional.linear, []
+    for name in ("train", "evaluate_cell"):
+        original = getattr(run, name)
+
+        def noting(*arguments, name=name, original=original):
+            seen.append((name, torch.nn.functional.linear is before))
+            return original(*arguments)
+
+        monkeypatch.setattr(run, name, noting)
+    outcome = bench.run(bench.cell(precision="bf16"), Resources(zero_stage=3, threads=1))
+    assert outcome.status == "done", outcome.reason
+    assert seen == [("train", False), ("evaluate_cell", True)]
 
 
 def test_engines_agree_with_one_process_within_rounding(bench_of, ranks):
@@ -144,6 +162,16 @@ def test_a_rank_killed_again_and_again(engine, bench_of, ranks):
         assert len(cut.store.attempts(cell.key)) == 6
         for rank in range(2):
             assert (cut.store.root / f"end-{rank}").read_text() == (whole.store.root / f"end-{rank}").read_text()
+
+
+def test_a_rank_that_fails_alone_is_named_and_nobody_waits(bench, ranks):
+    """Its peer, in a collective, would know only that a connection was lost."""
+    cell = bench.cell()
+    how = listed(bench, cell, resources("ddp"), fail_rank=1, fail_where="step", fail_call=3)
+    first, second = ranks.run([how], timeout_s=120)
+    assert second[0]["status"] == "failed" and "out of memory" in second[0]["reason"]
+    assert first[0]["reason"] == f"rank 1: {second[0]['reason']}"
+    assert bench.store.last_attempt(cell.key).reason == first[0]["reason"]
 
 
 def test_evaluation_is_exact_with_any_number_of_ranks(bench_of, ranks, kill_on_call):
