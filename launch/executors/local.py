@@ -128,7 +128,7 @@ class LocalRun:
         """Start again what a dead (or singly stopped) process left undone; cells that run elsewhere are left alone."""
         busy = {key for key in task.keys if key in self.results and self.results[key].status == "busy"}
         states: dict[str, CellState] = {key: self.store.state(key) for key in task.keys if key not in busy}
-        settled = {key: Result(key, state) for key, state in states.items() if state in SETTLED}
+        settled = {key: self._recorded(key, state) for key, state in states.items() if state in SETTLED}
         self.results = {**settled, **self.results}
         rest = rest_after_crash(task, states, self.parents)
         if rest is None:
@@ -138,6 +138,11 @@ class LocalRun:
             return
         self.display.say(f"a worker died; its {len(rest.keys)} unfinished cells start again (log {log})")
         self.waiting.insert(0, rest)
+
+    def _recorded(self, key: str, state: CellState) -> Result:
+        """The result of a cell whose process ended before it could hand it over."""
+        attempt = self.store.last_attempt(key)
+        return Result(key, state, attempt.reason if attempt is not None else None)
 
     def _give_up(self, task: Task, reason: str, log: str) -> None:
         for key in task.keys:
