@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dbscale.kernels import attention_kl, sdpa_with_attention_kl
+from dbscale.kernels import attention_blocks, attention_kl, sdpa_with_attention_kl
 from dbscale.kernels.backend import is_interpreted
 
 pytestmark = [  # numpy's, where the interpreter computes what a `where` then drops
@@ -95,6 +95,19 @@ def test_token_counts_around_the_tile(backend, device, tolerance, tokens) -> Non
 def test_longer_sequences(backend, device, tolerance, tokens) -> None:
     given_ = draw(device, 1, (2, 1), tokens, (64, 64))
     check(run(given_, backend=backend), reference(given_), tolerance)
+
+
+@pytest.mark.parametrize("entries", [70, 2000], ids=["rows of an image", "images"])
+def test_blocks_that_do_not_divide(device, tolerance, monkeypatch, entries) -> None:
+    """The chunked form in many blocks, the last one shorter, on shapes that usually fit in one."""
+    monkeypatch.setattr(attention_blocks, "ELEMENTS_PER_BLOCK", entries)
+    monkeypatch.setattr(attention_blocks, "ELEMENTS_ON_DEVICE", entries)
+    for tokens, width in ((19, 16), (19, 4)):  # kept for backward, and made anew
+        given_ = draw(device, 5, (2, 1), tokens, (width, width))
+        assert len(list(attention_blocks.blocks(given_["q"]))) > 2
+        check(run(given_, backend="chunked"), reference(given_), tolerance)
+        alone, expected = run_alone(given_, backend="chunked"), reference(given_, run_alone)
+        check(alone, expected, tolerance)
 
 
 @pytest.mark.parametrize("widths", [(32, 64), (64, 32), (24, 40), (8, 8), (80, 64)])
@@ -189,7 +202,7 @@ def test_nearly_equal_maps_keep_their_digits(backend, device, is_exact, delta) -
     given_ |= {name: (given_[name] * 256).round() / 256 for name in "qk"}
     given_ |= {name: (given_[name] * 2**13).round() / 2**13 for name in ("q_t", "k_t")}
     result, expected = run_alone(given_, backend=backend), reference(given_, run_alone)
-    assert float((result["kl"].double() - expected["kl"]).abs() / expected["kl"]) <= 1e-6 / delta * 10
+    assert float((result["kl"].double() - expected["kl"]).abs() / expected["kl"]) <= 1e-5
 
 
 def test_large_scores(backend, device, is_exact) -> None:
