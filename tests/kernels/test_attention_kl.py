@@ -110,6 +110,19 @@ def test_blocks_that_do_not_divide(device, tolerance, monkeypatch, entries) -> N
         check(alone, expected, tolerance)
 
 
+@pytest.mark.parametrize("wants", ["both", "kl", "out"])
+@pytest.mark.parametrize("tokens", [16, 70])
+def test_backward_of_whole_heads(backend, device, tolerance, monkeypatch, tokens, wants) -> None:
+    """What large batches take: all blocks of a head in one program, the gradient of q added up between them."""
+    if backend != "triton":
+        pytest.skip("only the kernels cut their work by the number of heads")
+    from dbscale.kernels import attention_kl_triton
+
+    monkeypatch.setattr(attention_kl_triton, "MANY_HEADS", 1)
+    given_ = draw(device, 2, (2, 1), tokens, (24, 16))
+    check(run(given_, wants=wants, backend=backend), reference(given_, wants=wants), tolerance)
+
+
 @pytest.mark.parametrize("widths", [(32, 64), (64, 32), (24, 40), (8, 8), (80, 64)])
 def test_widths_of_student_and_teacher_differ(backend, device, tolerance, widths) -> None:
     given_ = draw(device, 1, (2, 2), 33, widths)
