@@ -28,11 +28,15 @@ UPSTREAM = 2.5
 
 
 def make_target(kind: str, rows: int, classes: int, device: torch.device) -> Any:
+    """Of each kind one row is out of the ordinary: a soft target of half the mass, two equal labels."""
     labels = torch.randint(classes, (2, rows), device=device)
     if kind == "hard":
         return labels[0]
     if kind == "soft":
-        return torch.rand(rows, classes, device=device).softmax(1)
+        soft = torch.rand(rows, classes, device=device).softmax(1)
+        soft[0] *= 0.5
+        return soft
+    labels[1, 0] = labels[0, 0]
     return labels[0], labels[1], 0.3
 
 
