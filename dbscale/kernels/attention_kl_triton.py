@@ -70,7 +70,7 @@ def tile_shape(dtype: torch.dtype, width_s: int, width_v: int, width_t: int, *, 
     narrow, widest = padded(min(width_s, width_v)), padded(max(width_s, width_v, width_t))
     rows, keys, warps, stages = 64, 64, 4, 2
     if dtype == torch.float32:  # no tensor cores at full precision: every thread holds whole rows
-        rows, keys, warps, stages = (32 if backward else 16, 16, 4, 1) if widest <= 64 else (16, 16, 8, 1)
+        rows, keys, warps, stages = 32 if backward and widest <= 64 else 16, 16, 4 if widest == 64 else 8, 1
     elif backward:
         rows, keys, warps = (32, 64, 8) if widest > 64 else (32, 64, 4) if narrow >= 64 else (32, 32, 4)
     elif widest > 64:

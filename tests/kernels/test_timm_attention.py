@@ -28,7 +28,7 @@ def make(name: str = "deit_tiny_patch16_224", num_heads: int = 4, distilled: boo
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"qkv_bias": False}], ids=str)
 def test_it_is_timms_attention_with_a_kl(options) -> None:
     plain, student = make(**options), make(distilled=True, **options)
-    teacher = make(num_heads=2, embed_dim=16).eval()
+    teacher = make(num_heads=2, embed_dim=24).eval()  # heads of another width, and so another scale
     assert list(plain.state_dict()) == list(student.state_dict())
     student.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 32, 32)
@@ -45,6 +45,7 @@ def test_it_is_timms_attention_with_a_kl(options) -> None:
     grads = {name: each.grad for name, each in student.named_parameters()}
     assert grads["blocks.1.attn.qkv.weight"].abs().sum() > 0
     assert grads["head.weight"] is None, "the KL alone does not reach the head"
+    student(images)  # as in evaluation: nothing arms it
     with pytest.raises(RuntimeError, match="no KL to take"):
         tap.take_kl()
     tap.close()
