@@ -36,11 +36,12 @@ def packed(tensor: Tensor, scale: float = 1.0) -> Tensor:
     return torch.mul(tensor, scale, out=tensor.new_empty(tensor.shape))
 
 
-def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out[:] = left @ right, batches [b, H] of matrices, with no copy where `out` is whole; returns `out`."""
+def multiply_into(out: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    """out[:] = factor · left @ right, batches [b, H] of matrices, with no copy where `out` is whole; returns `out`."""
     if out.dtype != left.dtype or not out.is_contiguous():
-        return out.copy_(left @ right)
-    torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
+        return out.copy_((left @ right).mul_(factor))
+    whole = out.flatten(0, 1)
+    torch.baddbmm(whole, left.flatten(0, 1), right.flatten(0, 1), beta=0.0, alpha=factor, out=whole)
     return out
 
 
@@ -105,3 +106,10 @@ def _mixture(p_t: Tensor, heads: HeadPlan) -> Tensor:
     if heads.mixing is None:
         return p_t.repeat_interleave(heads.repeats, dim=1)
     return (heads.mixing.to(p_t.dtype) @ p_t.flatten(2)).unflatten(2, p_t.shape[2:])
+
+
+def uniform_weight(weight: Tensor) -> float | None:
+    """The weight of every row, where they all are one number in memory; looked at on the CPU only, it costs no wait."""
+    if weight.device.type != "cpu" or any(weight.stride()) or not weight.numel():
+        return None
+    return float(weight[0, 0, 0])

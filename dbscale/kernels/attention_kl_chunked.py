@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dbscale.kernels.attention_arguments import MapPair
-from dbscale.kernels.attention_blocks import blocks, kl_block, multiply_into, packed, slope_block
+from dbscale.kernels.attention_blocks import blocks, kl_block, multiply_into, packed, slope_block, uniform_weight
+from dbscale.kernels.closed_forms import may_hold
 from dbscale.kernels.head_map import HeadPlan
 from dbscale.kernels.kd_loss_eager import wide
 
@@ -68,12 +69,16 @@ def _total_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     total, grad_q, grad_k = _total_outputs(q_s, want_grad)
     rows = total.new_empty(weight.shape)
+    uniform = uniform_weight(weight)
     for images, tokens in blocks(q_s):
         q, k = packed(q_s[images, :, tokens], scale_s), packed(k_s[images])
         scores_t = _scores_t(q_t, k_t, images, tokens, scale_t)
         heads = HeadPlan(num_maps, group_size, repeats, mixing)
         rows[images, :, tokens], _, slope = kl_block(q @ k.mT, scores_t, heads, want_grad)
-        if slope is not None:
+        if slope is not None and uniform is not None:
+            multiply_into(grad_q[images, :, tokens], slope, k, uniform * scale_s)
+            _add_over_tokens(grad_k, slope.mT, q, images, tokens, uniform)
+        elif slope is not None:
             row_weight = weight[images, :, tokens, None].to(q.dtype).repeat_interleave(group_size, 1)
             multiply_into(grad_q[images, :, tokens], slope, k).mul_(row_weight * scale_s)
             _add_over_tokens(grad_k, slope.mT, q.mul_(row_weight), images, tokens)
@@ -81,12 +86,14 @@ def _total_forward(
     return total, grad_q, grad_k
 
 
-def _add_over_tokens(total: Tensor, left: Tensor, right: Tensor, images: slice, tokens: slice) -> None:
-    """total[images] += left @ right, where the first block of an image's tokens finds nothing there yet."""
+def _add_over_tokens(
+    total: Tensor, left: Tensor, right: Tensor, images: slice, tokens: slice, factor: float = 1.0
+) -> None:
+    """total[images] += factor · left @ right, where the first block of an image's tokens finds nothing there yet."""
     if tokens.start == 0:
-        multiply_into(total[images], left, right)
+        multiply_into(total[images], left, right, factor)
     else:
-        total[images] += left @ right
+        total[images].add_(left @ right, alpha=factor)
 
 
 _total_kl = torch.library.custom_op("dbscale::attention_kl_total_chunked", _total_forward, mutates_args=())
@@ -132,7 +139,11 @@ class _DirectTotal(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstreams):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _backward_total(ctx, *upstreams)
+        upstream, *_ = upstreams
+        grad_q, grad_k = ctx.saved_tensors
+        if upstream is not None and grad_q.dtype == ctx.dtype and not may_hold(upstream != 1):
+            return grad_q, grad_k, *(None,) * 10
+        return _backward_total(ctx, upstream)
 
 
 # Output and KL rows, or KL rows alone
@@ -194,6 +205,7 @@ def _gradients_of_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients in q, k and v; `kept` is what `_attend_blocks` appended, or empty: then the maps are made anew."""
     grad_q, grad_k, grad_v = grads = _gradient_outputs(q_s, v)
+    uniform = None if upstream is None else uniform_weight(upstream)
     kept_of_block = zip(kept[::2], kept[1::2], strict=True)
     for images, tokens in blocks(q_s):
         q, k = packed(q_s[images, :, tokens], scale_s), packed(k_s[images])
@@ -207,11 +219,14 @@ def _gradients_of_blocks(
             _add_over_tokens(grad_v, p_s.mT, grad_rows, images, tokens)
             pull = (grad_rows * wide(out[images, :, tokens])).sum(-1, keepdim=True)
             through_out = (grad_rows @ packed(v[images]).mT).sub_(pull).mul_(p_s)
-            slope = through_out if factor is None else through_out.addcmul_(slope, factor)
+            if uniform is not None:
+                slope = through_out.add_(slope, alpha=uniform)
+            else:
+                slope = through_out if factor is None else through_out.addcmul_(slope, factor)
         else:
             assert factor is not None
             slope = slope * factor
-        multiply_into(grad_q[images, :, tokens], slope, k).mul_(scale_s)
+        multiply_into(grad_q[images, :, tokens], slope, k, scale_s)
         _add_over_tokens(grad_k, slope.mT, q, images, tokens)
     return grads
 
