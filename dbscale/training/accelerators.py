@@ -6,6 +6,7 @@ Many cells share one process and one process group; each gets fresh Accelerate s
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -150,6 +151,8 @@ def _settle_memory(uses_deepspeed: bool) -> None:
     """
     gc.collect()
     gc.freeze()
+    # At the end it is garbage after all: Triton's bindings complain of a thousand leaks otherwise.
+    atexit.register(gc.unfreeze)
 
 
 def _configure_process(resources: Resources) -> None:

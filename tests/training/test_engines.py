@@ -215,6 +215,7 @@ def _launch(bench, data_dir, config, world_size):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert f"{cell.key}: done" in done.stdout
+    assert "leaked" not in done.stderr, "Triton's bindings count what is alive at the end"
     row = bench.store.read_row(cell.key)
     assert row.resources["engine"] == ("plain" if config in ("single", "ddp") else config)
     assert row.timing.num_devices == world_size
