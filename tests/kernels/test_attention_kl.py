@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dbscale.kernels import attention_blocks, attention_kl, sdpa_with_attention_kl
+from dbscale.kernels import attention_kl, sdpa_with_attention_kl
 from dbscale.kernels.backend import is_interpreted
+from tests.kernels.attention_cases import NAMES, check, draw, error, reference, run, run_alone
 
 pytestmark = [  # numpy's, where the interpreter computes what a `where` then drops
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
@@ -24,60 +25,7 @@ EXAMPLES = settings(
     max_examples=6 if is_interpreted() else 20, deadline=None, suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.generate],  # to shrink a failure would take minutes
 )  # fmt: skip
-UPSTREAM = 2.5
-NAMES = ("kl", "out", "grad_q", "grad_k", "grad_v")
 SPREAD_3_TO_8 = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)).softmax(1)
-
-
-def draw(
-    device: torch.device, batch: int, heads: tuple[int, int], tokens: int, widths: tuple[int, int], scale: float = 1.0
-) -> dict[str, Tensor]:
-    """q, k, v of the student as views of one projection [B, N, 3·H·d], as a transformer makes them; q_t, k_t likewise."""
-    result: dict[str, Tensor] = {}
-    for names, num_heads, width in (("q k v", heads[0], widths[0]), ("q_t k_t v_t", heads[1], widths[1])):
-        qkv = torch.randn(batch, tokens, 3, num_heads, width, device=device) * scale
-        result |= dict(zip(names.split(), qkv.permute(2, 0, 3, 1, 4), strict=True))
-    del result["v_t"]
-    return result
-
-
-def run(given_: dict[str, Tensor], *, wants: str = "both", **options: Any) -> dict[str, Tensor]:
-    """What NAMES names, of upstream · KL + Σ w · out, or of one of the two."""
-    q, k, v = (given_[name].detach().requires_grad_() for name in "qkv")
-    out, kl = sdpa_with_attention_kl(q, k, v, given_["q_t"], given_["k_t"], **options)
-    weights = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
-    loss = torch.zeros((), dtype=kl.dtype, device=kl.device)
-    if wants in ("both", "kl"):
-        loss = loss + UPSTREAM * kl.sum()
-    if wants in ("both", "out"):
-        loss = loss + (out * weights).sum()
-    grads = torch.autograd.grad(loss, (q, k, v), allow_unused=True, materialize_grads=True)
-    return dict(zip(NAMES, (kl.detach(), out.detach(), *grads), strict=True))
-
-
-def run_alone(given_: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    q, k = (given_[name].detach().requires_grad_() for name in "qk")
-    kl = attention_kl(q, k, given_["q_t"], given_["k_t"], **options)
-    grads = torch.autograd.grad(UPSTREAM * kl.sum(), (q, k))
-    return {"kl": kl.detach(), "grad_q": grads[0], "grad_k": grads[1]}
-
-
-def reference(given_: dict[str, Tensor], how: Any = run, **options: Any) -> dict[str, Tensor]:
-    if isinstance(options.get("head_map"), Tensor):
-        options["head_map"] = options["head_map"].double()
-    return how({name: each.double() for name, each in given_.items()}, **(options | {"backend": "eager"}))
-
-
-def error(value: Tensor, expected: Tensor) -> float:
-    # What is zero in exact arithmetic, such as the gradient of a softmax over one key, counts by itself.
-    norm = float(expected.norm())
-    return float((value.double() - expected).norm()) / (norm if norm > 1e-10 else 1.0)
-
-
-def check(result: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    for name, value in result.items():
-        assert value.shape == expected[name].shape
-        assert error(value, expected[name]) <= tolerance, name
 
 
 def serves(backend: str, head_map: Any) -> bool:
@@ -95,32 +43,6 @@ def test_token_counts_around_the_tile(backend, device, tolerance, tokens) -> Non
 def test_longer_sequences(backend, device, tolerance, tokens) -> None:
     given_ = draw(device, 1, (2, 1), tokens, (64, 64))
     check(run(given_, backend=backend), reference(given_), tolerance)
-
-
-@pytest.mark.parametrize("entries", [70, 2000], ids=["rows of an image", "images"])
-def test_blocks_that_do_not_divide(device, tolerance, monkeypatch, entries) -> None:
-    """The chunked form in many blocks, the last one shorter, on shapes that usually fit in one."""
-    monkeypatch.setattr(attention_blocks, "ELEMENTS_PER_BLOCK", entries)
-    monkeypatch.setattr(attention_blocks, "ELEMENTS_ON_DEVICE", entries)
-    for tokens, width in ((19, 16), (19, 4)):  # kept for backward, and made anew
-        given_ = draw(device, 5, (2, 1), tokens, (width, width))
-        assert len(list(attention_blocks.blocks(given_["q"]))) > 2
-        check(run(given_, backend="chunked"), reference(given_), tolerance)
-        alone, expected = run_alone(given_, backend="chunked"), reference(given_, run_alone)
-        check(alone, expected, tolerance)
-
-
-@pytest.mark.parametrize("wants", ["both", "kl", "out"])
-@pytest.mark.parametrize("tokens", [16, 70])
-def test_backward_of_whole_heads(backend, device, tolerance, monkeypatch, tokens, wants) -> None:
-    """What large batches take: all blocks of a head in one program, the gradient of q added up between them."""
-    if backend != "triton":
-        pytest.skip("only the kernels cut their work by the number of heads")
-    from dbscale.kernels import attention_kl_triton
-
-    monkeypatch.setattr(attention_kl_triton, "MANY_HEADS", 1)
-    given_ = draw(device, 2, (2, 1), tokens, (24, 16))
-    check(run(given_, wants=wants, backend=backend), reference(given_, wants=wants), tolerance)
 
 
 @pytest.mark.parametrize("widths", [(32, 64), (64, 32), (24, 40), (8, 8), (80, 64)])
