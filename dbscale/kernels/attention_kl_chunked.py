@@ -213,16 +213,17 @@ def _gradients_of_blocks(
             p_s, slope = next(kept_of_block)
         else:
             p_s, slope = slope_block(q @ k.mT, _scores_t(q_t, k_t, images, tokens, scale_t), heads)
-        factor = None if upstream is None else _per_head(upstream[images, :, tokens], heads)
+        factor = uniform if upstream is None or uniform is not None else _per_head(upstream[images, :, tokens], heads)
         if grad_out is not None and v is not None:
             grad_rows = packed(grad_out[images, :, tokens])
             _add_over_tokens(grad_v, p_s.mT, grad_rows, images, tokens)
             pull = (grad_rows * wide(out[images, :, tokens])).sum(-1, keepdim=True)
             through_out = (grad_rows @ packed(v[images]).mT).sub_(pull).mul_(p_s)
-            if uniform is not None:
-                slope = through_out.add_(slope, alpha=uniform)
-            else:
-                slope = through_out if factor is None else through_out.addcmul_(slope, factor)
+            if isinstance(factor, Tensor):
+                through_out.addcmul_(slope, factor)
+            elif factor is not None:
+                through_out.add_(slope, alpha=factor)
+            slope = through_out
         else:
             assert factor is not None
             slope = slope * factor

@@ -48,7 +48,7 @@ def make_model(
 
     `guided` gives it attention layers that a teacher's maps can be compared in; same weights, same names.
     """
-    # Paired arms and the finetunes of one size start from the same draws; at 38M parameters they take .4 s, a copy .03 s.
+    # Paired arms and the finetunes of one size start from the same draws; at 38M parameters they take .3 s, a copy .03 s.
     return copy.deepcopy(_drawn(model.model_dump_json(), type(model), num_classes, image_size, seed, drop_path, guided))
 
 
