@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from dbscale.errors import ConfigError, nearest
+from dbscale.strict import Strict, load_yaml, override, validate
 from dbscale.study.cost import DEVICES, CostModel
 from dbscale.study.recipe import Stage
 from dbscale.study.resources import Resources
-from dbscale.study.strict import ConfigError, Strict, nearest, validate
-from dbscale.study.strict_yaml import load_yaml, override
 from launch.machine import available_workers
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

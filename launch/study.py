@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from dbscale.errors import ConfigError
 from dbscale.study.calibration import read_calibration
 from dbscale.study.cell import Cell
 from dbscale.study.cost import CostModel
@@ -19,7 +20,6 @@ from dbscale.study.grid import Grid, Point, check_sizes, datasets_in_use, expand
 from dbscale.study.plan import Plan, make_plan, read_plan
 from dbscale.study.row import Row
 from dbscale.study.store import CellState, Store
-from dbscale.study.strict import ConfigError
 from launch.cluster import CONFIGS, Cluster, load_cluster
 
 DEFAULT_GRID = CONFIGS / "grids" / "demo.yaml"

@@ -20,11 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dbscale.errors import ConfigError
+from dbscale.strict import load_yaml, override, validate
 from dbscale.study.resources import Resources
 from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
-from dbscale.study.strict import ConfigError, validate
-from dbscale.study.strict_yaml import load_yaml, override
 from launch.options import add_set, add_tracker
 from launch.signals import install_handlers
 from launch.study import RESOURCES_PREFIX, load_study, record_cell

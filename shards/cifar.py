@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
+from dbscale.errors import DataError
 from shards.source import FieldSource, Listing
 
 _PIXELS = 3 * 32 * 32

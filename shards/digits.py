@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
+from dbscale.errors import DataError
 from shards.source import FieldSource, Listing
 from shards.stratify import stratified_order
 

@@ -12,9 +12,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.errors import DataError
-from dbscale.data.keyed import keyed_uniform
 from dbscale.data.manifest import Encoding
+from dbscale.errors import DataError
+from dbscale.keyed import keyed_uniform
 from shards.source import FieldSource, Listing
 
 NUM_MAPS = 4

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dbscale.data.atomic import atomic_writer
 from dbscale.data.decode import DecodeError
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
+from dbscale.errors import DataError
+from dbscale.files import atomic_open
 from shards.encode import encode
 from shards.source import Source
 from shards.tar import Sample, write_shard
@@ -77,7 +77,7 @@ def run_job(source: Source, job: ShardJob) -> list[str]:
         rows = write_shard(job.tar_path, _samples(source, job, faults), job.shard)
     except _Faulty:
         return faults
-    with atomic_writer(job.rows_path) as file:
+    with atomic_open(job.rows_path) as file:
         np.save(file, rows, allow_pickle=False)
     return []
 

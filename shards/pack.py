@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dbscale.data.atomic import make_folder
-from dbscale.data.errors import DataError
 from dbscale.data.index import index_dtype, save_index, split_fingerprint
 from dbscale.data.manifest import (
     MANIFEST_NAME,
@@ -26,6 +24,8 @@ from dbscale.data.manifest import (
     make_fingerprint,
     save_manifest,
 )
+from dbscale.errors import DataError
+from dbscale.files import make_folder
 from shards.jobs import WORK_FOLDER, ShardJob, run_jobs
 from shards.plan import SHARD_SAMPLES, PackOptions, Plan, claim, make_plan, plan_jobs, refusal
 from shards.repair import is_damaged, repair

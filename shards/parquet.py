@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.atomic import atomic_writer, make_folder
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
+from dbscale.errors import DataError
+from dbscale.files import atomic_open, make_folder
 from shards.source import FieldSource, Listing
 
 
@@ -115,14 +115,14 @@ class Parquet(FieldSource):
         make_folder(data_path.parent)
         ends: list[int] = []
         position = 0
-        with atomic_writer(data_path) as out:
+        with atomic_open(data_path) as out:
             for batch in self._open(path).iter_batches(batch_size=256, columns=[self.image_column]):
                 for value in batch.column(0).to_pylist():
                     data = self._bytes(value, path, len(ends))
                     out.write(data)
                     position += len(data)
                     ends.append(position)
-        with atomic_writer(ends_path) as out:
+        with atomic_open(ends_path) as out:
             np.save(out, np.array(ends, np.int64), allow_pickle=False)
 
     def _bytes(self, value: Any, path: Path, row: int) -> bytes:

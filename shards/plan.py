@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from dbscale.data.atomic import write_atomic
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding, Frozen, Manifest
+from dbscale.errors import DataError
+from dbscale.files import write_atomic
 from shards.jobs import WORK_FOLDER, ShardJob
 from shards.source import Listing, Source
 from shards.stratify import stratified_order

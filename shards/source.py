@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
+from dbscale.errors import DataError
 
 Content = bytes | NDArray[np.uint8]
 """An encoded image file, or uint8 RGB pixels [H, W, 3] where the source has no files."""

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from dbscale.data.errors import DataError
+from dbscale.errors import DataError
 from shards.cifar import Cifar
 from shards.digits import Digits
 from shards.fractals import Fractals

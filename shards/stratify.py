@@ -6,7 +6,7 @@ Shuffle within each class, then sort by in-class rank; ties fall in shuffled ord
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.keyed import frozen_generator
+from dbscale.keyed import frozen_generator
 
 
 def stratified_order(labels: NDArray[np.int64], seed: int, split: str) -> NDArray[np.int64]:

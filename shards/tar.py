@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.atomic import atomic_writer
 from dbscale.data.index import checksum, index_dtype
+from dbscale.files import atomic_open
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -32,7 +32,7 @@ def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> NDArray[np
     """Write the tar atomically and return its index rows (keys as wide as the longest)."""
     rows: list[tuple[int, int, int, int, int, int, int, bytes]] = []
     position = 0
-    with atomic_writer(path) as file:
+    with atomic_open(path) as file:
         for sample in samples:
             member = _member(f"{sample.key}.{sample.suffix}", sample.data)
             offset = position + BLOCK

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
+from dbscale.errors import DataError
 from shards.source import FieldSource, Listing
 
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dbscale.data.decode import DecodeError, decode_image
-from dbscale.data.errors import DataError
 from dbscale.data.index import checksum, mend, open_index, split_fingerprint
 from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
+from dbscale.errors import DataError
 from shards.jobs import default_processes
 from shards.repair import index_is_damaged
 from shards.walk import Member, walk_tar

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from dbscale.data.errors import DataError
+from dbscale.errors import DataError
 
 _BLOCK = tarfile.BLOCKSIZE
 _PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import Encoding
+from dbscale.errors import DataError
 from shards.source import FieldSource, Listing, refuse_remote
 from shards.walk import Member, walk_tar
 

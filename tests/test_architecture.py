@@ -18,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dbscale", "launch", "shards")
+GROUND = {"dbscale.errors", "dbscale.files", "dbscale.strict", "dbscale.keyed"}
+"""What every wing may import."""
 FLOOR = {
     "dbscale": 0, "dbscale.laws": 1, "dbscale.study": 1, "dbscale.kernels": 1, "dbscale.data": 1,
     "dbscale.report": 2, "dbscale.training": 2, "shards": 2, "launch": 3,
@@ -48,6 +50,8 @@ def module_name(path: Path) -> str:
 
 def wing(module: str) -> str:
     parts = module.split(".")
+    if module in GROUND:
+        return "dbscale"
     return ".".join(parts[:2]) if parts[0] == "dbscale" and len(parts) > 1 else parts[0]
 
 
@@ -110,9 +114,9 @@ def test_the_command_starts_without_heavy_packages(command: list[str]) -> None:
 
 
 @FILES
-def test_files_are_rooms_not_halls(path: Path) -> None:
+def test_files_tell_one_story(path: Path) -> None:
     lines = len(path.read_text().splitlines())
-    assert lines <= 300, f"{lines} lines: the design is asking for another room"
+    assert lines <= 600, f"{lines} lines: this is more than one story"
 
 
 @FILES

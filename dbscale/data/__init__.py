@@ -8,8 +8,8 @@ here and must answer at once.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import Manifest, load_manifest
+from dbscale.errors import DataError
 
 if TYPE_CHECKING:
     from dbscale.data.dataset import Dataset, Subset, open_dataset

@@ -13,12 +13,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.errors import DataError
 from dbscale.data.index import open_index
-from dbscale.data.keyed import keyed_bits
 from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
 from dbscale.data.read import EncodedReader, RawReader, Reader
 from dbscale.data.resident import ResidentReader
+from dbscale.errors import DataError
+from dbscale.keyed import keyed_bits
 
 Tier = Literal["resident", "raw", "jpeg256", "jpeg"]
 RESIDENT_MAX_SIDE = 64

@@ -14,7 +14,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from dbscale.data.errors import DataError
+from dbscale.errors import DataError
 
 MAX_PIXELS = 1 << 26
 """Larger images are refused unread: 67 megapixels is far above any training photograph (decompression bombs)."""

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dbscale.data.keyed import keyed_uniform
+from dbscale.keyed import keyed_uniform
 
 _AREA = (0.02, 1 / 3)
 _NUM_STARTS = 1 << 16

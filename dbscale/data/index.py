@@ -12,9 +12,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from dbscale.data.atomic import atomic_writer
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import SplitInfo
+from dbscale.errors import DataError
+from dbscale.files import atomic_open
 
 
 def index_dtype(key_bytes: int) -> np.dtype:
@@ -47,7 +47,7 @@ def split_fingerprint(index: NDArray[np.void]) -> str:
 
 def save_index(path: Path, index: NDArray[np.void]) -> str:
     """Write the index atomically and return its checksum."""
-    with atomic_writer(path) as file:
+    with atomic_open(path) as file:
         np.save(file, index, allow_pickle=False)
     return file_checksum(path)
 

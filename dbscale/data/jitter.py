@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dbscale.data.color import brightness, contrast, saturation
-from dbscale.data.keyed import keyed_uniform
+from dbscale.keyed import keyed_uniform
 
 _OPERATIONS = (brightness, contrast, saturation)
 _ORDERS = np.array(list(permutations(range(3))))

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dbscale.data.dataset import Subset
-from dbscale.data.errors import DataError
 from dbscale.data.order import Stream, valid_world_sizes
 from dbscale.data.read import Pixels
 from dbscale.data.serve import serve
 from dbscale.data.transform import Transform
+from dbscale.errors import DataError
 
 
 class Batch(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from dbscale.data.atomic import write_atomic
-from dbscale.data.errors import DataError
+from dbscale.errors import DataError
+from dbscale.files import write_atomic
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbscale.data.errors import DataError
-from dbscale.data.keyed import keyed_bits, keyed_uniform
+from dbscale.errors import DataError
+from dbscale.keyed import keyed_bits, keyed_uniform
 
 
 class MixTarget(NamedTuple):

@@ -11,8 +11,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.errors import DataError
-from dbscale.data.keyed import frozen_generator
+from dbscale.errors import DataError
+from dbscale.keyed import frozen_generator
 
 
 @lru_cache(maxsize=3)

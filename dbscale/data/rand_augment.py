@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dbscale.data import color
 from dbscale.data.erase import normal_from_uniform
-from dbscale.data.errors import DataError
-from dbscale.data.keyed import keyed_uniform
 from dbscale.data.warp import warp_affine
+from dbscale.errors import DataError
+from dbscale.keyed import keyed_uniform
 
 OPERATIONS = (
     *("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),

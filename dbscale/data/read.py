@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, decode_image, ppm_header_size
-from dbscale.data.errors import DataError
 from dbscale.data.index import checksum, mend
 from dbscale.data.manifest import ShardInfo, SplitInfo
+from dbscale.errors import DataError
 
 Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
 """One array [b, 3, H, W] where all images have one size, else a list of [H, W, 3]."""

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.atomic import atomic_writer, make_folder, write_atomic
 from dbscale.data.decode import DecodeError, center_square, decode_image, resize_short
-from dbscale.data.errors import DataError
 from dbscale.data.index import file_checksum
 from dbscale.data.manifest import SplitInfo
 from dbscale.data.read import ShardFiles
+from dbscale.errors import DataError, FileError
+from dbscale.files import atomic_open, make_folder, write_atomic
 
 
 class ResidentReader:
@@ -66,12 +66,12 @@ def _decoded(files: ShardFiles, position: int) -> NDArray[np.uint8] | None:
 def _store(path: Path, images: NDArray[np.uint8], bad: frozenset[int]) -> tuple[NDArray[np.uint8], frozenset[int]]:
     try:
         make_folder(path.parent)
-        with atomic_writer(path) as file:
+        with atomic_open(path) as file:
             np.save(file, images, allow_pickle=False)
         # The note comes last: an array without its note counts as half-written.
         note = {"checksum": file_checksum(path), "bad": sorted(bad)}
         write_atomic(path.with_suffix(".json"), json.dumps(note).encode())
-    except (DataError, OSError):
+    except (DataError, FileError, OSError):
         return images, bad  # a cache is a convenience: without one every process decodes for itself
     _opened.cache_clear()
     return _opened(path) or (images, bad)

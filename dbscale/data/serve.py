@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dbscale.data.dataset import Subset
-from dbscale.data.errors import DataError
+from dbscale.errors import DataError
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

@@ -18,11 +18,11 @@ from uuid import uuid4
 
 import numpy as np
 
-from dbscale.data.atomic import atomic_writer, explain_os_error, make_folder
 from dbscale.data.dataset import Dataset, Subset
-from dbscale.data.errors import DataError
 from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from dbscale.data.read import check_shard_size
+from dbscale.errors import DataError, FileError
+from dbscale.files import atomic_open, cannot_write, make_folder
 
 _USERS = ".users"
 _REMOVED = ".removed"
@@ -147,7 +147,7 @@ def _only_one(path: Path) -> Iterator[None]:
 def _copy(source: Path, target: Path) -> None:
     try:
         _copy_once(source, target)
-    except DataError:
+    except (DataError, FileError):
         if not remove_unused(target.parent.parent):
             raise
         _copy_once(source, target)
@@ -155,7 +155,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _copy_once(source: Path, target: Path) -> None:
     try:
-        with open(source, "rb") as reader, atomic_writer(target) as writer:
+        with open(source, "rb") as reader, atomic_open(target) as writer:
             shutil.copyfileobj(reader, writer, 1 << 22)
     except OSError as error:
-        raise explain_os_error(error, target) from error
+        raise cannot_write(target, error) from error

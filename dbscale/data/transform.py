@@ -17,10 +17,10 @@ from torch import Tensor
 from dbscale.data.boxes import RESIZED_CROP_DRAWS, center_boxes, resized_crop_boxes
 from dbscale.data.crop import resize_boxes, resize_each, shift_flip
 from dbscale.data.erase import erase_random
-from dbscale.data.errors import DataError
 from dbscale.data.jitter import color_jitter
-from dbscale.data.keyed import keyed_uniform
 from dbscale.data.rand_augment import parse_policy, rand_augment
+from dbscale.errors import DataError
+from dbscale.keyed import keyed_uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dbscale.errors import LawError, NotEnoughData
     from dbscale.laws.advice import Advice, advise
     from dbscale.laws.allocation import Allocation, allocate
     from dbscale.laws.boundary import Boundary, find_boundary
     from dbscale.laws.cost import Prices
     from dbscale.laws.delta_curve import PairedDelta
-    from dbscale.laws.errors import LawError, NotEnoughData
     from dbscale.laws.fit import fit_law
     from dbscale.laws.form import Form
     from dbscale.laws.forms import FORMS, find_form
@@ -34,7 +34,6 @@ _MEMBERS = {
     "surface": ("boundaries_by_group", "boundary_surface"),
     "cost": ("Prices",),
     "delta_curve": ("PairedDelta",),
-    "errors": ("LawError", "NotEnoughData"),
     "fit": ("fit_law",),
     "form": ("Form",),
     "forms": ("FORMS", "find_form"),
@@ -46,7 +45,8 @@ _MEMBERS = {
     "transfer": ("TransferGap", "effective_data_transferred", "transfer_gap", "transfer_gaps"),
     "weights": ("error_weights", "seed_spread"),
 }
-_HOME = {name: module for module, names in _MEMBERS.items() for name in names}
+_HOME = {name: f"dbscale.laws.{module}" for module, names in _MEMBERS.items() for name in names}
+_HOME |= {"LawError": "dbscale.errors", "NotEnoughData": "dbscale.errors"}
 __all__ = [
     "FORMS",
     "LOSSES",
@@ -85,6 +85,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

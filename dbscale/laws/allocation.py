@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from dbscale.errors import LawError
 from dbscale.laws.cost import Prices
-from dbscale.laws.errors import LawError
 from dbscale.laws.law_fit import LawFit
 from dbscale.laws.resample import Bootstrap
 

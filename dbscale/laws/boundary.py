@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
+from dbscale.errors import LawError
 from dbscale.laws.boundary_words import explain
 from dbscale.laws.delta_curve import DeltaCurves, PairedDelta, gaussian_process_curves, isotonic_curves
-from dbscale.laws.errors import LawError
 from dbscale.laws.law_fit import LawFit
 from dbscale.laws.resample import Bootstrap
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbscale.laws.errors import LawError, nearest
+from dbscale.errors import LawError, nearest
 
 TEACHER_CASES = ("free", "inference", "training", "training_and_inference")
 FORWARD_FLOPS, TRAIN_FLOPS = 2.0, 6.0  # per parameter and token: forward; forward and backward

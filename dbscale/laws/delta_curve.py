@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dbscale.laws.errors import LawError
+from dbscale.errors import LawError
 from dbscale.laws.form import as_numbers
 
 LENGTHS, BENDS, OFFSETS = (0.25, 0.5, 1.0), (0.1, 0.3, 1.0), (0.0, 0.5)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dbscale.laws.errors import LawError, NotEnoughData, nearest
+from dbscale.errors import LawError, NotEnoughData, nearest
 from dbscale.laws.form import Form
 from dbscale.laws.forms import find_form
 from dbscale.laws.law_fit import LawFit

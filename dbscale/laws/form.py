@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbscale.laws.errors import LawError, nearest
+from dbscale.errors import LawError, nearest
 
 Columns = Mapping[str, np.ndarray]
 Values = Mapping[str, np.ndarray]

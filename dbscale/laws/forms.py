@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dbscale.laws.errors import LawError, nearest
+from dbscale.errors import LawError, nearest
 from dbscale.laws.form import Form
 from dbscale.laws.forms_curves import BNSL, LOG_LAW, RECTIFIED, SATURATING
 from dbscale.laws.forms_m4 import M4, m4_product_form

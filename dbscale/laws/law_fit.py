@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbscale.laws.errors import LawError
+from dbscale.errors import LawError
 from dbscale.laws.form import LOG_FLOOR, Form
 from dbscale.laws.forms import find_form
 from dbscale.laws.losses import Loss

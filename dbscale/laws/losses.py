@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbscale.laws.errors import LawError, nearest
+from dbscale.errors import LawError, nearest
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from dbscale.laws.errors import LawError, nearest
+from dbscale.errors import LawError, nearest
 from dbscale.laws.law_fit import LawFit
 from dbscale.laws.quantiles import student_quantile
 from dbscale.laws.solver import Problem, minimise

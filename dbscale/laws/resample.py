@@ -11,7 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from dbscale.laws.errors import LawError
+from dbscale.errors import LawError
 from dbscale.laws.form import as_numbers
 from dbscale.laws.law_fit import LawFit
 from dbscale.laws.quantiles import student_quantile

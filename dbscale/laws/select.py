@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbscale.laws.errors import LawError, NotEnoughData
+from dbscale.errors import LawError, NotEnoughData
 from dbscale.laws.fit import Bounds, Search, fit_in
 from dbscale.laws.form import Form
 from dbscale.laws.forms import FORMS, find_form

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
+from dbscale.errors import LawError
 from dbscale.laws.boundary import Boundary, find_boundary
 from dbscale.laws.delta_curve import PairedDelta
-from dbscale.laws.errors import LawError
 from dbscale.laws.law_fit import LawFit
 from dbscale.laws.resample import Bootstrap
 

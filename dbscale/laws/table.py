@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbscale.laws.errors import LawError
+from dbscale.errors import LawError
 from dbscale.laws.form import Form, as_numbers
 
 COLLINEAR = 0.97

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbscale.laws.errors import LawError
+from dbscale.errors import LawError
 from dbscale.laws.fit import fit_law
 from dbscale.laws.form import as_numbers
 from dbscale.laws.law_fit import LawFit

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dbscale.laws.errors import LawError
+from dbscale.errors import LawError
 from dbscale.laws.form import as_numbers
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dbscale.errors import TableError, nearest
 from dbscale.laws import Advice as LawAdvice
 from dbscale.laws import Bootstrap
 from dbscale.laws import advise as advise_from_laws
 from dbscale.report.fits import Options, fit_laws
-from dbscale.report.table import RunTable, Setting, TableError
-from dbscale.study.strict import nearest
+from dbscale.report.table import RunTable, Setting
 
 
 @dataclass(frozen=True)

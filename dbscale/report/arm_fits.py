@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dbscale.errors import LawError, NotEnoughData
 from dbscale.laws import error_weights, fit_law, seed_spread
-from dbscale.laws.errors import LawError, NotEnoughData
 from dbscale.laws.law_fit import LawFit
 from dbscale.laws.losses import Loss
 from dbscale.laws.resample import Bootstrap, refit, resample_counts

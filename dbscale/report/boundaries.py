@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from dbscale.errors import LawError, NotEnoughData
 from dbscale.laws import find_boundary
 from dbscale.laws.boundary import Boundary, read_boundary
 from dbscale.laws.delta_curve import DeltaCurves, PairedDelta
-from dbscale.laws.errors import LawError, NotEnoughData
 from dbscale.report.arm_fits import FEWEST_SIZES, ArmFit
 from dbscale.report.curves import MARGIN, rounded
 from dbscale.report.deltas import Pair, complete_groups, sampling_variance

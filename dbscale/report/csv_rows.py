@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dbscale.report.table import COLUMNS, KINDS, REQUIRED, Place, Run, RunTable, Setting, TableError
-from dbscale.study.strict import nearest
+from dbscale.errors import TableError, nearest
+from dbscale.report.table import COLUMNS, KINDS, REQUIRED, Place, Run, RunTable, Setting
 
 POSITIVE = ("num_params", "downstream_samples")
 SHARES = ("error_rate", "top5_error_rate", "upstream_error_rate", "linear_probe_error", "teacher_error_rate")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dbscale.report.table import RunTable, TableError
+from dbscale.errors import TableError
+from dbscale.report.table import RunTable
 from dbscale.study.store import Store
 
 

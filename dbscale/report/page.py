@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dbscale import __version__
+from dbscale.files import atomic_open
 from dbscale.report import panels
 from dbscale.report.answers import leading
 from dbscale.report.background import Background, day, of_grid, of_table
@@ -32,7 +33,7 @@ from dbscale.report.style import LOOKS
 from dbscale.report.table import RunTable, Setting
 from dbscale.report.trust_figures import predicted_figure, residual_figure
 from dbscale.report.words import percent, symbols
-from dbscale.study.store import Store, atomic_open
+from dbscale.study.store import Store
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDEST = 4

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbscale.files import atomic_open
 from dbscale.report import panels
 from dbscale.report.fits import Findings
 from dbscale.report.panels import AXIS_TITLES, Panel, PanelGrid, Series, count_text
@@ -13,7 +14,7 @@ from dbscale.report.refresh import refresh, refresh_table
 from dbscale.report.schema import Curve
 from dbscale.report.style import INK, LOOKS, MUTED, RULE
 from dbscale.report.table import RunTable, Setting
-from dbscale.study.store import Store, atomic_open
+from dbscale.study.store import Store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

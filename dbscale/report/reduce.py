@@ -9,12 +9,13 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from dbscale.errors import TableError, nearest
+from dbscale.files import atomic_open
 from dbscale.report.csv_rows import checked, from_records, to_csv
-from dbscale.report.table import COLUMNS, KINDS, MissingPoint, Run, RunTable, TableError
+from dbscale.report.table import COLUMNS, KINDS, MissingPoint, Run, RunTable
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
 from dbscale.study.row import Row
-from dbscale.study.store import Store, atomic_open
-from dbscale.study.strict import nearest
+from dbscale.study.store import Store
 
 
 def reduce_grid(store: Store, grid_name: str) -> RunTable:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dbscale import __version__
+from dbscale.errors import ConfigError
 from dbscale.report import schema
 from dbscale.report.csv_rows import to_csv
 from dbscale.report.fits import METHOD_VERSION, Findings, Options, fit_grid
@@ -19,7 +20,6 @@ from dbscale.report.schema import BoundaryFile, LawsFile
 from dbscale.report.table import RunTable
 from dbscale.study.cell import canonical_json
 from dbscale.study.store import Store
-from dbscale.study.strict import ConfigError
 
 QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
 """Of a table that comes without a grid."""

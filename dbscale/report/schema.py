@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dbscale.report.table import TableError
-from dbscale.study.store import atomic_open, read_json
-from dbscale.study.strict import Strict, validate
+from dbscale.errors import TableError
+from dbscale.files import atomic_open, read_json
+from dbscale.strict import Strict, validate
 
 SCHEMA_VERSION = 2
 AxisName = Literal["upstream_samples", "downstream_samples", "num_params"]

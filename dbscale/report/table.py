@@ -14,10 +14,6 @@ SCRATCH = 0
 """`upstream_samples` of a run that saw no upstream data; such runs are shown, never fitted."""
 
 
-class TableError(ValueError):
-    """The table cannot be used: says which row, column and value, and what would be right."""
-
-
 class Setting(NamedTuple):
     """What one law describes: everything that is not an axis of the law. Errors of two settings do not compare."""
 

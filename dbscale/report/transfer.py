@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dbscale.errors import LawError
 from dbscale.laws import Bootstrap, effective_data_transferred, fit_law
-from dbscale.laws.errors import LawError
 from dbscale.laws.law_fit import LawFit
 from dbscale.report.arm_fits import ArmFit
 from dbscale.report.schema import Estimate, TransferRecord

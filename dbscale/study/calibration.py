@@ -10,9 +10,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from dbscale.files import read_json, write_json
+from dbscale.strict import Strict, validate
 from dbscale.study.recipe import Stage
-from dbscale.study.store import Store, read_json, write_json
-from dbscale.study.strict import Strict, validate
+from dbscale.study.store import Store
 
 
 class Measured(Strict):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from dbscale.strict import Strict
 from dbscale.study.recipe import RECIPE_VERSION, DeiT, Model, Recipe
-from dbscale.study.strict import Strict
 
 Role = Literal["teacher", "init"]
 Arm = Literal["plain", "distilled", "scratch"]

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from dbscale.errors import ConfigError, nearest
+from dbscale.strict import Strict, load_yaml, override, set_path, validate
 from dbscale.study.cell import Arm, Cell
 from dbscale.study.recipe import Data, Distill, Model, Positive, Recipe, Stage, Tier, Training
-from dbscale.study.strict import ConfigError, Strict, nearest, validate
-from dbscale.study.strict_yaml import load_yaml, override, set_path
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 """Becomes a folder name: letters, digits, dot, underscore and hyphen."""

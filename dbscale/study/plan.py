@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dbscale.files import read_json, write_model
+from dbscale.strict import Strict, validate
 from dbscale.study.cell import Arm, Cell, model_label
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, Point, merged_cells
-from dbscale.study.store import CellState, Store, read_json, write_model
-from dbscale.study.strict import Strict, validate
+from dbscale.study.store import CellState, Store
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dbscale.study.strict import Strict
+from dbscale.strict import Strict
 
 RECIPE_VERSION = 1
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dbscale.study.strict import Strict
+from dbscale.strict import Strict
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from dbscale.strict import Strict
 from dbscale.study.cell import Arm
 from dbscale.study.recipe import Stage
-from dbscale.study.strict import Strict
 
 
 class Upstream(Strict):

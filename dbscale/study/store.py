@@ -5,28 +5,23 @@ Reads are cheap and torch-free, so that `plan` and `status` answer at once on a 
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Literal
 
+from dbscale.errors import StoreError
+from dbscale.files import read_json, write_json, write_model
+from dbscale.strict import Strict, validate
 from dbscale.study.cell import CellSpec
 from dbscale.study.row import Row
-from dbscale.study.strict import Strict, validate
 
 CellState = Literal["new", "running", "done", "failed", "interrupted", "blocked"]
 HEARTBEAT_LIMIT_S = 120.0
 """A run whose progress file is older than this, on another host, is taken for dead."""
-
-
-class StoreError(ValueError):
-    """The store cannot be used: says which path and what to do."""
 
 
 class Attempt(Strict):
@@ -169,63 +164,3 @@ def _pid_exists(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise StoreError(f"{path} is not valid JSON ({error}); remove it and the cell runs again") from None
-
-
-def write_json(path: Path, value: Mapping[str, Any] | list[Any], *, durable: bool = True) -> None:
-    """Atomic: a reader sees the old file or the new one, never half of either."""
-    with atomic_open(path, "w", durable=durable) as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
-def write_model(path: Path, model: Strict, *, durable: bool = True) -> None:
-    """As `write_json`, for configs that are large or many: pydantic writes JSON many times faster."""
-    with atomic_open(path, "w", durable=durable) as file:
-        file.write(model.model_dump_json(indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def atomic_open(path: Path, mode: Literal["w", "wb"], *, durable: bool = True) -> Iterator[IO[Any]]:
-    """A file that appears under `path` only when it was written whole. Raises StoreError when it cannot be."""
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{_hostname()}.{os.getpid()}.tmp")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if durable:
-            sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if not isinstance(error, OSError):
-            raise
-        raise StoreError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another STORE, then run again: "
-            "finished cells are kept"
-        ) from error
-
-
-@functools.cache
-def _hostname() -> str:
-    return socket.gethostname()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,9 +26,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
+from dbscale.errors import TrainingError
 from dbscale.study.recipe import Training
 from dbscale.study.resources import Resources
-from dbscale.training.errors import TrainingError
 from dbscale.training.trackers import tracker_options
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"

@@ -17,8 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from dbscale.errors import FileError
+from dbscale.files import read_json, write_json
 from dbscale.study.row import Row
-from dbscale.study.store import Attempt, Store, StoreError, read_json, write_json
+from dbscale.study.store import Attempt, Store
 
 FAULT_NAME = ".fault-{}.json"
 """Of a rank, beside its cell's attempts, for the time of one try."""
@@ -69,13 +71,13 @@ def close_attempt(store: Store, admission: Admission, status: Ending, reason: st
     signal = reason if status == "interrupted" and (reason or "").startswith("SIG") else None
     update = {"status": status, "ended": time.time(), "reason": reason, "signal": signal}
     admission.attempt = admission.attempt.model_copy(update=update)
-    with contextlib.suppress(StoreError):
+    with contextlib.suppress(FileError):
         store.write_attempt(admission.key, admission.attempt)
 
 
 def tell_main(store: Store, key: str, rank: int, reason: str) -> None:
     """Leave word why this rank ends: rank 0, cut off in a collective, would know only that a connection was lost."""
-    with contextlib.suppress(StoreError):
+    with contextlib.suppress(FileError):
         write_json(store.cell_dir(key) / FAULT_NAME.format(rank), {"reason": f"rank {rank}: {reason}"})
 
 

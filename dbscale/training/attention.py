@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dbscale.errors import TrainingError
 from dbscale.kernels.timm_attention import AttentionTap
 from dbscale.study.recipe import Attention
-from dbscale.training.errors import TrainingError
 
 
 def make_tap(student: nn.Module, teacher: nn.Module, settings: Attention, backend: str) -> AttentionTap:

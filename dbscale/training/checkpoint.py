@@ -24,10 +24,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from dbscale.study.store import StoreError, read_json, sync_folder, write_json
+from dbscale.errors import FileError, StoreError, TrainingError
+from dbscale.files import read_json, sync_folder, write_json
 from dbscale.training.elastic import load_repartitioned, repartition
 from dbscale.training.ema import EMA
-from dbscale.training.errors import TrainingError
 from dbscale.training.progress import LossRecord
 
 NUM_KEPT = 2
@@ -77,7 +77,7 @@ class Checkpointer:
     _sealer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
     def save(self, state: LoopState) -> Path:
-        """Write `step-<n>`; it counts once `finish` has returned, or the next save. Raises StoreError where it or the
+        """Write `step-<n>`; it counts once `finish` has returned, or the next save. Raises FileError where it or the
         save before cannot be written."""
         final = self.folder / f"step-{state.step:09d}"
         temporary = self.folder / f".{final.name}.tmp"
@@ -94,13 +94,13 @@ class Checkpointer:
         return final
 
     def finish(self) -> None:
-        """Return on every rank when the last save is safe on disk. Raises StoreError when it is not."""
+        """Return on every rank when the last save is safe on disk. Raises FileError when it is not."""
         self._await_seal()
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
         """Leave nothing running; a save that failed matters to nobody any more."""
-        with contextlib.suppress(StoreError):
+        with contextlib.suppress(FileError):
             self._await_seal()
         self._sealer.shutdown()
 
@@ -189,10 +189,10 @@ class Checkpointer:
 
 @contextlib.contextmanager
 def _named_where_full(temporary: Path, final: Path) -> Iterator[None]:
-    """What the disk refuses becomes a StoreError that says what to do; no half of a checkpoint is left."""
+    """What the disk refuses becomes a FileError that says what to do; no half of a checkpoint is left."""
     try:
         yield
-    except (OSError, StoreError) as error:
+    except (OSError, FileError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         why = error.strerror or error if isinstance(error, OSError) else error
         raise StoreError(
@@ -215,7 +215,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         manifest = read_json(folder / MANIFEST)
         sums = manifest["files"]
-    except (OSError, StoreError, KeyError) as error:
+    except (OSError, FileError, KeyError) as error:
         return f"no readable {MANIFEST} ({error})"
     if manifest.get("format") != FORMAT:
         return f"it has format {manifest.get('format', 1)}, this version of dbscale reads {FORMAT}"

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dbscale.training.errors import TrainingError
+from dbscale.errors import TrainingError
 
 TAG = "pytorch_model"
 """The folder Accelerate gives DeepSpeed's part of a checkpoint."""

@@ -11,10 +11,11 @@ from pathlib import Path
 from timm.models._hub import save_config_for_hf
 
 from dbscale.data import IMAGENET_MEAN, IMAGENET_STD
+from dbscale.errors import TrainingError
+from dbscale.files import atomic_open, write_json
 from dbscale.study.cell import CellSpec
 from dbscale.study.row import Row
-from dbscale.study.store import Store, atomic_open, write_json
-from dbscale.training.errors import TrainingError
+from dbscale.study.store import Store
 from dbscale.training.models import make_model, timm_arguments
 from dbscale.training.weights import WEIGHTS_NAME, verified_weights
 
@@ -22,7 +23,7 @@ from dbscale.training.weights import WEIGHTS_NAME, verified_weights
 def export_cell(store: Store, key: str, target: Path) -> Path:
     """Write `model.safetensors`, `config.json`, `recipe.json`, `row.json` and the card `README.md` into `target`.
 
-    Raises TrainingError when the cell is not done or its weights are damaged, StoreError when `target` cannot be
+    Raises TrainingError when the cell is not done or its weights are damaged, FileError when `target` cannot be
     written.
     """
     spec, row = store.read_spec(key), store.read_row(key)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dbscale.data import Batch
-from dbscale.training.errors import TrainingError
+from dbscale.errors import TrainingError
 
 
 def lockstep(batches: Iterator[Batch], accelerator: Accelerator) -> Iterator[Batch]:

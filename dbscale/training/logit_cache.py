@@ -16,8 +16,10 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dbscale.errors import FileError
+from dbscale.files import atomic_open
 from dbscale.study.cell import CellSpec, canonical_json
-from dbscale.study.store import Store, StoreError, atomic_open
+from dbscale.study.store import Store
 from dbscale.training.device import device_name
 
 FOLDER = "teacher_logits"
@@ -30,7 +32,7 @@ class CachedTeacher:
         self.teacher, self.folder = teacher, folder
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits [b, C] of images [b, 3, S, S]. Raises StoreError when an answer cannot be kept."""
+        """Logits [b, C] of images [b, 3, S, S]. Raises FileError when an answer cannot be kept."""
         path = self.folder / f"{_digest(images)}.safetensors"
         known = _read(path)
         if known is not None:
@@ -45,7 +47,7 @@ def open_cache(store: Store, spec: CellSpec, teacher: nn.Module, device: torch.d
     """The cache of the teacher of a distill cell: of these weights, computed in this way on this kind of device."""
     row = store.read_row(spec.teacher) if spec.teacher else None
     if row is None:
-        raise StoreError(f"the teacher {spec.teacher} of {spec.key} has no row; train it first")
+        raise FileError(f"the teacher {spec.teacher} of {spec.key} has no row; train it first")
     identity = {
         "weights": row.weights_sha256,
         "precision": spec.recipe.training.precision,

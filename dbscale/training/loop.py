@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dbscale.data import Batch, TrainLoader, Transform, mix_batch
+from dbscale.keyed import derive_seed
 from dbscale.study.recipe import Recipe
 from dbscale.study.stop import StopRequest
 from dbscale.training.accelerators import reduce_over_ranks
@@ -26,7 +27,6 @@ from dbscale.training.lockstep import highest_of_ranks, lockstep
 from dbscale.training.losses import TERMS, Losses, Objective, Target
 from dbscale.training.optimizer import learning_rate, set_learning_rate
 from dbscale.training.progress import Reporter
-from dbscale.training.seeds import derive_seed, seed_step
 
 
 @dataclass(frozen=True)
@@ -199,3 +199,15 @@ def _save(run: Run) -> None:
 def gather_bad_samples(run: Run) -> None:
     """Every rank learns which samples the others could not decode; all ranks call it."""
     run.state.bad_ids = sorted(set(gather_object(run.state.bad_ids)))
+
+
+def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Make torch's draws within a step (stochastic depth, dropout) a function of (seed, step, rank).
+
+    So no generator's state has to outlive a step: nothing to save in checkpoints, and a teacher's draws, if it had
+    any, could not shift the student's.
+    """
+    key = derive_seed(seed, "step", step, rank)
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(key)

@@ -19,10 +19,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from dbscale.errors import TrainingError
 from dbscale.kernels.timm_attention import DistilledAttention
+from dbscale.keyed import derive_seed
 from dbscale.study.recipe import DeiT, Model
-from dbscale.training.errors import TrainingError
-from dbscale.training.seeds import derive_seed
 
 
 def timm_arguments(model: Model, *, num_classes: int, image_size: int) -> tuple[str, dict[str, Any]]:

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from dbscale.data import Dataset, TrainLoader, Transform, make_loader, make_transform, open_dataset
+from dbscale.errors import TrainingError
+from dbscale.keyed import derive_seed
 from dbscale.study.cell import CellSpec
 from dbscale.study.recipe import Recipe
 from dbscale.study.resources import Resources
@@ -18,14 +20,12 @@ from dbscale.study.store import Store
 from dbscale.training.accelerators import AMP_DTYPE, Batching
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.ema import EMA
-from dbscale.training.errors import TrainingError
 from dbscale.training.logit_cache import CachedTeacher, open_cache
 from dbscale.training.loop import Run
 from dbscale.training.losses import make_objective, wants_maps
 from dbscale.training.models import freeze_backbone, load_backbone, make_model
 from dbscale.training.optimizer import make_optimizer
 from dbscale.training.progress import Reporter, truncate_metrics
-from dbscale.training.seeds import derive_seed
 from dbscale.training.teacher import load_teacher
 from dbscale.training.weights import verified_weights
 
@@ -46,7 +46,7 @@ class Context:
 
 
 def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
-    """Build the run and restore its newest whole checkpoint. Raises TrainingError, DataError or StoreError."""
+    """Build the run and restore its newest whole checkpoint. Raises TrainingError, DataError or FileError."""
     recipe, accelerator = spec.recipe, context.accelerator
     student = make_student(spec, context.store, dataset.num_classes)
     teacher = load_teacher(context.store, spec, num_classes=dataset.num_classes, device=accelerator.device)

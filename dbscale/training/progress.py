@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from dbscale.errors import TrainingError
 from dbscale.study.recipe import Recipe
 from dbscale.study.store import Progress, Store
 from dbscale.training.accelerators import reduce_over_ranks
-from dbscale.training.errors import TrainingError
 from dbscale.training.losses import TERMS, Losses
 from dbscale.training.optimizer import learning_rate
 

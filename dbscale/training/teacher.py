@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dbscale.errors import TrainingError
 from dbscale.study.cell import CellSpec
 from dbscale.study.store import Store
-from dbscale.training.errors import TrainingError
 from dbscale.training.losses import wants_teacher
 from dbscale.training.models import restore_model
 from dbscale.training.weights import verified_weights

@@ -14,9 +14,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
+from dbscale.errors import TrainingError
+from dbscale.files import read_json, write_json
 from dbscale.study.cell import CellSpec
-from dbscale.study.store import read_json, write_json
-from dbscale.training.errors import TrainingError
 
 PROJECT = "dbscale"
 RUN_FILE = "tracker.json"

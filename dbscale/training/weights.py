@@ -11,10 +11,11 @@ import safetensors.torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dbscale.errors import TrainingError
+from dbscale.files import atomic_open
 from dbscale.study.row import Row
-from dbscale.study.store import Store, atomic_open
+from dbscale.study.store import Store
 from dbscale.training.ema import EMA
-from dbscale.training.errors import TrainingError
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -34,7 +35,7 @@ def export_weights(path: Path, accelerator: Accelerator, model: nn.Module, ema: 
 
 
 def write_weights(path: Path, state: dict[str, Tensor]) -> str:
-    """Atomic safetensors file, names as timm's; its SHA-256. Raises StoreError when it cannot be written."""
+    """Atomic safetensors file, names as timm's; its SHA-256. Raises FileError when it cannot be written."""
     plain = {name: _plain(value) for name, value in state.items()}
     with atomic_open(path, "wb") as file:
         try:

@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+from dbscale.errors import ConfigError
+from dbscale.files import holder, is_held
 from dbscale.study.grid import load_grid
 from dbscale.study.stop import StopRequest
 from dbscale.study.store import Store
-from dbscale.study.strict import ConfigError
 from launch.cluster import load_cluster
-from launch.lock import holder, is_held
 from launch.options import AddCommand, add_data, add_grid, add_set, add_store, add_tracker, store_of, study_of
 from launch.signals import stop_on_signals
 from launch.study import CLUSTER_PREFIX, match_key, record_cell

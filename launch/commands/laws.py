@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dbscale.study.store import atomic_open
-from dbscale.study.strict import ConfigError, nearest
+from dbscale.errors import ConfigError, nearest
+from dbscale.files import atomic_open
 from launch.commands.results import grid_name
 from launch.options import AddCommand, add_data, add_grid, add_store, store_of
 

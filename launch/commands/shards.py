@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dbscale.errors import ConfigError, nearest
 from dbscale.study.grid import Grid, datasets_in_use
-from dbscale.study.strict import ConfigError, nearest
 from launch.options import AddCommand, add_data, add_grid
 from launch.study import DEFAULT_GRID
 

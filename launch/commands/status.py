@@ -6,11 +6,11 @@ import argparse
 import sys
 import time
 
+from dbscale.errors import ConfigError
+from dbscale.files import holder, is_held
 from dbscale.study.grid import load_grid
 from dbscale.study.plan import PlanRecord, read_plan
 from dbscale.study.store import Store
-from dbscale.study.strict import ConfigError
-from launch.lock import holder, is_held
 from launch.options import AddCommand, add_data, add_grid, add_store, store_of
 from launch.slurm.view import start_look
 from launch.status import Failure, State, Status, describe, read_status

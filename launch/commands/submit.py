@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from dbscale.files import driver_lock
 from dbscale.study.cost import CostModel
 from dbscale.study.plan import Plan, read_plan, record, write_plan
 from dbscale.study.stop import StopRequest
 from launch.commands import plan as plan_command
 from launch.commands.results import report_is_current, write_results
-from launch.lock import driver_lock
 from launch.options import AddCommand, add_study, add_tracker, study_of
 from launch.schedule import tasks_of
 from launch.signals import stop_on_signals

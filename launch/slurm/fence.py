@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbscale.study.store import Store, atomic_open
+from dbscale.files import atomic_open
+from dbscale.study.store import Store
 
 POLL_INTERVAL_S = 1.0
 SUPERSEDED_EXIT = 81

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from dbscale.errors import FileError
+from dbscale.files import atomic_open
 from dbscale.study.resources import Resources
 from dbscale.study.stop import StopRequest
-from dbscale.study.store import Store, StoreError, atomic_open
+from dbscale.study.store import Store
 from launch.ranks import Rank, port_of_job, rank_environment
 from launch.signals import stop_on_signals
 from launch.slurm.ending import RETRY_EXIT, watch_for_end, wind_down
@@ -144,7 +146,7 @@ def outcome(run_one: Callable[[str], Result], key: str) -> Result:
     """A cell's result, also where not even its attempt could be written down."""
     try:
         return run_one(key)
-    except (StoreError, OSError) as error:
+    except (FileError, OSError) as error:
         return Result(key, "failed", str(error))
 
 
@@ -154,13 +156,13 @@ def is_passing(result: Result) -> bool:
 
 
 def write_patiently(write: Callable[[], None], stop: StopRequest) -> None:
-    """Call `write`, again and again while the store refuses. Raises its last StoreError after half an hour, or when
+    """Call `write`, again and again while the store refuses. Raises its last FileError after half an hour, or when
     asked to stop."""
     deadline = time.monotonic() + STORE_WAIT_S
     while True:
         try:
             return write()
-        except StoreError as error:
+        except FileError as error:
             if stop.requested or time.monotonic() > deadline:
                 raise
             print(f"=== {error}: waiting", file=sys.stderr, flush=True)
@@ -168,7 +170,7 @@ def write_patiently(write: Callable[[], None], stop: StopRequest) -> None:
 
 
 def probe(folder: Path) -> None:
-    """Write a small file and remove it. Raises StoreError."""
+    """Write a small file and remove it. Raises FileError."""
     path = folder / ".probe"
     with atomic_open(path, "w") as file:
         file.write("x" * 65536)

@@ -12,9 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from dbscale.files import read_json, write_model
+from dbscale.strict import Strict, validate
 from dbscale.study.recipe import Stage
-from dbscale.study.store import Store, read_json, write_model
-from dbscale.study.strict import Strict, validate
+from dbscale.study.store import Store
 from launch.slurm.queue import Element
 
 

@@ -10,8 +10,8 @@ import torch
 from dbscale.data import DataError, make_transform, mix_batch
 from dbscale.data.erase import erase_random
 from dbscale.data.jitter import color_jitter
-from dbscale.data.keyed import keyed_bits, keyed_uniform
 from dbscale.data.rand_augment import OPERATIONS, Policy, draw_operations, parse_policy, rand_augment
+from dbscale.keyed import keyed_bits, keyed_uniform
 
 IDS = np.arange(64)
 EPOCHS = np.zeros(64, np.int64)

@@ -11,6 +11,7 @@ import pytest
 
 from dbscale.data import DataError, open_dataset
 from dbscale.data.stage import needed_shards, release, remove_unused, stage_subset
+from dbscale.errors import FileError
 
 
 def images(subset) -> np.ndarray:
@@ -123,7 +124,7 @@ def test_a_full_disk_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
-    with pytest.raises(DataError, match="the disk is full"):
+    with pytest.raises(FileError, match="the disk is full"):
         stage_subset(open_dataset(folder, tier="raw").subset(5), tmp_path)
 
 

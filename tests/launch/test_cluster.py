@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dbscale.study.strict import ConfigError
+from dbscale.errors import ConfigError
 from launch.cluster import CONFIGS, Cluster, load_cluster
 
 SLURM = {"executor": "slurm", "resources": {"num_processes": 4}, "slurm": {"nodes": 2, "gpus_per_node": 2}}

@@ -9,11 +9,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbscale.strict import validate
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, expand
 from dbscale.study.plan import Plan, make_plan
 from dbscale.study.store import CellState
-from dbscale.study.strict import validate
 from launch.schedule import Task, next_ready, rest_after_crash, tasks_of
 
 

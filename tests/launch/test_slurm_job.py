@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import yaml
 
+from dbscale.errors import StoreError
 from dbscale.study.stop import StopRequest
-from dbscale.study.store import Store, StoreError
+from dbscale.study.store import Store
 from launch.ranks import Rank
 from launch.slurm.ending import is_ending_unwanted
 from launch.slurm.fence import SUPERSEDED_EXIT, Claim, Fence

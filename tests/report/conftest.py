@@ -11,6 +11,7 @@ import pytest
 
 from dbscale.report.page import write_report
 from dbscale.report.table import Run, RunTable
+from dbscale.strict import validate
 from dbscale.study.cell import Cell
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, Point, expand
@@ -18,7 +19,6 @@ from dbscale.study.plan import PlanRecord, make_plan, record, write_plan
 from dbscale.study.recipe import DeiT
 from dbscale.study.row import Row, Timing, Upstream
 from dbscale.study.store import Attempt, Store
-from dbscale.study.strict import validate
 
 BOUNDARY = 8000.0
 MODELS = {

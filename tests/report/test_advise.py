@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbscale.errors import TableError
 from dbscale.report.advise import advise, parse_count
 from dbscale.report.fits import Options
-from dbscale.report.table import TableError
 
 FAST = Options(num_bootstraps=40)
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dbscale.errors import TableError
 from dbscale.report.deltas import complete_groups, delta_points, pairs_of, pooled_variance, sampling_variance
 from dbscale.report.mistakes import read_mistakes
-from dbscale.report.table import RunTable, TableError
+from dbscale.report.table import RunTable
 
 
 def first_pairs(table: RunTable):

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dbscale.errors import TableError
 from dbscale.report.csv_rows import from_records
 from dbscale.report.fits import Options, fit_grid
 from dbscale.report.page import setting_part
-from dbscale.report.table import COLUMNS, TableError
+from dbscale.report.table import COLUMNS
 from dbscale.report.terminal import summary
 
 ODD = ("", "nan", "inf", "-1", "0", "1", "1.0", "many", "1e300", "0.3333", "-0.0", "2000000000000")

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbscale.errors import TableError
 from dbscale.report.csv_rows import from_records, to_csv
 from dbscale.report.reduce import read_table, reduce_grid
-from dbscale.report.table import COLUMNS, REQUIRED, Run, RunTable, TableError
+from dbscale.report.table import COLUMNS, REQUIRED, Run, RunTable
 from dbscale.study.store import Store
 
 

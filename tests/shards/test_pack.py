@@ -12,6 +12,7 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from dbscale.data import DataError, load_manifest, open_dataset
+from dbscale.errors import FileError
 from shards import jobs as shard_jobs
 from shards.pack import ensure_packed, pack
 from shards.sources import make_source
@@ -221,7 +222,7 @@ def test_a_full_disk_is_said_and_finished_shards_are_kept(tree: Path, monkeypatc
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"the disk is full .* free some space and run the same command again"):
+    with pytest.raises(FileError, match=r"the disk is full .* free some space and run the same command again"):
         packed(tree)
     folder = tree.parent / "shards" / "photos"
     assert len(list(folder.glob("*.tar"))) >= 1 and not list(folder.glob("*.tmp"))

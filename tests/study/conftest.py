@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from dbscale.strict import validate
 from dbscale.study.grid import Grid
-from dbscale.study.strict import validate
 
 TRAINING = {"budget": {"steps": 10}, "optim": {"lr": 1e-3}, "global_batch": 8, "precision": "fp32"}
 

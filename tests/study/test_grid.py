@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbscale.errors import ConfigError
+from dbscale.strict import validate
 from dbscale.study.cell import Cell
 from dbscale.study.grid import Grid, check_sizes, datasets_in_use, expand, load_grid, merged_cells
-from dbscale.study.strict import ConfigError, validate
 
 GRIDS = Path(__file__).parents[2] / "configs" / "grids"
 

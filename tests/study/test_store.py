@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dbscale.errors import FileError, StoreError
+from dbscale.files import atomic_open, write_json
 from dbscale.study.grid import Grid, expand
-from dbscale.study.store import Attempt, Progress, Store, StoreError, atomic_open, write_json
+from dbscale.study.store import Attempt, Progress, Store
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None
 
 def test_an_unwritable_store_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StoreError, match=r"cannot write .*file/cells/c/x\.json"):
+    with pytest.raises(FileError, match=r"cannot write .*file/cells/c/x\.json"):
         write_json(tmp_path / "file" / "cells" / "c" / "x.json", {})
 
 
@@ -81,7 +83,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match="No space left on device; free space"):
+    with pytest.raises(FileError, match="No space left on device; the disk is full"):
         write_json(tmp_path / "row.json", {"a": 1})
     assert list(tmp_path.iterdir()) == []
 
@@ -89,5 +91,5 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path: Path, monkeypatc
 def test_damaged_json_says_what_to_do(store: Store) -> None:
     write_json(store.cell_dir("c") / "row.json", {})
     (store.cell_dir("c") / "row.json").write_text("{")
-    with pytest.raises(StoreError, match="not valid JSON"):
+    with pytest.raises(FileError, match="not valid JSON"):
         store.read_row("c")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dbscale.study.strict import ConfigError
-from dbscale.study.strict_yaml import load_yaml, override, parse_yaml
+from dbscale.errors import ConfigError
+from dbscale.strict import load_yaml, override, parse_yaml
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dbscale.errors import TrainingError
 from dbscale.study.recipe import Budget, Data, DeiT, Optim, Recipe, TimmModel, Training
 from dbscale.training.accelerators import make_batching
-from dbscale.training.errors import TrainingError
 from dbscale.training.models import freeze_backbone, make_model
 from dbscale.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 

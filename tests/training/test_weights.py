@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from dbscale.errors import FileError
 from dbscale.study.recipe import DeiT, TimmModel
-from dbscale.study.store import StoreError
 from dbscale.training import models
 from dbscale.training.models import make_model
 from dbscale.training.weights import sha256_of, write_weights
@@ -59,7 +59,7 @@ def test_weights_that_cannot_be_written_leave_nothing(tmp_path):
     path, limits = tmp_path / "w", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(StoreError, match=f"cannot write {path}"):
+        with pytest.raises(FileError, match=f"cannot write {path}"):
             write_weights(path, {"w": torch.zeros(4096)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

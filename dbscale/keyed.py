@@ -46,3 +46,9 @@ def frozen_generator(*key: object) -> np.random.RandomState:
     # RandomState's streams are frozen by NumPy's compatibility policy (NEP 19); Generator's may change.
     digest = hashlib.sha256("/".join(str(part) for part in key).encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
+
+
+def derive_seed(seed: int, purpose: str, *keys: int) -> int:
+    """63 bits from (seed, purpose, keys), for generators of other libraries: streams of two purposes are independent."""
+    text = "\0".join(map(str, (seed, purpose, *keys)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

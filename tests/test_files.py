@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from dbscale.study.store import StoreError
-from launch.lock import driver_lock, holder, is_held
+from dbscale.errors import FileError
+from dbscale.files import driver_lock, holder, is_held
 
 
 def test_a_second_holder_is_told_who_the_first_is(tmp_path: Path) -> None:
     with driver_lock(tmp_path, "dbscale submit", "tiny"):
         assert is_held(tmp_path)
-        with pytest.raises(StoreError, match=r"`dbscale submit` \(pid \d+ on "), driver_lock(tmp_path, "other", "tiny"):
+        with pytest.raises(FileError, match=r"`dbscale submit` \(pid \d+ on "), driver_lock(tmp_path, "other", "tiny"):
             pass
     assert not is_held(tmp_path)
     assert holder(tmp_path) is None
