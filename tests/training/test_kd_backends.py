@@ -24,21 +24,15 @@ def distilled(bench: Any, backend: str) -> tuple[Any, list[dict[str, Any]]]:
     return outcome.row, bench.fingerprint(student)["metrics"]
 
 
-@pytest.fixture
-def by_default(bench_of):
-    return distilled(bench_of("auto"), "auto")
-
-
-@pytest.mark.parametrize("backend", ["eager", "sdpa", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )  # the tracer's
-def test_the_backend_changes_a_run_by_rounding_alone(backend, by_default, bench_of):
-    row, metrics = by_default
-    assert row.kd_backend == "chunked" and row.teacher is not None
-    other_row, other_metrics = distilled(bench_of(backend), backend)
-    assert other_row.kd_backend == ("chunked" if backend == "sdpa" else backend), "on logits sdpa is the chunked form"
-    assert (row.resources["attention_backend"], other_row.resources["attention_backend"]) == ("chunked", backend)
+def test_the_backend_changes_a_run_by_rounding_alone(bench_of):
+    row, metrics = distilled(bench_of("auto"), "auto")
+    assert (row.kd_backend, row.resources["attention_backend"]) == ("eager", "eager") and row.teacher is not None
+    other_row, other_metrics = distilled(bench_of("compile"), "compile")
+    assert (other_row.kd_backend, other_row.resources["attention_backend"]) == ("compile", "compile")
     assert other_row.weights_sha256 != row.weights_sha256, "the two did run different code"
     assert len(metrics) == len(other_metrics) > 0
     for line, other in zip(metrics, other_metrics, strict=True):
@@ -46,6 +40,11 @@ def test_the_backend_changes_a_run_by_rounding_alone(backend, by_default, bench_
             # Maps of a fresh student differ by a KL of 6e-6, of which the textbook form has few digits.
             assert other[name] == pytest.approx(line[name], rel=1e-4, abs=1e-7), name
     assert other_row.train_loss == pytest.approx(row.train_loss, rel=1e-4)
+
+
+def test_the_row_says_what_computed_the_losses(bench):
+    row, _ = distilled(bench, "eager")
+    assert (row.kd_backend, row.resources["attention_backend"]) == ("eager", "eager")
 
 
 def test_a_run_without_a_teacher_names_no_backend(bench):
