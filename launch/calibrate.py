@@ -15,14 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbscale.errors import ConfigError
-from dbscale.study.calibration import Calibration, Measured
 from dbscale.study.cell import Cell
-from dbscale.study.cost import STAGES, CostModel, fit_step_times, step_flops
+from dbscale.study.cost import STAGES, Calibration, CostModel, Measured, fit_step_times, step_flops
 from dbscale.study.plan import Plan
 from dbscale.study.recipe import Budget
-from dbscale.study.row import Row
-from dbscale.study.stop import StopRequest
-from dbscale.study.store import Store
+from dbscale.study.resources import StopRequest
+from dbscale.study.store import Row, Store
 from launch.study import Study
 
 WARMUP_STEPS, FEWEST_STEPS, MOST_STEPS = 8, 10, 1000

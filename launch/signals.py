@@ -17,7 +17,7 @@ from types import FrameType
 
 import psutil
 
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import StopRequest
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 POLL_INTERVAL_S = 1.0

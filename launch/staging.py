@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import StopRequest
 from dbscale.study.store import Store
 
 

@@ -13,13 +13,11 @@ from functools import cached_property
 from pathlib import Path
 
 from dbscale.errors import ConfigError
-from dbscale.study.calibration import read_calibration
 from dbscale.study.cell import Cell
-from dbscale.study.cost import CostModel
+from dbscale.study.cost import CostModel, read_calibration
 from dbscale.study.grid import Grid, Point, check_sizes, datasets_in_use, expand, load_grid, merged_cells
 from dbscale.study.plan import Plan, make_plan, read_plan
-from dbscale.study.row import Row
-from dbscale.study.store import CellState, Store
+from dbscale.study.store import CellState, Row, Store
 from launch.cluster import CONFIGS, Cluster, load_cluster
 
 DEFAULT_GRID = CONFIGS / "grids" / "demo.yaml"

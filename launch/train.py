@@ -22,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dbscale.errors import ConfigError
 from dbscale.strict import load_yaml, override, validate
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from launch.options import add_set, add_tracker
 from launch.signals import install_handlers

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Attempt, Store
 from launch.ranks import Rank, rank_environment
 from launch.signals import ProcessMark, install_handlers, stop_on_signals, watch_processes

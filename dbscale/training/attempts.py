@@ -19,8 +19,7 @@ from typing import Literal
 
 from dbscale.errors import FileError
 from dbscale.files import read_json, write_json
-from dbscale.study.row import Row
-from dbscale.study.store import Attempt, Store
+from dbscale.study.store import Attempt, Row, Store
 
 FAULT_NAME = ".fault-{}.json"
 """Of a rank, beside its cell's attempts, for the time of one try."""

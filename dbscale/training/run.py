@@ -20,10 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dbscale.study.cell import CellSpec
-from dbscale.study.resources import Resources
-from dbscale.study.row import Row
-from dbscale.study.stop import StopRequest
-from dbscale.study.store import Store
+from dbscale.study.resources import Resources, StopRequest
+from dbscale.study.store import Row, Store
 from dbscale.training.accelerators import keeps_linear, make_batching, open_accelerator, world_size_from_environment
 from dbscale.training.attempts import Admission, admit, close_attempt, tell_main, told_to_main
 from dbscale.training.checkpoint import list_checkpoints

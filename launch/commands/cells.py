@@ -13,7 +13,7 @@ from pathlib import Path
 from dbscale.errors import ConfigError
 from dbscale.files import holder, is_held
 from dbscale.study.grid import load_grid
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import StopRequest
 from dbscale.study.store import Store
 from launch.cluster import load_cluster
 from launch.options import AddCommand, add_data, add_grid, add_set, add_store, add_tracker, store_of, study_of

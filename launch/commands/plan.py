@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
-from dbscale.study.calibration import write_calibration
-from dbscale.study.cost import DEVICES, CostModel
+from dbscale.study.cost import DEVICES, CostModel, write_calibration
 from dbscale.study.grid import overlapping_draws
 from dbscale.study.plan import Plan
 from launch.options import AddCommand, add_study, study_of

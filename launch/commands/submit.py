@@ -16,7 +16,7 @@ from pathlib import Path
 from dbscale.files import driver_lock
 from dbscale.study.cost import CostModel
 from dbscale.study.plan import Plan, read_plan, record, write_plan
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import StopRequest
 from launch.commands import plan as plan_command
 from launch.commands.results import report_is_current, write_results
 from launch.options import AddCommand, add_study, add_tracker, study_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import StopRequest
 from dbscale.study.store import Store
 from launch.cluster import Cluster
 from launch.schedule import Task

@@ -18,7 +18,7 @@ import submitit
 from submitit.core.utils import environment_variables, pickle_load
 from submitit.local.local import LocalJob
 
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import StopRequest
 from dbscale.study.store import CellState, Store
 from launch.cluster import Cluster
 from launch.machine import visible_gpus

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import StopRequest
 from launch.ranks import Rank
 from launch.slurm.identity import JobIdentity
 from launch.slurm.queue import SlurmError, call

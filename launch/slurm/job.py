@@ -19,8 +19,7 @@ from pathlib import Path
 
 from dbscale.errors import FileError
 from dbscale.files import atomic_open
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from launch.ranks import Rank, port_of_job, rank_environment
 from launch.signals import stop_on_signals

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from dbscale.errors import StoreError
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import StopRequest
 from dbscale.study.store import Store
 from launch.ranks import Rank
 from launch.slurm.ending import is_ending_unwanted

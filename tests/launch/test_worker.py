@@ -9,8 +9,7 @@ from functools import partial
 
 import pytest
 
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from launch.ranks import Rank, port_of_job, rank_environment, thread_environment
 from launch.signals import ProcessMark, stop_on_signals, watch_processes
 from launch.worker import LOST_EXIT, Result, end_with_peers, work_through

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbscale.study.calibration import Calibration, read_calibration, write_calibration
-from dbscale.study.cost import CostModel, fit_step_times, step_flops
+from dbscale.study.cost import Calibration, CostModel, fit_step_times, read_calibration, step_flops, write_calibration
 from dbscale.study.grid import Grid, expand, merged_cells
 from dbscale.study.store import Store
 

@@ -100,7 +100,7 @@ def train(store, key, stop):
 
 
 def make_row(store, spec):
-    from dbscale.study.row import Row, Timing
+    from dbscale.study.store import Row, Timing
 
     recipe = spec.recipe
     stages = {"distill": "distilled", "pretrain": "plain"}
