@@ -6,16 +6,15 @@ Calibrated by a probe of the machine that launch runs, and by finished rows; it 
 
 from __future__ import annotations
 
-import socket
+import contextlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from pydantic import Field
 
-from dbscale.files import read_json, write_json
-from dbscale.strict import Strict, validate
+from dbscale.files import hostname, read_model, write_model
+from dbscale.strict import Strict
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import DeiT, Model, Recipe, Stage
 from dbscale.study.store import Row, Store
@@ -23,6 +22,7 @@ from dbscale.study.store import Row, Store
 FORWARD_GFLOPS_224 = {"resnet18": 3.64, "resnet34": 7.34, "resnet50": 8.22, "resnet101": 15.7}
 """Published multiply-adds at 224 px, doubled; a timm model not listed counts as DeiT-S (9.2)."""
 DEFAULT_GFLOPS_224 = 9.2
+CALIBRATION_NAME = "calibration.json"
 STAGES: tuple[Stage, ...] = ("pretrain", "distill", "finetune")
 
 
@@ -78,20 +78,17 @@ class Calibration(Strict):
 
     def fits(self, device: str) -> bool:
         """Whether it speaks of such a device here; accelerators are alike on every host, CPUs are not."""
-        return self.device == device and (device != "cpu" or self.host == socket.gethostname())
-
-
-def calibration_path(store: Store) -> Path:
-    return store.root / "calibration.json"
+        return self.device == device and (device != "cpu" or self.host == hostname())
 
 
 def read_calibration(store: Store) -> Calibration | None:
-    path = calibration_path(store)
-    return validate(Calibration, read_json(path), where=str(path)) if path.exists() else None
+    """What `dbscale plan --calibrate` measured for this store. Raises FileError where the file is damaged."""
+    with contextlib.suppress(FileNotFoundError):
+        return read_model(Calibration, store.root / CALIBRATION_NAME)
 
 
 def write_calibration(store: Store, calibration: Calibration) -> None:
-    write_json(calibration_path(store), calibration.model_dump(mode="json"))
+    write_model(store.root / CALIBRATION_NAME, calibration)
 
 
 @dataclass(frozen=True)
@@ -132,6 +129,17 @@ class CostModel:
         known: dict[Stage, float] = {stage: self.stage_scale.get(stage, self.scale) for stage in STAGES}
         scales = {stage: known[stage] * statistics.median(ratios.get(stage, [overall])) for stage in STAGES}
         return replace(self, scale=self.scale * overall, stage_scale=scales)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
 
 
 def fit_step_times(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:
