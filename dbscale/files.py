@@ -285,4 +285,6 @@ def _sign(file: IO[str], store_root: Path, who: Holder) -> None:
         json.dump(asdict(who), file)
         file.flush()
     except OSError as error:
-        raise FileError(f"cannot write to the store {store_root}: {error.strerror}; free space and run again") from error
+        raise FileError(
+            f"cannot write to the store {store_root}: {error.strerror}; free space and run again"
+        ) from error

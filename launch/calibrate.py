@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import socket
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbscale.errors import ConfigError
+from dbscale.files import hostname
 from dbscale.study.cell import Cell
 from dbscale.study.cost import STAGES, Calibration, CostModel, Measured, fit_step_times, step_flops
 from dbscale.study.plan import Plan
@@ -32,11 +32,7 @@ def calibrate(study: Study, plan: Plan, *, seconds: float) -> Calibration:
 
     Raises ConfigError when their data is not packed or a cell fails.
     """
-    if study.missing_datasets:
-        raise ConfigError(
-            f"not packed yet: {', '.join(study.missing_datasets)}; `dbscale shards pack --grid {study.grid_path} "
-            f"--data {study.data_dir}` packs them, then calibrate"
-        )
+    study.require_datasets()
     chosen, measured = extreme_cells(plan.cells), []
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="dbscale-calibrate-") as folder:
@@ -66,7 +62,7 @@ def summarize(measured: Sequence[Measured], device: str) -> Calibration:
         ]
         scales |= {stage: statistics.fmean(ratios)} if ratios else {}
     return Calibration(
-        host=socket.gethostname(), device=device, created=time.time(), flops_per_s=flops_per_s,
+        host=hostname(), device=device, created=time.time(), flops_per_s=flops_per_s,
         step_overhead_s=overhead_s, cell_overhead_s=statistics.median(each.overhead_s for each in measured),
         stage_scale=scales, measured=tuple(measured),
     )  # fmt: skip

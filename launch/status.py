@@ -1,27 +1,27 @@
-"""Where a grid stands: counts by wave, stage and state, progress, failures with reason and log.
+"""Where a grid stands: counts by wave, stage and state, progress, time left, failures with reason and log.
 
 Reads the store and, where there is one, what the scheduler says; the page around it is `launch.commands.status`'s.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from dbscale.study.plan import PlanRecord
 from dbscale.study.recipe import Stage
-from dbscale.study.store import CellState, Store
-from launch.slurm.view import SlurmView
+from dbscale.study.store import CellState, Standing, Store
+from launch.slurm.queue import SlurmView
 from launch.study import corrected
 
 State = CellState | Literal["queued"]
 """A cell's state, with what a scheduler adds."""
 Place = tuple[int, Stage]
 """Wave and stage."""
+TROUBLES: tuple[State, ...] = ("failed", "blocked", "damaged")
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,12 @@ class Running:
 
     key: str
     share: float
-    step: int
-    num_steps: int
     images_per_s: float
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A cell that failed, waits for one that did, or was lost with its job."""
+class Trouble:
+    """A cell that failed, waits for one that did, lost a file, or was lost with its job."""
 
     key: str
     state: State
@@ -55,7 +53,7 @@ class Status:
     running: tuple[Running, ...]
     num_devices: int
     """At work on running cells."""
-    failures: tuple[Failure, ...]
+    troubles: tuple[Trouble, ...]
     device_s: float
     """Used so far by finished and current attempts."""
     left_s: float
@@ -71,36 +69,34 @@ class Status:
         return sum(number for (_, state), number in self.counts.items() if state in states)
 
 
-def read_status(store: Store, plan: PlanRecord, found: Mapping[str, CellState], view: SlurmView | None) -> Status:
-    """`found` are the plan's cells as the store has them; how each ended or goes on is read here."""
-    states: dict[str, State] = {key: state_of(store, key, state, view) for key, state in found.items()}
-    used = {key: device_seconds(store, key, state) for key, state in states.items()}
+def read_status(store: Store, plan: PlanRecord, found: Mapping[str, Standing], view: SlurmView | None) -> Status:
+    """`found` says how the plan's cells stand in the store; how far they are and what they used is read here."""
+    states: dict[str, State] = {key: state_of(key, standing, view) for key, standing in found.items()}
+    used = {key: device_seconds(store, key, found[key], state) for key, state in states.items()}
     running = tuple(look_at(store, key) for key, state in states.items() if state == "running")
+    attempts = (found[cell.key].attempt for cell in running)
+    places = places_of(plan)
     return Status(
         grid=plan.grid,
         question=plan.question,
-        counts=_counts(states, places_of(plan)),
+        counts=Counter((places[key], state) for key, state in states.items()),
         running=running,
-        num_devices=sum(devices_of(store, cell.key) for cell in running),
-        failures=tuple(failures(store, states, view)),
+        num_devices=sum(1 if attempt is None else attempt.num_devices for attempt in attempts),
+        troubles=tuple(troubles(found, states, view)),
         device_s=sum(used.values()),
         left_s=time_left(plan, states, used, running),
         scheduler=None if view is None else view.headline,
     )
 
 
-def _counts(states: Mapping[str, State], places: Mapping[str, Place]) -> Counter[tuple[Place, State]]:
-    return Counter((places[key], state) for key, state in states.items())
-
-
-def state_of(store: Store, key: str, state: CellState, view: SlurmView | None) -> State:
+def state_of(key: str, standing: Standing, view: SlurmView | None) -> State:
     """The store's word, and the scheduler's on whether a job still lives."""
-    if state == "done" or view is None or not view.answered:
-        return state
+    if standing.state == "done" or view is None or view.error is not None:
+        return standing.state
     element = view.active.get(key)
     if element is not None:
-        return state if state == "running" and element.running else "queued"
-    return corrected(store, key, state, is_active=False)
+        return "running" if standing.state == "running" and element.running else "queued"
+    return corrected(standing, is_active=False).state
 
 
 def places_of(plan: PlanRecord) -> dict[str, Place]:
@@ -116,30 +112,21 @@ def places_of(plan: PlanRecord) -> dict[str, Place]:
     return places
 
 
-def device_seconds(store: Store, key: str, state: State) -> float:
+def device_seconds(store: Store, key: str, standing: Standing, state: State) -> float:
     """Device time a cell has used; of an unfinished one, over all its attempts."""
-    if state == "new":
-        return 0.0
-    if state == "done":  # plain file, plain JSON: this is read for ten thousand cells at once
-        with open(f"{store.root}/cells/{key}/row.json", "rb") as file:
-            return float(json.loads(file.read())["timing"]["device_time_s"])
-    attempts = store.attempts(key)
-    if not attempts:
+    if standing.row is not None:
+        return standing.row.timing.device_time_s
+    if standing.attempt is None:
         return 0.0
     progress = store.read_progress(key)
-    now = time.time() if state == "running" else None
-    ends = [(each, each.ended or now or (progress and progress.updated)) for each in attempts]
-    return sum(max(0.0, end - each.started) * each.num_devices for each, end in ends if end)
-
-
-def devices_of(store: Store, key: str) -> int:
-    """Devices of a cell's newest attempt."""
-    attempt = store.last_attempt(key)
-    return 1 if attempt is None else attempt.num_devices
+    # An attempt that is open ends now, or when its last heartbeat came.
+    last = time.time() if state == "running" else progress.updated if progress else 0.0
+    ends = ((each, last if each.ended is None else each.ended) for each in store.attempts(key))
+    return sum(max(0.0, end - each.started) * each.num_devices for each, end in ends)
 
 
 def time_left(
-    plan: PlanRecord, states: Mapping[str, State], used: Mapping[str, float], running: tuple[Running, ...]
+    plan: PlanRecord, states: Mapping[str, State], used: Mapping[str, float], running: Sequence[Running]
 ) -> float:
     """Device-seconds: predictions of unfinished cells, scaled by measured over predicted of the finished ones."""
     predicted = dict(zip(plan.cells, plan.predicted_s, strict=False))
@@ -151,31 +138,38 @@ def time_left(
     return scale * sum(rest)
 
 
-def failures(store: Store, states: Mapping[str, State], view: SlurmView | None) -> list[Failure]:
-    """Failed and blocked cells, and those whose job ended without a word."""
-    found = [failure(store, key, state) for key, state in states.items() if state in ("failed", "blocked")]
+def troubles(found: Mapping[str, Standing], states: Mapping[str, State], view: SlurmView | None) -> list[Trouble]:
+    """Failed, blocked and damaged cells, and those whose job ended without a word."""
+    named = []
+    for key, state in states.items():
+        if state in TROUBLES:
+            attempt, note = found[key].attempt, found[key].note
+            reason = note or (attempt.reason if attempt else None) or "no reason recorded"
+            named.append(Trouble(key, state, reason, attempt.log if attempt and not note else None))
     if view is not None:
         gone = view.lost({key for key, state in states.items() if state in ("new", "interrupted")})
-        found += [Failure(key, states[key], reason, log) for key, (reason, log) in gone.items()]
-    return found
-
-
-def failure(store: Store, key: str, state: State) -> Failure:
-    attempt = store.last_attempt(key)
-    if attempt is None:
-        return Failure(key, state, "no reason recorded", None)
-    return Failure(key, state, attempt.reason or "no reason recorded", attempt.log)
+        named += [Trouble(key, states[key], reason, log) for key, (reason, log) in gone.items()]
+    return named
 
 
 def look_at(store: Store, key: str) -> Running:
     """Progress of a running cell; 0 before its first heartbeat."""
     progress = store.read_progress(key)
     if progress is None:
-        return Running(key, 0.0, 0, 0, 0.0)
-    share = min(1.0, progress.step / max(1, progress.num_steps))
-    return Running(key, share, progress.step, progress.num_steps, progress.images_per_s)
+        return Running(key, 0.0, 0.0)
+    return Running(key, min(1.0, progress.step / max(1, progress.num_steps)), progress.images_per_s)
 
 
 def describe(cell: Running) -> str:
     """One line: how far, how fast, which."""
     return f"{cell.share:4.0%}  {cell.images_per_s:7.0f} img/s  {cell.key}"
+
+
+def table(rows: Sequence[Sequence[object]], *, header: Sequence[str]) -> str:
+    """Columns as wide as their widest cell; numbers to the right."""
+    cells = [list(header), *[[str(value) for value in row] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(isinstance(value, int | float) for value in column) for column in zip(*rows, strict=True)]
+    justify = [str.rjust if number else str.ljust for number in numeric or [False] * len(header)]
+    lines = ([put(text, width) for put, text, width in zip(justify, row, widths, strict=True)] for row in cells)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -8,17 +8,15 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
-from dbscale.study.cost import DEVICES, CostModel, write_calibration
+from dbscale.study.cost import DEVICES, STAGES, CostModel, duration, write_calibration
 from dbscale.study.grid import overlapping_draws
 from dbscale.study.plan import Plan
-from launch.options import AddCommand, add_study, study_of
-from launch.study import Study, plan_study
-from launch.text import duration, table
+from launch.status import table
+from launch.study import AddCommand, Study, add_study, plan_study, study_of
 
 LONG_ON_A_CPU_S = 7 * 86400.0
 """A grid that takes longer was meant for GPUs: the plan then says what it would take there."""
-STATES = ("done", "running", "interrupted", "failed", "blocked", "new")
-STAGES = ("pretrain", "distill", "finetune")
+STATES = ("done", "running", "interrupted", "failed", "blocked", "damaged", "new")
 
 
 def add_commands(add: AddCommand) -> None:
@@ -66,10 +64,12 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
         lines.append(f"not packed yet: {', '.join(study.missing_datasets)} (`dbscale submit` packs them; ids of cells "
                      "that read them are provisional until then)")  # fmt: skip
     lines += overlapping_draws(grid, {name: size for name, (_, size) in study.manifests.items()})
+    lines += plan.notes
     if plan.stale:
         lines.append(f"{len(plan.stale)} cells of an earlier plan are no longer asked for; their results stay")
     if not plan.waves:
-        lines.append("nothing left to run")
+        running = plan.count()["running"]
+        lines.append(f"nothing to start: {running} cells run" if running else "nothing left to run")
     return "\n".join(lines)
 
 

@@ -6,17 +6,17 @@ import argparse
 import sys
 import time
 
-from dbscale.errors import ConfigError
+from dbscale.errors import ConfigError, FileError
 from dbscale.files import holder, is_held
+from dbscale.study.cost import STAGES, duration
 from dbscale.study.grid import load_grid
-from dbscale.study.plan import PlanRecord, read_plan
+from dbscale.study.plan import PlanRecord, read_plan, record
 from dbscale.study.store import Store
-from launch.options import AddCommand, add_data, add_grid, add_store, store_of
-from launch.slurm.view import start_look
-from launch.status import Failure, State, Status, describe, read_status
-from launch.text import duration, table
+from launch.slurm.queue import SlurmError, read_records, read_view, start_queue
+from launch.status import State, Status, Trouble, describe, read_status, table
+from launch.study import AddCommand, add_data, add_grid, add_store, plan_study, store_of, study_of
 
-STATES: tuple[State, ...] = ("done", "running", "queued", "interrupted", "failed", "blocked", "new")
+STATES: tuple[State, ...] = ("done", "running", "queued", "interrupted", "failed", "blocked", "damaged", "new")
 MAX_SHOWN = 20
 WAIT_S = 0.5
 """A controller that is away lets squeue try for ten seconds."""
@@ -47,22 +47,30 @@ def run(arguments: argparse.Namespace) -> int:
 
 def look_once(store: Store, plan: PlanRecord, wait_s: float) -> Status:
     """SLURM is asked first and heard last; nothing is asked of it once all is done."""
-    look = start_look(store, plan.grid)
-    states = store.states(plan.cells)
-    view = None
-    if look is not None and all(state == "done" for state in states.values()):
-        look.drop()
-    elif look is not None:
-        view = look.view(wait_s)
-    return read_status(store, plan, states, view)
+    records, query = read_records(store, plan.grid), None
+    if records:
+        try:
+            query = start_queue()
+        except SlurmError as error:
+            query = error
+    found, view = store.standings(plan.cells), None
+    if query is not None and any(standing.state != "done" for standing in found.values()):
+        view = read_view(store, records, query, wait_s)
+    elif query is not None and not isinstance(query, SlurmError):
+        query.drop()
+    return read_status(store, plan, found, view)
 
 
 def planned(arguments: argparse.Namespace) -> PlanRecord:
-    """The grid's plan as last submitted."""
-    grid = load_grid(arguments.grid, arguments.overrides)
-    plan = read_plan(store_of(arguments), grid.name)
+    """The grid's plan as last submitted, or made anew where its file is damaged. Raises ConfigError."""
+    name = load_grid(arguments.grid, arguments.overrides).name
+    try:
+        plan = read_plan(store_of(arguments), name)
+    except FileError as error:
+        print(f"{error}; shown is what the grid asks for now", file=sys.stderr)
+        return record(*plan_study(study_of(arguments)))
     if plan is None:
-        raise ConfigError(f"grid {grid.name} was never submitted to {arguments.store}; `make grid` does it")
+        raise ConfigError(f"grid {name} was never submitted to {arguments.store}; `make grid` does it")
     return plan
 
 
@@ -72,9 +80,9 @@ def render(status: Status, store: Store, *, limit: int | None) -> str:
     if status.running:
         lines += ["", "running:", *(f"  {describe(cell)}" for cell in status.running[:limit])]
         lines += [f"  … and {len(status.running) - limit} more"] if limit and len(status.running) > limit else []
-    for title in ("failed", "blocked"):
-        lines += _failures(title, [each for each in status.failures if each.state == title], limit)
-    lines += _failures("lost", [each for each in status.failures if each.state not in ("failed", "blocked")], limit)
+    for title in ("failed", "blocked", "damaged"):
+        lines += _list(title, [each for each in status.troubles if each.state == title], limit)
+    lines += _list("lost", [each for each in status.troubles if each.state in ("new", "interrupted")], limit)
     return "\n".join(lines)
 
 
@@ -93,21 +101,20 @@ def headline(status: Status, store: Store) -> list[str]:
 
 def driver_line(store: Store, grid: str) -> str:
     other = holder(store.root)
-    if other is None or other.get("grid") != grid or not is_held(store.root):
+    if other is None or other.grid != grid or not is_held(store.root):
         return "nobody works on it (`dbscale submit` goes on)"
-    return f"driven by pid {other['pid']} on {other['host']}"
+    return f"driven by pid {other.process.pid} on {other.process.host}"
 
 
 def counts_table(status: Status) -> str:
     """Cells by wave, stage and state; columns that are empty everywhere are left out."""
     shown: list[State] = [state for state in STATES if status.count(state)]
-    order = {"pretrain": 0, "distill": 1, "finetune": 2}
-    places = sorted({place for place, _ in status.counts}, key=lambda place: (place[0], order[place[1]]))
+    places = sorted({place for place, _ in status.counts}, key=lambda place: (place[0], STAGES.index(place[1])))
     rows = [(wave, stage, *(status.counts.get(((wave, stage), state), 0) for state in shown)) for wave, stage in places]
     return table(rows, header=("wave", "stage", *shown))
 
 
-def _failures(title: str, found: list[Failure], limit: int | None) -> list[str]:
+def _list(title: str, found: list[Trouble], limit: int | None) -> list[str]:
     if not found:
         return []
     lines = ["", f"{title}:"]

@@ -140,7 +140,7 @@ def collect(root: Path) -> None:
 def queue_everything(folder: Path) -> None:
     """Every submitted element waits in the fake queue."""
     from dbscale.study.store import Store
-    from launch.slurm.records import read_records
+    from launch.slurm.queue import read_records
 
     lines = [
         f"{record.job}|{index}|PENDING||Priority"

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from launch.cli import main, make_parser
-from launch.options import study_of
-from launch.study import DEFAULT_GRID
+from launch.study import DEFAULT_GRID, study_of
 
 
 @pytest.fixture
