@@ -23,23 +23,11 @@ from dbscale.files import ProcessMark
 from dbscale.study.cost import duration
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import CellState, Store
+from launch import worker
 from launch.cluster import Cluster, Task, visible_gpus
 from launch.status import Running, describe, look_at
 from launch.submitit_names import environment_variables
-from launch.worker import (
-    SETTLED,
-    Rank,
-    Result,
-    end_with_peers,
-    job_log,
-    record_death,
-    run_bundle,
-    staged,
-    stop_on_signals,
-    stop_without,
-    thread_environment,
-    watch,
-)
+from launch.worker import SETTLED, Rank, Result
 
 TICK_S, REFRESH_S, LINE_INTERVAL_S = 0.25, 1.0, 30.0
 MAX_CELL_LINES = 8
@@ -85,13 +73,13 @@ class LocalBundle:
     def __call__(self) -> None:
         """Run the cells; what became of them stands in the store."""
         stop, store, alone = StopRequest(), Store(Path(self.store)), self.resources.num_processes == 1
-        with stop_on_signals(stop):
-            watch(stop_without(stop, self.driver, ProcessMark.of(os.getppid())))
-            os.environ.update(Rank.of().environment(master="127.0.0.1", port=self.port))
-            with staged(self.keys, store, Path(self.data), self.staging, stop) as data_dir:
-                run_bundle(
-                    self.keys, store, data_dir, self.resources, stop, log=job_log(),
-                    around=None if alone else end_with_peers, second_turns=alone,
+        with worker.stop_on_signals(stop):
+            worker.watch(worker.stop_without(stop, self.driver, ProcessMark.of(os.getppid())))
+            os.environ.update(Rank.of_job().environment(master="127.0.0.1", port=self.port))
+            with worker.staged(self.keys, store, Path(self.data), self.staging, stop) as data_dir:
+                worker.run_bundle(
+                    self.keys, store, data_dir, self.resources, stop, log=worker.job_log(),
+                    around=None if alone else worker.end_with_peers, second_turns=alone,
                 )  # fmt: skip
 
 
@@ -103,7 +91,7 @@ def run_inline(
     for task in tasks:
         if stop.requested:
             break
-        done = run_bundle(task.keys, store, data_dir, cluster.shape(task.stage).resources, stop)
+        done = worker.run_bundle(task.keys, store, data_dir, cluster.shape(task.stage).resources, stop)
         results.update({result.key: result for result in done})
     return results
 
@@ -119,7 +107,7 @@ class Started:
 
 @dataclass
 class LocalRun:
-    """One driver's work: start what is ready, watch, start again what died."""
+    """One driver's work: start what is ready, worker.watch, start again what died."""
 
     store: Store
     data_dir: Path
@@ -178,7 +166,7 @@ class LocalRun:
             task.keys, str(self.store.root.absolute()), str(self.data_dir.absolute()), resources,
             ProcessMark.of(), free_port() if count > 1 else 0, shape.slurm.staging,
         )  # fmt: skip
-        settings = {**import_environment(), **thread_environment(resources)}
+        settings = {**import_environment(), **worker.thread_environment(resources)}
         with environment_variables(**settings), _children_ignore_terminal():
             return executor.submit(bundle)
 
@@ -203,7 +191,7 @@ class LocalRun:
         if rest.restarts > self.cluster.requeue_limit:
             reason = f"its process died {rest.restarts} times (out of memory? killed?)"
             for key in rest.keys:
-                record_death(self.store, key, reason, log)
+                worker.record_death(self.store, key, reason, log)
                 self.results[key] = Result(key, "failed", reason)
             return
         self.display.say(f"a worker died; its {len(rest.keys)} unfinished cells start again (log {log})")

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -63,16 +63,12 @@ class Rank:
     local_world_size: int
 
     @classmethod
-    def of(cls, environ: Mapping[str, str] = os.environ) -> Rank:
-        """From SLURM's or submitit's variables; a process that nobody started is rank 0 of 1."""
-        executor = environ.get("SUBMITIT_EXECUTOR")
-        if executor == "slurm":
-            size, nodes = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_JOB_NUM_NODES", "1"))
-            return cls(int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"]), size, size // nodes)
-        if executor == "local":
-            size = int(environ["SUBMITIT_LOCAL_NTASKS"])
-            return cls(int(environ["SUBMITIT_LOCAL_GLOBALID"]), int(environ["SUBMITIT_LOCAL_LOCALID"]), size, size)
-        return cls(0, 0, 1, 1)
+    def of_job(cls) -> Rank:
+        """Of this process of a submitit job."""
+        from submitit import JobEnvironment
+
+        job = JobEnvironment()
+        return cls(job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
 
     def environment(self, *, master: str, port: int) -> dict[str, str]:
         """What torch.distributed, Accelerate and DeepSpeed read; empty for one process, which needs no rendezvous."""

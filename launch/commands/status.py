@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from dbscale.errors import ConfigError, FileError
 from dbscale.files import holder, is_held
@@ -12,7 +13,7 @@ from dbscale.study.cost import STAGES, duration
 from dbscale.study.grid import load_grid
 from dbscale.study.plan import PlanRecord, read_plan, record
 from dbscale.study.store import Store
-from launch.slurm.queue import SlurmError, read_records, read_view, start_queue
+from launch.slurm.queue import read_records, read_view
 from launch.status import State, Status, Trouble, describe, read_status, table
 from launch.study import AddCommand, add_data, add_grid, add_store, plan_study, store_of, study_of
 
@@ -46,19 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def look_once(store: Store, plan: PlanRecord, wait_s: float) -> Status:
-    """SLURM is asked first and heard last; nothing is asked of it once all is done."""
-    records, query = read_records(store, plan.grid), None
-    if records:
-        try:
-            query = start_queue()
-        except SlurmError as error:
-            query = error
-    found, view = store.standings(plan.cells), None
-    if query is not None and any(standing.state != "done" for standing in found.values()):
-        view = read_view(store, records, query, wait_s)
-    elif query is not None and not isinstance(query, SlurmError):
-        query.drop()
-    return read_status(store, plan, found, view)
+    """SLURM is asked while the store is read; a grid it was never given, or that is done, needs no answer."""
+    records = read_records(store, plan.grid)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(read_view, store, records, wait_s) if records else None
+        found = store.standings(plan.cells)
+        undone = any(standing.state != "done" for standing in found.values())
+        return read_status(store, plan, found, answer.result() if answer is not None and undone else None)
 
 
 def planned(arguments: argparse.Namespace) -> PlanRecord:

@@ -13,33 +13,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from submitit import JobEnvironment
 
 from dbscale.errors import FileError
 from dbscale.files import atomic_open
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Failure, Store
+from launch import worker
 from launch.submitit_names import clear_cut_off_result
-from launch.worker import (
-    LOST_EXIT,
-    Rank,
-    Result,
-    RunOne,
-    job_log,
-    port_of_job,
-    record_death,
-    run_bundle,
-    staged,
-    stop_on_signals,
-    watch,
-)
+from launch.worker import LOST_EXIT, Rank, Result, RunOne
 
 RETRY_EXIT, OVERTAKEN_EXIT = 75, 81
-PEERS_WAIT_S = 60.0
-"""How long ranks wait for rank 0 to end first: it saves last, and the first that ends takes the others with it."""
+END_WAIT_S = 60.0
+"""How long a rank waits, all saved, for SLURM's reason to end the job; ranks but 0 for rank 0, which saves last, because
+the first that ends takes the others with it."""
 DECIDE_INTERVAL_S = 2.0
 BUSY_TRIES, BUSY_WAIT_S = 60, 5.0
 """A cell held by a process of an earlier start: that one ends itself within seconds."""
@@ -56,8 +48,9 @@ def requeue_lines(limit: int) -> list[str]:
     The job's script asks `requeue_unless_wished now` once something in it has failed. Rank 0 asks
     `requeue_unless_wished later` while SLURM ends the job around it, for the script's shell may be dead. A job is
     requeued at most `limit` times, and never one that is being cancelled, that SLURM starts again itself, or that was
-    started again since. The answer is 0 when all is decided, 1 when it must be asked again: slurmctld is away, or
-    (later) the job still runs. SLURM's state and reason tell these apart; shell, because it works where Python is broken.
+    started again since: SLURM's state and reason tell. The answer is 0 when all is decided, 1 when it must be asked
+    again, for slurmctld is away or has no reason yet, and (later) 2 while the job still runs. In shell, because that
+    works where Python is broken.
     """
     unwanted = "|".join(f'*" {reason}"*' for reason in UNWANTED)
     return [
@@ -70,7 +63,7 @@ def requeue_lines(limit: int) -> list[str]:
         '  set -- "$1" $said',
         '  [ "$2" = "${SLURM_RESTART_COUNT:-0}" ] || return 0',
         '  case "$3 $4" in',
-        '    "RUNNING "*) [ "$1" = now ] || return 1 ;;',
+        '    "RUNNING "*) [ "$1" = now ] || return 2 ;;',
         "    CANCELLED*|PREEMPTED*|PENDING*) return 0 ;;",
         f"    {unwanted}) ;;",
         '    *) [ "$1" = now ]; return ;;',
@@ -80,15 +73,10 @@ def requeue_lines(limit: int) -> list[str]:
     ]
 
 
-def decide_later(stop: StopRequest, limit: int) -> bool:
-    """For `watch`: once asked to stop, whether another start of this job is decided upon.
-
-    The main thread may be in the middle of an evaluation, or saving; SLURM kills it all the same.
-    """
-    if not stop.requested:
-        return False
+def ask_later(limit: int) -> int:
+    """The answer of `requeue_unless_wished later`."""
     question = "\n".join([*requeue_lines(limit), "requeue_unless_wished later"])
-    return subprocess.run(["bash", "-c", question], check=False).returncode == 0
+    return subprocess.run(["bash", "-c", question], check=False).returncode
 
 
 @dataclass(frozen=True)
@@ -98,14 +86,13 @@ class JobIdentity:
     name: str
     """`123_4` for element 4 of array 123."""
     raw: str
-    """SLURM_JOB_ID, another one for each element."""
+    """SLURM's own number, another one for each element."""
     restart: int
 
     @classmethod
-    def of(cls, environ: Mapping[str, str] = os.environ) -> JobIdentity:
-        array, raw = environ.get("SLURM_ARRAY_JOB_ID"), environ["SLURM_JOB_ID"]
-        name = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else raw
-        return cls(name, raw, int(environ.get("SLURM_RESTART_COUNT", "0")))
+    def of_job(cls) -> JobIdentity:
+        job = JobEnvironment()
+        return cls(job.job_id, job.raw_job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
 
     def __str__(self) -> str:
         """As attempts are signed."""
@@ -169,24 +156,29 @@ class SlurmBundle:
 
     def __call__(self) -> None:
         """Run the cells; what became of them stands in the store."""
-        stop, job, rank, store = StopRequest(), JobIdentity.of(), Rank.of(), Store(Path(self.store))
-        with stop_on_signals(stop):
+        stop, job, rank, store = StopRequest(), JobIdentity.of_job(), Rank.of_job(), Store(Path(self.store))
+        with worker.stop_on_signals(stop):
             clear_cut_off_result()
             fence = Fence(Path(self.token), job, store)
             if rank.rank == 0:
                 write_patiently(fence.raise_token, stop)
-                watch(lambda: decide_later(stop, self.requeue_limit), interval_s=DECIDE_INTERVAL_S)
-            watch(fence.check)
-            os.environ.update(rank.environment(master=master_address(), port=port_of_job(job.raw, job.restart)))
+                # The main thread may be in the middle of an evaluation, or saving; SLURM kills it all the same.
+                worker.watch(
+                    lambda: stop.requested and ask_later(self.requeue_limit) == 0, interval_s=DECIDE_INTERVAL_S
+                )
+            worker.watch(fence.check)
+            os.environ.update(rank.environment(master=master_address(), port=worker.port_of_job(job.raw, job.restart)))
             keys = [key for key in self.keys if not failed_in_this_job(store, key, job)]
             attempts = CellRuns(store, rank, stop, fence)
-            with staged(keys, store, Path(self.data), self.staging, stop) as data_dir:
-                run_bundle(
-                    keys, store, data_dir, self.resources, stop, job=str(job), log=job_log(), around=attempts.run,
+            with worker.staged(keys, store, Path(self.data), self.staging, stop) as data_dir:
+                worker.run_bundle(
+                    keys, store, data_dir, self.resources, stop, job=str(job), log=worker.job_log(), around=attempts.run,
                     second_turns=rank.world_size == 1,
                 )  # fmt: skip
             if stop.requested:
-                time.sleep(PEERS_WAIT_S if rank.rank else 0)
+                deadline = time.monotonic() + END_WAIT_S
+                while time.monotonic() < deadline and (rank.rank or ask_later(self.requeue_limit) == 1):
+                    time.sleep(DECIDE_INTERVAL_S)
                 sys.exit(RETRY_EXIT)
 
     def checkpoint(self) -> SlurmBundle:
@@ -241,7 +233,7 @@ class CellRuns:
             time.sleep(1)
         if self.rank.rank:
             reason = f"rank {self.rank.rank}: {result.reason}"
-            record_death(self.store, result.key, reason, job_log(), result.failure or Failure.CELL)
+            worker.record_death(self.store, result.key, reason, worker.job_log(), result.failure or Failure.CELL)
 
 
 def write_patiently(write: Callable[[], None], stop: StopRequest) -> None:
@@ -274,11 +266,9 @@ def failed_in_this_job(store: Store, key: str, job: JobIdentity) -> bool:
     return attempt.job.rpartition(".")[0] == job.name and not (attempt.failure or Failure.CELL).passes
 
 
-def master_address(environ: Mapping[str, str] = os.environ) -> str:
+def master_address() -> str:
     """Where rank 0 listens: the job's first node by name, or by the address that started the tasks."""
-    from submitit import JobEnvironment
-
     try:
         return socket.gethostbyname(JobEnvironment().hostnames[0])
     except OSError:
-        return environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")

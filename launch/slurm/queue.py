@@ -11,7 +11,6 @@ import pwd
 import re
 import secrets
 import subprocess
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -29,8 +28,6 @@ from dbscale.study.recipe import Stage
 from dbscale.study.store import Store
 
 TIMEOUT_S = 30.0
-READ_S = 0.1
-"""To read an answer that is there, however late it is asked for."""
 DEFAULT_MAX_ARRAY_SIZE = 1001
 GONE = frozenset({
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "PREEMPTED",
@@ -44,45 +41,19 @@ class SlurmError(ValueError):
     """SLURM cannot be used: says which command, its answer, and what to do."""
 
 
-@dataclass(frozen=True)
-class Query:
-    """A SLURM command under way, so that other work can be done meanwhile; never through a shell."""
-
-    process: subprocess.Popen[str]
-    program: str
-    since: float = field(default_factory=time.monotonic)
-
-    @classmethod
-    def start(cls, command: Sequence[str]) -> Query:
-        """Raises SlurmError where there is no SLURM."""
-        try:
-            pipe = subprocess.PIPE
-            return cls(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True), command[0])
-        except FileNotFoundError:
-            raise SlurmError(f"no `{command[0]}` here: use a login node of the cluster, or --cluster local") from None
-
-    def answer(self, timeout_s: float) -> str:
-        """Standard output, within `timeout_s` of the start. Raises SlurmError."""
-        left_s = timeout_s - (time.monotonic() - self.since)
-        try:
-            answer, said = self.process.communicate(timeout=max(READ_S, left_s))
-        except subprocess.TimeoutExpired:
-            self.drop()
-            raise SlurmError(f"SLURM does not answer (`{self.program}`, {timeout_s:g} s); try again later") from None
-        if self.process.returncode:
-            what = " ".join((said or answer).split()) or f"exit code {self.process.returncode}"
-            raise SlurmError(f"`{self.program}` failed: {what}")
-        return answer
-
-    def drop(self) -> None:
-        """The answer is no longer wanted."""
-        self.process.kill()
-        self.process.communicate()
-
-
 def call(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str:
-    """Standard output of a SLURM command. Raises SlurmError."""
-    return Query.start(command).answer(timeout_s)
+    """Standard output of a SLURM command, which never goes through a shell. Raises SlurmError."""
+    program = command[0]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
+    except FileNotFoundError:
+        raise SlurmError(f"no `{program}` here: use a login node of the cluster, or --cluster local") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"SLURM does not answer (`{program}`, {timeout_s:g} s); try again later") from None
+    if done.returncode:
+        what = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise SlurmError(f"`{program}` failed: {what}")
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -93,34 +64,24 @@ class Element:
     index: int
     state: str
     """SLURM's word: PENDING, RUNNING, COMPLETING, …"""
-    nodes: str
-    reason: str
-    """Why it waits, in SLURM's words."""
 
     @property
     def running(self) -> bool:
         return self.state in ("RUNNING", "COMPLETING")
 
 
-def start_queue() -> Query:
-    """Ask for all jobs of this user, array elements one by one; `parse_queue` reads the answer. Raises SlurmError."""
-    user, form = pwd.getpwuid(os.geteuid()).pw_name, "%F|%K|%T|%N|%r"
-    return Query.start(["squeue", "--noheader", "--array", "--states=all", f"--user={user}", f"--format={form}"])
-
-
-def read_queue() -> tuple[Element, ...]:
-    """This user's jobs that wait or run. Raises SlurmError."""
-    return parse_queue(start_queue().answer(TIMEOUT_S))
+def read_queue(timeout_s: float = TIMEOUT_S) -> tuple[Element, ...]:
+    """All of this user's jobs that wait or run, array elements one by one. Raises SlurmError."""
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--user={user}", "--format=%F|%K|%T"]
+    return parse_queue(call(command, timeout_s))
 
 
 def parse_queue(out: str) -> tuple[Element, ...]:
     """The elements of squeue's answer that have not ended."""
-    elements = []
-    for line in out.splitlines():
-        array, index, state, nodes, reason = line.split("|", 4)
-        if state not in GONE:
-            elements.append(Element(int(array), int(index) if index.isdigit() else 0, state, nodes, reason))
-    return tuple(elements)
+    found = (line.split("|") for line in out.splitlines())
+    elements = (Element(int(array), int(index) if index.isdigit() else 0, state) for array, index, state, *_ in found)
+    return tuple(element for element in elements if element.state not in GONE)
 
 
 def read_ended(arrays: Iterable[int], timeout_s: float) -> dict[tuple[int, int], str]:
@@ -298,12 +259,10 @@ class SlurmView:
         return found
 
 
-def read_view(store: Store, records: tuple[SubmitRecord, ...], query: Query | SlurmError, wait_s: float) -> SlurmView:
-    """What SLURM says, if `query`, started by `start_queue`, is answered within `wait_s`."""
+def read_view(store: Store, records: tuple[SubmitRecord, ...], wait_s: float) -> SlurmView:
+    """What SLURM says, if it answers within `wait_s`."""
     try:
-        if isinstance(query, SlurmError):
-            raise query
-        everything = parse_queue(query.answer(wait_s))
+        everything = read_queue(wait_s)
     except SlurmError as error:
         return SlurmView(store, records, wait_s, error=str(error))
     jobs = {record.job for record in records}

@@ -24,22 +24,9 @@ import submitit
 from dbscale.study.cost import CostModel
 from dbscale.study.plan import Plan
 from launch.cluster import Cluster, Shape, Task, tasks_of
+from launch.slurm import queue as slurm
 from launch.slurm.job import SlurmBundle, requeue_lines
-from launch.slurm.queue import (
-    Element,
-    SlurmError,
-    SubmitRecord,
-    active_cells,
-    active_jobs,
-    cancel_cut_off,
-    cancel_jobs,
-    make_uid,
-    max_array_size,
-    read_all_records,
-    read_queue,
-    read_records,
-    write_record,
-)
+from launch.slurm.queue import Element, SlurmError, SubmitRecord
 from launch.study import Study
 from launch.submitit_names import FailedJobError, render
 from launch.worker import thread_environment
@@ -76,15 +63,15 @@ class Queued:
 
 def look_at_queue(study: Study) -> Queued:
     """What SLURM holds, changing nothing. Raises SlurmError."""
-    records, queue = read_all_records(study.store), read_queue()
+    records, queue = slurm.read_all_records(study.store), slurm.read_queue()
     own = [record for record in records if record.grid == study.grid.name]
-    return Queued(active_cells(records, queue), active_jobs(own, queue))
+    return Queued(slurm.active_cells(records, queue), slurm.active_jobs(own, queue))
 
 
 def settle_queue(study: Study) -> Queued:
     """What SLURM holds once no job is about to leave it: of one that ends with cells undone only its end shows whether
     it was cancelled or comes back. Arrays whose submission was cut off are cancelled first."""
-    cancel_cut_off(study.store, read_records(study.store, study.grid.name))
+    slurm.cancel_cut_off(study.store, slurm.read_records(study.store, study.grid.name))
     deadline, told = time.monotonic() + ENDING_WAIT_S, False
     while True:
         queued = look_at_queue(study)
@@ -120,20 +107,20 @@ class Submission:
         check_path(self.study.store.root, "the store")
         waiting, cluster = self.queued.cells, self.study.cluster
         self.job_of.update({cell.key: waiting[cell.key].array for cell in self.plan.cells if cell.key in waiting})
-        max_size = self.max_size or max_array_size()
+        max_size = self.max_size or slurm.max_array_size()
         for part in arrays(tasks_of(self.plan, self.cost, cluster), cluster, max_size):
             after = sorted({self.job_of[key] for task in part for key in task.parents if key in self.job_of})
             yield self._submit(cluster.shape(part[0].stage), part, after)
         # After every cell that waits or runs; an older reducer that still waits would come too early.
         yield self._submit(cluster.reducer_shape(), (), sorted(set(self.job_of.values())))
         if self.show is None:
-            cancel_jobs(self.queued.reducers)
+            slurm.cancel_jobs(self.queued.reducers)
 
     def _submit(self, shape: Shape, tasks: Sequence[Task], after: Sequence[int]) -> SubmitRecord:
         """One array of `tasks`, or the reducer when there are none."""
         store, limit = self.study.store, self.study.cluster.requeue_limit
         record = SubmitRecord(
-            uid=make_uid(), grid=self.study.grid.name, kind="bundles" if tasks else "reduce",
+            uid=slurm.make_uid(), grid=self.study.grid.name, kind="bundles" if tasks else "reduce",
             wave=tasks[0].wave if tasks else 0, stage=tasks[0].stage if tasks else None, created=time.time(),
             elements=tuple(task.keys for task in tasks), predicted_s=tuple(task.predicted_s for task in tasks),
             after=tuple(after),
@@ -141,10 +128,10 @@ class Submission:
         folder = record.folder(store)
         values = parameters(shape, folder=folder, name=record.job_name, requeue_limit=limit, after=after)
         if self.show is None:
-            write_record(store, record)
+            slurm.write_record(store, record)
             work = [self._bundle(folder, index, task, shape) for index, task in enumerate(tasks)]
             record = record.model_copy(update={"job": self._call(record, values, work or [self.reduce])})
-            write_record(store, record)
+            slurm.write_record(store, record)
         else:
             self.show(render(folder, python_command(), values, len(tasks)))
         self.job_of.update({key: record.job or 0 for task in tasks for key in task.keys})
@@ -164,7 +151,7 @@ class Submission:
             jobs = executor.submit_array(work)
         except FailedJobError as error:
             with contextlib.suppress(SlurmError):  # an sbatch that timed out may have succeeded all the same
-                cancel_cut_off(self.study.store, [record])
+                slurm.cancel_cut_off(self.study.store, [record])
             said = str(error).strip().splitlines()[-1]
             raise SlurmError(
                 f"sbatch refused {len(work)} jobs for partition {values.get('partition')}: {said}; mend the cluster "
@@ -185,23 +172,23 @@ def parameters(
     shape: Shape, *, folder: Path, name: str, requeue_limit: int, after: Sequence[int] = ()
 ) -> dict[str, Any]:
     """For `submitit.SlurmExecutor.update_parameters`: one task per rank; logs in `folder`."""
-    slurm = shape.slurm
+    wanted = shape.slurm
     extra: dict[str, Any] = {"requeue": True, "output": "/dev/null"}  # the log is the script's own business
-    if slurm.reservation is not None:
-        extra["reservation"] = slurm.reservation
+    if wanted.reservation is not None:
+        extra["reservation"] = wanted.reservation
     asked: dict[str, Any] = {
-        **{key: getattr(slurm, key) for key in ("partition", "account", "qos", "constraint", "exclude", "nodes",
+        **{key: getattr(wanted, key) for key in ("partition", "account", "qos", "constraint", "exclude", "nodes",
                                                 "cpus_per_task", "signal_delay_s", "array_parallelism")},
         "job_name": name,
-        "time": slurm.time_limit_min,
+        "time": wanted.time_limit_min,
         "ntasks_per_node": shape.tasks_per_node,
-        "gpus_per_node": slurm.gpus_per_node or None,
-        "mem": None if slurm.memory_gb is None else f"{int(slurm.memory_gb * 1024)}M",
+        "gpus_per_node": wanted.gpus_per_node or None,
+        "mem": None if wanted.memory_gb is None else f"{int(wanted.memory_gb * 1024)}M",
         "dependency": ":".join(["afterany", *map(str, after)]) if after else None,
         "additional_parameters": extra,
         "setup": setup_lines(shape, folder, requeue_limit),
         # From SLURM 22.05 on srun no longer takes the CPUs per task from sbatch.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={slurm.cpus_per_task}"],
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={wanted.cpus_per_task}"],
         "stderr_to_stdout": True,
     }  # fmt: skip
     return {key: value for key, value in asked.items() if value is not None} | {"wckey": None}

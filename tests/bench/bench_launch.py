@@ -143,7 +143,7 @@ def queue_everything(folder: Path) -> None:
     from launch.slurm.queue import read_records
 
     lines = [
-        f"{record.job}|{index}|PENDING||Priority"
+        f"{record.job}|{index}|PENDING"
         for record in read_records(Store(folder / "out"), "big")
         for index in range(max(1, len(record.elements)))
     ]

@@ -36,11 +36,14 @@ def runs(workplace: Any) -> Callable[..., CellRuns]:
     return lambda rank=first: CellRuns(store, rank, StopRequest(), Fence(workplace.folder / "token", JOB, store))
 
 
-def test_a_job_knows_its_array_element_and_its_restart() -> None:
-    element = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "1"}
-    assert JobIdentity.of(element) == JOB
+def test_a_job_knows_its_array_element_and_its_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert str(JobIdentity.of_job()) == "17.0"
+    for name, value in (("ARRAY_JOB_ID", "12"), ("ARRAY_TASK_ID", "3"), ("RESTART_COUNT", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert JobIdentity.of_job() == JOB
     assert str(JOB) == "12_3.1"
-    assert str(JobIdentity.of({"SLURM_JOB_ID": "17"})) == "17.0"
 
 
 def fence(tmp_path: Path, restart: int) -> Fence:
@@ -144,7 +147,7 @@ def test_a_rank_that_fails_alone_records_why_and_ends_the_job(
     workplace: Any, inline_cell: str, runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launch.slurm.job.RECORD_WAIT_S", 0.0)
-    monkeypatch.setattr("launch.slurm.job.job_log", lambda: "the log")
+    monkeypatch.setattr("launch.worker.job_log", lambda: "the log")
     with pytest.raises(SystemExit) as ended:
         runs(Rank(1, 1, 2, 2)).run(lambda key: Result(key, "failed", "no memory", Failure.MEMORY), inline_cell)
     assert ended.value.code == LOST_EXIT
@@ -194,7 +197,7 @@ def decide(slurm: Path, said: str, when: str, restart: int = 1, limit: int = 3) 
 @pytest.mark.parametrize(
     ("said", "now", "later"),
     [
-        ("1 RUNNING None", (0, True), (1, False)),
+        ("1 RUNNING None", (0, True), (2, False)),
         ("1 COMPLETING TimeLimit", (0, True), (0, True)),
         ("1 COMPLETING NonZeroExitCode", (0, True), (0, True)),
         ("1 FAILED RaisedSignal:53(Real-time_signal_19)", (0, True), (0, True)),

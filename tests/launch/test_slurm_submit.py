@@ -70,7 +70,7 @@ def test_a_dry_run_knows_the_clusters_limit_and_what_waits_there(submit: Any, sl
     (slurm / "max_array").write_text("3")
     assert "--array=0-2%3" in submit("--dry-run")[1]
     submit()
-    (slurm / "queue").write_text("".join(f"{job}|{i}|PENDING||x\n" for job in (101, 103) for i in range(3)))
+    (slurm / "queue").write_text("".join(f"{job}|{i}|PENDING\n" for job in (101, 103) for i in range(3)))
     called = len(calls(slurm, "sbatch"))
     _, shown, _ = submit("--dry-run")
     assert shown.count("#!/bin/bash") == 2  # the one that job 102 no longer holds, and a reducer
@@ -93,12 +93,12 @@ def test_a_reducer_that_a_dying_login_node_did_not_submit_is_made_up_for(
         last.unlink()
     else:
         last.write_text(json.dumps({**json.loads(last.read_text()), "after": [101]}))
-    waiting = [f"101|{i}|PENDING||x" for i in range(4)] + [f"102|{i}|PENDING||x" for i in range(2)]
-    (slurm / "queue").write_text("\n".join([*waiting, "103|N/A|PENDING||x"]) + "\n")
+    waiting = [f"101|{i}|PENDING" for i in range(4)] + [f"102|{i}|PENDING" for i in range(2)]
+    (slurm / "queue").write_text("\n".join([*waiting, "103|N/A|PENDING"]) + "\n")
     assert submit()[0] == 0
     made = records(workplace)[-1]
     assert (made["kind"], made["after"], made["job"]) == ("reduce", [101, 102], 104)
-    (slurm / "queue").write_text("\n".join([*waiting, "104|N/A|PENDING||x"]) + "\n")
+    (slurm / "queue").write_text("\n".join([*waiting, "104|N/A|PENDING"]) + "\n")
     assert "nothing to submit" in submit()[1]
 
 
@@ -121,8 +121,8 @@ def test_other_shapes_are_other_arrays(submit: Any, slurm: Path) -> None:
 
 def test_what_waits_or_runs_is_not_submitted_again(submit: Any, slurm: Path, workplace: Any) -> None:
     submit()
-    waiting = [f"101|{i}|PENDING||Priority" for i in range(4)] + ["102|0|PENDING||Dependency", "103|N/A|PENDING||x"]
-    (slurm / "queue").write_text("\n".join(waiting) + "\n999|N/A|RUNNING|n1|None\n102|1|CANCELLED||None\n")
+    waiting = [f"101|{i}|PENDING" for i in range(4)] + ["102|0|PENDING", "103|N/A|PENDING"]
+    (slurm / "queue").write_text("\n".join(waiting) + "\n999|N/A|RUNNING\n102|1|CANCELLED\n")
     code, out, _ = submit()
     assert code == 0
     assert len(calls(slurm, "sbatch")) == 3 + 2  # the cancelled element of 102, and a new reducer
@@ -130,7 +130,7 @@ def test_what_waits_or_runs_is_not_submitted_again(submit: Any, slurm: Path, wor
     assert again["elements"] == [records(workplace)[1]["elements"][1]]
     assert again["after"] == [101]  # where its teacher waits
     assert calls(slurm, "scancel") == ["scancel 103"]  # the reducer that would come too early
-    (slurm / "queue").write_text("\n".join(waiting) + "\n104|N/A|RUNNING|n1|None\n105|N/A|PENDING||x\n")
+    (slurm / "queue").write_text("\n".join(waiting) + "\n104|N/A|RUNNING\n105|N/A|PENDING\n")
     _, out, _ = submit()
     assert "nothing to submit: 18 cells wait or run" in out
     assert len(calls(slurm, "sbatch")) == 5
@@ -140,10 +140,10 @@ def test_what_is_ending_is_waited_for_because_it_may_be_cancelled(
     submit: Any, slurm: Path, workplace: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit()
-    (slurm / "queue").write_text("".join(f"101|{i}|COMPLETING|n1|None\n" for i in range(4)))
+    (slurm / "queue").write_text("".join(f"101|{i}|COMPLETING\n" for i in range(4)))
 
     def sleep(seconds: float) -> None:
-        (slurm / "queue").write_text("101|0|PENDING||BeginTime\n")
+        (slurm / "queue").write_text("101|0|PENDING\n")
 
     monkeypatch.setattr("launch.slurm.submit.time.sleep", sleep)
     _, out, _ = submit()
@@ -157,7 +157,7 @@ def test_a_cell_that_another_grid_has_queued_is_waited_for_and_not_submitted(
 ) -> None:
     """Two grids of one store share their baselines."""
     submit()
-    (slurm / "queue").write_text("".join(f"101|{i}|PENDING||x\n" for i in range(4)) + "103|N/A|PENDING||x\n")
+    (slurm / "queue").write_text("".join(f"101|{i}|PENDING\n" for i in range(4)) + "103|N/A|PENDING\n")
     other = ("--set", "name=other")
     assert submit(*other)[0] == 0
     paths = sorted(workplace.store.grid_dir("other").glob("submits/*.json"))
@@ -190,7 +190,7 @@ def test_a_login_node_that_dies_while_submitting_leaves_no_orphans(
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     cut_off = next(record for record in records(workplace) if record["job"] is None)
-    (slurm / "queue").write_text("".join(f"{each}|0|RUNNING|n1|None\n" for each in range(101, job)))
+    (slurm / "queue").write_text("".join(f"{each}|0|RUNNING\n" for each in range(101, job)))
     assert submit()[0] == 0
     assert calls(slurm, "scancel")[0] == f"scancel --name=dbscale-tiny-{cut_off['uid']}"
     assert all(record["job"] is not None for record in records(workplace))
@@ -200,7 +200,7 @@ def test_a_login_node_that_dies_while_submitting_leaves_no_orphans(
 
 def test_cancel_touches_only_this_grids_jobs(submit: Any, slurm: Path) -> None:
     submit()
-    (slurm / "queue").write_text("101|0|RUNNING|n1|None\n103|N/A|PENDING||x\n7|N/A|RUNNING|n1|None\n")
+    (slurm / "queue").write_text("101|0|RUNNING\n103|N/A|PENDING\n7|N/A|RUNNING\n")
     code, out, _ = submit(command="cancel")
     assert code == 0
     assert calls(slurm, "scancel") == ["scancel 101 103"]
@@ -209,7 +209,7 @@ def test_cancel_touches_only_this_grids_jobs(submit: Any, slurm: Path) -> None:
 
 def test_status_counts_what_waits_and_works_while_slurm_is_silent(submit: Any, slurm: Path, workplace: Any) -> None:
     submit()
-    (slurm / "queue").write_text("".join(f"101|{i}|PENDING||Priority\n" for i in range(3)))
+    (slurm / "queue").write_text("".join(f"101|{i}|PENDING\n" for i in range(3)))
     (slurm / "ended").write_text("101_3|FAILED|1:0\n102_0|NODE_FAIL|0:0\n102_[1]|CANCELLED by 0|0:0\n")
     _, out, _ = submit(command="status")
     assert "0 jobs run and 3 wait in SLURM" in out

@@ -100,14 +100,15 @@ def test_the_death_of_a_watched_process_asks_to_stop(wait_until: Callable[..., N
     child.communicate()
 
 
-def test_ranks_come_from_slurm_or_from_submitit_or_are_one() -> None:
+def test_ranks_are_those_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "5",
              "SLURM_LOCALID": "1"}  # fmt: skip
-    assert Rank.of(slurm) == Rank(5, 1, 8, 4)
     local = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1",
              "SUBMITIT_LOCAL_LOCALID": "1"}  # fmt: skip
-    assert Rank.of(local) == Rank(1, 1, 2, 2)
-    assert Rank.of({}) == Rank(0, 0, 1, 1)
+    for environment, rank in ((slurm, Rank(5, 1, 8, 4)), (local, Rank(1, 1, 2, 2))):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert Rank.of_job() == rank
 
 
 def test_a_lone_process_meets_nobody_and_each_restart_meets_elsewhere() -> None:
