@@ -91,7 +91,7 @@ class Cluster(Strict):
     def _slurm_section(self) -> Cluster:
         if self.executor == "slurm" and self.slurm is None:
             raise ValueError("executor slurm needs a `slurm:` section")
-        for stage in ("pretrain", "distill", "finetune"):
+        for stage in STAGES:
             self.shape(stage)
         self.reducer_shape()
         return self
@@ -146,7 +146,7 @@ def load_cluster(name_or_path: str, overrides: Sequence[str] = ()) -> Cluster:
 
 def cluster_path(name_or_path: str) -> Path:
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or (path.exists() and path.is_file()):
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     known = sorted(each.stem for each in (CONFIGS / "clusters").glob("*.yaml"))
     if name_or_path not in known:
@@ -217,17 +217,8 @@ def visible_gpus() -> tuple[int, ...]:
 
 def physical_cores() -> int:
     """Physical cores among the CPUs this process may run on, capped by a container's CPU quota."""
-    allowed = os.sched_getaffinity(0)
-    cores = {_siblings(cpu) for cpu in allowed}
-    quota = _cpu_quota()
-    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
-
-
-def _siblings(cpu: int) -> str:
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
-    except OSError:
-        return str(cpu)
+    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+    return max(1, int(min(cores, _cpu_quota() or cores)))
 
 
 def _cpu_quota() -> float | None:

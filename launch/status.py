@@ -1,27 +1,39 @@
-"""Where a grid stands: counts by wave, stage and state, progress, time left, failures with reason and log.
+"""`dbscale status [--watch]`: where a grid stands, what runs, waits, failed and why, and when it will be done.
 
-Reads the store and, where there is one, what the scheduler says; the page around it is `launch.commands.status`'s.
+Counts by wave, stage and state, progress, time left, troubles with reason and log: from the store and, where there is
+one, from what the scheduler says.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from dbscale.study.plan import PlanRecord
+from dbscale.errors import ConfigError, FileError
+from dbscale.files import holder, is_held
+from dbscale.study.cost import STAGES, duration
+from dbscale.study.grid import load_grid
+from dbscale.study.plan import PlanRecord, read_plan, record
 from dbscale.study.recipe import Stage
 from dbscale.study.store import CellState, Standing, Store
-from launch.slurm.queue import SlurmView
-from launch.study import corrected
+from launch.slurm.queue import SlurmView, read_records, read_view
+from launch.study import AddCommand, add_data, add_grid, add_store, corrected, plan_study, store_of, study_of
 
 State = CellState | Literal["queued"]
 """A cell's state, with what a scheduler adds."""
 Place = tuple[int, Stage]
 """Wave and stage."""
-TROUBLES: tuple[State, ...] = ("failed", "blocked", "damaged")
+STATES: tuple[State, ...] = ("done", "running", "queued", "interrupted", "failed", "blocked", "damaged", "new")
+MAX_SHOWN = 20
+WAIT_S = 0.5
+"""A controller that is away lets squeue try for ten seconds."""
+CLEAR_SCREEN = "\033[H\033[2J"
 
 
 @dataclass(frozen=True)
@@ -35,10 +47,10 @@ class Running:
 
 @dataclass(frozen=True)
 class Trouble:
-    """A cell that failed, waits for one that did, lost a file, or was lost with its job."""
+    """A cell that failed, waits for one that did, is damaged, or was lost with its job."""
 
     key: str
-    state: State
+    kind: str
     reason: str
     log: str | None
 
@@ -67,6 +79,51 @@ class Status:
 
     def count(self, *states: State) -> int:
         return sum(number for (_, state), number in self.counts.items() if state in states)
+
+
+def add_commands(add: AddCommand) -> None:
+    parser = add("status", run, "show what runs, waits and failed, and when the grid will be done")
+    add_grid(parser)
+    add_store(parser)
+    add_data(parser)
+    parser.add_argument("--watch", action="store_true", help="show it again every few seconds until interrupted")
+    parser.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="of --watch (default: 5)")
+    parser.add_argument("--wait", type=float, default=WAIT_S, metavar="SECONDS",
+                        help=f"how long SLURM may take to answer (default: {WAIT_S})")  # fmt: skip
+    parser.add_argument("--all", action="store_true", help=f"list every failed cell, not the first {MAX_SHOWN}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    store, limit = store_of(arguments), None if arguments.all else MAX_SHOWN
+    while True:
+        text = render(look_once(store, planned(arguments), arguments.wait), store, limit=limit)
+        print((CLEAR_SCREEN if arguments.watch and sys.stdout.isatty() else "") + text, flush=True)
+        if not arguments.watch:
+            return 0
+        time.sleep(arguments.interval)
+
+
+def planned(arguments: argparse.Namespace) -> PlanRecord:
+    """The grid's plan as last submitted, or made anew where its file is damaged. Raises ConfigError."""
+    name = load_grid(arguments.grid, arguments.overrides).name
+    try:
+        plan = read_plan(store_of(arguments), name)
+    except FileError as error:
+        print(f"{error}; shown is what the grid asks for now", file=sys.stderr)
+        return record(*plan_study(study_of(arguments)))
+    if plan is None:
+        raise ConfigError(f"grid {name} was never submitted to {arguments.store}; `make grid` does it")
+    return plan
+
+
+def look_once(store: Store, plan: PlanRecord, wait_s: float) -> Status:
+    """SLURM is asked while the store is read; a grid it was never given, or that is done, needs no answer."""
+    records = read_records(store, plan.grid)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(read_view, store, records, wait_s) if records else None
+        found = store.standings(plan.cells)
+        undone = any(standing.state != "done" for standing in found.values())
+        return read_status(store, plan, found, answer.result() if answer is not None and undone else None)
 
 
 def read_status(store: Store, plan: PlanRecord, found: Mapping[str, Standing], view: SlurmView | None) -> Status:
@@ -142,13 +199,13 @@ def troubles(found: Mapping[str, Standing], states: Mapping[str, State], view: S
     """Failed, blocked and damaged cells, and those whose job ended without a word."""
     named = []
     for key, state in states.items():
-        if state in TROUBLES:
-            attempt, note = found[key].attempt, found[key].note
-            reason = note or (attempt.reason if attempt else None) or "no reason recorded"
-            named.append(Trouble(key, state, reason, attempt.log if attempt and not note else None))
+        if state in ("failed", "blocked", "damaged"):
+            attempt = found[key].attempt
+            log = attempt.log if attempt is not None and state == "failed" else None
+            named.append(Trouble(key, state, found[key].reason, log))
     if view is not None:
         gone = view.lost({key for key, state in states.items() if state in ("new", "interrupted")})
-        named += [Trouble(key, states[key], reason, log) for key, (reason, log) in gone.items()]
+        named += [Trouble(key, "lost", reason, log) for key, (reason, log) in gone.items()]
     return named
 
 
@@ -163,6 +220,49 @@ def look_at(store: Store, key: str) -> Running:
 def describe(cell: Running) -> str:
     """One line: how far, how fast, which."""
     return f"{cell.share:4.0%}  {cell.images_per_s:7.0f} img/s  {cell.key}"
+
+
+def render(status: Status, store: Store, *, limit: int | None) -> str:
+    """The page that `dbscale status` prints."""
+    places = sorted({place for place, _ in status.counts}, key=lambda place: (place[0], STAGES.index(place[1])))
+    lines = [f"grid {status.grid}: {status.question.strip()}", *headline(status, store), ""]
+    lines += [states_table(status.counts, {place: place for place in places}, header=("wave", "stage"))]
+    blocks = {"running": [[f"  {describe(cell)}"] for cell in status.running]}
+    for each in status.troubles:
+        log = [f"    log: {each.log}"] if each.log else []
+        blocks.setdefault(each.kind, []).append([f"  {each.key}", f"    {each.reason}", *log])
+    for title in ("running", "failed", "blocked", "damaged", "lost"):
+        found = blocks.get(title, [])
+        lines += ["", f"{title}:"] if found else []
+        lines += [line for block in found[:limit] for line in block]
+        lines += [f"  … and {len(found) - limit} more (--all lists them)"] if limit and len(found) > limit else []
+    return "\n".join(lines)
+
+
+def headline(status: Status, store: Store) -> list[str]:
+    """Share done, device time used and left, the finish, and whether anybody works on it."""
+    done = status.count("done")
+    text = f"{done}/{status.num_cells} cells done, {duration(status.device_s)} of device time used"
+    if done == status.num_cells:
+        return [text + "; complete"]
+    text += f", about {duration(status.left_s)} left"
+    if status.num_devices:
+        finish = time.time() + status.left_s / status.num_devices
+        text += f"; at the present pace it ends about {time.strftime('%a %H:%M', time.localtime(finish))}"
+    other = holder(store.root)
+    driver = "nobody works on it (`dbscale submit` goes on)"
+    if other is not None and other.grid == status.grid and is_held(store.root):
+        driver = f"driven by pid {other.process.pid} on {other.process.host}"
+    return [text, status.scheduler or driver]
+
+
+def states_table(
+    counts: Mapping[tuple[Any, Any], int], rows: Mapping[Any, Sequence[object]], *, header: Sequence[str]
+) -> str:
+    """Cells by place and state, one line per place of `rows`; states of no cell are left out."""
+    shown = [state for state in STATES if any(counts.get((place, state)) for place in rows)]
+    lines = [(*label, *(counts.get((place, state), 0) for state in shown)) for place, label in rows.items()]
+    return table(lines, header=(*header, *shown))
 
 
 def table(rows: Sequence[Sequence[object]], *, header: Sequence[str]) -> str:

@@ -187,6 +187,13 @@ class Standing:
     note: str | None = None
     """What is damaged."""
 
+    @property
+    def reason(self) -> str:
+        """Why a cell has no row, for people."""
+        if self.state == "running" and self.attempt is not None:
+            return f"held by pid {self.attempt.pid} on {self.attempt.host}; end that process if it is not at work on it"
+        return self.note or (self.attempt.reason if self.attempt else None) or "no reason recorded"
+
 
 @dataclass(frozen=True)
 class Store:

@@ -223,7 +223,7 @@ def finish(study: Study, plan: Plan, *, report: bool) -> int:
     """Say which cells are missing and why, reduce and report; 3 when a cell is missing."""
     missing, total = unfinished(study.store, plan), len(plan.cells)
     for key, standing in list(missing.items())[:MAX_NAMED]:
-        print(f"{standing.state}: {key}: {why(standing)}", file=sys.stderr)
+        print(f"{standing.state}: {key}: {standing.reason}", file=sys.stderr)
     if missing:
         print(f"{len(missing)} of {total} cells did not finish; `dbscale status` names them with their logs, and the "
               "same command tries them again", file=sys.stderr)  # fmt: skip
@@ -239,11 +239,3 @@ def finish(study: Study, plan: Plan, *, report: bool) -> int:
         print("\n".join(answers))
         print(f"reduced and reported in {duration(time.monotonic() - started)}: {path}")
     return SOME_FAILED if missing else 0
-
-
-def why(standing: Standing) -> str:
-    """Why a cell has no row, for people."""
-    attempt = standing.attempt
-    if standing.state == "running" and attempt is not None:
-        return f"held by pid {attempt.pid} on {attempt.host}; if that process is not at work on it, end it and submit again"
-    return standing.note or (attempt.reason if attempt else None) or "nothing is recorded"

@@ -15,13 +15,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from submitit import JobEnvironment
 
 from dbscale.errors import FileError
-from dbscale.files import atomic_open
+from dbscale.files import atomic_open, write_atomic
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Failure, Store
 from launch import worker
@@ -33,11 +32,11 @@ END_WAIT_S = 60.0
 """How long a rank waits, all saved, for SLURM's reason to end the job; ranks but 0 for rank 0, which saves last, because
 the first that ends takes the others with it."""
 DECIDE_INTERVAL_S = 2.0
-BUSY_TRIES, BUSY_WAIT_S = 60, 5.0
-"""A cell held by a process of an earlier start: that one ends itself within seconds."""
-RECORD_WAIT_S = 30.0
-STORE_TRIES, STORE_WAIT_S, PROBE_INTERVAL_S = 5, 1800.0, 2.0
+TRIES, BUSY_WAIT_S = 60, 5.0
+"""At a cell held by a process of an earlier start, which ends itself within seconds, or by a store that is full."""
+STORE_WAIT_S, PROBE_INTERVAL_S = 1800.0, 2.0
 """How long a job waits for a file system that is full or read-only, before it uses up a requeue."""
+RECORD_WAIT_S = 30.0
 UNWANTED = ("TimeLimit", "NonZeroExitCode", "RaisedSignal", "JobLaunchFailure", "NodeDown", "OutOfMemory")
 """SLURM's reasons for ending a job that nobody wished to end; a cancelled or preempted one has none of them."""
 
@@ -196,14 +195,19 @@ class CellRuns:
     fence: Fence
 
     def run(self, run_one: RunOne, key: str) -> Result:
-        """Run a cell; wait for a store that cannot be written to; end the job when the machine failed otherwise."""
-        self.fence.key = key
-        result = self._unless_busy(run_one, key)
-        for _ in range(STORE_TRIES):
-            if result.failure is not Failure.STORAGE or self.rank.world_size > 1 or self.stop.requested:
+        """Run a cell, again while an older process holds it or the store cannot be written to; end the job when the
+        machine failed otherwise."""
+        self.fence.key, probe = key, self.store.cell_dir(key) / ".probe"
+        result = run_one(key)
+        for _ in range(TRIES):
+            if result.status == "busy" and not self.stop.requested:
+                time.sleep(BUSY_WAIT_S)
+            elif result.failure is Failure.STORAGE and self.rank.world_size == 1 and not self.stop.requested:
+                write_patiently(lambda: write_atomic(probe, bytes(65536)), self.stop)
+                probe.unlink(missing_ok=True)
+            else:
                 break
-            write_patiently(partial(probe, self.store.cell_dir(key)), self.stop)
-            result = self._unless_busy(run_one, key)
+            result = run_one(key)
         if result.failure is not None and result.failure.passes:
             print(f"=== {result.reason}: the job ends and is requeued", file=sys.stderr, flush=True)
             sys.exit(RETRY_EXIT)
@@ -211,16 +215,6 @@ class CellRuns:
             # The other ranks may hang in a collective that this one left: start again without this cell.
             self._see_recorded(result)
             sys.exit(LOST_EXIT)
-        return result
-
-    def _unless_busy(self, run_one: RunOne, key: str) -> Result:
-        """Run a cell; wait while an older process holds it."""
-        result = run_one(key)
-        for _ in range(BUSY_TRIES):
-            if result.status != "busy" or self.stop.requested:
-                break
-            time.sleep(BUSY_WAIT_S)
-            result = run_one(key)
         return result
 
     def _see_recorded(self, result: Result) -> None:
@@ -248,14 +242,6 @@ def write_patiently(write: Callable[[], None], stop: StopRequest) -> None:
                 raise
             print(f"=== {error}: waiting", file=sys.stderr, flush=True)
             time.sleep(PROBE_INTERVAL_S)
-
-
-def probe(folder: Path) -> None:
-    """Write a small file and remove it. Raises FileError."""
-    path = folder / ".probe"
-    with atomic_open(path, "w") as file:
-        file.write("x" * 65536)
-    path.unlink(missing_ok=True)
 
 
 def failed_in_this_job(store: Store, key: str, job: JobIdentity) -> bool:

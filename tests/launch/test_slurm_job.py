@@ -170,12 +170,12 @@ def test_a_store_that_refuses_is_waited_for(runs: Callable[..., CellRuns], monke
     answers = [Result("a", "failed", "full", Failure.STORAGE), Result("a", "done")]
     wrote: list[Path] = []
 
-    def probe(folder: Path) -> None:
-        wrote.append(folder)
+    def write(path: Path, data: bytes) -> None:
+        wrote.append(path.parent)
         if len(wrote) < 3:
             raise StoreError("cannot write: Read-only file system")
 
-    monkeypatch.setattr("launch.slurm.job.probe", probe)
+    monkeypatch.setattr("launch.slurm.job.write_atomic", write)
     cell = runs()
     assert cell.run(lambda key: answers.pop(0), "a").status == "done"
     assert wrote == [cell.store.cell_dir("a")] * 3

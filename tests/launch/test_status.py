@@ -103,7 +103,7 @@ def test_troubles_name_reason_and_log(store: Store) -> None:
     finish(store, "t", 1.0)
     (store.cell_dir("t") / "row.json").write_bytes(b"")
     status = read_status(store, PLAN, store.standings(PLAN.cells), None)
-    found = {each.key: (each.state, each.reason, each.log) for each in status.troubles}
+    found = {each.key: (each.kind, each.reason, each.log) for each in status.troubles}
     assert found["p"] == ("failed", "loss is nan", "/a/log")
     assert found["fp"] == ("blocked", "its parent p failed", None)
     state, reason, _ = found["t"]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dbscale.errors import FileError
@@ -58,8 +58,10 @@ def test_paper_grids_state_their_cost(path: Path) -> None:
 
 
 POSITIVE = st.floats(0.1, 10.0)
+on_any_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@on_any_machine
 @given(POSITIVE, POSITIVE, st.lists(st.integers(1, 1000), min_size=2, max_size=6, unique=True))
 def test_speed_and_overhead_are_found_again(speed: float, overhead: float, sizes: list[int]) -> None:
     speed, overhead = speed * 1e9, overhead * 1e-3
@@ -68,6 +70,7 @@ def test_speed_and_overhead_are_found_again(speed: float, overhead: float, sizes
     assert found == pytest.approx((speed, overhead), rel=1e-3)
 
 
+@on_any_machine
 @given(st.lists(st.tuples(st.floats(1e6, 1e12), st.floats(1e-4, 10)), min_size=1, max_size=6))
 def test_whatever_was_measured_predicts_positive_finite_times(measured: list[tuple[float, float]]) -> None:
     speed, overhead = fit_step_times(measured)
