@@ -5,13 +5,14 @@ the only module that imports timm; import it by name. Each loss has two implemen
 (plain torch) and Triton; see `kd_loss.BACKENDS`.
 """
 
-from dbscale.kernels.attention_kl import AttentionWithKL, attention_kl, sdpa_with_attention_kl
+from dbscale.kernels.attention_kl import AttentionWithKL, attention_backend, attention_kl, sdpa_with_attention_kl
 from dbscale.kernels.kd_loss import BACKENDS, KDLoss, kd_loss, resolve_backend
 
 __all__ = [
     "BACKENDS",
     "AttentionWithKL",
     "KDLoss",
+    "attention_backend",
     "attention_kl",
     "kd_loss",
     "resolve_backend",

@@ -63,7 +63,8 @@ def attention_kl(
         "attention_kl", q_s, k_s, q_t, k_t,
         scale_s=scale_s, scale_t=scale_t, head_map=head_map, token_slice=token_slice,
     )  # fmt: skip
-    chosen = _backend_of(backend, "attention_kl", pair)
+    mixes_heads = pair.heads.mixing is not None
+    chosen = attention_backend(backend, q_s.device.type, mixes_heads=mixes_heads, function="attention_kl")
     weight = _row_weight(row_weight, pair, reduction)
     with torch.autocast(q_s.device.type, enabled=False):
         return _reduce(_implementation(chosen)[0](pair.sliced()), weight, reduction)
@@ -92,7 +93,7 @@ def sdpa_with_attention_kl(
     pair = make_map_pair(
         name, q, k, q_t, k_t, scale_s=scale_s, scale_t=scale_t, head_map=head_map, token_slice=token_slice
     )
-    chosen = _backend_of(backend, name, pair)
+    chosen = attention_backend(backend, q.device.type, mixes_heads=pair.heads.mixing is not None)
     weight = _row_weight(row_weight, pair, reduction)
     v = as_autocast(v)
     with torch.autocast(q.device.type, enabled=False):
@@ -100,9 +101,12 @@ def sdpa_with_attention_kl(
         return AttentionWithKL(out, _reduce(rows, weight, reduction))
 
 
-def _backend_of(backend: str, name: str, pair: MapPair) -> str:
-    chosen = resolve_backend(backend, name, pair.q_s.device.type)
-    return "eager" if chosen == "triton" and pair.heads.mixing is not None else chosen
+def attention_backend(
+    backend: str, device_type: str, *, mixes_heads: bool, function: str = "sdpa_with_attention_kl"
+) -> str:
+    """As `resolve_backend`, for the two functions here: a mixing matrix has no kernel and runs eager."""
+    chosen = resolve_backend(backend, function, device_type)
+    return "eager" if chosen == "triton" and mixes_heads else chosen
 
 
 @cache
