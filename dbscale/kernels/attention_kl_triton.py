@@ -1,14 +1,13 @@
 """Attention output and KL of maps by fused Triton kernels, as torch operators with their gradients.
 
 Flash-style: a program holds a block of query rows (forward) or keys (backward), and the maps exist a tile at a time. A
-softmax is kept as (maximum, sum) of raw scores; for backward only inputs, output and a few numbers per row are kept, and
-the maps are made anew. Every sum has one owner and one order: no atomics, so results repeat bitwise.
+softmax is kept as (maximum, sum) of raw scores; for backward only inputs, output and a few numbers per row are kept.
+Every sum has one owner and one order: no atomics, so results repeat bitwise.
 
-Two comparisons are served. *Paired* heads (`head_map="repeat"`, or equal head counts): each student head against one
-teacher head, output and KL in one walk over the keys. *Grouped* heads (`head_map="mean"` of unequal counts): the mean
-of a group's student maps p̄ against the mean of its teacher maps p_t, in a second walk, as p̄ needs every head's sum. With
-share_h = p_h / Σ p_h of the group, the gradient in a head's scores is p_h·Σ_j p_t share_h − p_t share_h.
-Mixing matrices run eager. Checks, slices and reductions are left to `attention_kl`.
+*Paired* heads (`head_map="repeat"`, or equal counts) compare each student head with one teacher head, output and KL in
+one walk over the keys. *Grouped* heads (`"mean"` of unequal counts) compare the mean of a group's student maps with the
+mean of its teacher maps p_t, in a second walk, as the mean needs every head's sum. With share_h = p_h / Σ p_h of the
+group, the gradient in a head's scores is p_h·Σ_j p_t share_h − p_t share_h. Mixing matrices run eager.
 """
 
 import math
@@ -22,8 +21,7 @@ from torch.nn import functional as F
 from dbscale.kernels.attention_kl_eager import MapPair
 from dbscale.kernels.kd_loss_triton import LOG2_E
 
-MISSING: tl.constexpr = tl.constexpr(-1e30)
-"""Score of a key that does not exist: no mass, and finite, so that the difference of two of them counts nothing."""
+MISSING: tl.constexpr = tl.constexpr(-1e30)  # the score of no key: no mass, and finite, so that two of them differ by 0
 TINY: tl.constexpr = tl.constexpr(1e-37)
 MANY_HEADS = 256
 """From so many (image, head) pairs on, one program per pair fills an H100 twice over."""
@@ -90,8 +88,7 @@ def _widths(q_s: Tensor, v: Tensor, q_t: Tensor) -> dict[str, int]:
     return {"D_S": q_s.shape[3], "D_V": v.shape[3], "D_T": q_t.shape[3]}
 
 
-def _strided(tensor: Tensor) -> tuple:
-    """(tensor, strides but the last), as `_load_rows` takes it."""
+def _strided(tensor: Tensor) -> tuple:  # (tensor, strides but the last), as `_load_rows` takes it
     return tensor, *tensor.stride()[:3]
 
 

@@ -36,7 +36,7 @@ from dbscale.training.progress import LossRecord
 NUM_KEPT = 2
 MANIFEST = "manifest.json"
 FORMAT = 5
-"""Of what a `Checkpointer` writes."""
+"""Version of what a `Checkpointer` writes; any other is skipped with a notice."""
 OWN_FOLDER = 0o700
 """Checkpoints are read again by whoever runs the cell and by nobody else; a folder that is opened by hand stays open."""
 Content = TypeVar("Content")
@@ -210,7 +210,7 @@ def _named_where_full(temporary: Path, final: Path) -> Iterator[None]:
 
 
 def rank_file(folder: Path, rank: int) -> Path:
-    """What only that rank has."""
+    """The part of a checkpoint that only this rank has."""
     return folder / f"rank-{rank}.safetensors"
 
 

@@ -111,7 +111,7 @@ def with_launch_options(training: Training, resources: Resources, batching: Batc
 
 
 def _refuse_foreign_config(path: str | None, stage: int | None) -> None:
-    """Of a DeepSpeed config the stage is taken, and the rest is ours: refuse one that asks for more."""
+    """Refuse a DeepSpeed config that asks for more than a ZeRO stage, which is all that is taken from it."""
     if not path or stage is None:
         return
     ours, theirs = _deepspeed_config(stage), json.loads(Path(path).read_text())

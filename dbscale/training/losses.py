@@ -225,7 +225,7 @@ class CachedTeacher:
 
 
 def open_cache(store: Store, spec: CellSpec, teacher: nn.Module, device: str) -> CachedTeacher:
-    """The cache of the teacher of a distill cell: of these weights, computed in this way on this kind of device."""
+    """The cache of a distill cell's teacher; one for each set of weights, way of computing and kind of `device`."""
     row = store.read_row(spec.teacher) if spec.teacher else None
     if row is None:
         raise FileError(f"the teacher {spec.teacher} of {spec.key} has no row; train it first")
@@ -242,7 +242,7 @@ def open_cache(store: Store, spec: CellSpec, teacher: nn.Module, device: str) ->
 
 
 def _digest_of(images: Tensor) -> str:
-    """Of values, shape and type."""
+    """Checksum of the images' values, shape and type."""
     pixels = images.detach().cpu().contiguous()
     digest = xxhash.xxh3_128(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
     digest.update(pixels.view(torch.uint8).numpy().data)

@@ -19,7 +19,7 @@ from dbscale.training.models import make_student
 from dbscale.training.prepare import Context, open_cell_dataset
 
 MAX_IMAGES = 1024
-"""Of each split: more would cost as much as a short finetune, and hardly move a ranking."""
+"""Images taken of each split: more would cost as much as a short finetune, and hardly move a ranking."""
 BATCH_PIXELS = 1 << 20
 TRANSRATE_EPS = 1e-4
 """Distortion; the value of the paper."""

@@ -46,7 +46,7 @@ from dbscale.training.results import Trained, clear_scratch, evaluate_cell, fini
 Status = Literal["done", "failed", "interrupted", "blocked", "busy"]
 PACKAGES = ("torch", "timm", "accelerate", "deepspeed", "numpy")
 FAULT_NAME = ".fault-{}.json"
-"""Why a rank ended, beside its cell's attempts, for the time of one attempt."""
+"""Where a rank that fails leaves word for rank 0, beside the cell's attempts, until the next attempt."""
 PEER_CODE = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/graph.py", "/deepspeed/comm/")
 WRITER_CODE = ("/torch/serialization.py",)
 
@@ -241,7 +241,7 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _commit() -> str | None:
-    """Of the code that runs, where it runs from a git checkout."""
+    """Git commit of the code that runs; None where it does not run from a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dbscale.study.cost import DEVICES
 from dbscale.study.recipe import Budget
+from dbscale.study.resources import Resources, StopRequest
+from dbscale.study.store import Attempt
+from dbscale.training import results, run
+from dbscale.training.checkpoint import LoopState
 from dbscale.training.device import count_train_flops
-from dbscale.training.results import calibration_error, summarize
+from dbscale.training.engine import Batching
+from dbscale.training.prepare import Context
+from dbscale.training.progress import LossRecord
+from dbscale.training.results import Evaluation, Trained, calibration_error, make_row, summarize
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 1), st.booleans()), min_size=1, max_size=60))
@@ -43,3 +55,84 @@ def test_rows_account_for_time_and_work(bench):
     assert 0 <= timing.data_wait_share <= 1
     assert (timing.mfu, timing.energy_j, timing.num_devices, timing.device) == (None, None, 1, "cpu")
     assert row.resources["engine"] == "plain"
+
+
+NOW = 3005.0
+ATTEMPTS = [  # status, started, ended, devices
+    ("blocked", 100.0, 190.0, 8),
+    ("failed", 1000.0, 1010.0, 1),
+    ("interrupted", 2000.0, 2030.0, 2),
+    ("running", 3000.0, None, 4),
+]
+
+
+@pytest.fixture
+def row_of(bench, monkeypatch):
+    """The row of a run on two devices in which no two figures are alike; `device` names the devices."""
+
+    def make(device: str = "cpu") -> Any:
+        monkeypatch.setattr(results, "time", SimpleNamespace(time=lambda: NOW))
+        monkeypatch.setattr(results, "device_name", lambda _: device)
+        state = LoopState(
+            step=7, record=LossRecord(tail_sum=6.0, tail_steps=4), train_time_s=3.5, data_wait_s=0.7, energy_j=42.0,
+            bad_ids=[3, 8, 11],
+        )  # fmt: skip
+        bits = [np.array(each, dtype=bool) for each in ([1, 1, 1, 0, 0], [1, 1, 1, 1, 0])]
+        tries = [
+            Attempt(number=n, status=status, host="h", pid=n, started=started, ended=ended, num_devices=devices)
+            for n, (status, started, ended, devices) in enumerate(ATTEMPTS, 1)
+        ]
+        accelerator: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+        context = Context(
+            bench.store, bench.data_dir, Resources(zero_stage=2), Batching(2, 4, 3), accelerator, StopRequest()
+        )
+        trained = Trained(state, 6, 123, "abc")
+        cell = bench.cell(precision="bf16")
+        return make_row(cell.spec(), trained, Evaluation(0.25, 0.125, 1.5, 0.0625, *bits), 2.25, context, tries)
+
+    return make
+
+
+def test_a_row_accounts_for_every_attempt_device_and_sample(row_of):
+    row = row_of()
+    assert (row.num_steps, row.samples_seen, row.replaced_samples, row.train_loss) == (7, 7 * 16, 3, 1.5)
+    assert (row.num_test_samples, row.num_classes, row.weights_sha256) == (4, 6, "abc"), "one could not be decoded"
+    found = (row.error_rate, row.top5_error_rate, row.test_loss, row.calibration_error)
+    assert found == (0.25, 0.125, 1.5, 0.0625)
+    timing = row.timing
+    # Blocked attempts did nothing; the last one still runs.
+    assert timing.device_time_s == 10 * 1 + 30 * 2 + 5 * 4
+    assert (timing.num_attempts, timing.num_devices, timing.peak_memory_bytes) == (3, 2, 123)
+    assert (timing.train_time_s, timing.eval_time_s, timing.step_time_s, timing.energy_j) == (3.5, 2.25, 0.5, 42.0)
+    assert timing.images_per_s == pytest.approx(7 * 16 / 3.5)
+    assert timing.data_wait_share == pytest.approx(0.2)
+    assert (timing.mfu, timing.device) == (None, "cpu")
+    how = {name: row.resources[name] for name in ("engine", "world_size", "accumulation", "micro_batch", "precision")}
+    assert how == {"engine": "zero2", "world_size": 2, "accumulation": 4, "micro_batch": 3, "precision": "bf16"}
+
+
+def test_utilisation_counts_both_devices(row_of):
+    row = row_of("NVIDIA H100 80GB HBM3")
+    assert row.timing.mfu == pytest.approx(row.train_flops / (3.5 * 2 * DEVICES["h100"].peak_flops))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.safetensors", None), ("trained.json", None), ("trained.json", b""), ("trained.json", b"[]"),
+     ("trained.json", b"null"), ("trained.json", b"\xff\xfe")],
+    ids=["weights", "a bit", "nothing", "a list", "null", "no text"],
+)  # fmt: skip
+def test_what_was_trained_is_believed_only_if_it_is_whole(name, content, bench_of, kill_on_call, capfd):
+    whole, cut = bench_of("whole"), bench_of("cut")
+    cell = whole.cell()
+    cut.cell()
+    whole.run(cell)
+    assert cut.run_killed(cell, kill_on_call(run, "evaluate_cell")) != 0
+    path = cut.store.cell_dir(cell.key) / name
+    damaged = bytearray(path.read_bytes())
+    damaged[-40] ^= 1
+    path.write_bytes(bytes(damaged) if content is None else content)
+    capfd.readouterr()
+    assert cut.run(cell).status == "done"
+    assert f"notice: training again what was finished: {path}" in capfd.readouterr().err
+    assert cut.fingerprint(cell) == whole.fingerprint(cell), "optimizer's end included: it was trained again"

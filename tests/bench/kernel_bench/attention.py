@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dbscale.kernels import sdpa_with_attention_kl
 from kernel_bench.measure import Step
 
-BACKENDS = ("eager", "auto", "compile", "output alone")
+BACKENDS = {"cpu": ("eager", "compile", "output alone"), "cuda": ("eager", "auto", "compile", "output alone")}
 """`output alone` is torch's scaled_dot_product_attention without a KL: what the KL is added to."""
 
 
@@ -24,10 +24,12 @@ class AttentionCase:
     tokens: int
     width: int
     dtype: torch.dtype
+    head_map: str = "repeat"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"B={self.batch} H={self.heads}/{self.heads_t} N={self.tokens} d={self.width} {dtype}"
+        heads = f"H={self.heads}/{self.heads_t} {self.head_map}"
+        return f"B={self.batch} {heads} N={self.tokens} d={self.width} {dtype}"
 
     @property
     def floor_bytes(self) -> int:
@@ -47,10 +49,13 @@ CASES = {
         AttentionCase(2, 8, 2, 577, 64, torch.float32),
         AttentionCase(1, 4, 1, 2048, 64, torch.float32),
         AttentionCase(8, 8, 2, 197, 64, torch.bfloat16),
+        AttentionCase(8, 8, 2, 197, 64, torch.float32, "mean"),
     ),
     "cuda": (
         AttentionCase(256, 8, 2, 197, 64, torch.bfloat16),
         AttentionCase(256, 8, 8, 197, 64, torch.bfloat16),
+        AttentionCase(256, 8, 2, 197, 64, torch.bfloat16, "mean"),
+        AttentionCase(256, 3, 8, 197, 64, torch.bfloat16, "mean"),
         AttentionCase(512, 3, 1, 65, 64, torch.bfloat16),
         AttentionCase(64, 8, 2, 577, 64, torch.bfloat16),
         AttentionCase(4, 8, 2, 4096, 64, torch.bfloat16),
@@ -71,7 +76,7 @@ def makers(case: AttentionCase, device: torch.device) -> dict[str, Callable[[], 
     operands = (q, k, v, q_t, k_t, grad_out)
 
     def joint(backend: str) -> Callable[[], tuple[Tensor, Tensor | None]]:
-        return lambda: sdpa_with_attention_kl(q, k, v, q_t, k_t, backend=backend)
+        return lambda: sdpa_with_attention_kl(q, k, v, q_t, k_t, head_map=case.head_map, backend=backend)
 
     def plain() -> tuple[Tensor, None]:
         return scaled_dot_product_attention(q, k, v), None
@@ -79,7 +84,7 @@ def makers(case: AttentionCase, device: torch.device) -> dict[str, Callable[[], 
     def make(name: str) -> Step:
         return _step(plain if name == "output alone" else joint(name), operands)
 
-    return {name: lambda name=name: make(name) for name in BACKENDS}
+    return {name: lambda name=name: make(name) for name in BACKENDS[device.type]}
 
 
 def _step(attend: Callable[[], tuple[Tensor, Tensor | None]], operands: tuple[Tensor, ...]) -> Step:
