@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dbscale.strict import Strict
-from dbscale.study.recipe import RECIPE_VERSION, DeiT, Model, Recipe
+from dbscale.study.recipe import RECIPE_VERSION, SEEDS, DeiT, Model, Recipe
 
 Role = Literal["teacher", "init"]
 Arm = Literal["plain", "distilled", "scratch"]
@@ -103,9 +103,12 @@ def canonical_json(value: Any) -> str:
 
 
 def slug(recipe: Recipe) -> str:
-    """Readable, filesystem-safe, and never parsed: stage, model, dataset, size, seed."""
+    """Readable, filesystem-safe, and never parsed: stage, model, dataset, size, seed, finetune draw."""
     dataset = "".join(c if c.isalnum() else "_" for c in recipe.data.dataset)[:24]
-    return f"{recipe.stage}-{model_label(recipe.model)}-{dataset}-n{recipe.data.num_samples}-s{recipe.seed}"
+    draw = f"d{recipe.draw}" if recipe.draw is not None else ""
+    return (
+        f"{recipe.stage}-{model_label(recipe.model)}-{dataset}-n{recipe.data.num_samples}-s{recipe.seed % SEEDS}{draw}"
+    )
 
 
 def model_label(model: Model) -> str:

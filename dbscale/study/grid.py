@@ -16,12 +16,12 @@ from pydantic import Field, model_validator
 from dbscale.errors import ConfigError, nearest
 from dbscale.strict import Strict, load_yaml, override, set_path, validate
 from dbscale.study.cell import Arm, Cell
-from dbscale.study.recipe import Data, Distill, Model, Positive, Recipe, Stage, Tier, Training
+from dbscale.study.recipe import SEEDS, Data, Distill, Model, Positive, Recipe, Stage, Tier, Training, draw_seed
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 """Becomes a folder name: letters, digits, dot, underscore and hyphen."""
 Sizes = Annotated[tuple[Positive, ...], Field(min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 RawValue = str | int | float | bool | None | list[Any] | dict[str, Any]
 
 
@@ -61,6 +61,12 @@ class Grid(Strict):
     scratch: bool = False
     """Also finetune every student from random weights: the error without any upstream data."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    finetunes: Positive = 1
+    """Finetunes of each upstream run and of each scratch run, with other labels, head and order; alike in both arms."""
+    min_effect: float = Field(default=0.005, gt=0, lt=1)
+    """Difference of error rates that matters; the verdict calls what is surely smaller no difference."""
+    noise: Name | None = None
+    """Table of noise that `plan` takes for power before there are rows; None: the default one."""
     pretrain: Training
     finetune: Training
     distill: Distill | None = None
@@ -104,6 +110,10 @@ class Point:
     student: str
     upstream_num_samples: int
     """0 for training from scratch."""
+    seed: int
+    """The repetition, as the grid names it."""
+    finetune: int
+    """Draw of the labels, head and order: 0 to `finetunes` - 1."""
 
     @property
     def arm(self) -> Arm:
@@ -167,6 +177,17 @@ def check_sizes(grid: Grid, available: Mapping[str, int]) -> None:
             )
 
 
+def overlapping_draws(grid: Grid, available: Mapping[str, int]) -> list[str]:
+    """One sentence per downstream size whose finetune draws must share labels, because the dataset holds too few."""
+    return [
+        f"the {grid.finetunes} finetune draws of {size} labels overlap: dataset {axis.dataset!r} holds "
+        f"{available[axis.dataset]} training samples"
+        for axis in grid.downstream
+        for size in axis.num_samples
+        if grid.finetunes > 1 and grid.finetunes * size > available.get(axis.dataset, grid.finetunes * size)
+    ]
+
+
 def expand(grid: Grid, fingerprints: Mapping[str, str]) -> tuple[Point, ...]:
     """Every finetune of the grid, equal cells merged; a dataset without fingerprint gives provisional ids."""
     points: dict[tuple[str, str], Point] = {}
@@ -189,12 +210,14 @@ class _Expansion:
         sizes: tuple[int, ...] = ((0,) if self.grid.scratch else ()) + self.grid.upstream.num_samples
         for seed, size, student in itertools.product(self.grid.seeds, sizes, self.grid.students):
             for init in self._upstream_cells(student, size, seed):
-                for axis, downstream_size in self._downstream():
-                    cell = self._finetune(student, axis.dataset, downstream_size, seed, init)
-                    yield Point(cell, self.variant, student, size)
+                for axis, downstream_size, draw in self._downstream():
+                    cell = self._finetune(student, axis.dataset, downstream_size, seed, draw, init)
+                    yield Point(cell, self.variant, student, size, seed, draw)
 
-    def _downstream(self) -> Iterator[tuple[DataAxis, int]]:
-        return ((axis, size) for axis in self.grid.downstream for size in axis.num_samples)
+    def _downstream(self) -> Iterator[tuple[DataAxis, int, int]]:
+        """Every (axis, size, draw); a draw of one size and seed is the same labels in both arms."""
+        draws = range(self.grid.finetunes)
+        return ((axis, size, draw) for axis in self.grid.downstream for size in axis.num_samples for draw in draws)
 
     def _upstream_cells(self, student: str, size: int, seed: int) -> Iterator[Cell | None]:
         if size == 0:
@@ -215,21 +238,21 @@ class _Expansion:
         training = grid.distill_training or grid.pretrain
         return self._cell("distill", student, grid.upstream.dataset, size, seed, training, teacher=teacher)
 
-    def _finetune(self, student: str, dataset: str, size: int, seed: int, init: Cell | None) -> Cell:
-        return self._cell("finetune", student, dataset, size, seed, self.grid.finetune, init=init)
+    def _finetune(self, student: str, dataset: str, size: int, seed: int, draw: int, init: Cell | None) -> Cell:
+        return self._cell("finetune", student, dataset, size, seed, self.grid.finetune, init=init, draw=draw)
 
     def _cell(
         self, stage: Stage, model: str, dataset: str, size: int, seed: int, training: Training,
-        *, teacher: Cell | None = None, init: Cell | None = None,
+        *, teacher: Cell | None = None, init: Cell | None = None, draw: int = 0,
     ) -> Cell:  # fmt: skip
-        grid = self.grid
+        grid, seed = self.grid, draw_seed(seed, draw)
         # Another seed is another window of the same order, so that seeds also sample the choice of images.
         data = Data(
             dataset=dataset, num_samples=size, subset_seed=seed, image_size=grid.image_size,
             tier=grid.tiers.get(dataset, grid.tier), block_size=grid.block_size,
         )  # fmt: skip
         recipe = Recipe(
-            stage=stage, model=grid.models[model], data=data, training=training, seed=seed,
+            stage=stage, model=grid.models[model], data=data, training=training, seed=seed, draw=draw or None,
             distill=grid.distill if stage == "distill" else None,
         )  # fmt: skip
         cell = Cell(recipe, self.fingerprints.get(dataset), teacher=teacher, init=init)

@@ -73,6 +73,8 @@ class PointRecord(Strict):
     dataset: str
     num_samples: int
     seed: int
+    finetune: int = 0
+    """Draw of the labels, head and order of one upstream run."""
 
 
 class PlanRecord(Strict):
@@ -89,6 +91,8 @@ class PlanRecord(Strict):
     """Of all cells, finished ones included."""
     predicted_s: tuple[float, ...] = ()
     """Of each cell, in the order of `cells`."""
+    min_effect: float = 0.005
+    """Difference of error rates that matters, as the grid says."""
 
 
 def make_plan(
@@ -130,7 +134,7 @@ def record(plan: Plan, cost: CostModel) -> PlanRecord:
         points=tuple(map(_record_point, plan.points)),
         cells=tuple(cell.key for cell in plan.cells),
         predicted_device_s=sum(map(cost.seconds, plan.cells)),
-        predicted_s=tuple(round(cost.seconds(cell), 3) for cell in plan.cells),
+        predicted_s=tuple(round(cost.seconds(cell), 3) for cell in plan.cells), min_effect=plan.grid.min_effect,
     )  # fmt: skip
 
 
@@ -143,7 +147,8 @@ def _record_point(point: Point) -> PointRecord:
         upstream_num_samples=point.upstream_num_samples,
         upstream_cell=upstream.key if upstream else None,
         teacher_cell=upstream.teacher.key if upstream and upstream.teacher else None,
-        dataset=cell.recipe.data.dataset, num_samples=cell.recipe.data.num_samples, seed=cell.recipe.seed,
+        dataset=cell.recipe.data.dataset, num_samples=cell.recipe.data.num_samples, seed=point.seed,
+        finetune=point.finetune,
     )  # fmt: skip
 
 

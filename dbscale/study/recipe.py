@@ -173,7 +173,17 @@ class Recipe(Strict):
     data: Data
     training: Training
     seed: int
+    """Keys initialisation (of a finetune: its head), order and augmentation."""
     distill: Distill | None = None
+    draw: Positive | None = None
+    """Which further finetune of one upstream run this is; None for the first. `draw_seed` then gives `seed` and
+    `data.subset_seed`."""
+
+    @model_validator(mode="after")
+    def _draws_are_finetunes(self) -> Recipe:
+        if self.draw is not None and self.stage != "finetune":
+            raise ValueError(f"a {self.stage} recipe has no draw; only finetunes are drawn several times")
+        return self
 
     @model_validator(mode="after")
     def _distill_iff_stage(self) -> Recipe:
@@ -187,3 +197,16 @@ class Recipe(Strict):
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.training.budget.num_steps(self.data.num_samples, self.training.global_batch)
+
+
+SEEDS = 2**32
+"""Seeds of a grid are below; `draw_seed` gives its draws the numbers above."""
+
+
+def draw_seed(seed: int, draw: int) -> int:
+    """The seed of a finetune's draw: the grid's own for draw 0, for each further one a number that no other pair has.
+
+    Every consumer hashes it together with a purpose, so draws share no stream. Two draws read different windows of the
+    downstream set; where draws x num_samples exceeds its labels, and by chance elsewhere, windows overlap.
+    """
+    return seed + draw * SEEDS

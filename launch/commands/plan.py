@@ -10,6 +10,7 @@ from collections import Counter
 
 from dbscale.study.calibration import write_calibration
 from dbscale.study.cost import DEVICES, CostModel
+from dbscale.study.grid import overlapping_draws
 from dbscale.study.plan import Plan
 from launch.options import AddCommand, add_study, study_of
 from launch.study import Study, plan_study
@@ -65,6 +66,7 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
     if study.missing_datasets:
         lines.append(f"not packed yet: {', '.join(study.missing_datasets)} (`dbscale submit` packs them; ids of cells "
                      "that read them are provisional until then)")  # fmt: skip
+    lines += overlapping_draws(grid, {name: size for name, (_, size) in study.manifests.items()})
     if plan.stale:
         lines.append(f"{len(plan.stale)} cells of an earlier plan are no longer asked for; their results stay")
     if not plan.waves:

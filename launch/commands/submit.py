@@ -139,7 +139,7 @@ def write_records(study: Study, plan: Plan, cost: CostModel) -> None:
     for cell in plan.cells:
         study.store.write_spec(cell.spec())
     new, old = record(plan, cost), read_plan(study.store, study.grid.name)
-    if old is None or (new.points, new.question) != (old.points, old.question):
+    if old is None or (new.points, new.question, new.min_effect) != (old.points, old.question, old.min_effect):
         write_plan(study.store, new)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 from dbscale.errors import ConfigError
 from dbscale.strict import validate
 from dbscale.study.cell import Cell
-from dbscale.study.grid import Grid, check_sizes, datasets_in_use, expand, load_grid, merged_cells
+from dbscale.study.grid import (
+    Grid,
+    Point,
+    check_sizes,
+    datasets_in_use,
+    expand,
+    load_grid,
+    merged_cells,
+    overlapping_draws,
+)
+from dbscale.study.recipe import Recipe, draw_seed
 
 GRIDS = Path(__file__).parents[2] / "configs" / "grids"
 
@@ -60,6 +71,84 @@ def test_scratch_adds_finetunes_without_parents(grid_data: dict[str, Any]) -> No
     assert len(scratch) == 2 * 2 * 3
     assert {p.arm for p in scratch} == {"scratch"}
     assert all(not p.cell.parents for p in scratch)
+
+
+def draws_of(grid_data: dict[str, Any], **changes: Any) -> list[Point]:
+    return list(expand(validate(Grid, grid_data | {"scratch": True, **changes}, where="t"), {}))
+
+
+def test_the_first_of_several_finetunes_is_the_cell_of_a_grid_without_the_key(grid_data: dict[str, Any]) -> None:
+    alone, drawn = draws_of(grid_data), draws_of(grid_data, finetunes=3)
+    assert [p.cell.key for p in drawn if p.finetune == 0] == [p.cell.key for p in alone]
+    assert len(drawn) == len({p.cell.key for p in drawn}) == 3 * len(alone)
+    assert {p.finetune for p in drawn} == {0, 1, 2}
+    assert {p.cell.recipe.draw for p in drawn} == {None, 1, 2}
+    upstream = {c.key for p in drawn for c in p.cell.parents}
+    assert upstream == {c.key for p in alone for c in p.cell.parents}, "draws share their upstream run"
+
+
+def test_draws_have_labels_head_and_order_of_their_own_and_alike_in_both_arms(grid_data: dict[str, Any]) -> None:
+    streams: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for point in draws_of(grid_data, finetunes=3):
+        recipe = point.cell.recipe
+        streams.setdefault((point.seed, point.finetune), set()).add((recipe.seed, recipe.data.subset_seed))
+    assert {place: found for place, found in streams.items() if place[1] == 0} == {(0, 0): {(0, 0)}, (1, 0): {(1, 1)}}
+    assert all(len(found) == 1 for found in streams.values()), "arms, students and sizes are paired"
+    assert len({next(iter(found)) for found in streams.values()}) == 2 * 3
+
+
+@given(
+    st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**20)),
+    st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**20)),
+)
+def test_no_two_draws_share_a_seed(one: tuple[int, int], other: tuple[int, int]) -> None:
+    assert (draw_seed(*one) == draw_seed(*other)) is (one == other)
+    assert 0 <= draw_seed(*one) < 2**63
+    assert draw_seed(one[0], 0) == one[0]
+
+
+def test_a_draw_shows_in_the_key_and_only_finetunes_have_one(grid_data: dict[str, Any]) -> None:
+    keys = [p.cell.key.rpartition("-")[0] for p in draws_of(grid_data, finetunes=2, seeds=[1]) if p.student == "h1"]
+    assert keys[:2] == ["finetune-deit_h1w16d2-down-n10-s1", "finetune-deit_h1w16d2-down-n10-s1d1"]
+    pretrain = expand(validate(Grid, grid_data, where="t"), {})[0].cell.init
+    assert pretrain is not None
+    with pytest.raises(ConfigError, match="a pretrain recipe has no draw"):
+        validate(Recipe, {**pretrain.recipe.model_dump(mode="json"), "draw": 1}, where="t")
+
+
+def test_min_effect_and_noise_name_no_cell(grid_data: dict[str, Any]) -> None:
+    changed = draws_of(grid_data, min_effect=0.02, noise="digits")
+    assert [p.cell.key for p in changed] == [p.cell.key for p in draws_of(grid_data)]
+
+
+def test_draws_that_must_share_labels_are_named(grid_data: dict[str, Any]) -> None:
+    grid = validate(Grid, grid_data | {"finetunes": 3}, where="t")
+    assert overlapping_draws(grid, {"down": 60}) == [
+        "the 3 finetune draws of 30 labels overlap: dataset 'down' holds 60 training samples"
+    ]
+    assert overlapping_draws(grid, {"down": 90}) == overlapping_draws(grid, {}) == []
+    assert overlapping_draws(validate(Grid, grid_data, where="t"), {"down": 29}) == []
+
+
+GOLDEN_GRIDS = {
+    "cifar10": (330, "0ab3821a48d0124b"),
+    "demo": (274, "e5e42f427c8bf095"),
+    "ablation_alpha": (264, "3f2d9ce2f903e90e"),
+    "architecture_resnet": (420, "c198f361f074c97a"),
+    "baseline": (1065, "8044a8f1c5af4215"),
+    "boundary": (903, "771adf2d9f272bc7"),
+    "domain_shift": (780, "f7476bc97afabde1"),
+    "large_to_small": (255, "89a3b0a7860a0e14"),
+    "sensitivity": (616, "5e0713f7413937f0"),
+}
+"""Number of cells of each shipped grid and a hash over their keys: rows in people's stores have these names."""
+
+
+@pytest.mark.parametrize("name", GOLDEN_GRIDS)
+def test_golden_ids_of_shipped_grids(name: str) -> None:
+    grid = load_grid(next(GRIDS.rglob(f"{name}.yaml")))
+    keys = sorted(cell.key for cell in merged_cells(expand(grid, dict.fromkeys(grid.datasets, "f00d"))))
+    assert (len(keys), hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]) == GOLDEN_GRIDS[name]
 
 
 def test_variants_change_only_what_they_name(grid_data: dict[str, Any]) -> None:

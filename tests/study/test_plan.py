@@ -58,6 +58,13 @@ def test_a_smaller_target_makes_more_bundles(grid: Grid) -> None:
     assert many == 8 + 4, "one bundle a lineage: 8 pretrain, 4 distill"
 
 
+def test_the_record_names_each_point_by_the_grids_seed_and_its_draw(grid: Grid) -> None:
+    drawn = grid.model_copy(update={"finetunes": 2, "min_effect": 0.01})
+    written = record(plan_of(drawn, {}), CostModel())
+    assert {(point.seed, point.finetune) for point in written.points} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert written.min_effect == 0.01
+
+
 def test_the_record_survives_the_disk_and_shows_what_went_stale(grid: Grid, tmp_path: Path) -> None:
     store = Store(tmp_path)
     plan = plan_of(grid, {})
