@@ -15,15 +15,18 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 from uuid import uuid4
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from dbscale.errors import FileError
 
+Model = TypeVar("Model", bound=BaseModel)
 LOCK_NAME = ".driver.lock"
+ZOMBIE = -1
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -102,8 +105,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The value in a JSON file. Raises FileError where it is damaged, OSError where it cannot be read."""
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is not valid JSON ({error}); remove it and the cell runs again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FileError(f"{path} is not valid JSON ({error}); restore it, or remove it and run again") from None
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any], *, durable: bool = True) -> None:
@@ -119,18 +122,109 @@ def write_model(path: Path, model: BaseModel, *, durable: bool = True) -> None:
         file.write(model.model_dump_json(indent=1) + "\n")
 
 
+def read_model(kind: type[Model], path: str | Path) -> Model:
+    """The `kind` in a JSON file. Raises FileNotFoundError, or FileError saying what is wrong with the file."""
+    try:
+        with open(path, "rb") as file:
+            return kind.model_validate_json(file.read())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FileError(f"{path} is damaged ({place}{': ' if place else ''}{first['msg']})") from None
+
+
+@dataclass(frozen=True)
+class ProcessMark:
+    """One process beyond doubt: pids come again and clocks can be set, boot and tick of start do neither."""
+
+    host: str
+    pid: int
+    boot: str | None = None
+    """The kernel's boot and the pid namespace; None where there is no /proc."""
+    start: int | None = None
+    """Clock ticks from boot to the start of the process."""
+
+    @classmethod
+    def of(cls, pid: int | None = None) -> ProcessMark:
+        """This process, or the one with this `pid` on this machine."""
+        pid = os.getpid() if pid is None else pid
+        return cls(hostname(), pid, _boot(), _start_tick(pid))
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether the process runs; None where this machine cannot tell: another host, another boot or container."""
+        if self.host != hostname() or self.boot not in (None, _boot()):
+            return None
+        if self.pid <= 0:  # means process groups to the kernel
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except PermissionError:
+            pass  # it is another user's, hence alive
+        except (ProcessLookupError, OverflowError):
+            return False
+        tick = _start_tick(self.pid)
+        return tick != ZOMBIE and (tick is None or self.start is None or tick == self.start)
+
+
+@functools.cache
+def _boot() -> str | None:
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _start_tick(pid: int) -> int | None:
+    """Field 22 of /proc/<pid>/stat, or ZOMBIE; None where it is hidden."""
+    try:
+        # The command's name, in brackets, may hold spaces and brackets of its own.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return ZOMBIE if fields[0] == "Z" else int(fields[19])
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path`; yields False when another process holds it. It ends with its holder, however that dies.
+
+    Where the file system has no locks the answer is True. Raises FileError where the file cannot be opened.
+    """
+    with _open_lock(path) as file:
+        yield _acquire(file)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who drives a store."""
+
+    process: ProcessMark
+    command: str
+    grid: str
+    started: float
+    """Unix time."""
+
+    def __str__(self) -> str:
+        since = time.strftime("%H:%M:%S", time.localtime(self.started))
+        return f"`{self.command}` (pid {self.process.pid} on {self.process.host}, since {since})"
+
+
 @contextlib.contextmanager
 def driver_lock(store_root: Path, command: str, grid: str) -> Iterator[None]:
-    """Hold the store for one submit of `grid`; raises FileError naming pid, host and command of another holder.
+    """Hold the store for one submit of `grid`; raises FileError naming command, pid and host of another holder.
 
     Where the file system has no locks the command goes on without: each cell has its own lock besides.
     """
-    path = store_root / LOCK_NAME
-    with _open(path) as file:
+    with _open_lock(store_root / LOCK_NAME) as file:
         if not _acquire(file):
-            raise FileError(f"{store_root} is in use by {_describe(holder(store_root))}; wait for it, stop it with "
-                             "Ctrl-C or `dbscale cancel`, or choose another STORE")  # fmt: skip
-        _sign(file, command, grid)
+            raise FileError(f"{store_root} is in use by {holder(store_root) or 'another dbscale command'}; wait for it, "
+                            "stop it with Ctrl-C or `dbscale cancel`, or choose another STORE")  # fmt: skip
+        _sign(file, store_root, Holder(ProcessMark.of(), command, grid, time.time()))
         try:
             yield
         finally:
@@ -138,31 +232,39 @@ def driver_lock(store_root: Path, command: str, grid: str) -> Iterator[None]:
                 file.truncate(0)
 
 
-def holder(store_root: Path) -> dict[str, Any] | None:
-    """Who holds (or last held, if it was killed) the store: pid, host, command, grid, started."""
+def holder(store_root: Path) -> Holder | None:
+    """Who holds the store, or last held it if it was killed; None when the file does not say."""
     try:
-        return json.loads((store_root / LOCK_NAME).read_text())
-    except (OSError, json.JSONDecodeError):
+        with _open_lock(store_root / LOCK_NAME, os.O_RDONLY) as file:
+            found = json.loads(file.read())
+        known = Holder(ProcessMark(**found["process"]), found["command"], found["grid"], float(found["started"]))
+        return known if isinstance(known.process.pid, int) and known.process.pid > 1 else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # FileError among them
         return None
 
 
 def is_held(store_root: Path) -> bool:
     """Whether a live driver holds the store at this moment."""
     try:
-        with (store_root / LOCK_NAME).open("r+") as file:
+        with _open_lock(store_root / LOCK_NAME, os.O_RDWR) as file:
             return not _acquire(file)
-    except OSError:
+    except (OSError, FileError):  # no such file, most often
         return False
 
 
-def _open(path: Path) -> IO[str]:
+def _open_lock(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> IO[str]:
+    """Open without following a link: a lock file that points elsewhere would have its target emptied."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        if flags & os.O_CREAT:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileError(f"the lock file {path} is a symbolic link; remove it and run again") from None
         raise FileError(
             f"cannot write to the store {path.parent}: {error.strerror}; choose another with --store (STORE=… in make)"
-        ) from None
+        ) from error
+    return os.fdopen(descriptor, "r+" if flags & os.O_RDWR else "r")
 
 
 def _acquire(file: IO[str]) -> bool:
@@ -176,19 +278,13 @@ def _acquire(file: IO[str]) -> bool:
     return True
 
 
-def _sign(file: IO[str], command: str, grid: str) -> None:
+def _sign(file: IO[str], store_root: Path, who: Holder) -> None:
     file.seek(0)
     file.truncate()
-    who = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "grid": grid, "started": time.time()}
     try:
-        json.dump(who, file)
+        json.dump(asdict(who), file)
         file.flush()
     except OSError as error:
-        raise FileError(f"cannot write to the store {file.name}: {error.strerror}; free space and run again") from None
-
-
-def _describe(other: dict[str, Any] | None) -> str:
-    if other is None:
-        return "another dbscale command"
-    since = time.strftime("%H:%M:%S", time.localtime(other["started"]))
-    return f"`{other['command']}` (pid {other['pid']} on {other['host']}, since {since})"
+        raise FileError(
+            f"cannot write to the store {store_root}: {error.strerror}; free space and run again"
+        ) from error

@@ -11,7 +11,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from launch.commands import cells, laws, plan, results, shards, status, submit
+from launch import status
+from launch.commands import cells, laws, plan, results, shards, submit
 
 OUR_PACKAGES = ("dbscale", "shards", "launch")
 DESCRIPTION = "Run a grid of training cells, fit its scaling laws and find the distillation boundary."

@@ -1,25 +1,33 @@
-"""How and where cells run: `configs/clusters/*.yaml`.  Nothing here reaches a cell's identity.
+"""How and where cells run: `configs/clusters/*.yaml`, a plan's bundles cut by it into tasks, what this machine can hold.
 
-Reads and checks the file; starting anything is the executors' business.
+Nothing here reaches a cell's identity. Reads and checks the file, asks the kernel and the GPU driver, without torch;
+starting tasks is the business of `launch.local` and `launch.slurm`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import psutil
 from pydantic import Field, model_validator
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.strict import Strict, load_yaml, override, validate
-from dbscale.study.cost import DEVICES, CostModel
+from dbscale.study.cell import Cell
+from dbscale.study.cost import DEVICES, STAGES, CostModel
+from dbscale.study.plan import Plan
 from dbscale.study.recipe import Stage
 from dbscale.study.resources import Resources
-from launch.machine import available_workers
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-MAX_LOCAL_BUNDLE_MIN = 5.0
+MEMORY_PER_WORKER_BYTES = 1.5e9
+"""A process with torch, a small model and its data, on CPU."""
+WEIGHT: Mapping[Stage, int] = {"finetune": 0, "pretrain": 1, "distill": 2}
+"""Of the stages in one bundle, the heaviest gives the job its resources."""
 REDUCER = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 2, "memory_gb": 8.0, "time_limit_min": 60}
 
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:&|*@%+\[\]()=-]*$", max_length=256)]
@@ -67,7 +75,7 @@ class Cluster(Strict):
     executor: Literal["local", "slurm", "inline"]
     workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Bundles that run at once on this machine (local executor); auto: one per physical core or GPU set."""
-    target_min: float = Field(default=MAX_LOCAL_BUNDLE_MIN, gt=0)
+    target_min: float = Field(default=5.0, gt=0)
     """Predicted minutes of one bundle; start-up is paid once per bundle."""
     requeue_limit: int = Field(default=3, ge=0)
     """How often a job that died or was preempted is started again."""
@@ -83,7 +91,7 @@ class Cluster(Strict):
     def _slurm_section(self) -> Cluster:
         if self.executor == "slurm" and self.slurm is None:
             raise ValueError("executor slurm needs a `slurm:` section")
-        for stage in ("pretrain", "distill", "finetune"):
+        for stage in STAGES:
             self.shape(stage)
         self.reducer_shape()
         return self
@@ -138,7 +146,7 @@ def load_cluster(name_or_path: str, overrides: Sequence[str] = ()) -> Cluster:
 
 def cluster_path(name_or_path: str) -> Path:
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or (path.exists() and path.is_file()):
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     known = sorted(each.stem for each in (CONFIGS / "clusters").glob("*.yaml"))
     if name_or_path not in known:
@@ -148,3 +156,75 @@ def cluster_path(name_or_path: str) -> Path:
 
 def _updated(base: Strict, change: dict[str, Any], where: str) -> Any:
     return validate(type(base), {**base.model_dump(mode="json"), **change}, where=where) if change else base
+
+
+@dataclass(frozen=True)
+class Task:
+    """A bundle as an executor sees it: keys in order, what they wait for, how often it was started again in vain."""
+
+    keys: tuple[str, ...]
+    parents: frozenset[str]
+    """Cells outside the bundle that its own build on."""
+    stage: Stage
+    """Whose resources it runs with: the heaviest stage in it."""
+    wave: int
+    predicted_s: float
+    restarts: int = 0
+
+
+def tasks_of(plan: Plan, cost: CostModel, cluster: Cluster) -> tuple[Task, ...]:
+    """All bundles of a plan, parents' before children's, longest first; one whose stages run in different shapes is
+    cut into one task a shape."""
+    tasks, shapes = [], {stage: cluster.shape_key(stage) for stage in STAGES}
+    for number, wave in enumerate(plan.waves, start=1):
+        for bundle in wave.bundles:
+            groups: dict[str, list[Cell]] = {}
+            for cell in bundle.cells:
+                groups.setdefault(shapes[cell.recipe.stage], []).append(cell)
+            tasks += [_task(cells, number, cost) for cells in groups.values()]
+    return tuple(sorted(tasks, key=lambda task: (task.wave, task.stage == "finetune", -task.predicted_s)))
+
+
+def _task(cells: Sequence[Cell], wave: int, cost: CostModel) -> Task:
+    keys = tuple(cell.key for cell in cells)
+    return Task(
+        keys=keys,
+        parents=frozenset(parent.key for cell in cells for parent in cell.parents).difference(keys),
+        stage=max((cell.recipe.stage for cell in cells), key=WEIGHT.__getitem__),
+        wave=wave,
+        predicted_s=sum(map(cost.seconds, cells)),
+    )
+
+
+def available_workers(resources: Resources) -> int:
+    """One bundle per GPU set when there are GPUs, otherwise one per physical core and 1.5 GB of free memory."""
+    gpus = visible_gpus() if resources.device != "cpu" else ()
+    if gpus:
+        return max(1, len(gpus) // resources.num_processes)
+    cores_per_bundle = resources.num_processes * (resources.threads or 1)
+    by_memory = int(psutil.virtual_memory().available / (MEMORY_PER_WORKER_BYTES * resources.num_processes))
+    return max(1, min(physical_cores() // cores_per_bundle, by_memory))
+
+
+def visible_gpus() -> tuple[int, ...]:
+    """Indices of the NVIDIA GPUs this process may use; CUDA_VISIBLE_DEVICES is honoured where it lists indices."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked is not None:
+        return tuple(int(part) for part in asked.split(",") if part.strip().isdigit())
+    folder = Path("/proc/driver/nvidia/gpus")
+    return tuple(range(len(list(folder.iterdir())))) if folder.is_dir() else ()
+
+
+def physical_cores() -> int:
+    """Physical cores among the CPUs this process may run on, capped by a container's CPU quota."""
+    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+    return max(1, int(min(cores, _cpu_quota() or cores)))
+
+
+def _cpu_quota() -> float | None:
+    """CPUs' worth of time that control groups grant, None without a limit."""
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(1.0, int(limit) / int(period))

@@ -1,27 +1,39 @@
-"""Where a grid stands: counts by wave, stage and state, progress, failures with reason and log.
+"""`dbscale status [--watch]`: where a grid stands, what runs, waits, failed and why, and when it will be done.
 
-Reads the store and, where there is one, what the scheduler says; the page around it is `launch.commands.status`'s.
+Counts by wave, stage and state, progress, time left, troubles with reason and log: from the store and, where there is
+one, from what the scheduler says.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from dbscale.study.plan import PlanRecord
+from dbscale.errors import ConfigError, FileError
+from dbscale.files import holder, is_held
+from dbscale.study.cost import STAGES, duration
+from dbscale.study.grid import load_grid
+from dbscale.study.plan import PlanRecord, read_plan, record
 from dbscale.study.recipe import Stage
-from dbscale.study.store import CellState, Store
-from launch.slurm.view import SlurmView
-from launch.study import corrected
+from dbscale.study.store import CellState, Standing, Store
+from launch.slurm.queue import SlurmView, read_records, read_view
+from launch.study import AddCommand, add_data, add_grid, add_store, corrected, plan_study, store_of, study_of
 
 State = CellState | Literal["queued"]
 """A cell's state, with what a scheduler adds."""
 Place = tuple[int, Stage]
 """Wave and stage."""
+STATES: tuple[State, ...] = ("done", "running", "queued", "interrupted", "failed", "blocked", "damaged", "new")
+MAX_SHOWN = 20
+WAIT_S = 0.5
+"""A controller that is away lets squeue try for ten seconds."""
+CLEAR_SCREEN = "\033[H\033[2J"
 
 
 @dataclass(frozen=True)
@@ -30,17 +42,15 @@ class Running:
 
     key: str
     share: float
-    step: int
-    num_steps: int
     images_per_s: float
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A cell that failed, waits for one that did, or was lost with its job."""
+class Trouble:
+    """A cell that failed, waits for one that did, is damaged, or was lost with its job."""
 
     key: str
-    state: State
+    kind: str
     reason: str
     log: str | None
 
@@ -55,7 +65,7 @@ class Status:
     running: tuple[Running, ...]
     num_devices: int
     """At work on running cells."""
-    failures: tuple[Failure, ...]
+    troubles: tuple[Trouble, ...]
     device_s: float
     """Used so far by finished and current attempts."""
     left_s: float
@@ -71,36 +81,79 @@ class Status:
         return sum(number for (_, state), number in self.counts.items() if state in states)
 
 
-def read_status(store: Store, plan: PlanRecord, found: Mapping[str, CellState], view: SlurmView | None) -> Status:
-    """`found` are the plan's cells as the store has them; how each ended or goes on is read here."""
-    states: dict[str, State] = {key: state_of(store, key, state, view) for key, state in found.items()}
-    used = {key: device_seconds(store, key, state) for key, state in states.items()}
+def add_commands(add: AddCommand) -> None:
+    parser = add("status", run, "show what runs, waits and failed, and when the grid will be done")
+    add_grid(parser)
+    add_store(parser)
+    add_data(parser)
+    parser.add_argument("--watch", action="store_true", help="show it again every few seconds until interrupted")
+    parser.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="of --watch (default: 5)")
+    parser.add_argument("--wait", type=float, default=WAIT_S, metavar="SECONDS",
+                        help=f"how long SLURM may take to answer (default: {WAIT_S})")  # fmt: skip
+    parser.add_argument("--all", action="store_true", help=f"list every failed cell, not the first {MAX_SHOWN}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    store, limit = store_of(arguments), None if arguments.all else MAX_SHOWN
+    while True:
+        text = render(look_once(store, planned(arguments), arguments.wait), store, limit=limit)
+        print((CLEAR_SCREEN if arguments.watch and sys.stdout.isatty() else "") + text, flush=True)
+        if not arguments.watch:
+            return 0
+        time.sleep(arguments.interval)
+
+
+def planned(arguments: argparse.Namespace) -> PlanRecord:
+    """The grid's plan as last submitted, or made anew where its file is damaged. Raises ConfigError."""
+    name = load_grid(arguments.grid, arguments.overrides).name
+    try:
+        plan = read_plan(store_of(arguments), name)
+    except FileError as error:
+        print(f"{error}; shown is what the grid asks for now", file=sys.stderr)
+        return record(*plan_study(study_of(arguments)))
+    if plan is None:
+        raise ConfigError(f"grid {name} was never submitted to {arguments.store}; `make grid` does it")
+    return plan
+
+
+def look_once(store: Store, plan: PlanRecord, wait_s: float) -> Status:
+    """SLURM is asked while the store is read; a grid it was never given, or that is done, needs no answer."""
+    records = read_records(store, plan.grid)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(read_view, store, records, wait_s) if records else None
+        found = store.standings(plan.cells)
+        undone = any(standing.state != "done" for standing in found.values())
+        return read_status(store, plan, found, answer.result() if answer is not None and undone else None)
+
+
+def read_status(store: Store, plan: PlanRecord, found: Mapping[str, Standing], view: SlurmView | None) -> Status:
+    """`found` says how the plan's cells stand in the store; how far they are and what they used is read here."""
+    states: dict[str, State] = {key: state_of(key, standing, view) for key, standing in found.items()}
+    used = {key: device_seconds(store, key, found[key], state) for key, state in states.items()}
     running = tuple(look_at(store, key) for key, state in states.items() if state == "running")
+    attempts = (found[cell.key].attempt for cell in running)
+    places = places_of(plan)
     return Status(
         grid=plan.grid,
         question=plan.question,
-        counts=_counts(states, places_of(plan)),
+        counts=Counter((places[key], state) for key, state in states.items()),
         running=running,
-        num_devices=sum(devices_of(store, cell.key) for cell in running),
-        failures=tuple(failures(store, states, view)),
+        num_devices=sum(1 if attempt is None else attempt.num_devices for attempt in attempts),
+        troubles=tuple(troubles(found, states, view)),
         device_s=sum(used.values()),
         left_s=time_left(plan, states, used, running),
         scheduler=None if view is None else view.headline,
     )
 
 
-def _counts(states: Mapping[str, State], places: Mapping[str, Place]) -> Counter[tuple[Place, State]]:
-    return Counter((places[key], state) for key, state in states.items())
-
-
-def state_of(store: Store, key: str, state: CellState, view: SlurmView | None) -> State:
+def state_of(key: str, standing: Standing, view: SlurmView | None) -> State:
     """The store's word, and the scheduler's on whether a job still lives."""
-    if state == "done" or view is None or not view.answered:
-        return state
+    if standing.state == "done" or view is None or view.error is not None:
+        return standing.state
     element = view.active.get(key)
     if element is not None:
-        return state if state == "running" and element.running else "queued"
-    return corrected(store, key, state, is_active=False)
+        return "running" if standing.state == "running" and element.running else "queued"
+    return corrected(standing, is_active=False).state
 
 
 def places_of(plan: PlanRecord) -> dict[str, Place]:
@@ -116,30 +169,21 @@ def places_of(plan: PlanRecord) -> dict[str, Place]:
     return places
 
 
-def device_seconds(store: Store, key: str, state: State) -> float:
+def device_seconds(store: Store, key: str, standing: Standing, state: State) -> float:
     """Device time a cell has used; of an unfinished one, over all its attempts."""
-    if state == "new":
-        return 0.0
-    if state == "done":  # plain file, plain JSON: this is read for ten thousand cells at once
-        with open(f"{store.root}/cells/{key}/row.json", "rb") as file:
-            return float(json.loads(file.read())["timing"]["device_time_s"])
-    attempts = store.attempts(key)
-    if not attempts:
+    if standing.row is not None:
+        return standing.row.timing.device_time_s
+    if standing.attempt is None:
         return 0.0
     progress = store.read_progress(key)
-    now = time.time() if state == "running" else None
-    ends = [(each, each.ended or now or (progress and progress.updated)) for each in attempts]
-    return sum(max(0.0, end - each.started) * each.num_devices for each, end in ends if end)
-
-
-def devices_of(store: Store, key: str) -> int:
-    """Devices of a cell's newest attempt."""
-    attempt = store.last_attempt(key)
-    return 1 if attempt is None else attempt.num_devices
+    # An attempt that is open ends now, or when its last heartbeat came.
+    last = time.time() if state == "running" else progress.updated if progress else 0.0
+    ends = ((each, last if each.ended is None else each.ended) for each in store.attempts(key))
+    return sum(max(0.0, end - each.started) * each.num_devices for each, end in ends)
 
 
 def time_left(
-    plan: PlanRecord, states: Mapping[str, State], used: Mapping[str, float], running: tuple[Running, ...]
+    plan: PlanRecord, states: Mapping[str, State], used: Mapping[str, float], running: Sequence[Running]
 ) -> float:
     """Device-seconds: predictions of unfinished cells, scaled by measured over predicted of the finished ones."""
     predicted = dict(zip(plan.cells, plan.predicted_s, strict=False))
@@ -151,31 +195,81 @@ def time_left(
     return scale * sum(rest)
 
 
-def failures(store: Store, states: Mapping[str, State], view: SlurmView | None) -> list[Failure]:
-    """Failed and blocked cells, and those whose job ended without a word."""
-    found = [failure(store, key, state) for key, state in states.items() if state in ("failed", "blocked")]
+def troubles(found: Mapping[str, Standing], states: Mapping[str, State], view: SlurmView | None) -> list[Trouble]:
+    """Failed, blocked and damaged cells, and those whose job ended without a word."""
+    named = []
+    for key, state in states.items():
+        if state in ("failed", "blocked", "damaged"):
+            attempt = found[key].attempt
+            log = attempt.log if attempt is not None and state == "failed" else None
+            named.append(Trouble(key, state, found[key].reason, log))
     if view is not None:
         gone = view.lost({key for key, state in states.items() if state in ("new", "interrupted")})
-        found += [Failure(key, states[key], reason, log) for key, (reason, log) in gone.items()]
-    return found
-
-
-def failure(store: Store, key: str, state: State) -> Failure:
-    attempt = store.last_attempt(key)
-    if attempt is None:
-        return Failure(key, state, "no reason recorded", None)
-    return Failure(key, state, attempt.reason or "no reason recorded", attempt.log)
+        named += [Trouble(key, "lost", reason, log) for key, (reason, log) in gone.items()]
+    return named
 
 
 def look_at(store: Store, key: str) -> Running:
     """Progress of a running cell; 0 before its first heartbeat."""
     progress = store.read_progress(key)
     if progress is None:
-        return Running(key, 0.0, 0, 0, 0.0)
-    share = min(1.0, progress.step / max(1, progress.num_steps))
-    return Running(key, share, progress.step, progress.num_steps, progress.images_per_s)
+        return Running(key, 0.0, 0.0)
+    return Running(key, min(1.0, progress.step / max(1, progress.num_steps)), progress.images_per_s)
 
 
 def describe(cell: Running) -> str:
     """One line: how far, how fast, which."""
     return f"{cell.share:4.0%}  {cell.images_per_s:7.0f} img/s  {cell.key}"
+
+
+def render(status: Status, store: Store, *, limit: int | None) -> str:
+    """The page that `dbscale status` prints."""
+    places = sorted({place for place, _ in status.counts}, key=lambda place: (place[0], STAGES.index(place[1])))
+    lines = [f"grid {status.grid}: {status.question.strip()}", *headline(status, store), ""]
+    lines += [states_table(status.counts, {place: place for place in places}, header=("wave", "stage"))]
+    blocks = {"running": [[f"  {describe(cell)}"] for cell in status.running]}
+    for each in status.troubles:
+        log = [f"    log: {each.log}"] if each.log else []
+        blocks.setdefault(each.kind, []).append([f"  {each.key}", f"    {each.reason}", *log])
+    for title in ("running", "failed", "blocked", "damaged", "lost"):
+        found = blocks.get(title, [])
+        lines += ["", f"{title}:"] if found else []
+        lines += [line for block in found[:limit] for line in block]
+        lines += [f"  … and {len(found) - limit} more (--all lists them)"] if limit and len(found) > limit else []
+    return "\n".join(lines)
+
+
+def headline(status: Status, store: Store) -> list[str]:
+    """Share done, device time used and left, the finish, and whether anybody works on it."""
+    done = status.count("done")
+    text = f"{done}/{status.num_cells} cells done, {duration(status.device_s)} of device time used"
+    if done == status.num_cells:
+        return [text + "; complete"]
+    text += f", about {duration(status.left_s)} left"
+    if status.num_devices:
+        finish = time.time() + status.left_s / status.num_devices
+        text += f"; at the present pace it ends about {time.strftime('%a %H:%M', time.localtime(finish))}"
+    other = holder(store.root)
+    driver = "nobody works on it (`dbscale submit` goes on)"
+    if other is not None and other.grid == status.grid and is_held(store.root):
+        driver = f"driven by pid {other.process.pid} on {other.process.host}"
+    return [text, status.scheduler or driver]
+
+
+def states_table(
+    counts: Mapping[tuple[Any, Any], int], rows: Mapping[Any, Sequence[object]], *, header: Sequence[str]
+) -> str:
+    """Cells by place and state, one line per place of `rows`; states of no cell are left out."""
+    shown = [state for state in STATES if any(counts.get((place, state)) for place in rows)]
+    lines = [(*label, *(counts.get((place, state), 0) for state in shown)) for place, label in rows.items()]
+    return table(lines, header=(*header, *shown))
+
+
+def table(rows: Sequence[Sequence[object]], *, header: Sequence[str]) -> str:
+    """Columns as wide as their widest cell; numbers to the right."""
+    cells = [list(header), *[[str(value) for value in row] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(isinstance(value, int | float) for value in column) for column in zip(*rows, strict=True)]
+    justify = [str.rjust if number else str.ljust for number in numeric or [False] * len(header)]
+    lines = ([put(text, width) for put, text, width in zip(justify, row, widths, strict=True)] for row in cells)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

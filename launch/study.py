@@ -1,31 +1,102 @@
 """From command-line options to a plan: what every command that knows a grid starts with.
 
-Reads the grid, the cluster, the manifests and the store; writes nothing.
+Declares the options that commands share; reads the grid, the cluster, the manifests and the store; writes nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
-import itertools
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, get_args
 
-from dbscale.errors import ConfigError
-from dbscale.study.calibration import read_calibration
+from dbscale.errors import ConfigError, FileError
 from dbscale.study.cell import Cell
-from dbscale.study.cost import CostModel
+from dbscale.study.cost import CostModel, read_calibration
 from dbscale.study.grid import Grid, Point, check_sizes, datasets_in_use, expand, load_grid, merged_cells
 from dbscale.study.plan import Plan, make_plan, read_plan
-from dbscale.study.row import Row
-from dbscale.study.store import CellState, Store
+from dbscale.study.resources import Tracker
+from dbscale.study.store import Row, Standing, Store
 from launch.cluster import CONFIGS, Cluster, load_cluster
 
 DEFAULT_GRID = CONFIGS / "grids" / "demo.yaml"
 CLUSTER_PREFIX = "cluster."
 RESOURCES_PREFIX = f"{CLUSTER_PREFIX}resources."
 MAX_CALIBRATION_ROWS = 200
+AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+"""How a family adds a command: name, function, one line of help."""
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", type=Path, default=Path("out"), help="folder of all results (default: out)")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of images and shards (default: data)")
+
+
+def add_cluster(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--cluster", default=default, metavar="NAME|PATH",
+                        help=f"local, slurm, inline, or the path of a cluster YAML (default: {default})")  # fmt: skip
+
+
+def add_grid(parser: argparse.ArgumentParser, *, bare: bool = True) -> None:
+    """`--grid PATH`, and `bare`, where the command's own words leave room for it, just PATH."""
+    if bare:
+        parser.add_argument("grid", nargs="?", type=Path, default=DEFAULT_GRID, metavar="GRID", action=_BareGrid,
+                            help="as --grid")  # fmt: skip
+    parser.add_argument("--grid", type=Path, default=DEFAULT_GRID, metavar="PATH",
+                        help="grid YAML (default: the demo grid that comes with dbscale)")  # fmt: skip
+    add_set(parser)
+
+
+class _BareGrid(argparse.Action):
+    """A grid without `--grid`; left out, it must not undo one that was given with it."""
+
+    def __call__(self, _parser: object, namespace: argparse.Namespace, values: Any, _option: object = None) -> None:
+        if values is not self.default:
+            setattr(namespace, self.dest, values)
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides",
+                        help="change a key of the grid, or with `cluster.` of the cluster; repeatable")  # fmt: skip
+
+
+def add_tracker(parser: argparse.ArgumentParser) -> None:
+    """`--tracker NAME`, short for a `--set`."""
+    parser.add_argument("--tracker", choices=get_args(Tracker), action=_Tracker, dest="overrides",
+                        default=argparse.SUPPRESS,
+                        help="also log to it, through Accelerate; a resumed cell continues its run there")  # fmt: skip
+
+
+class _Tracker(argparse.Action):
+    """Joins the overrides."""
+
+    def __call__(self, _parser: object, namespace: argparse.Namespace, values: Any, _option: object = None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), f"{RESOURCES_PREFIX}tracker={values}"])
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """Everything `study_of` needs."""
+    add_grid(parser)
+    add_cluster(parser, "local")
+    add_store(parser)
+    add_data(parser)
+
+
+def study_of(arguments: argparse.Namespace) -> Study:
+    return load_study(
+        grid=arguments.grid, cluster=getattr(arguments, "cluster", "local"), store=arguments.store,
+        data=arguments.data, overrides=arguments.overrides,
+    )  # fmt: skip
+
+
+def store_of(arguments: argparse.Namespace) -> Store:
+    return Store(arguments.store)
 
 
 @dataclass(frozen=True)
@@ -61,6 +132,14 @@ class Study:
     def missing_datasets(self) -> tuple[str, ...]:
         return tuple(name for name in self.used_datasets if name not in self.manifests)
 
+    def require_datasets(self) -> None:
+        """Raises ConfigError where a dataset is not packed: cells are named by what they read."""
+        if self.missing_datasets:
+            raise ConfigError(
+                f"not packed yet: {', '.join(self.missing_datasets)}; `dbscale shards pack --grid {self.grid_path} "
+                f"--data {self.data_dir}` packs them"
+            )
+
     def points(self) -> tuple[Point, ...]:
         """Raises ConfigError when an axis asks for more than a packed dataset holds."""
         check_sizes(self.grid, {name: size for name, (_, size) in self.manifests.items()})
@@ -68,28 +147,18 @@ class Study:
 
 
 def load_study(*, grid: Path, cluster: str, store: Path, data: Path, overrides: Sequence[str] = ()) -> Study:
-    """Read grid and cluster; `cluster.key=value` among the overrides goes to the cluster, all others to the grid."""
-    to_cluster = [each.removeprefix(CLUSTER_PREFIX) for each in overrides if each.startswith(CLUSTER_PREFIX)]
-    to_grid = [each for each in overrides if not each.startswith(CLUSTER_PREFIX)]
-    return Study(
-        grid=load_grid(grid, to_grid),
-        grid_path=grid,
-        cluster=load_cluster(cluster, to_cluster),
-        store=Store(store),
-        data_dir=data,
-    )
+    """Overrides that begin with `cluster.` change the cluster, all others the grid. Raises ConfigError."""
+    for_cluster = [each.removeprefix(CLUSTER_PREFIX) for each in overrides if each.startswith(CLUSTER_PREFIX)]
+    for_grid = [each for each in overrides if not each.startswith(CLUSTER_PREFIX)]
+    return Study(load_grid(grid, for_grid), grid, load_cluster(cluster, for_cluster), Store(store), data)
 
 
 def record_cell(study: Study, name: str) -> str:
     """Write the recipes of one cell of the grid and of its parents, as a submission would; returns the cell's key.
 
-    Raises ConfigError when the grid has no cell of this key or id, or its data is not packed, which ids depend on.
+    Raises ConfigError when the grid has no cell of this key or id, or its data is not packed.
     """
-    if study.missing_datasets:
-        raise ConfigError(
-            f"not packed yet: {', '.join(study.missing_datasets)}; `dbscale shards pack --grid {study.grid_path} "
-            f"--data {study.data_dir}` packs them"
-        )
+    study.require_datasets()
     cells = {cell.key: cell for cell in merged_cells(study.points())}
     key = match_key(name, sorted(cells), where=f"grid {study.grid.name}")
     for cell in cells[key].lineage:
@@ -97,11 +166,18 @@ def record_cell(study: Study, name: str) -> str:
     return key
 
 
+def find_cell(store: Store, name: str) -> str:
+    """The key of the store's cell that `name` is, or whose id it is."""
+    folder = store.root / "cells"
+    keys = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return match_key(name, keys, where=str(store.root))
+
+
 def match_key(name: str, keys: Sequence[str], *, where: str) -> str:
     """The one of `keys` that `name` is, or whose 12-digit id it is. Raises ConfigError naming the nearest."""
     found = [key for key in keys if name in (key, key.rpartition("-")[2])]
     if len(found) != 1:
-        close = difflib.get_close_matches(name, keys, n=3, cutoff=0)
+        close = difflib.get_close_matches(name, keys, n=3, cutoff=0)  # of thousands: not all, as `nearest` would list
         hint = f"the nearest: {', '.join(close)}" if close else "it holds none"
         raise ConfigError(f"no cell {name!r} in {where}; {hint}")
     return found[0]
@@ -114,33 +190,38 @@ def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Pla
     """
     points = study.points()
     cells = merged_cells(points)
-    states = states_of(study.store, [cell.key for cell in cells], active)
-    cost = calibrated(base_cost(study), study.store, [cell for cell in cells if states[cell.key] == "done"])
+    found = standings_of(study.store, [cell.key for cell in cells], active)
+    notes = [standing.note for standing in found.values() if standing.note]
+    earlier, cost = None, study.cluster.cost_model()
+    try:
+        cost = base_cost(study)
+        earlier = read_plan(study.store, study.grid.name)
+    except FileError as error:
+        notes.append(str(error))
+    cost = cost.calibrated(finished_sample(cells, found))
     plan = make_plan(
-        study.grid, points, states=states, cost=cost, target_s=study.cluster.target_min * 60,
-        workers=study.cluster.num_workers(), earlier=read_plan(study.store, study.grid.name),
+        study.grid, points, states={key: standing.state for key, standing in found.items()}, cost=cost,
+        target_s=study.cluster.target_min * 60, workers=study.cluster.num_workers(), earlier=earlier, notes=notes,
     )  # fmt: skip
     return plan, cost
 
 
-def states_of(store: Store, keys: Sequence[str], active: Collection[str] | None) -> dict[str, CellState]:
+def standings_of(store: Store, keys: Sequence[str], active: Collection[str] | None) -> Mapping[str, Standing]:
     """As the store says; but whether a scheduler's job still lives, the scheduler knows better than a heartbeat."""
-    states = store.states(keys)
+    found = store.standings(keys)
     if active is None:
-        return states
-    return {key: corrected(store, key, state, key in active) for key, state in states.items()}
+        return found
+    return {key: corrected(standing, key in active) for key, standing in found.items()}
 
 
-def corrected(store: Store, key: str, state: CellState, is_active: bool) -> CellState:
-    """A cell's state in the light of the scheduler's queue."""
-    if state == "done":
-        return state
+def corrected(standing: Standing, is_active: bool) -> Standing:
+    """How a cell stands in the light of the scheduler's queue."""
+    if standing.state == "done":
+        return standing
     if is_active:
-        return "running"
-    if state == "running":
-        attempt = store.last_attempt(key)
-        return "interrupted" if attempt is not None and attempt.job is not None else state
-    return state
+        return replace(standing, state="running")
+    job = standing.attempt.job if standing.attempt is not None else None
+    return replace(standing, state="interrupted") if standing.state == "running" and job is not None else standing
 
 
 def base_cost(study: Study) -> CostModel:
@@ -149,12 +230,7 @@ def base_cost(study: Study) -> CostModel:
     return cost.probed(calibration) if calibration is not None and calibration.fits(cost.device.name) else cost
 
 
-def calibrated(cost: CostModel, store: Store, done: Sequence[Cell]) -> CostModel:
-    """`cost` scaled by what finished cells took; a spread sample is enough."""
-    step = max(1, len(done) // MAX_CALIBRATION_ROWS)
-    measured: list[tuple[Cell, Row]] = []
-    for cell in itertools.islice(done, 0, None, step):
-        row = store.read_row(cell.key)
-        if row is not None:
-            measured.append((cell, row))
-    return cost.calibrated(measured)
+def finished_sample(cells: Sequence[Cell], found: Mapping[str, Standing]) -> list[tuple[Cell, Row]]:
+    """Finished cells with their rows, evenly spread, enough to calibrate by."""
+    done = [(cell, row) for cell in cells if (row := found[cell.key].row) is not None]
+    return done[:: max(1, len(done) // MAX_CALIBRATION_ROWS)][:MAX_CALIBRATION_ROWS]

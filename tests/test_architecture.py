@@ -100,6 +100,19 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
+def test_no_two_folders_import_each_other() -> None:
+    """A folder and the one it lies in may; `launch/commands` and `launch/slurm` may not."""
+    graph: dict[str, set[str]] = {}
+    for path in source_files():
+        here = ".".join(path.relative_to(ROOT).parts[:-1])
+        for name in imports(path):
+            there = name if (ROOT / name.replace(".", "/")).is_dir() else name.rpartition(".")[0]
+            nested = f"{here}.".startswith(f"{there}.") or f"{there}.".startswith(f"{here}.")
+            if name.split(".")[0] in PACKAGES and not nested:
+                graph.setdefault(here, set()).add(there)
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
 @pytest.mark.parametrize("command", [["--help"], ["plan", "--help"], ["status", "--help"]])
 def test_the_command_starts_without_heavy_packages(command: list[str]) -> None:
     code = (

@@ -10,8 +10,7 @@ import numpy as np
 from dbscale.report.table import MissingPoint, RunTable
 from dbscale.report.words import percent
 from dbscale.study.plan import PlanRecord
-from dbscale.study.row import Row
-from dbscale.study.store import Store
+from dbscale.study.store import Row, Store
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from dbscale.files import atomic_open
 from dbscale.report.csv_rows import checked, from_records, to_csv
 from dbscale.report.table import COLUMNS, KINDS, MissingPoint, Run, RunTable
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
-from dbscale.study.row import Row
-from dbscale.study.store import Store
+from dbscale.study.store import Row, Store
 
 
 def reduce_grid(store: Store, grid_name: str) -> RunTable:

@@ -9,14 +9,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from dbscale.strict import Strict
 from dbscale.study.recipe import RECIPE_VERSION, SEEDS, DeiT, Model, Recipe
 
-Role = Literal["teacher", "init"]
 Arm = Literal["plain", "distilled", "scratch"]
-STAGE_OF_ROLE = {"teacher": ("pretrain",), "init": ("pretrain", "distill")}
+Key = Annotated[str, Field(pattern=r"^\w[\w-]*$", max_length=200)]
+"""Name of a cell's folder: it can lead nowhere else."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ class CellSpec(Strict):
     """`recipe.json`: all a job needs to run the cell, parents by their folder names."""
 
     version: int
-    key: str
+    key: Key
     recipe: Recipe
     fingerprint: str | None
-    teacher: str | None = None
-    init: str | None = None
+    teacher: Key | None = None
+    init: Key | None = None
 
     @property
     def id(self) -> str:

@@ -6,18 +6,23 @@ Calibrated by a probe of the machine that launch runs, and by finished rows; it 
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dbscale.study.calibration import Calibration
+from pydantic import Field
+
+from dbscale.files import hostname, read_model, write_model
+from dbscale.strict import Strict
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import DeiT, Model, Recipe, Stage
-from dbscale.study.row import Row
+from dbscale.study.store import Row, Store
 
 FORWARD_GFLOPS_224 = {"resnet18": 3.64, "resnet34": 7.34, "resnet50": 8.22, "resnet101": 15.7}
 """Published multiply-adds at 224 px, doubled; a timm model not listed counts as DeiT-S (9.2)."""
 DEFAULT_GFLOPS_224 = 9.2
+CALIBRATION_NAME = "calibration.json"
 STAGES: tuple[Stage, ...] = ("pretrain", "distill", "finetune")
 
 
@@ -42,6 +47,48 @@ DEVICES = {
     "h200": Device("h200", 989e12, 0.25, 0.004),
 }
 """Peaks from the vendors' data sheets; `cpu` is one core."""
+
+
+class Measured(Strict):
+    """One cell of the probe."""
+
+    cell: str
+    stage: Stage
+    num_steps: int
+    step_flops: float
+    step_time_s: float
+    overhead_s: float
+    """Wall time of the cell outside its steps."""
+
+
+class Calibration(Strict):
+    """Speed of one machine on one grid's cells."""
+
+    host: str
+    device: str
+    """Kind, as the cluster file names it."""
+    created: float
+    """Unix time."""
+    flops_per_s: float = Field(gt=0)
+    step_overhead_s: float = Field(ge=0)
+    cell_overhead_s: float = Field(ge=0)
+    stage_scale: dict[Stage, float] = {}
+    """Measured over fitted, by stage."""
+    measured: tuple[Measured, ...] = ()
+
+    def fits(self, device: str) -> bool:
+        """Whether it speaks of such a device here; accelerators are alike on every host, CPUs are not."""
+        return self.device == device and (device != "cpu" or self.host == hostname())
+
+
+def read_calibration(store: Store) -> Calibration | None:
+    """What `dbscale plan --calibrate` measured for this store. Raises FileError where the file is damaged."""
+    with contextlib.suppress(FileNotFoundError):
+        return read_model(Calibration, store.root / CALIBRATION_NAME)
+
+
+def write_calibration(store: Store, calibration: Calibration) -> None:
+    write_model(store.root / CALIBRATION_NAME, calibration)
 
 
 @dataclass(frozen=True)
@@ -82,6 +129,17 @@ class CostModel:
         known: dict[Stage, float] = {stage: self.stage_scale.get(stage, self.scale) for stage in STAGES}
         scales = {stage: known[stage] * statistics.median(ratios.get(stage, [overall])) for stage in STAGES}
         return replace(self, scale=self.scale * overall, stage_scale=scales)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
 
 
 def fit_step_times(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dbscale.files import read_json, write_model
-from dbscale.strict import Strict, validate
+from dbscale.errors import FileError
+from dbscale.files import read_model, write_model
+from dbscale.strict import Strict
 from dbscale.study.cell import Arm, Cell, model_label
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, Point, merged_cells
@@ -49,6 +50,8 @@ class Plan:
     """Device-seconds left."""
     stale: tuple[str, ...] = ()
     """Cells of the grid's earlier plan that it no longer asks for; their results stay in the store."""
+    notes: tuple[str, ...] = ()
+    """Damaged files that were met on the way, and what becomes of them."""
 
     def count(self) -> Counter[str]:
         return Counter(self.states[cell.key] for cell in self.cells)
@@ -97,9 +100,10 @@ class PlanRecord(Strict):
 
 def make_plan(
     grid: Grid, points: Sequence[Point], *, states: Mapping[str, CellState], cost: CostModel,
-    target_s: float, workers: int = 1, earlier: PlanRecord | None = None,
+    target_s: float, workers: int = 1, earlier: PlanRecord | None = None, notes: Sequence[str] = (),
 ) -> Plan:  # fmt: skip
-    """Plan what is not done. `states` by key, missing means new; bundles aim at `target_s` device-seconds each."""
+    """Plan what is neither done nor running. `states` by key, missing means new; bundles aim at `target_s`
+    device-seconds each."""
     cells = merged_cells(points)
     known: dict[str, CellState] = {cell.key: states.get(cell.key, "new") for cell in cells}
     waiting = [cell for cell in cells if known[cell.key] not in ("done", "running")]
@@ -109,7 +113,7 @@ def make_plan(
         lineages[1 if root.teacher is not None else 0].setdefault(root.key, []).append(cell)
     waves = tuple(Wave(_bundles(list(wave.values()), cost, target_s, workers)) for wave in lineages if wave)
     stale = tuple(key for key in (earlier.cells if earlier else ()) if key not in known)
-    return Plan(grid, tuple(points), cells, known, waves, sum(map(cost.seconds, waiting)), stale)
+    return Plan(grid, tuple(points), cells, known, waves, sum(map(cost.seconds, waiting)), stale, tuple(notes))
 
 
 def _bundles(lineages: list[list[Cell]], cost: CostModel, target_s: float, workers: int) -> tuple[Bundle, ...]:
@@ -157,5 +161,10 @@ def write_plan(store: Store, plan: PlanRecord) -> None:
 
 
 def read_plan(store: Store, grid_name: str) -> PlanRecord | None:
-    path = store.grid_dir(grid_name) / "plan.json"
-    return validate(PlanRecord, read_json(path), where=str(path)) if path.exists() else None
+    """The grid's plan as last submitted, if ever. Raises FileError where the file is damaged."""
+    try:
+        return read_model(PlanRecord, store.grid_dir(grid_name) / "plan.json")
+    except FileNotFoundError:
+        return None
+    except FileError as error:
+        raise FileError(f"{error}; `dbscale submit` of the grid writes it anew") from None

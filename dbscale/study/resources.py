@@ -1,7 +1,12 @@
-"""How a cell runs on a machine.  None of it reaches a cell's identity; all of it may change between two attempts."""
+"""How a cell runs on a machine, and how it is asked to stop: none of it reaches a cell's identity.
+
+All of it may change between two attempts at one cell.
+"""
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field
@@ -35,3 +40,20 @@ class Resources(Strict):
     """Keep a teacher's logits in `<store>/teacher_logits`, by the pixels it saw: for students that share a stream and
     a teacher that is dearer than reading them. Attention maps are not kept."""
     tracker: Tracker | None = None
+
+
+@dataclass
+class StopRequest:
+    """Set once, read every step. The one mutable value that crosses wings: a handler may only set a flag."""
+
+    _event: threading.Event = field(default_factory=threading.Event)
+    reason: str | None = None
+
+    def ask(self, reason: str) -> None:
+        """Ask for a checkpoint and a stop; the first reason stands."""
+        self.reason = self.reason or reason
+        self._event.set()
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()

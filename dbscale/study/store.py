@@ -1,36 +1,149 @@
-"""The store: one folder per cell, one per grid; every write is temp + fsync + rename, no file has two writers.
+"""The store: one folder per cell, one per grid, and what their files hold; states are derived from files alone.
 
-Reads are cheap and torch-free, so that `plan` and `status` answer at once on a login node.
+Every write is temp + fsync + rename and no file has two writers. A damaged file costs its own cell at most: it is named
+and the cell runs again. Reads are cheap and torch-free, so that `plan` and `status` answer at once on a login node.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from dbscale.errors import StoreError
-from dbscale.files import read_json, write_json, write_model
-from dbscale.strict import Strict, validate
-from dbscale.study.cell import CellSpec
-from dbscale.study.row import Row
+from pydantic import Field
 
-CellState = Literal["new", "running", "done", "failed", "interrupted", "blocked"]
+from dbscale.errors import FileError, StoreError
+from dbscale.files import ProcessMark, read_model, write_json, write_model
+from dbscale.strict import Strict
+from dbscale.study.cell import Arm, CellSpec, cell_id
+from dbscale.study.recipe import RECIPE_VERSION, Share, Stage
+
+CellState = Literal["new", "running", "done", "failed", "interrupted", "blocked", "damaged"]
 HEARTBEAT_LIMIT_S = 120.0
-"""A run whose progress file is older than this, on another host, is taken for dead."""
+"""A run on another machine whose last sign of life is older than this, or as far in the future, is taken for dead."""
+STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN})
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Failure(StrEnum):
+    """Why an attempt failed, as far as it decides what happens next; `Attempt.reason` tells people."""
+
+    CELL = "cell"
+    """By its own doing: a recipe that cannot be trained, a loss that is not finite, a bug."""
+    MEMORY = "memory"
+    STORAGE = "storage"
+    """The file system was full, read-only or away."""
+    CONNECTION = "connection"
+    """Another rank, or the connection to it, was lost."""
+    LOST = "lost"
+    """Its process ended without a word."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the machine failed rather than the cell: the same cell may well succeed with nothing changed."""
+        return self in (Failure.STORAGE, Failure.CONNECTION)
+
+
+def failure_of(error: BaseException | None) -> Failure:
+    """The kind of a failure, by the types of `error` and of what caused it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+            return Failure.STORAGE
+        if isinstance(error, ConnectionError | TimeoutError):
+            return Failure.CONNECTION
+        if isinstance(error, MemoryError):
+            return Failure.MEMORY
+        error = error.__cause__ or error.__context__
+    return Failure.CELL
+
+
+class Upstream(Strict):
+    """What a finetune started from, copied from its parent so that a table needs no second lookup."""
+
+    dataset: str
+    num_samples: Count
+    stage: Stage
+    error_rate: Share
+    """Top-1 error on the upstream test split."""
+    linear_probe_error: Share | None = None
+    transrate: float | None = None
+
+
+class Timing(Strict):
+    """Measured, hence left out when two rows are compared for equality."""
+
+    train_time_s: Amount
+    eval_time_s: Amount
+    step_time_s: Amount
+    images_per_s: Amount
+    data_wait_share: Amount
+    device_time_s: Amount
+    """Wall time of all attempts times the number of devices."""
+    peak_memory_bytes: Count
+    mfu: float | None = None
+    """Model FLOP utilisation, where the device's peak is known."""
+    energy_j: Amount | None = None
+    num_attempts: Count = 1
+    num_devices: Count = 1
+    device: str
+    host: str
+
+
+class Row(Strict):
+    """One finished cell: `row.json`, written last, so its existence means done.
+
+    Error rates are top-1 shares in [0, 1]; sizes are counts.
+    """
+
+    key: str
+    id: str
+    stage: Stage
+    arm: Arm
+    model: str
+    dataset: str
+    num_samples: Count
+    seed: int
+    num_params: Count
+    num_classes: Count
+    num_steps: Count
+    samples_seen: Count
+    train_flops: Amount
+    """Forward and backward of the student, forward of the teacher, over all steps."""
+    error_rate: Share
+    top5_error_rate: Share | None = None
+    test_loss: float = Field(allow_inf_nan=False)
+    calibration_error: Share | None = None
+    num_test_samples: Count
+    train_loss: float = Field(allow_inf_nan=False)
+    """Mean over the last tenth of the run."""
+    weights_sha256: str
+    """Of model.safetensors: two rows with equal hashes come from bitwise equal runs."""
+    replaced_samples: Count = 0
+    """Undecodable training images that another of their class stood in for."""
+    upstream: Upstream | None = None
+    teacher: str | None = None
+    kd_backend: str | None = None
+    resources: dict[str, str | int | float | bool | None] = {}
+    """How it ran (precision plugin, ZeRO stage, world size …); informative, not part of its identity."""
+    timing: Timing
 
 
 class Attempt(Strict):
-    """One scheduler try at a cell: `attempts/<n>.json`."""
+    """One try at a cell: `attempts/<n>.json`."""
 
     number: int
     status: Literal["running", "done", "failed", "interrupted", "blocked"]
     host: str
     pid: int
+    boot: str | None = None
+    start: int | None = None
+    """With `host` and `pid`, which process it is beyond doubt; see `dbscale.files.ProcessMark`."""
     started: float
     """Unix time."""
     ended: float | None = None
@@ -39,11 +152,17 @@ class Attempt(Strict):
     log: str | None = None
     """Path of the log that a person would read."""
     reason: str | None = None
+    failure: Failure | None = None
+    """Of a failed attempt."""
     signal: str | None = None
     resumed_from_step: int | None = None
     versions: dict[str, str] = {}
     commit: str | None = None
     num_devices: int = 1
+
+    @property
+    def process(self) -> ProcessMark:
+        return ProcessMark(self.host, self.pid, self.boot, self.start)
 
 
 class Progress(Strict):
@@ -55,6 +174,25 @@ class Progress(Strict):
     images_per_s: float
     updated: float
     """Unix time."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a cell stands."""
+
+    state: CellState
+    row: Row | None = None
+    attempt: Attempt | None = None
+    """The last one; not read of a cell that is done."""
+    note: str | None = None
+    """What is damaged."""
+
+    @property
+    def reason(self) -> str:
+        """Why a cell has no row, for people."""
+        if self.state == "running" and self.attempt is not None:
+            return f"held by pid {self.attempt.pid} on {self.attempt.host}; end that process if it is not at work on it"
+        return self.note or (self.attempt.reason if self.attempt else None) or "no reason recorded"
 
 
 @dataclass(frozen=True)
@@ -70,26 +208,33 @@ class Store:
         return self.root / "grids" / name
 
     def write_spec(self, spec: CellSpec) -> None:
-        """`recipe.json`; left alone when it exists, for equal keys mean equal content.
+        """`recipe.json`; left alone when it holds just this.
 
         Not synced, because a grid writes thousands: what a power cut empties, the next submit writes again.
         """
         path = self.cell_dir(spec.key) / "recipe.json"
-        if not _has_content(str(path)):
+        if _content(path) != f"{spec.model_dump_json(indent=1)}\n".encode():
             write_model(path, spec, durable=False)
 
     def read_spec(self, key: str) -> CellSpec:
-        path = self.cell_dir(key) / "recipe.json"
-        if not path.exists():
+        """Raises StoreError where there is none, or one that does not belong to this key."""
+        try:
+            spec = read_model(CellSpec, f"{self.root}/cells/{key}/recipe.json")
+        except FileNotFoundError:
             raise StoreError(
                 f"no cell {key!r} in {self.root}; `dbscale plan --cells` lists a grid's cells, and "
                 "--grid names the grid of one that was never submitted"
-            )
-        return validate(CellSpec, read_json(path), where=str(path))
+            ) from None
+        parents = [parent.rpartition("-")[2] for parent in spec.parents]
+        known = spec.version == RECIPE_VERSION
+        if spec.key != key or (known and spec.id != cell_id(spec.recipe, parents, spec.fingerprint)):
+            raise StoreError(f"{self.cell_dir(key) / 'recipe.json'} is not the recipe of this cell; `dbscale submit` of "
+                             "its grid writes it anew")  # fmt: skip
+        return spec
 
     def read_row(self, key: str) -> Row | None:
-        path = self.cell_dir(key) / "row.json"
-        return validate(Row, read_json(path), where=str(path)) if path.exists() else None
+        """None where there is none, or none that can be used: `standing` says which."""
+        return self.standing(key).row
 
     def write_row(self, row: Row) -> None:
         write_json(self.cell_dir(row.key) / "row.json", row.model_dump(mode="json"))
@@ -102,8 +247,11 @@ class Store:
         write_json(self.cell_dir(key) / "attempts" / f"{attempt.number}.json", attempt.model_dump(mode="json"))
 
     def read_progress(self, key: str) -> Progress | None:
-        path = self.cell_dir(key) / "progress.json"
-        return validate(Progress, read_json(path), where=str(path)) if path.exists() else None
+        """The last heartbeat; None where there is none that can be read."""
+        try:
+            return read_model(Progress, f"{self.root}/cells/{key}/progress.json")
+        except (FileNotFoundError, FileError):
+            return None
 
     def write_progress(self, key: str, progress: Progress) -> None:
         write_json(self.cell_dir(key) / "progress.json", progress.model_dump(mode="json"), durable=False)
@@ -115,52 +263,62 @@ class Store:
     def _attempt_numbers(self, key: str) -> list[int]:
         try:
             names = os.listdir(f"{self.root}/cells/{key}/attempts")
-        except FileNotFoundError:
+        except OSError:
             return []
-        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and not name.startswith("."))
+        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
 
     def _read_attempt(self, key: str, number: int) -> Attempt:
-        path = self.cell_dir(key) / "attempts" / f"{number}.json"
-        return validate(Attempt, read_json(path), where=str(path))
+        """One that cannot be read counts as broken off, with the reason."""
+        try:
+            return read_model(Attempt, f"{self.root}/cells/{key}/attempts/{number}.json")
+        except (FileNotFoundError, FileError) as error:
+            return Attempt(number=number, status="interrupted", host="unknown", pid=0, started=0.0, ended=0.0,
+                           reason=str(error))  # fmt: skip
 
-    def states(self, keys: Iterable[str]) -> dict[str, CellState]:
-        """`state` of many cells: those without a folder are new without another look."""
+    def standings(self, keys: Iterable[str]) -> dict[str, Standing]:
+        """`standing` of many cells: those without a folder are new without another look."""
         folder = self.root / "cells"
         present = set(os.listdir(folder)) if folder.is_dir() else set()
-        return {key: self.state(key) if key in present else "new" for key in keys}
+        return {key: self.standing(key) if key in present else Standing("new") for key in keys}
 
     def state(self, key: str) -> CellState:
-        """Derived from the files alone: a row means done; an open attempt whose process is gone was interrupted."""
+        return self.standing(key).state
+
+    def standing(self, key: str) -> Standing:
+        """From the files alone: a sound row means done; an open attempt whose process is gone was interrupted."""
         # Plain strings: this is asked for ten thousand cells at once, and joining paths is most of its cost.
-        if os.path.exists(f"{self.root}/cells/{key}/row.json"):
-            return "done"
+        path, note = f"{self.root}/cells/{key}/row.json", None
+        try:
+            row = read_model(Row, path)
+            if row.key == key:
+                return Standing("done", row)
+            note = f"{path} is the row of {row.key}"
+        except FileNotFoundError:
+            pass
+        except FileError as error:
+            note = str(error)
         attempt = self.last_attempt(key)
-        if attempt is None:
-            return "new"
-        if attempt.status != "running":
-            return attempt.status
-        return "running" if self._alive(key, attempt) else "interrupted"
+        if attempt is not None and attempt.status == "running":
+            alive = self._is_alive(key, attempt)
+            return Standing("running" if alive else "damaged" if note else "interrupted", None, attempt, note)
+        if note is None and attempt is not None and attempt.status == "done":
+            note = f"{path} is missing, although attempt {attempt.number} finished"
+        if note is not None:
+            return Standing("damaged", None, attempt, f"{note}; the cell runs again")
+        return Standing("new" if attempt is None else attempt.status, None, attempt)
 
-    def _alive(self, key: str, attempt: Attempt) -> bool:
-        if attempt.host == socket.gethostname():
-            return _pid_exists(attempt.pid)
-        progress = self.read_progress(key)
-        last_sign = max(attempt.started, progress.updated if progress else 0.0)
-        return time.time() - last_sign < HEARTBEAT_LIMIT_S
+    def _is_alive(self, key: str, attempt: Attempt) -> bool:
+        alive = attempt.process.alive
+        if alive is not None:
+            return alive
+        progress, now = self.read_progress(key), time.time()
+        signs = (attempt.started, progress.updated if progress else attempt.started)
+        # A sign from the future is no sign: clocks jump.
+        return any(abs(now - sign) < HEARTBEAT_LIMIT_S for sign in signs)
 
 
-def _has_content(path: str) -> bool:
+def _content(path: Path) -> bytes | None:
     try:
-        return os.stat(path).st_size > 0
-    except FileNotFoundError:
-        return False
-
-
-def _pid_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        return path.read_bytes()
+    except OSError:
+        return None

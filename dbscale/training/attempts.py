@@ -4,28 +4,22 @@ try is `run`'s."""
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from dbscale.errors import FileError
-from dbscale.files import read_json, write_json
-from dbscale.study.row import Row
-from dbscale.study.store import Attempt, Store
+from dbscale.files import ProcessMark, locked, read_json, write_json
+from dbscale.study.store import Attempt, Failure, Row, Store
 
 FAULT_NAME = ".fault-{}.json"
 """Of a rank, beside its cell's attempts, for the time of one try."""
 PACKAGES = ("torch", "timm", "accelerate", "deepspeed", "numpy")
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 Ending = Literal["done", "failed", "interrupted", "blocked"]
 
 
@@ -54,7 +48,7 @@ def admit(store: Store, key: str, *, num_devices: int, job: str | None, log: str
             key, ("failed", f"no cell {key!r} in {store.root}; `dbscale plan` lists the cells of a grid", None)
         )
         return
-    with _lock(store.cell_dir(key) / ".lock") as held:
+    with locked(store.cell_dir(key) / ".lock") as held:
         row = store.read_row(key)
         if row is not None:
             yield Admission(key, ("done", None, row))
@@ -64,27 +58,34 @@ def admit(store: Store, key: str, *, num_devices: int, job: str | None, log: str
             yield _open_attempt(store, key, num_devices=num_devices, job=job, log=log)
 
 
-def close_attempt(store: Store, admission: Admission, status: Ending, reason: str | None) -> None:
+def close_attempt(
+    store: Store, admission: Admission, status: Ending, reason: str | None, failure: Failure | None = None
+) -> None:
     """Write down how the try ended. A store that cannot be written to is left to `status` to find out."""
     if admission.attempt is None:
         return
     signal = reason if status == "interrupted" and (reason or "").startswith("SIG") else None
-    update = {"status": status, "ended": time.time(), "reason": reason, "signal": signal}
+    update = {"status": status, "ended": time.time(), "reason": reason, "signal": signal, "failure": failure}
     admission.attempt = admission.attempt.model_copy(update=update)
     with contextlib.suppress(FileError):
         store.write_attempt(admission.key, admission.attempt)
 
 
-def tell_main(store: Store, key: str, rank: int, reason: str) -> None:
+def tell_main(store: Store, key: str, rank: int, reason: str, failure: Failure) -> None:
     """Leave word why this rank ends: rank 0, cut off in a collective, would know only that a connection was lost."""
     with contextlib.suppress(FileError):
-        write_json(store.cell_dir(key) / FAULT_NAME.format(rank), {"reason": f"rank {rank}: {reason}"})
+        write_json(
+            store.cell_dir(key) / FAULT_NAME.format(rank), {"reason": f"rank {rank}: {reason}", "failure": failure}
+        )
 
 
-def told_to_main(store: Store, key: str) -> str | None:
+def told_to_main(store: Store, key: str) -> tuple[str, Failure] | None:
     """Why another rank of this try ended, if one left word."""
     paths = sorted(store.cell_dir(key).glob(FAULT_NAME.format("*")))
-    return read_json(paths[0])["reason"] if paths else None
+    if not paths:
+        return None
+    told = read_json(paths[0])
+    return told["reason"], Failure(told["failure"])
 
 
 def _open_attempt(store: Store, key: str, *, num_devices: int, job: str | None, log: str | None) -> Admission:
@@ -94,8 +95,7 @@ def _open_attempt(store: Store, key: str, *, num_devices: int, job: str | None, 
     attempt = Attempt(
         number=earlier[-1].number + 1 if earlier else 1,
         status="running",
-        host=socket.gethostname(),
-        pid=os.getpid(),
+        **asdict(ProcessMark.of()),
         started=time.time(),
         job=job,
         log=log,
@@ -132,21 +132,6 @@ def _missing_parents(store: Store, key: str) -> str | None:
         why = f": {last.reason}" if last.status == "failed" and last.reason else ""
         return f"its parent {parent} is {store.state(parent)}{why}"
     return None
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Whether this process got the cell; the kernel gives it up when the process dies. Without locks: yes."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        yield True
 
 
 @cache

@@ -14,8 +14,7 @@ from dbscale.data import IMAGENET_MEAN, IMAGENET_STD
 from dbscale.errors import TrainingError
 from dbscale.files import atomic_open, write_json
 from dbscale.study.cell import CellSpec
-from dbscale.study.row import Row
-from dbscale.study.store import Store
+from dbscale.study.store import Row, Store
 from dbscale.training.models import make_model, timm_arguments
 from dbscale.training.weights import WEIGHTS_NAME, verified_weights
 

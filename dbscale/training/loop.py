@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dbscale.data import Batch, TrainLoader, Transform, mix_batch
 from dbscale.keyed import derive_seed
 from dbscale.study.recipe import Recipe
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import StopRequest
 from dbscale.training.accelerators import reduce_over_ranks
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import energy_j

@@ -14,8 +14,7 @@ from dbscale.errors import TrainingError
 from dbscale.keyed import derive_seed
 from dbscale.study.cell import CellSpec
 from dbscale.study.recipe import Recipe
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from dbscale.training.accelerators import AMP_DTYPE, Batching
 from dbscale.training.checkpoint import Checkpointer, LoopState

@@ -18,8 +18,7 @@ from dbscale.files import atomic_open, read_json, write_json
 from dbscale.kernels import resolve_backend
 from dbscale.study.cell import Arm, CellSpec, model_label
 from dbscale.study.recipe import Recipe
-from dbscale.study.row import Row, Timing, Upstream
-from dbscale.study.store import Attempt, Store
+from dbscale.study.store import Attempt, Row, Store, Timing, Upstream
 from dbscale.training.checkpoint import LoopState
 from dbscale.training.device import device_name, peak_flops, peak_memory_bytes
 from dbscale.training.evaluate import Evaluation, evaluate

@@ -18,12 +18,11 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
 from dbscale.study.cell import CellSpec
-from dbscale.study.resources import Resources
-from dbscale.study.row import Row
-from dbscale.study.stop import StopRequest
-from dbscale.study.store import Store
+from dbscale.study.resources import Resources, StopRequest
+from dbscale.study.store import Failure, Row, Store, failure_of
 from dbscale.training.accelerators import keeps_linear, make_batching, open_accelerator, world_size_from_environment
 from dbscale.training.attempts import Admission, admit, close_attempt, tell_main, told_to_main
 from dbscale.training.checkpoint import list_checkpoints
@@ -51,6 +50,8 @@ class Outcome:
     status: Status
     reason: str | None = None
     row: Row | None = None
+    failure: Failure | None = None
+    """Of a failed one, the kind."""
 
 
 def run_cell(
@@ -158,18 +159,42 @@ def _failures_recorded(
             whole = list_checkpoints(store.cell_dir(key) / "checkpoints")
             reason += f"; last good checkpoint: {whole[0] if whole else 'none'}"
         status: Literal["interrupted", "failed"] = "interrupted" if stop.requested else "failed"
-        rank = int(os.environ.get("RANK", "0"))
+        rank, failure = int(os.environ.get("RANK", "0")), _failure_of(error)
         if rank:
-            tell_main(store, key, rank, reason)
+            tell_main(store, key, rank, reason, failure)
         elif not isinstance(error, ValueError):
-            reason = told_to_main(store, key) or reason
-        box.value = Outcome(status, reason)
+            reason, failure = told_to_main(store, key) or (reason, failure)
+        failure = failure if status == "failed" else None
+        box.value = Outcome(status, reason, failure=failure)
         if admission is not None:
-            close_attempt(store, admission, status, reason)
+            close_attempt(store, admission, status, reason, failure)
     except BaseException as error:
         if admission is not None:
             close_attempt(store, admission, "interrupted", type(error).__name__)
         raise
+
+
+PEER_CODE = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/graph.py", "/deepspeed/comm/")
+WRITER_CODE = ("/torch/serialization.py",)
+
+
+def _failure_of(error: Exception) -> Failure:
+    """The kind of a failure. Gloo and torch's writer raise plain RuntimeErrors: there the code that raised it tells."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return Failure.MEMORY
+    if isinstance(error, torch.distributed.DistError):
+        return Failure.CONNECTION
+    if isinstance(error, SafetensorError):
+        return Failure.STORAGE
+    known = failure_of(error)
+    if known is not Failure.CELL or type(error) is not RuntimeError:
+        return known
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if any(part in raised_in for part in WRITER_CODE):
+        return Failure.STORAGE
+    # On one rank nobody can be lost; a bug that every rank meets is tried again until the job's limit, and then named.
+    several = world_size_from_environment() > 1
+    return Failure.CONNECTION if several and any(part in raised_in for part in PEER_CODE) else Failure.CELL
 
 
 def _explain(error: Exception, resources: Resources) -> str:

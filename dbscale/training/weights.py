@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from dbscale.errors import TrainingError
 from dbscale.files import atomic_open
-from dbscale.study.row import Row
-from dbscale.study.store import Store
+from dbscale.study.store import Row, Store
 from dbscale.training.ema import EMA
 
 WEIGHTS_NAME = "model.safetensors"

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 from dbscale.errors import ConfigError
-from dbscale.files import holder, is_held
+from dbscale.files import holder, hostname, is_held
 from dbscale.study.grid import load_grid
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from launch.cluster import load_cluster
-from launch.options import AddCommand, add_data, add_grid, add_set, add_store, add_tracker, store_of, study_of
-from launch.signals import stop_on_signals
-from launch.study import CLUSTER_PREFIX, match_key, record_cell
+from launch.study import (
+    CLUSTER_PREFIX,
+    AddCommand,
+    add_cluster,
+    add_data,
+    add_grid,
+    add_set,
+    add_store,
+    add_tracker,
+    find_cell,
+    record_cell,
+    store_of,
+    study_of,
+)
+from launch.worker import run_bundle, stop_on_signals
 
 TAIL_BYTES = 20_000
 
 
 def add_commands(add: AddCommand) -> None:
-    parser = add("run", run, "run one cell in this process, by its key (see `dbscale plan --cells`)")
-    parser.add_argument("cell", help="the cell's key, or its 12-digit id")
-    parser.add_argument("--cluster", default="inline", metavar="NAME|PATH", help="whose resources (default: inline)")
+    parser = add("run", run, "run one cell in this process, or in those of `accelerate launch -m launch.cli run CELL`")
+    parser.add_argument("cell", help="the cell's key, or its 12-digit id (see `dbscale plan --cells`)")
+    add_cluster(parser, "inline")
     parser.add_argument("--grid", type=Path, metavar="PATH", help="the grid of a cell that was never submitted")
     add_store(parser)
     add_data(parser)
@@ -37,34 +49,41 @@ def add_commands(add: AddCommand) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until interrupted")
     add_store(parser)
     parser = add("cancel", cancel, "stop a grid's jobs, and only those; they save their progress")
-    parser.add_argument("--cluster", default="local", metavar="NAME|PATH")
+    add_cluster(parser, "local")
     add_grid(parser)
     add_store(parser)
     add_data(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from launch.worker import run_bundle
-
+    """130 when it was stopped, 0 when the cell is done, else 3."""
     store, stop = store_of(arguments), StopRequest()
-    if arguments.grid is None:
-        overrides = [each.removeprefix(CLUSTER_PREFIX) for each in arguments.overrides]
-        cluster, key = load_cluster(arguments.cluster, overrides), find_cell(store, arguments.cell)
-    else:
-        study = study_of(arguments)
-        cluster, key = study.cluster, record_cell(study, arguments.cell)
-    resources = cluster.shape(store.read_spec(key).recipe.stage).resources
     with stop_on_signals(stop):
-        (result,) = run_bundle([key], store, arguments.data, resources, stop)
-    print(f"{result.status}: {key}" + (f": {result.reason}" if result.reason else ""))
+        if arguments.grid is None:
+            overrides = [each.removeprefix(CLUSTER_PREFIX) for each in arguments.overrides]
+            cluster, key = load_cluster(arguments.cluster, overrides), find_cell(store, arguments.cell)
+        else:
+            study = study_of(arguments)
+            cluster, key = study.cluster, record_cell(study, arguments.cell)
+        resources = as_launched(cluster.shape(store.read_spec(key).recipe.stage).resources)
+        (result,) = run_bundle([key], store, arguments.data, resources, stop, second_turns=False)
+    if os.environ.get("RANK", "0") == "0":
+        row = store.read_row(key) if result.status == "done" else None
+        print(f"{key}: {result.status}" + (f", error {row.error_rate:.4f}" if row else f": {result.reason}"))
     return 130 if result.status == "interrupted" else 0 if result.status == "done" else 3
 
 
-def find_cell(store: Store, name: str) -> str:
-    """The key of the store's cell that `name` is, or whose id it is."""
-    folder = store.root / "cells"
-    keys = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return match_key(name, keys, where=str(store.root))
+def as_launched(resources: Resources) -> Resources:
+    """With the engine and the number of processes of the Accelerate config, under `accelerate launch`."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return resources
+    zero_stage, config = None, os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        zero_stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        if config:
+            zero_stage = int(json.loads(Path(config).read_text())["zero_optimization"]["stage"])
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return resources.model_copy(update={"zero_stage": zero_stage, "num_processes": num_processes})
 
 
 def logs(arguments: argparse.Namespace) -> int:
@@ -73,8 +92,12 @@ def logs(arguments: argparse.Namespace) -> int:
     attempt = store.last_attempt(key)
     if attempt is None or attempt.log is None:
         raise ConfigError(f"cell {key} has no log: {'it never ran' if attempt is None else 'it ran in a terminal'}")
-    print(f"==> {attempt.log} (attempt {attempt.number}, {attempt.status})", file=sys.stderr)
-    _print_tail(Path(attempt.log), follow=arguments.follow)
+    path = Path(attempt.log)
+    if not path.resolve().is_relative_to((store.root / "grids").resolve()):
+        raise ConfigError(f"attempt {attempt.number} of {key} names {path} as its log, which is not in the store "
+                          f"{store.root}; if the store was moved, look into its grids/*/jobs")  # fmt: skip
+    print(f"==> {path} (attempt {attempt.number}, {attempt.status})", file=sys.stderr)
+    _print_tail(path, follow=arguments.follow)
     return 0
 
 
@@ -100,25 +123,24 @@ def cancel(arguments: argparse.Namespace) -> int:
 def stop_driver(store: Store, grid: str) -> list[str]:
     """Nothing is said to a driver of another grid."""
     other = holder(store.root)
-    if other is None or other.get("grid") != grid or not is_held(store.root):
+    if other is None or other.grid != grid or not is_held(store.root):
         return []
-    if other["host"] != socket.gethostname():
-        raise ConfigError(f"{store.root} is driven by pid {other['pid']} on {other['host']}; cancel it there")
-    os.kill(other["pid"], signal.SIGTERM)
-    return [f"asked pid {other['pid']} to save and stop"]
+    process = other.process
+    if process.host != hostname():
+        raise ConfigError(f"{store.root} is driven by pid {process.pid} on {process.host}; cancel it there")
+    if not process.alive:
+        return []
+    os.kill(process.pid, signal.SIGTERM)
+    return [f"asked pid {process.pid} to save and stop"]
 
 
 def cancel_in_slurm(store: Store, grid: str) -> list[str]:
-    from launch.slurm.queue import cancel_by_name, cancel_jobs, read_queue
-    from launch.slurm.records import active_jobs, forget, read_records
+    from launch.slurm.queue import active_jobs, cancel_cut_off, cancel_jobs, read_queue, read_records
 
     records = read_records(store, grid)
     if not records:
         return []
-    for record in records:
-        if record.job is None:  # its submission was cut off
-            cancel_by_name(record.job_name)
-            forget(store, record)
+    cancel_cut_off(store, records)
     jobs = sorted(active_jobs(records, read_queue()))
     cancel_jobs(jobs)
     return [f"cancelled job {job}" for job in jobs]

@@ -12,7 +12,7 @@ from typing import Any
 from dbscale.errors import ConfigError, nearest
 from dbscale.files import atomic_open
 from launch.commands.results import grid_name
-from launch.options import AddCommand, add_data, add_grid, add_store, store_of
+from launch.study import AddCommand, add_data, add_grid, add_store, store_of
 
 
 def add_commands(add: AddCommand) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from dbscale.study.grid import load_grid
 from dbscale.study.store import Store
-from launch.commands.cells import find_cell
-from launch.options import AddCommand, add_data, add_grid, add_store, store_of
+from launch.study import AddCommand, add_data, add_grid, add_store, find_cell, store_of
 
 
 def add_commands(add: AddCommand) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.study.grid import Grid, datasets_in_use
-from launch.options import AddCommand, add_data, add_grid
-from launch.study import DEFAULT_GRID
+from launch.study import DEFAULT_GRID, AddCommand, add_data, add_grid
 
 
 def add_commands(add: AddCommand) -> None:

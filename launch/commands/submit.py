@@ -1,6 +1,7 @@
 """`dbscale submit` (make grid): pack what is missing, plan, run or queue, and at the end reduce and report.
 
-Typed again it goes on where it stopped; typed when all is done it says so.
+Typed again it goes on where it stopped; typed when all is done it says so. What it says at the end, and its exit code,
+are computed from the rows in the store.
 """
 
 from __future__ import annotations
@@ -9,24 +10,23 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dbscale.files import driver_lock
-from dbscale.study.cost import CostModel
-from dbscale.study.plan import Plan, read_plan, record, write_plan
-from dbscale.study.stop import StopRequest
+from dbscale.study.cost import CostModel, duration
+from dbscale.study.plan import Plan, record, write_plan
+from dbscale.study.plan import read_plan as read_record
+from dbscale.study.resources import StopRequest
+from dbscale.study.store import Standing, Store
+from launch.cluster import tasks_of
 from launch.commands import plan as plan_command
 from launch.commands.results import report_is_current, write_results
-from launch.options import AddCommand, add_study, add_tracker, study_of
-from launch.schedule import tasks_of
-from launch.signals import stop_on_signals
-from launch.study import Study, plan_study
-from launch.text import duration
-from launch.worker import Result
+from launch.study import AddCommand, Study, add_study, add_tracker, plan_study, study_of
+from launch.worker import stop_on_signals
 
 STOPPED, SOME_FAILED = 130, 3
+MAX_NAMED = 20
 WAIT_FOR_OTHERS_S = 120.0
 
 
@@ -40,22 +40,21 @@ def add_commands(add: AddCommand) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     study = study_of(arguments)
+    on_slurm = study.cluster.executor == "slurm"
     if arguments.dry_run:
-        return show_only(study)
+        return show_scripts(study) if on_slurm else show_plan(*plan_study(study), study)
     with driver_lock(study.store.root, "dbscale submit", study.grid.name):
         study = pack_missing(study)
-        if study.cluster.executor == "slurm":
+        if on_slurm:
             return submit_to_slurm(study)
         plan, cost = settled_plan(study)
         write_records(study, plan, cost)
-        if not plan.waves:
-            print(f"grid {study.grid.name}: all {len(plan.cells)} cells are done")
-            return finish(study, plan, {}, report=not arguments.no_report)
-        print(plan_command.describe(study, plan, cost), flush=True)
-        results, stop = execute(study, plan, cost)
-        if stop.requested:
-            return say_stopped(study, plan, stop)
-        return finish(study, plan, results, report=not arguments.no_report)
+        if plan.waves:
+            show_plan(plan, cost, study)
+            stop = execute(study, plan, cost)
+            if stop.requested:
+                return say_stopped(study, plan, stop)
+        return finish(study, plan, report=not arguments.no_report)
 
 
 def pack_missing(study: Study) -> Study:
@@ -71,52 +70,85 @@ def pack_missing(study: Study) -> Study:
     return replace(study)  # a new value, because manifests are read once per study
 
 
-def show_only(study: Study) -> int:
-    """The plan, and for SLURM the exact scripts."""
-    if study.cluster.executor == "slurm":
-        return show_scripts(study)
-    plan, cost = plan_study(study)
-    print(plan_command.describe(study, plan, cost))
+def show_plan(plan: Plan, cost: CostModel, study: Study) -> int:
+    print(plan_command.describe(study, plan, cost), flush=True)
     return 0
 
 
 def show_scripts(study: Study) -> int:
     """What `submit` would hand to SLURM now; on a machine without SLURM, to a cluster that holds nothing of the grid."""
     from launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, SlurmError, max_array_size
-    from launch.slurm.submit import dry_run, peek_at_queue
+    from launch.slurm.submit import Queued, Submission, look_at_queue
 
     try:
-        active, max_size = peek_at_queue(study).cells, max_array_size()
+        queued, max_size = look_at_queue(study), max_array_size()
     except SlurmError as error:
         print(f"{error}; shown is what an idle cluster with SLURM's own limits would get", file=sys.stderr)
-        active, max_size = {}, DEFAULT_MAX_ARRAY_SIZE
-    plan, cost = plan_study(study, active)
-    print(plan_command.describe(study, plan, cost))
-    for script in dry_run(study, plan, cost, active, max_size) if plan.waves else ():
-        print(f"\n{script}")
+        queued, max_size = Queued(), DEFAULT_MAX_ARRAY_SIZE
+    plan, cost = plan_study(study, queued.cells)
+    show_plan(plan, cost, study)
+    if plan.waves:
+        list(Submission(study, plan, cost, queued, reduce=reducer(study), show=show_script, max_size=max_size).run())
     return 0
+
+
+def show_script(script: str) -> None:
+    print(f"\n{script}")
 
 
 def submit_to_slurm(study: Study) -> int:
     """Queue what is neither done nor queued nor running, and return."""
-    from launch.slurm.submit import Submission, look_at_queue
+    from launch.slurm.submit import Submission, settle_queue
 
-    queued = look_at_queue(study)
+    queued = settle_queue(study)
     plan, cost = plan_study(study, queued.cells)
     write_records(study, plan, cost)
-    waiting, keys = plan.count()["running"], [cell.key for cell in plan.cells]
+    count, keys = plan.count(), [cell.key for cell in plan.cells]
     if not plan.waves and queued.will_be_reduced(keys):
-        print(f"nothing to submit: {waiting} cells wait or run in SLURM, {len(keys) - waiting} are done")
+        print(f"nothing to submit: {count['running']} cells wait or run in SLURM, {count['done']} are done")
         return 0
-    if not plan.waves and report_is_current(study.store, study.grid.name, keys):
-        print(f"all {len(keys)} cells are done; the report: {study.store.grid_dir(study.grid.name) / 'report.html'}")
+    if count["done"] == len(keys) and report_is_current(study.store, study.grid.name, keys):
+        print(f"all {len(keys)} cells are done; the report: {report_path(study)}")
         return 0
-    print(plan_command.describe(study, plan, cost), flush=True)
-    for made in Submission(study, plan, cost, queued).run():
+    show_plan(plan, cost, study)
+    for made in Submission(study, plan, cost, queued, reduce=reducer(study)).run():
         what = f"{len(made.elements)} bundles of wave {made.wave}" if made.kind == "bundles" else "the reducer"
         after = f", after {', '.join(map(str, made.after))}" if made.after else ""
         print(f"submitted {what} as job {made.job}{after}")
     return 0
+
+
+@dataclass(frozen=True)
+class ReduceJob:
+    """The last job of a grid on SLURM, after all arrays, however they ended: reduce and report whatever finished."""
+
+    store: str
+    grid: str
+
+    def __call__(self) -> str:
+        """Returns the report's path. Clears away what submitit left: the store says how each cell ended."""
+        from launch.slurm.queue import read_records
+        from launch.worker import SETTLED
+
+        store = Store(Path(self.store))
+        page, _ = write_results(store, self.grid)
+        for made in read_records(store, self.grid)[:-1]:  # the last is this job
+            if all(store.state(key) in SETTLED for keys in made.elements for key in keys):
+                for pattern in ("*.pkl", "*.fence", ".submission_file_*"):
+                    for path in made.folder(store).glob(pattern):
+                        path.unlink(missing_ok=True)
+        return str(page)
+
+    def checkpoint(self) -> ReduceJob:
+        return self
+
+
+def reducer(study: Study) -> ReduceJob:
+    return ReduceJob(str(study.store.root.absolute()), study.grid.name)
+
+
+def report_path(study: Study) -> Path:
+    return study.store.grid_dir(study.grid.name) / "report.html"
 
 
 def settled_plan(study: Study) -> tuple[Plan, CostModel]:
@@ -138,73 +170,69 @@ def write_records(study: Study, plan: Plan, cost: CostModel) -> None:
     """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date."""
     for cell in plan.cells:
         study.store.write_spec(cell.spec())
-    new, old = record(plan, cost), read_plan(study.store, study.grid.name)
+    new = record(plan, cost)
+    try:
+        old = read_record(study.store, study.grid.name)
+    except ValueError:  # damaged, which the plan's notes say
+        old = None
     if old is None or (new.points, new.question, new.min_effect) != (old.points, old.question, old.min_effect):
         write_plan(study.store, new)
 
 
-def execute(study: Study, plan: Plan, cost: CostModel) -> tuple[Mapping[str, Result], StopRequest]:
-    """Run everything the plan has left, here or on this machine's workers."""
-    stop = StopRequest()
+def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
+    """Run everything the plan has left, in this process or on this machine's workers; says whether it was stopped."""
+    from launch.local import Display, LocalRun, run_inline
+
+    stop, tasks = StopRequest(), tasks_of(plan, cost, study.cluster)
     with stop_on_signals(stop):
         if study.cluster.executor == "inline":
-            from launch.executors.inline import run_inline
-
-            return run_inline(
-                tasks_of(plan, cost, study.cluster.shape_key), study.store, study.data_dir, study.cluster, stop
-            ), stop
-        return run_local(study, plan, cost, stop), stop
-
-
-def run_local(study: Study, plan: Plan, cost: CostModel, stop: StopRequest) -> Mapping[str, Result]:
-    from launch.executors.local import LocalRun
-    from launch.progress import Display
-
-    display = Display(
-        store=study.store, total=len(plan.cells), done=plan.count()["done"],
-        predicted_s={cell.key: cost.seconds(cell) for cell in plan.todo}, workers=study.cluster.num_workers(),
-    )  # fmt: skip
-    local = LocalRun(
-        store=study.store, data_dir=study.data_dir, cluster=study.cluster, job_folder=job_folder(study),
-        stop=stop, display=display, waiting=list(tasks_of(plan, cost, study.cluster.shape_key)),
-        parents={cell.key: tuple(parent.key for parent in cell.parents) for cell in plan.cells},
-    )  # fmt: skip
-    try:
-        return local.run()
-    finally:
-        display.close()
-
-
-def job_folder(study: Study) -> Path:
-    """Where this driver's jobs keep their logs."""
-    return study.store.grid_dir(study.grid.name).absolute() / "jobs" / time.strftime("%Y%m%d-%H%M%S")
+            run_inline(tasks, study.store, study.data_dir, study.cluster, stop)
+            return stop
+        display = Display(
+            store=study.store, total=len(plan.cells), done=plan.count()["done"],
+            predicted_s={cell.key: cost.seconds(cell) for cell in plan.todo}, workers=study.cluster.num_workers(),
+        )  # fmt: skip
+        folder = study.store.grid_dir(study.grid.name).absolute() / "jobs" / time.strftime("%Y%m%d-%H%M%S")
+        local = LocalRun(
+            store=study.store, data_dir=study.data_dir, cluster=study.cluster, job_folder=folder, stop=stop,
+            display=display, waiting=list(tasks),
+            parents={cell.key: tuple(parent.key for parent in cell.parents) for cell in plan.cells},
+        )  # fmt: skip
+        try:
+            local.run()
+        finally:
+            display.close()
+    return stop
 
 
 def say_stopped(study: Study, plan: Plan, stop: StopRequest) -> int:
-    done = sum(study.store.state(cell.key) == "done" for cell in plan.cells)
+    done = len(plan.cells) - len(unfinished(study.store, plan))
+    command = shlex.join(["dbscale", *sys.argv[1:]])
     print(f"stopped ({stop.reason}) with {done}/{len(plan.cells)} cells done; unfinished cells go on from their last "
-          f"checkpoint:\n  {command_line()}", file=sys.stderr)  # fmt: skip
+          f"checkpoint:\n  {command}", file=sys.stderr)  # fmt: skip
     return STOPPED
 
 
-def command_line() -> str:
-    return shlex.join(["dbscale", *sys.argv[1:]])
+def unfinished(store: Store, plan: Plan) -> dict[str, Standing]:
+    """The cells without a row, with how each stands."""
+    found = store.standings([cell.key for cell in plan.cells])
+    return {key: standing for key, standing in found.items() if standing.state != "done"}
 
 
-def finish(study: Study, plan: Plan, results: Mapping[str, Result], *, report: bool) -> int:
-    """Say what failed, reduce and report; 3 when a cell is missing."""
-    missing = [result for result in results.values() if result.status != "done"]
-    for result in missing[:20]:
-        print(f"{result.status}: {result.key}: {result.reason or ''}", file=sys.stderr)
+def finish(study: Study, plan: Plan, *, report: bool) -> int:
+    """Say which cells are missing and why, reduce and report; 3 when a cell is missing."""
+    missing, total = unfinished(study.store, plan), len(plan.cells)
+    for key, standing in list(missing.items())[:MAX_NAMED]:
+        print(f"{standing.state}: {key}: {standing.reason}", file=sys.stderr)
     if missing:
-        print(f"{len(missing)} of {len(plan.cells)} cells did not finish; `dbscale status` names them with their logs, "
-              "and the same command tries them again", file=sys.stderr)  # fmt: skip
+        print(f"{len(missing)} of {total} cells did not finish; `dbscale status` names them with their logs, and the "
+              "same command tries them again", file=sys.stderr)  # fmt: skip
+    else:
+        print(f"grid {study.grid.name}: all {total} cells are done")
     if not report:
-        print(
-            f"{len(plan.cells) - len(missing)} of {len(plan.cells)} cells are done; `dbscale report` fits and draws them"
-        )
+        print(f"{total - len(missing)} of {total} cells are done; `dbscale report` fits and draws them")
     elif report_is_current(study.store, study.grid.name, [cell.key for cell in plan.cells]):
-        print(f"the report is up to date: {study.store.grid_dir(study.grid.name) / 'report.html'}")
+        print(f"the report is up to date: {report_path(study)}")
     else:
         started = time.monotonic()
         path, answers = write_results(study.store, study.grid.name)

@@ -1,47 +1,143 @@
-"""Inside a SLURM job: one bundle, one task per rank, through warnings, preemption and lost ranks.
+"""Inside a SLURM job: one bundle, one task per rank, through warnings, preemption, lost ranks and a store that is away.
 
-USR2 (time limit, preemption with notice) saves and requeues; TERM saves and waits for the end, because leaving early
-would mark the job failed and requeueing could undo a `scancel` (`launch.slurm.ending`). A store that cannot be written
-to for a while is waited for. Training itself is `launch.worker`'s and `dbscale.training`'s.
+USR2 (time limit, preemption with notice) and TERM both save and end the job with RETRY_EXIT. Whether the job starts
+again is decided in one place, the shell function of `requeue_lines`. Training is `launch.worker`'s and
+`dbscale.training`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from dbscale.errors import FileError
-from dbscale.files import atomic_open
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
-from dbscale.study.store import Store
-from launch.ranks import Rank, port_of_job, rank_environment
-from launch.signals import stop_on_signals
-from launch.slurm.ending import RETRY_EXIT, watch_for_end, wind_down
-from launch.slurm.fence import Claim, Fence, watch
-from launch.slurm.identity import JobIdentity
-from launch.staging import staged
-from launch.worker import LOST_EXIT, Result, job_log, record_death, run_bundle
+from submitit import JobEnvironment
 
-BUSY_TRIES, BUSY_WAIT_S = 60, 5.0
-"""A cell held by a process of an earlier start: that one ends itself within seconds."""
-RECORD_WAIT_S = 30.0
-STORE_TRIES, STORE_WAIT_S, PROBE_INTERVAL_S = 5, 1800.0, 2.0
+from dbscale.errors import FileError
+from dbscale.files import atomic_open, write_atomic
+from dbscale.study.resources import Resources, StopRequest
+from dbscale.study.store import Failure, Store
+from launch import worker
+from launch.submitit_names import clear_cut_off_result
+from launch.worker import LOST_EXIT, Rank, Result, RunOne
+
+RETRY_EXIT, OVERTAKEN_EXIT = 75, 81
+END_WAIT_S = 60.0
+"""How long a rank waits, all saved, for SLURM's reason to end the job; ranks but 0 for rank 0, which saves last, because
+the first that ends takes the others with it."""
+DECIDE_INTERVAL_S = 2.0
+TRIES, BUSY_WAIT_S = 60, 5.0
+"""At a cell held by a process of an earlier start, which ends itself within seconds, or by a store that is full."""
+STORE_WAIT_S, PROBE_INTERVAL_S = 1800.0, 2.0
 """How long a job waits for a file system that is full or read-only, before it uses up a requeue."""
-PASSING = re.compile(
-    r"no space left|quota exceeded|read-only file system|input/output error|stale file handle|cannot write|file write|"
-    r"connection (closed|reset|refused)|broken pipe|timed out|nccl|gloo|distbackend|distnetwork|rendezvous|"
-    r"address already in use|failed to listen",
-    re.IGNORECASE,
-)
-"""Failures of the machine rather than of the cell: the file system, or a rank that died."""
+RECORD_WAIT_S = 30.0
+UNWANTED = ("TimeLimit", "NonZeroExitCode", "RaisedSignal", "JobLaunchFailure", "NodeDown", "OutOfMemory")
+"""SLURM's reasons for ending a job that nobody wished to end; a cancelled or preempted one has none of them."""
+
+
+def requeue_lines(limit: int) -> list[str]:
+    """Shell lines that define `requeue_unless_wished`: the one place that decides whether a job is started again.
+
+    The job's script asks `requeue_unless_wished now` once something in it has failed. Rank 0 asks
+    `requeue_unless_wished later` while SLURM ends the job around it, for the script's shell may be dead. A job is
+    requeued at most `limit` times, and never one that is being cancelled, that SLURM starts again itself, or that was
+    started again since: SLURM's state and reason tell. The answer is 0 when all is decided, 1 when it must be asked
+    again, for slurmctld is away or has no reason yet, and (later) 2 while the job still runs. In shell, because that
+    works where Python is broken.
+    """
+    unwanted = "|".join(f'*" {reason}"*' for reason in UNWANTED)
+    return [
+        # One element of every array has the array's number as its raw id, which alone would mean the whole array.
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "job=${job:-$SLURM_JOB_ID}",
+        "requeue_unless_wished() {",
+        f'  [ "${{SLURM_RESTART_COUNT:-0}}" -lt {int(limit)} ] || return 0',
+        '  said=$(squeue --noheader --jobs="$job" --states=all --Format=RestartCnt:10,State:20,Reason:40) || return 1',
+        '  set -- "$1" $said',
+        '  [ "$2" = "${SLURM_RESTART_COUNT:-0}" ] || return 0',
+        '  case "$3 $4" in',
+        '    "RUNNING "*) [ "$1" = now ] || return 2 ;;',
+        "    CANCELLED*|PREEMPTED*|PENDING*) return 0 ;;",
+        f"    {unwanted}) ;;",
+        '    *) [ "$1" = now ]; return ;;',
+        "  esac",
+        '  scontrol requeue "$job"',
+        "}",
+    ]
+
+
+def ask_later(limit: int) -> int:
+    """The answer of `requeue_unless_wished later`."""
+    question = "\n".join([*requeue_lines(limit), "requeue_unless_wished later"])
+    return subprocess.run(["bash", "-c", question], check=False).returncode
+
+
+@dataclass(frozen=True)
+class JobIdentity:
+    """This job as SLURM numbers it."""
+
+    name: str
+    """`123_4` for element 4 of array 123."""
+    raw: str
+    """SLURM's own number, another one for each element."""
+    restart: int
+
+    @classmethod
+    def of_job(cls) -> JobIdentity:
+        job = JobEnvironment()
+        return cls(job.job_id, job.raw_job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+
+    def __str__(self) -> str:
+        """As attempts are signed."""
+        return f"{self.name}.{self.restart}"
+
+
+@dataclass
+class Fence:
+    """Only the newest start of a job, and the newest job at a cell, may write; an older process ends at once.
+
+    SLURM counts the starts of a job; each writes its count beside the job's log, and every rank of an older one that
+    reads a newer count ends. A process that outlived its node's failure may belong to a job that was given up
+    altogether, with its cell in another job's hands: attempts, numbered and signed with their job, tell.
+    """
+
+    token: Path
+    job: JobIdentity
+    store: Store
+    key: str | None = None
+    """The cell at work; None between cells."""
+
+    def raise_token(self) -> None:
+        """Declare this start the newest; by rank 0, before anything else is written. A process that was frozen until
+        a later start had done so ends instead."""
+        self.check()
+        with atomic_open(self.token, "w") as file:
+            file.write(f"{self.job.restart}\n")
+
+    def overtaken(self) -> str | None:
+        """Why this process must end, None while it may go on; what cannot be read says nothing."""
+        with contextlib.suppress(OSError, ValueError):
+            if int(self.token.read_text()) > self.job.restart:
+                return f"superseded by a later start of this job (restart > {self.job.restart})"
+        last = self.store.last_attempt(self.key) if self.key is not None else None
+        if self.key is None or last is None or last.job == str(self.job) or last.pid == 0:
+            return None
+        # Before this job's own attempt is there, the last one is an older job's.
+        own = str(self.job) in [each.job for each in self.store.attempts(self.key)]
+        return f"cell {self.key} is in the hands of another job by now" if own else None
+
+    def check(self) -> None:
+        """End this process at once if it was overtaken: no handler runs, no buffer reaches the store."""
+        reason = self.overtaken()
+        if reason is not None:
+            print(reason, file=sys.stderr, flush=True)
+            os._exit(OVERTAKEN_EXIT)
 
 
 @dataclass(frozen=True)
@@ -54,81 +150,72 @@ class SlurmBundle:
     resources: Resources
     staging: str | None
     requeue_limit: int
-    fence: str
+    token: str
     """Path of this bundle's fencing token."""
 
-    def __call__(self) -> tuple[Result, ...]:
-        stop, job, rank = StopRequest(), JobIdentity.of(), Rank.of()
-        with stop_on_signals(stop):
+    def __call__(self) -> None:
+        """Run the cells; what became of them stands in the store."""
+        stop, job, rank, store = StopRequest(), JobIdentity.of_job(), Rank.of_job(), Store(Path(self.store))
+        with worker.stop_on_signals(stop):
             clear_cut_off_result()
-            fence = Fence(Path(self.fence), job.restart)
+            fence = Fence(Path(self.token), job, store)
             if rank.rank == 0:
                 write_patiently(fence.raise_token, stop)
-            claim = Claim(Store(Path(self.store)), str(job))
-            watch(fence.check, claim.check)
-            watch_for_end(stop, job, rank, self.requeue_limit)
-            os.environ.update(rank_environment(rank, master=master_address(), port=port_of_job(job.raw, job.restart)))
-            results = self._work(stop, job, rank, claim)
+                # The main thread may be in the middle of an evaluation, or saving; SLURM kills it all the same.
+                worker.watch(
+                    lambda: stop.requested and ask_later(self.requeue_limit) == 0, interval_s=DECIDE_INTERVAL_S
+                )
+            worker.watch(fence.check)
+            os.environ.update(rank.environment(master=master_address(), port=worker.port_of_job(job.raw, job.restart)))
+            keys = [key for key in self.keys if not failed_in_this_job(store, key, job)]
+            attempts = CellRuns(store, rank, stop, fence)
+            with worker.staged(keys, store, Path(self.data), self.staging, stop) as data_dir:
+                worker.run_bundle(
+                    keys, store, data_dir, self.resources, stop, job=str(job), log=worker.job_log(), around=attempts.run,
+                    second_turns=rank.world_size == 1,
+                )  # fmt: skip
             if stop.requested:
-                wind_down(stop, job, rank, self.requeue_limit)
-            return results
+                deadline = time.monotonic() + END_WAIT_S
+                while time.monotonic() < deadline and (rank.rank or ask_later(self.requeue_limit) == 1):
+                    time.sleep(DECIDE_INTERVAL_S)
+                sys.exit(RETRY_EXIT)
 
     def checkpoint(self) -> SlurmBundle:
         """For submitit: what a requeued job runs is what this one did; the store knows how far it came."""
         return self
 
-    def _work(self, stop: StopRequest, job: JobIdentity, rank: Rank, claim: Claim) -> tuple[Result, ...]:
-        store = claim.store
-        job_keys = [key for key in self.keys if not failed_in_this_job(store, key, job)]
-        patience = Patience(store, rank, stop, claim)
-        with staged(job_keys, store, Path(self.data), self.staging, stop) as data_dir:
-            return run_bundle(
-                job_keys, store, data_dir, self.resources, stop, job=str(job), log=job_log(), around=patience.run,
-                second_turns=rank.world_size == 1,
-            )  # fmt: skip
-
 
 @dataclass(frozen=True)
-class Patience:
-    """What a job does about outcomes that are not the cell's own doing."""
+class CellRuns:
+    """Runs the cells of a job, and does what is needed about outcomes that are not the cell's own doing."""
 
     store: Store
     rank: Rank
     stop: StopRequest
-    claim: Claim
+    fence: Fence
 
-    def run(self, run_one: Callable[[str], Result], key: str) -> Result:
-        """Run a cell; wait for a store that cannot be written to; end the job, to be requeued, when the machine
-        failed otherwise."""
-        self.claim.key = key
-        result = self._unless_busy(run_one, key)
-        for _ in range(STORE_TRIES):
-            if not is_passing(result) or self.rank.world_size > 1 or self.stop.requested:
+    def run(self, run_one: RunOne, key: str) -> Result:
+        """Run a cell, again while an older process holds it or the store cannot be written to; end the job when the
+        machine failed otherwise."""
+        self.fence.key, probe = key, self.store.cell_dir(key) / ".probe"
+        result = run_one(key)
+        for _ in range(TRIES):
+            if result.status == "busy" and not self.stop.requested:
+                time.sleep(BUSY_WAIT_S)
+            elif result.failure is Failure.STORAGE and self.rank.world_size == 1 and not self.stop.requested:
+                write_patiently(lambda: write_atomic(probe, bytes(65536)), self.stop)
+                probe.unlink(missing_ok=True)
+            else:
                 break
-            write_patiently(partial(probe, self.store.cell_dir(key)), self.stop)
-            result = self._unless_busy(run_one, key)
-        if result.status == "failed":
-            self._consider(result)
-        return result
-
-    def _unless_busy(self, run_one: Callable[[str], Result], key: str) -> Result:
-        """Run a cell; wait while an older process holds it."""
-        result = outcome(run_one, key)
-        for _ in range(BUSY_TRIES):
-            if result.status != "busy" or self.stop.requested:
-                break
-            time.sleep(BUSY_WAIT_S)
-            result = outcome(run_one, key)
-        return result
-
-    def _consider(self, result: Result) -> None:
-        if is_passing(result):
+            result = run_one(key)
+        if result.failure is not None and result.failure.passes:
             print(f"=== {result.reason}: the job ends and is requeued", file=sys.stderr, flush=True)
             sys.exit(RETRY_EXIT)
-        if self.rank.world_size > 1:
+        if result.status == "failed" and self.rank.world_size > 1:
             # The other ranks may hang in a collective that this one left: start again without this cell.
             self._see_recorded(result)
             sys.exit(LOST_EXIT)
+        return result
 
     def _see_recorded(self, result: Result) -> None:
         """Rank 0 records failures; when another rank failed alone, rank 0 hangs and this one records instead."""
@@ -139,20 +226,8 @@ class Patience:
                 return
             time.sleep(1)
         if self.rank.rank:
-            record_death(self.store, result.key, f"rank {self.rank.rank}: {result.reason}", job_log())
-
-
-def outcome(run_one: Callable[[str], Result], key: str) -> Result:
-    """A cell's result, also where not even its attempt could be written down."""
-    try:
-        return run_one(key)
-    except (FileError, OSError) as error:
-        return Result(key, "failed", str(error))
-
-
-def is_passing(result: Result) -> bool:
-    """Whether a cell failed for a reason that is the machine's and may pass."""
-    return result.status == "failed" and PASSING.search(result.reason or "") is not None
+            reason = f"rank {self.rank.rank}: {result.reason}"
+            worker.record_death(self.store, result.key, reason, worker.job_log(), result.failure or Failure.CELL)
 
 
 def write_patiently(write: Callable[[], None], stop: StopRequest) -> None:
@@ -169,36 +244,17 @@ def write_patiently(write: Callable[[], None], stop: StopRequest) -> None:
             time.sleep(PROBE_INTERVAL_S)
 
 
-def probe(folder: Path) -> None:
-    """Write a small file and remove it. Raises FileError."""
-    path = folder / ".probe"
-    with atomic_open(path, "w") as file:
-        file.write("x" * 65536)
-    path.unlink(missing_ok=True)
-
-
-def clear_cut_off_result() -> None:
-    """submitit refuses to write its result beside a half-written one of a process that was killed just then."""
-    from submitit import JobEnvironment
-
-    path = JobEnvironment().paths.result_pickle
-    path.with_suffix(path.suffix + ".save_tmp").unlink(missing_ok=True)
-
-
 def failed_in_this_job(store: Store, key: str, job: JobIdentity) -> bool:
     """Whether an earlier start of this very job saw the cell fail for a reason of its own."""
     attempt = store.last_attempt(key)
     if job.restart == 0 or attempt is None or attempt.status != "failed" or attempt.job is None:
         return False
-    return attempt.job.rpartition(".")[0] == job.name and not PASSING.search(attempt.reason or "")
+    return attempt.job.rpartition(".")[0] == job.name and not (attempt.failure or Failure.CELL).passes
 
 
-def master_address(environ: Mapping[str, str] = os.environ) -> str:
+def master_address() -> str:
     """Where rank 0 listens: the job's first node by name, or by the address that started the tasks."""
-    from submitit.slurm.slurm import _parse_node_list
-
-    first = next(iter(_parse_node_list(environ.get("SLURM_JOB_NODELIST", ""))), "127.0.0.1")
     try:
-        return socket.gethostbyname(first)
+        return socket.gethostbyname(JobEnvironment().hostnames[0])
     except OSError:
-        return environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")

@@ -1,23 +1,59 @@
-"""What SLURM says: one `squeue` call for the queue, one `sacct` call for what has left it.  Parses, decides nothing."""
+"""What SLURM holds: its commands and their answers, the records of what was submitted, and both together for `status`.
+
+One `squeue` call for the queue, one `sacct` call for what has left it. With a record written before and after each
+submission, a second `dbscale submit` knows what waits or runs already, even when the first one died half-way.
+"""
 
 from __future__ import annotations
 
 import os
 import pwd
 import re
+import secrets
 import subprocess
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from dbscale.errors import FileError
+from dbscale.files import read_model, write_model
+from dbscale.strict import Strict
+from dbscale.study.cell import Key
+from dbscale.study.grid import Name
+from dbscale.study.recipe import Stage
+from dbscale.study.store import Store
 
 TIMEOUT_S = 30.0
-READ_S = 0.1
-"""To read an answer that is there, however late it is asked for."""
 DEFAULT_MAX_ARRAY_SIZE = 1001
+GONE = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "PREEMPTED",
+    "REVOKED",
+})  # fmt: skip
+"""States of jobs that squeue still lists for a while after their end."""
+Uid = Annotated[str, Field(pattern=r"^\d{8}-\d{6}-\d{6}-[0-9a-f]{4}$")]
 
 
 class SlurmError(ValueError):
     """SLURM cannot be used: says which command, its answer, and what to do."""
+
+
+def call(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str:
+    """Standard output of a SLURM command, which never goes through a shell. Raises SlurmError."""
+    program = command[0]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
+    except FileNotFoundError:
+        raise SlurmError(f"no `{program}` here: use a login node of the cluster, or --cluster local") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"SLURM does not answer (`{program}`, {timeout_s:g} s); try again later") from None
+    if done.returncode:
+        what = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise SlurmError(f"`{program}` failed: {what}")
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -28,120 +64,207 @@ class Element:
     index: int
     state: str
     """SLURM's word: PENDING, RUNNING, COMPLETING, …"""
-    nodes: str
-    reason: str
-    """Why it waits, in SLURM's words."""
 
     @property
     def running(self) -> bool:
         return self.state in ("RUNNING", "COMPLETING")
 
 
-@dataclass(frozen=True)
-class Ended:
-    """One array element as accounting remembers it."""
-
-    array: int
-    index: int
-    state: str
-    exit_code: str
-
-
-def read_queue() -> tuple[Element, ...]:
+def read_queue(timeout_s: float = TIMEOUT_S) -> tuple[Element, ...]:
     """All of this user's jobs that wait or run, array elements one by one. Raises SlurmError."""
-    return parse_queue(call(queue_command()))
-
-
-def queue_command() -> list[str]:
     user = pwd.getpwuid(os.geteuid()).pw_name
-    form = "%F|%K|%T|%N|%r"
-    return ["squeue", "--noheader", "--array", "--states=all", f"--user={user}", f"--format={form}"]
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--user={user}", "--format=%F|%K|%T"]
+    return parse_queue(call(command, timeout_s))
 
 
 def parse_queue(out: str) -> tuple[Element, ...]:
-    return tuple(element for element in map(parse_element, out.splitlines()) if element.state not in GONE)
+    """The elements of squeue's answer that have not ended."""
+    found = (line.split("|") for line in out.splitlines())
+    elements = (Element(int(array), int(index) if index.isdigit() else 0, state) for array, index, state, *_ in found)
+    return tuple(element for element in elements if element.state not in GONE)
 
 
-GONE = frozenset({
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "PREEMPTED",
-    "REVOKED",
-})  # fmt: skip
-"""States of jobs that squeue still lists for a while after their end."""
-
-
-def parse_element(line: str) -> Element:
-    array, index, state, nodes, reason = line.split("|", 4)
-    return Element(int(array), int(index) if index.isdigit() else 0, state, nodes, reason)
-
-
-def read_ended(arrays: Iterable[int], timeout_s: float) -> tuple[Ended, ...]:
-    """How elements of `arrays` ended, as accounting knows it; it lags by seconds. Raises SlurmError."""
+def read_ended(arrays: Iterable[int], timeout_s: float) -> dict[tuple[int, int], str]:
+    """How elements (array, index) ended, as accounting knows it; it lags by seconds. Raises SlurmError."""
     ids = ",".join(map(str, sorted(arrays)))
-    out = call(["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={ids}",
-                "--format=JobID,State,ExitCode"], timeout_s)  # fmt: skip
-    return tuple(each for line in out.splitlines() for each in parse_ended(line))
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={ids}", "--format=JobID,State,ExitCode"]
+    return parse_ended(call(command, timeout_s))
 
 
-def parse_ended(line: str) -> list[Ended]:
-    """None for a line about elements that never started, which sacct folds into `12_[3-9]`."""
-    job, state, exit_code = line.split("|")
-    found = re.fullmatch(r"(\d+)(?:_(\d+))?", job)
-    if found is None:
-        return []
-    return [Ended(int(found[1]), int(found[2] or 0), state.split()[0], exit_code)]
+def parse_ended(out: str) -> dict[tuple[int, int], str]:
+    """State and exit code by (array, index); elements that never started, folded into `12_[3-9]`, are left out."""
+    found = {}
+    for job, state, exit_code in (line.split("|") for line in out.splitlines()):
+        place = re.fullmatch(r"(\d+)(?:_(\d+))?", job)
+        if place is not None:
+            found[int(place[1]), int(place[2] or 0)] = f"{state.split()[0]}, exit code {exit_code}"
+    return found
 
 
 def max_array_size() -> int:
-    """Elements one array may have on this cluster."""
+    """Elements one array may have on this cluster. Raises SlurmError."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call(["scontrol", "show", "config"]), re.MULTILINE)
     return max(1, int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE)
 
 
-def cancel_jobs(jobs: Sequence[int]) -> None:
+def cancel_jobs(jobs: Collection[int]) -> None:
     if jobs:
         call(["scancel", *map(str, sorted(jobs))])
 
 
-def cancel_by_name(name: str) -> None:
-    """Cancel what was submitted under this (unique) name, if anything was."""
-    call(["scancel", f"--name={name}"])
+class SubmitRecord(Strict):
+    """`<store>/grids/<name>/submits/<uid>.json`: one array, or the reducer."""
+
+    uid: Uid
+    """Sorts by time; unique even among login nodes."""
+    grid: Name
+    kind: Literal["bundles", "reduce"]
+    wave: int
+    stage: Stage | None = None
+    created: float
+    """Unix time."""
+    elements: tuple[tuple[Key, ...], ...]
+    """Keys of each element's bundle."""
+    predicted_s: tuple[float, ...] = ()
+    after: tuple[int, ...] = ()
+    """Arrays this one waits for, however they end."""
+    job: int | None = None
+    """SLURM's id of the array; None until sbatch has answered and every element has its work."""
+
+    @property
+    def job_name(self) -> str:
+        """Unique, so that an array whose id was never learnt can still be found."""
+        return f"dbscale-{self.grid}-{self.uid}"
+
+    def folder(self, store: Store) -> Path:
+        """Where submitit keeps this array's pickles and logs."""
+        return store.grid_dir(self.grid).absolute() / "jobs" / self.uid
+
+    def log(self, store: Store, index: int) -> Path:
+        """The log of an element."""
+        element = f"{self.job}_{index}" if len(self.elements) > 1 else f"{self.job}"
+        return self.folder(store) / f"{element}_0_log.out"
 
 
-def call(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str:
-    """Standard output of a SLURM command, never through a shell. Raises SlurmError."""
-    return Asked.of(command).answer(timeout_s)
+def make_uid() -> str:
+    return f"{datetime.now():%Y%m%d-%H%M%S-%f}-{secrets.token_hex(2)}"
+
+
+def records_dir(store: Store, grid: str) -> Path:
+    return store.grid_dir(grid) / "submits"
+
+
+def write_record(store: Store, record: SubmitRecord) -> None:
+    write_model(records_dir(store, record.grid) / f"{record.uid}.json", record)
+
+
+def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
+    """All arrays of the grid, oldest first; a damaged record reads as one whose submission was cut off."""
+    folder, found = records_dir(store, grid), []
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            record = read_model(SubmitRecord, path)
+            if (record.uid, record.grid) != (path.stem, grid):
+                raise FileError(f"{path} is the record of {record.grid}/{record.uid}")
+        except (FileError, FileNotFoundError):
+            try:
+                record = SubmitRecord(uid=path.stem, grid=grid, kind="bundles", wave=0, created=0.0, elements=())
+            except ValidationError:  # not a name of ours, so nothing was submitted under it
+                continue
+        found.append(record)
+    return tuple(found)
+
+
+def read_all_records(store: Store) -> tuple[SubmitRecord, ...]:
+    """Those of every grid of the store: grids share cells, and a cell that one has queued is queued for all."""
+    folders = sorted(store.root.glob("grids/*/submits"))
+    return tuple(record for folder in folders for record in read_records(store, folder.parent.name))
+
+
+def forget(store: Store, record: SubmitRecord) -> None:
+    (records_dir(store, record.grid) / f"{record.uid}.json").unlink(missing_ok=True)
+
+
+def cancel_cut_off(store: Store, records: Iterable[SubmitRecord]) -> None:
+    """Cancel by name the arrays whose submission was cut off, for their elements may lack their work."""
+    for record in records:
+        if record.job is None:
+            call(["scancel", f"--name={record.job_name}"])
+            forget(store, record)
+
+
+def active_cells(records: Iterable[SubmitRecord], queue: Collection[Element]) -> dict[str, Element]:
+    """Each cell that waits or runs in SLURM, with the element that holds it."""
+    by_place: Mapping[tuple[int, int], Element] = {(element.array, element.index): element for element in queue}
+    active = {}
+    for record in records:
+        for index, keys in enumerate(record.elements):
+            element = by_place.get((record.job or -1, index))
+            if element is not None:
+                active.update(dict.fromkeys(keys, element))
+    return active
+
+
+def active_jobs(records: Iterable[SubmitRecord], queue: Collection[Element]) -> dict[int, SubmitRecord]:
+    """Arrays (and reducers) of which anything waits or runs, by SLURM's id."""
+    present = {element.array for element in queue}
+    return {record.job: record for record in records if record.job is not None and record.job in present}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A SLURM command under way, so that other work can be done meanwhile."""
+class SlurmView:
+    """What SLURM holds of a grid, for `status`."""
 
-    process: subprocess.Popen[str]
-    since: float = field(default_factory=time.monotonic)
+    store: Store
+    records: tuple[SubmitRecord, ...]
+    wait_s: float
+    """How long SLURM has for an answer."""
+    queue: tuple[Element, ...] = ()
+    active: Mapping[str, Element] = field(default_factory=dict)
+    """Cells that wait or run, with the element that holds them; another grid's jobs among them."""
+    error: str | None = None
+    """Why SLURM could not be asked; the store alone then has to do."""
 
-    @classmethod
-    def of(cls, command: Sequence[str]) -> Asked:
-        """Raises SlurmError where there is no SLURM."""
+    @property
+    def headline(self) -> str:
+        """One line for people."""
+        if self.error is not None:
+            return f"{self.error}; what follows is from the store alone (--wait gives SLURM longer)"
+        jobs = active_jobs(self.records, self.queue)
+        if not jobs:
+            return "nothing of it waits or runs in SLURM (`dbscale submit` goes on)"
+        running = sum(element.running for element in self.queue)
+        reducers = ", ".join(str(job) for job, record in jobs.items() if record.kind == "reduce")
+        text = f"{running} jobs run and {len(self.queue) - running} wait in SLURM"
+        return text + (f", the reducer is job {reducers}" if reducers else "")
+
+    def lost(self, keys: Collection[str]) -> dict[str, tuple[str, str]]:
+        """Of `keys`, those whose job has ended without running them: (reason, log) in SLURM's words."""
+        places = {
+            key: (record, index)
+            for record in self.records if record.job is not None
+            for index, element in enumerate(record.elements) for key in element if key in keys
+        }  # fmt: skip
+        if not places or self.error is not None:
+            return {}
         try:
-            return cls(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        except FileNotFoundError:
-            raise SlurmError(f"no `{command[0]}` here: use a login node of the cluster, or --cluster local") from None
+            ended = read_ended({record.job or 0 for record, _ in places.values()}, self.wait_s)
+        except SlurmError:
+            ended = {}
+        found = {}
+        for key, (record, index) in places.items():
+            said = ended.get((record.job or 0, index), "nothing about it any more")
+            reason = f"its job {record.job}_{index} is gone without running it; SLURM says {said}"
+            found[key] = (reason, str(record.log(self.store, index)))
+        return found
 
-    def answer(self, timeout_s: float) -> str:
-        """Standard output, within `timeout_s` of asking. Raises SlurmError."""
-        program = self.process.args[0]  # type: ignore[index]
-        left_s = timeout_s - (time.monotonic() - self.since)
-        try:
-            answer, said = self.process.communicate(timeout=max(READ_S, left_s))
-        except subprocess.TimeoutExpired:
-            self.drop()
-            raise SlurmError(f"SLURM does not answer (`{program}`, {timeout_s:g} s); try again later") from None
-        if self.process.returncode:
-            what = " ".join((said or answer).split()) or f"exit code {self.process.returncode}"
-            raise SlurmError(f"`{program}` failed: {what}")
-        return answer
 
-    def drop(self) -> None:
-        """The answer is no longer wanted."""
-        self.process.kill()
-        self.process.communicate()
+def read_view(store: Store, records: tuple[SubmitRecord, ...], wait_s: float) -> SlurmView:
+    """What SLURM says, if it answers within `wait_s`."""
+    try:
+        everything = read_queue(wait_s)
+    except SlurmError as error:
+        return SlurmView(store, records, wait_s, error=str(error))
+    jobs = {record.job for record in records}
+    queue = tuple(element for element in everything if element.array in jobs)
+    return SlurmView(store, records, wait_s, queue, active_cells(read_all_records(store), everything))

@@ -1,53 +1,53 @@
 """Hand a plan to SLURM: one array per wave and resource shape, cut at the cluster's limit, and a reducer at the end.
 
-Submits only what is neither done nor waiting nor running; a record is written before and after each call.
+Submits only what is neither done nor waiting nor running; a record is written before and after each call. The script of
+a job opens its log itself, starts one rank per task and asks whether to start again when that fails.
+No value of a config reaches a shell unquoted: words are checked by `launch.cluster`, paths here. The exception are
+the `setup` lines, which are shell by their nature and come from the cluster file alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import re
+import shlex
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import submitit
-from submitit.core.utils import FailedJobError
 
 from dbscale.study.cost import CostModel
 from dbscale.study.plan import Plan
-from dbscale.study.recipe import Stage
-from launch.cluster import Shape
-from launch.schedule import Task, tasks_of
+from launch.cluster import Cluster, Shape, Task, tasks_of
 from launch.slurm import queue as slurm
-from launch.slurm.job import SlurmBundle
-from launch.slurm.records import (
-    SubmitRecord,
-    active_cells,
-    active_jobs,
-    forget,
-    jobs_dir,
-    make_uid,
-    read_all_records,
-    read_records,
-    write_record,
-)
-from launch.slurm.reducer import ReduceJob
-from launch.slurm.script import check_path, parameters, python_command, render
+from launch.slurm.job import SlurmBundle, requeue_lines
+from launch.slurm.queue import Element, SlurmError, SubmitRecord
 from launch.study import Study
+from launch.submitit_names import FailedJobError, render
+from launch.worker import thread_environment
 
+SAFE_PATH = re.compile(r"[\w /.,:+@=~()\[\]-]+")
+"""SLURM expands `%` and `\\` in paths and has quoting rules of its own in `#SBATCH` lines; newlines end them."""
 ENDING_WAIT_S = 90.0
 """Longer than SLURM leaves a job between TERM and KILL (30 s, as it comes)."""
+LOG_TRIES, LOG_WAIT_S = 360, 5
+"""Half an hour, as `launch.slurm.job` waits for a store; then it uses up a requeue."""
+DECIDE_TRIES, DECIDE_WAIT_S = 50, 6
+"""Five minutes, for slurmctld may be restarting."""
 
 
 @dataclass(frozen=True)
 class Queued:
     """What SLURM holds before anything new is submitted."""
 
-    cells: Mapping[str, slurm.Element]
+    cells: Mapping[str, Element] = field(default_factory=dict)
     """Of any grid of the store."""
-    jobs: Mapping[int, SubmitRecord]
+    jobs: Mapping[int, SubmitRecord] = field(default_factory=dict)
     """Of this grid."""
 
     @property
@@ -62,35 +62,27 @@ class Queued:
 
 
 def look_at_queue(study: Study) -> Queued:
-    """What SLURM holds. Arrays whose submission was cut off are cancelled first: their elements may lack their work."""
-    for record in read_records(study.store, study.grid.name):
-        if record.job is None:
-            slurm.cancel_by_name(record.job_name)
-            forget(study.store, record)
-    return wait_for_ending(study)
+    """What SLURM holds, changing nothing. Raises SlurmError."""
+    records, queue = slurm.read_all_records(study.store), slurm.read_queue()
+    own = [record for record in records if record.grid == study.grid.name]
+    return Queued(slurm.active_cells(records, queue), slurm.active_jobs(own, queue))
 
 
-def wait_for_ending(study: Study) -> Queued:
-    """The queue once no job is about to leave it: of one that ends with cells undone only its end shows whether it
-    was cancelled or comes back."""
+def settle_queue(study: Study) -> Queued:
+    """What SLURM holds once no job is about to leave it: of one that ends with cells undone only its end shows whether
+    it was cancelled or comes back. Arrays whose submission was cut off are cancelled first."""
+    slurm.cancel_cut_off(study.store, slurm.read_records(study.store, study.grid.name))
     deadline, told = time.monotonic() + ENDING_WAIT_S, False
     while True:
-        queued = peek_at_queue(study)
+        queued = look_at_queue(study)
         ending = {key for key, element in queued.cells.items() if element.state == "COMPLETING"}
-        undone = sum(state != "done" for state in study.store.states(ending).values())
+        undone = sum(standing.state != "done" for standing in study.store.standings(ending).values())
         if not undone or time.monotonic() > deadline:
             return queued
         if not told:
             print(f"waiting for jobs that are ending, with {undone} cells undone", flush=True)
             told = True
         time.sleep(1)
-
-
-def peek_at_queue(study: Study) -> Queued:
-    """The same look, changing nothing."""
-    records, queue = read_all_records(study.store), slurm.read_queue()
-    own = [record for record in records if record.grid == study.grid.name]
-    return Queued(active_cells(records, queue), active_jobs(own, queue))
 
 
 @dataclass
@@ -101,105 +93,137 @@ class Submission:
     plan: Plan
     cost: CostModel
     queued: Queued
+    reduce: Callable[[], object]
+    """What the job at the end does."""
+    show: Callable[[str], object] | None = None
+    """Takes each script instead of SLURM, and nothing is written: a dry run, in which ids of arrays read as 0."""
+    max_size: int | None = None
+    """Elements one array may have; None asks the cluster."""
     job_of: dict[str, int] = field(default_factory=dict)
     """Array of each cell that waits or runs."""
-    records: list[SubmitRecord] = field(default_factory=list)
 
-    def run(self) -> list[SubmitRecord]:
-        """Submit all arrays and the reducer; returns their records."""
+    def run(self) -> Iterator[SubmitRecord]:
+        """Submit all arrays and the reducer, one by one; gives their records. Raises SlurmError."""
         check_path(self.study.store.root, "the store")
-        waiting = self.queued.cells
+        waiting, cluster = self.queued.cells, self.study.cluster
         self.job_of.update({cell.key: waiting[cell.key].array for cell in self.plan.cells if cell.key in waiting})
-        tasks = tasks_of(self.plan, self.cost, self.study.cluster.shape_key)
-        for part in arrays(tasks, self.study.cluster.shape_key, slurm.max_array_size()):
-            self._submit_array(part)
-        self._submit_reducer()
-        return self.records
+        max_size = self.max_size or slurm.max_array_size()
+        for part in arrays(tasks_of(self.plan, self.cost, cluster), cluster, max_size):
+            after = sorted({self.job_of[key] for task in part for key in task.parents if key in self.job_of})
+            yield self._submit(cluster.shape(part[0].stage), part, after)
+        # After every cell that waits or runs; an older reducer that still waits would come too early.
+        yield self._submit(cluster.reducer_shape(), (), sorted(set(self.job_of.values())))
+        if self.show is None:
+            slurm.cancel_jobs(self.queued.reducers)
 
-    def _submit_array(self, tasks: Sequence[Task]) -> None:
-        after = sorted({self.job_of[key] for task in tasks for key in task.parents if key in self.job_of})
-        record = self._record("bundles", tasks, after)
-        shape = self.study.cluster.shape(tasks[0].stage)
-        bundles = [self._bundle(record, index, task, shape) for index, task in enumerate(tasks)]
-        job = self._submit(record, shape, bundles)
-        self.job_of.update({key: job for task in tasks for key in task.keys})
-
-    def _submit_reducer(self) -> None:
-        """After every cell that waits or runs; an older reducer that still waits would come too early."""
-        after = sorted(set(self.job_of.values()))
-        record = self._record("reduce", (), after)
-        self._submit(record, self.study.cluster.reducer_shape(), [ReduceJob(str(self._root), self.study.grid.name)])
-        slurm.cancel_jobs(self.queued.reducers)
-
-    def _record(self, kind: str, tasks: Sequence[Task], after: Sequence[int]) -> SubmitRecord:
-        return SubmitRecord(
-            uid=make_uid(), grid=self.study.grid.name, kind="reduce" if kind == "reduce" else "bundles",
+    def _submit(self, shape: Shape, tasks: Sequence[Task], after: Sequence[int]) -> SubmitRecord:
+        """One array of `tasks`, or the reducer when there are none."""
+        store, limit = self.study.store, self.study.cluster.requeue_limit
+        record = SubmitRecord(
+            uid=slurm.make_uid(), grid=self.study.grid.name, kind="bundles" if tasks else "reduce",
             wave=tasks[0].wave if tasks else 0, stage=tasks[0].stage if tasks else None, created=time.time(),
             elements=tuple(task.keys for task in tasks), predicted_s=tuple(task.predicted_s for task in tasks),
             after=tuple(after),
         )  # fmt: skip
+        folder = record.folder(store)
+        values = parameters(shape, folder=folder, name=record.job_name, requeue_limit=limit, after=after)
+        if self.show is None:
+            slurm.write_record(store, record)
+            work = [self._bundle(folder, index, task, shape) for index, task in enumerate(tasks)]
+            record = record.model_copy(update={"job": self._call(record, values, work or [self.reduce])})
+            slurm.write_record(store, record)
+        else:
+            self.show(render(folder, python_command(), values, len(tasks)))
+        self.job_of.update({key: record.job or 0 for task in tasks for key in task.keys})
+        return record
 
-    def _bundle(self, record: SubmitRecord, index: int, task: Task, shape: Shape) -> SlurmBundle:
+    def _bundle(self, folder: Path, index: int, task: Task, shape: Shape) -> SlurmBundle:
         return SlurmBundle(
-            keys=task.keys, store=str(self._root), data=str(self.study.data_dir.absolute()), resources=shape.resources,
-            staging=shape.slurm.staging, requeue_limit=self.study.cluster.requeue_limit,
-            fence=str(jobs_dir(self.study.store, record) / f"{index}.fence"),
+            keys=task.keys, store=str(self.study.store.root.absolute()), data=str(self.study.data_dir.absolute()),
+            resources=shape.resources, staging=shape.slurm.staging, requeue_limit=self.study.cluster.requeue_limit,
+            token=str(folder / f"{index}.fence"),
         )  # fmt: skip
 
-    def _submit(self, record: SubmitRecord, shape: Shape, work: Sequence[SlurmBundle | ReduceJob]) -> int:
-        write_record(self.study.store, record)
-        folder, limit = jobs_dir(self.study.store, record), self.study.cluster.requeue_limit
-        executor = submitit.SlurmExecutor(folder, python=python_command())
-        executor.update_parameters(
-            **parameters(shape, folder=folder, name=record.job_name, requeue_limit=limit, after=record.after)
-        )
+    def _call(self, record: SubmitRecord, values: Mapping[str, Any], work: Sequence[Callable[[], object]]) -> int:
+        executor = submitit.SlurmExecutor(record.folder(self.study.store), python=python_command())
+        executor.update_parameters(**values)
         try:
             jobs = executor.submit_array(work)
         except FailedJobError as error:
-            self._take_back(record)
+            with contextlib.suppress(SlurmError):  # an sbatch that timed out may have succeeded all the same
+                slurm.cancel_cut_off(self.study.store, [record])
             said = str(error).strip().splitlines()[-1]
-            raise slurm.SlurmError(
-                f"sbatch refused {len(work)} jobs for partition {shape.slurm.partition}: {said}; mend the cluster file "
-                "and submit again, what was accepted before stays queued"
+            raise SlurmError(
+                f"sbatch refused {len(work)} jobs for partition {values.get('partition')}: {said}; mend the cluster "
+                "file and submit again, what was accepted before stays queued"
             ) from None
-        job = int(jobs[0].job_id.partition("_")[0])
-        done = record.model_copy(update={"job": job})
-        write_record(self.study.store, done)
-        self.records.append(done)
-        return job
-
-    def _take_back(self, record: SubmitRecord) -> None:
-        """An sbatch that timed out may have succeeded all the same."""
-        with contextlib.suppress(slurm.SlurmError):
-            slurm.cancel_by_name(record.job_name)
-            forget(self.study.store, record)
-
-    @property
-    def _root(self) -> Path:
-        return self.study.store.root.absolute()
+        return int(jobs[0].job_id.partition("_")[0])
 
 
-def arrays(tasks: Sequence[Task], shape_of: Callable[[Stage], str], max_size: int) -> Iterator[tuple[Task, ...]]:
+def arrays(tasks: Sequence[Task], cluster: Cluster, max_size: int) -> Iterator[tuple[Task, ...]]:
     """Tasks of one wave and shape together (`tasks_of` has put them side by side), at most `max_size` at a time."""
-    for _, group in itertools.groupby(tasks, key=lambda task: (task.wave, shape_of(task.stage))):
+    for _, group in itertools.groupby(tasks, key=lambda task: (task.wave, cluster.shape_key(task.stage))):
         together = tuple(group)
         for start in range(0, len(together), max_size):
             yield together[start : start + max_size]
 
 
-def dry_run(study: Study, plan: Plan, cost: CostModel, active: Collection[str], max_size: int) -> Iterator[str]:
-    """The exact scripts, in order, beside the `active` cells that wait or run already; ids of arrays to wait for,
-    which are not known before submission, read as 0."""
-    cluster = study.cluster
-    tasks = tasks_of(plan, cost, cluster.shape_key)
-    folder = check_path(study.store.grid_dir(study.grid.name), "the store") / "jobs" / "UID"
-    coming = {*active, *(key for task in tasks for key in task.keys)}
+def parameters(
+    shape: Shape, *, folder: Path, name: str, requeue_limit: int, after: Sequence[int] = ()
+) -> dict[str, Any]:
+    """For `submitit.SlurmExecutor.update_parameters`: one task per rank; logs in `folder`."""
+    wanted = shape.slurm
+    extra: dict[str, Any] = {"requeue": True, "output": "/dev/null"}  # the log is the script's own business
+    if wanted.reservation is not None:
+        extra["reservation"] = wanted.reservation
+    asked: dict[str, Any] = {
+        **{key: getattr(wanted, key) for key in ("partition", "account", "qos", "constraint", "exclude", "nodes",
+                                                "cpus_per_task", "signal_delay_s", "array_parallelism")},
+        "job_name": name,
+        "time": wanted.time_limit_min,
+        "ntasks_per_node": shape.tasks_per_node,
+        "gpus_per_node": wanted.gpus_per_node or None,
+        "mem": None if wanted.memory_gb is None else f"{int(wanted.memory_gb * 1024)}M",
+        "dependency": ":".join(["afterany", *map(str, after)]) if after else None,
+        "additional_parameters": extra,
+        "setup": setup_lines(shape, folder, requeue_limit),
+        # From SLURM 22.05 on srun no longer takes the CPUs per task from sbatch.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={wanted.cpus_per_task}"],
+        "stderr_to_stdout": True,
+    }  # fmt: skip
+    return {key: value for key, value in asked.items() if value is not None} | {"wckey": None}
 
-    def script(shape: Shape, num_elements: int, *, waits: bool) -> str:
-        name, after = f"dbscale-{study.grid.name}-UID", [0] if waits else []
-        values = parameters(shape, folder=folder, name=name, requeue_limit=cluster.requeue_limit, after=after)
-        return render(folder, values, num_elements)
 
-    for part in arrays(tasks, cluster.shape_key, max_size):
-        yield script(cluster.shape(part[0].stage), len(part), waits=any(task.parents & coming for task in part))
-    yield script(cluster.reducer_shape(), 1, waits=bool(coming))
+def setup_lines(shape: Shape, folder: Path, requeue_limit: int) -> list[str]:
+    """All that comes before `srun`; the cluster file's own lines may break in any way, so they come late."""
+    exports = {"PYTHONSAFEPATH": "1", **thread_environment(shape.resources)}
+    return [
+        *requeue_lines(requeue_limit),
+        "finish() {",
+        f'  [ "$1" -eq 0 ] || for _ in $(seq {DECIDE_TRIES}); do',
+        f"    requeue_unless_wished now && break; sleep {DECIDE_WAIT_S}",
+        "  done",
+        '  exit "$1"',
+        "}",
+        "trap 'finish $?' EXIT",
+        # Opened here, because SLURM gives up a job for good whose log's file system is read-only just then.
+        f'log={shlex.quote(str(folder))}/"${{job}}_0_log.out"',
+        f'for _ in $(seq {LOG_TRIES}); do {{ : >>"$log"; }} 2>/dev/null && break; sleep {LOG_WAIT_S}; done',
+        'exec >>"$log" 2>&1 || exit 74',
+        *(f"export {name}={value}" for name, value in exports.items()),
+        *shape.slurm.setup,
+        # An empty or relative entry is the folder the job was submitted from, whatever PYTHONSAFEPATH says.
+        """export PYTHONPATH=$(printf %s "${PYTHONPATH:-}" | tr : '\\n' | grep ^/ | paste -sd:)""",
+    ]
+
+
+def python_command() -> str:
+    return shlex.quote(sys.executable)
+
+
+def check_path(path: Path, what: str) -> None:
+    """Raises SlurmError where the absolute path holds characters that mean something to SLURM or a shell."""
+    absolute = str(path.absolute())
+    if not SAFE_PATH.fullmatch(absolute):
+        bad = sorted(set(SAFE_PATH.sub("", absolute)))
+        raise SlurmError(f"{what} {absolute!r} holds {bad}, which SLURM or a shell could misread; choose another")

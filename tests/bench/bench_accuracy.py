@@ -33,8 +33,7 @@ from torchvision import transforms
 from dbscale.data import load_manifest
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Recipe, Training
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from dbscale.training.models import timm_arguments
 from dbscale.training.run import run_cell

@@ -140,10 +140,10 @@ def collect(root: Path) -> None:
 def queue_everything(folder: Path) -> None:
     """Every submitted element waits in the fake queue."""
     from dbscale.study.store import Store
-    from launch.slurm.records import read_records
+    from launch.slurm.queue import read_records
 
     lines = [
-        f"{record.job}|{index}|PENDING||Priority"
+        f"{record.job}|{index}|PENDING"
         for record in read_records(Store(folder / "out"), "big")
         for index in range(max(1, len(record.elements)))
     ]

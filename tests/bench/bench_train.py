@@ -28,8 +28,7 @@ from train_peers import SETTINGS, Pace, Setting, bare, now, pace, synchronize, t
 from dbscale.data import load_manifest
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import Augment, Budget, Data, Optim, Recipe, Training
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from dbscale.training import run
 from dbscale.training.checkpoint import Checkpointer

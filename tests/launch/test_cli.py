@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,8 +14,7 @@ from typing import Any
 import pytest
 
 from launch.cli import main, make_parser
-from launch.options import study_of
-from launch.study import DEFAULT_GRID
+from launch.study import DEFAULT_GRID, study_of
 
 
 @pytest.fixture
@@ -78,12 +80,53 @@ def test_a_store_that_cannot_be_written_is_named(dbscale: Any, workplace: Any) -
     assert "cannot write to the store" in errors
 
 
-def test_a_damaged_file_in_the_store_is_named(dbscale: Any, workplace: Any, num_cells: int) -> None:
+@pytest.mark.parametrize("owner", ["a living pid", "another host and a start in the future"])
+def test_done_is_said_of_rows_alone(
+    dbscale: Any, workplace: Any, num_cells: int, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row was removed and its last attempt says running, of a process that will never finish it."""
     assert dbscale("submit", "--cluster", "inline")[0] == 0
-    (workplace.store.grid_dir("tiny") / "plan.json").write_text('{"grid": ')
-    code, _, errors = dbscale("status")
-    assert code == 1
-    assert "plan.json is not valid JSON" in errors
+    monkeypatch.setattr("launch.commands.submit.WAIT_FOR_OTHERS_S", 0.0)
+    store = workplace.store
+    key = next(key for key in workplace.done() if key.startswith("finetune"))
+    (store.cell_dir(key) / "row.json").unlink()
+    claims = {
+        "a living pid": {"pid": os.getppid(), "host": socket.gethostname(), "boot": None, "start": None},
+        "another host and a start in the future": {"host": "elsewhere", "started": time.time() + 1e6},
+    }
+    claim = store.last_attempt(key).model_copy(update={"status": "running", "ended": None, **claims[owner]})
+    store.write_attempt(key, claim)
+    (store.cell_dir(key) / "progress.json").unlink()  # or its last heartbeat counts for two minutes more
+    code, out, errors = dbscale("submit", "--cluster", "inline")
+    if owner == "a living pid":  # of an older version's attempt: nothing tells it from the run's own
+        assert code == 3
+        assert f"running: {key}: held by pid {os.getppid()}" in errors and "1 of 18 cells did not finish" in errors
+        assert "all" not in out.replace("nothing to start", "")
+        assert len(workplace.done()) == num_cells - 1
+    else:
+        assert code == 0
+        assert "all 18 cells are done" in out
+        assert len(workplace.done()) == num_cells
+
+
+def test_a_log_outside_the_store_is_not_shown(
+    dbscale: Any, workplace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dbscale("submit", "--cluster", "inline")[0] == 0
+    store, key = workplace.store, workplace.done()[0]
+    secret, inside = tmp_path / "secret", store.grid_dir("tiny") / "jobs" / "1_0_log.out"
+    secret.write_text("secret")
+    inside.parent.mkdir()
+    inside.write_text("=== start")
+    for log, code in ((secret, 1), (inside, 0), (inside.parent / "link", 1)):
+        if log.name == "link":
+            log.symlink_to(secret)
+        store.write_attempt(key, store.last_attempt(key).model_copy(update={"log": str(log)}))
+        assert main(["logs", key, "--store", str(store.root)]) == code
+        out, err = capsys.readouterr()
+        assert "secret" not in out
+        assert ("=== start" in out) is (code == 0)
+        assert ("which is not in the store" in err) is (code == 1)
 
 
 def test_plan_lists_what_a_grid_needs_and_writes_nothing(dbscale: Any, workplace: Any) -> None:

@@ -1,4 +1,4 @@
-"""Cluster files: shipped ones load, mistakes are named, stages override, workers are counted."""
+"""Cluster files: shipped ones load, mistakes are named, stages override; a plan is cut into tasks; workers are counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import pytest
 import yaml
 
 from dbscale.errors import ConfigError
-from launch.cluster import CONFIGS, Cluster, load_cluster
+from dbscale.strict import validate
+from dbscale.study.cost import CostModel
+from dbscale.study.grid import Grid, expand
+from dbscale.study.plan import Plan, make_plan
+from launch.cluster import CONFIGS, Cluster, load_cluster, tasks_of
 
 SLURM = {"executor": "slurm", "resources": {"num_processes": 4}, "slurm": {"nodes": 2, "gpus_per_node": 2}}
 
@@ -77,3 +81,38 @@ def test_auto_workers_are_at_least_one_and_at_most_the_cores() -> None:
     import os
 
     assert 1 <= load_cluster("local").num_workers() <= len(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def plan(workplace: Any) -> Plan:
+    grid = validate(Grid, yaml.safe_load((workplace.folder / "grid.yaml").read_text()), where="grid.yaml")
+    return make_plan(grid, expand(grid, {}), states={}, cost=CostModel(), target_s=1e9, workers=1)
+
+
+def test_one_shape_keeps_lineages_together(plan: Plan) -> None:
+    tasks = tasks_of(plan, CostModel(), load_cluster("local"))
+    assert [each.wave for each in tasks] == [1, 2]
+    assert [each.stage for each in tasks] == ["pretrain", "distill"], "the heaviest stage gives the resources"
+    assert not tasks[0].parents
+    assert sorted(tasks[1].parents) == sorted({cell.teacher.key for cell in plan.cells if cell.teacher})
+    for task, wave in zip(tasks, plan.waves, strict=True):
+        assert task.keys == tuple(cell.key for bundle in wave.bundles for cell in bundle.cells)
+        assert task.predicted_s == pytest.approx(sum(bundle.predicted_s for bundle in wave.bundles))
+
+
+def test_another_shape_for_finetunes_makes_tasks_of_their_own(plan: Plan) -> None:
+    tasks = tasks_of(plan, CostModel(), load_cluster("local", ["stages.finetune.resources.threads=2"]))
+    assert [each.stage for each in tasks] == ["pretrain", "finetune", "distill", "finetune"]
+    assert set(tasks[1].parents) == set(tasks[0].keys)
+
+
+def test_of_one_wave_what_others_build_on_starts_first_and_the_longest_first(workplace: Any) -> None:
+    grid = validate(Grid, yaml.safe_load((workplace.folder / "grid.yaml").read_text()), where="grid.yaml")
+    plan = make_plan(grid, expand(grid, {}), states={}, cost=CostModel(), target_s=1e-9)
+    tasks = tasks_of(plan, CostModel(), load_cluster("local", ["stages.finetune.resources.threads=2"]))
+    kinds = [(task.wave, task.stage) for task in tasks]
+    assert kinds == [(1, "pretrain")] * 4 + [(1, "finetune")] * 4 + [(2, "distill")] * 2 + [(2, "finetune")] * 2
+    for kind in set(kinds):
+        seconds = [task.predicted_s for task in tasks if (task.wave, task.stage) == kind]
+        assert seconds == sorted(seconds, reverse=True)
+    assert tasks[0].predicted_s > tasks[3].predicted_s, "two sizes of model"

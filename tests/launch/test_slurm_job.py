@@ -1,9 +1,8 @@
-"""Inside a SLURM job, without SLURM: identity, fencing, what is tried again and what is not, staging."""
+"""Inside a SLURM job, without SLURM: identity, fencing, what is tried again and what is not, who is requeued."""
 
 from __future__ import annotations
 
-import errno
-import shutil
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,81 +10,70 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
-import yaml
 
 from dbscale.errors import StoreError
-from dbscale.study.stop import StopRequest
-from dbscale.study.store import Store
-from launch.ranks import Rank
-from launch.slurm.ending import is_ending_unwanted
-from launch.slurm.fence import SUPERSEDED_EXIT, Claim, Fence
-from launch.slurm.identity import JobIdentity
-from launch.slurm.job import Patience, failed_in_this_job
-from launch.slurm.queue import parse_element, parse_ended
-from launch.staging import staged
-from launch.worker import Result, record_death
+from dbscale.study.resources import StopRequest
+from dbscale.study.store import Failure, Store
+from launch.slurm.job import (
+    OVERTAKEN_EXIT,
+    RETRY_EXIT,
+    CellRuns,
+    Fence,
+    JobIdentity,
+    failed_in_this_job,
+    requeue_lines,
+)
+from launch.worker import LOST_EXIT, Rank, Result, record_death
 
-TRAINING = {"budget": {"steps": 10}, "optim": {"lr": 1e-3}, "global_batch": 8, "precision": "fp32"}
-GRID = {
-    "question": "Does it work?", "upstream": {"dataset": "up", "num_samples": [16]}, "image_size": 32,
-    "models": {"h1": {"kind": "deit", "heads": 1, "head_width": 16, "depth": 2, "patch_size": 8}}, "seeds": [0],
-    "pretrain": TRAINING, "finetune": TRAINING,
-}  # fmt: skip
 JOB = JobIdentity("12_3", "17", 1)
 
 
 @pytest.fixture
-def patience(workplace: Any) -> Callable[..., Patience]:
-    first = Rank(0, 0, 1, 1)
-    return lambda rank=first: Patience(workplace.store, rank, StopRequest(), Claim(workplace.store, str(JOB)))
+def runs(workplace: Any) -> Callable[..., CellRuns]:
+    """Makes what runs the cells of job 12_3.1, as the given rank."""
+    store, first = workplace.store, Rank(0, 0, 1, 1)
+    return lambda rank=first: CellRuns(store, rank, StopRequest(), Fence(workplace.folder / "token", JOB, store))
 
 
-def test_a_job_knows_its_array_element_and_its_restart() -> None:
-    element = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "1"}
-    assert JobIdentity.of(element) == JOB
+def test_a_job_knows_its_array_element_and_its_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert str(JobIdentity.of_job()) == "17.0"
+    for name, value in (("ARRAY_JOB_ID", "12"), ("ARRAY_TASK_ID", "3"), ("RESTART_COUNT", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert JobIdentity.of_job() == JOB
     assert str(JOB) == "12_3.1"
-    assert str(JobIdentity.of({"SLURM_JOB_ID": "17"})) == "17.0"
 
 
-def test_lines_of_squeue_and_sacct() -> None:
-    element = parse_element("12|3|RUNNING|n1|None")
-    assert (element.array, element.index, element.running) == (12, 3, True)
-    assert parse_element("12|N/A|PENDING||Dependency|odd").index == 0
-    assert [(each.index, each.state) for each in parse_ended("12_3|CANCELLED by 0|0:15")] == [(3, "CANCELLED")]
-    assert parse_ended("12_[4-9]|PENDING|0:0") == []
+def fence(tmp_path: Path, restart: int) -> Fence:
+    return Fence(tmp_path / "f", JobIdentity("12_3", "17", restart), Store(tmp_path / "out"))
 
 
-def test_only_a_later_start_supersedes(tmp_path: Path) -> None:
-    first, second = Fence(tmp_path / "f", 0), Fence(tmp_path / "f", 1)
-    assert not first.superseded()
+def test_only_a_later_start_overtakes(tmp_path: Path) -> None:
+    first, second = fence(tmp_path, 0), fence(tmp_path, 1)
+    assert first.overtaken() is None
     first.raise_token()
+    assert (tmp_path / "f").read_text() == "0\n"
     second.raise_token()
-    assert first.superseded()
-    assert not second.superseded()
+    assert "superseded by a later start" in (first.overtaken() or "")
+    assert second.overtaken() is None
     (tmp_path / "f").write_text("half")
-    assert not first.superseded()
+    assert first.overtaken() is None, "what cannot be read says nothing"
 
 
-def test_a_superseded_process_ends_before_it_writes(tmp_path: Path) -> None:
-    Fence(tmp_path / "f", 1).raise_token()
+@pytest.mark.parametrize("action", ["check", "raise_token"])
+def test_an_overtaken_process_ends_before_it_writes(tmp_path: Path, action: str) -> None:
+    """Also one that was frozen before it could declare itself: it does not take the token back."""
+    fence(tmp_path, 1).raise_token()
     code = (
-        "import sys; from pathlib import Path; from launch.slurm.fence import Fence\n"
-        "Fence(Path(sys.argv[1]), 0).check(); Path(sys.argv[2]).touch()"
+        "import sys; from pathlib import Path; from tests.launch.test_slurm_job import fence\n"
+        f"fence(Path(sys.argv[1]), 0).{action}(); (Path(sys.argv[1]) / 'x').touch()"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "f"), str(tmp_path / "x")], check=False)
-    assert run.returncode == SUPERSEDED_EXIT
-    assert not (tmp_path / "x").exists()
-
-
-def test_a_process_frozen_before_it_spoke_does_not_take_the_token_back(tmp_path: Path) -> None:
-    Fence(tmp_path / "f", 1).raise_token()
-    code = "import sys; from pathlib import Path; from launch.slurm.fence import Fence\n"
-    code += "Fence(Path(sys.argv[1]), 0).raise_token()"
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "f")], check=False)
-    assert run.returncode == SUPERSEDED_EXIT
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, cwd=Path(__file__).parents[2])
+    assert run.returncode == OVERTAKEN_EXIT
     assert (tmp_path / "f").read_text() == "1\n"
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -97,47 +85,58 @@ def test_a_claim_is_lost_to_whoever_opened_a_later_attempt(
     workplace: Any, inline_cell: str, signed: list[str | None], lost: bool
 ) -> None:
     """After `cancel` and a new submit a cell is another job's, whatever a cut-off node still runs."""
-    store, claim = workplace.store, Claim(workplace.store, str(JOB), inline_cell)
+    store = workplace.store
     for job in signed:
         record_death(store, inline_cell, "killed", "log")
         store.write_attempt(inline_cell, store.last_attempt(inline_cell).model_copy(update={"job": job}))
-    assert claim.lost() is lost
-    assert not Claim(store, str(JOB)).lost()
+    claim = Fence(workplace.folder / "f", JOB, store, inline_cell)
+    assert (claim.overtaken() is not None) is lost
+    assert Fence(workplace.folder / "f", JOB, store).overtaken() is None
+    last = store.cell_dir(inline_cell) / "attempts" / f"{store.last_attempt(inline_cell).number}.json"
+    last.write_text("")
+    assert claim.overtaken() is None, "what cannot be read says nothing"
 
 
 def test_a_cell_that_an_older_process_holds_is_waited_for(
-    patience: Callable[..., Patience], monkeypatch: pytest.MonkeyPatch
+    runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launch.slurm.job.BUSY_WAIT_S", 0.0)
     answers = ["busy", "busy", "done"]
-    assert patience().run(lambda key: Result(key, answers.pop(0)), "a").status == "done"
+    assert runs().run(lambda key: Result(key, answers.pop(0)), "a").status == "done"
+    assert not answers
 
 
 @pytest.mark.parametrize(
-    "reason",
-    ["cannot write x: No space left on device", "OSError: [Errno 30] Read-only file system: 'x'",
-     "RuntimeError: [gloo] Connection closed by peer", "DistBackendError: NCCL error"],
+    ("failure", "world_size", "ends"),
+    [(Failure.CONNECTION, 1, RETRY_EXIT), (Failure.CONNECTION, 2, RETRY_EXIT), (Failure.STORAGE, 2, RETRY_EXIT),
+     (Failure.CELL, 1, None), (Failure.MEMORY, 1, None), (Failure.CELL, 2, LOST_EXIT), (Failure.MEMORY, 2, LOST_EXIT)],
 )  # fmt: skip
-def test_a_failing_machine_ends_the_job_to_be_requeued(patience: Callable[..., Patience], reason: str) -> None:
+def test_the_kind_of_a_failure_decides_whether_the_job_ends(
+    runs: Callable[..., CellRuns], failure: Failure, world_size: int, ends: int | None
+) -> None:
+    """The machine's fault is for another start; a cell's own for people, and costs the others of the bundle nothing."""
+    cell = runs(Rank(0, 0, world_size, world_size))
+    answer = Result("a", "failed", "No space left on device, says a message that nobody parses", failure)
+    if ends is None:
+        assert cell.run(lambda key: answer, "a") is answer
+        return
     with pytest.raises(SystemExit) as ended:
-        patience().run(lambda key: Result(key, "failed", reason), "a")
-    assert ended.value.code != 0
-
-
-def test_a_failing_cell_is_left_to_people(patience: Callable[..., Patience]) -> None:
-    assert patience().run(lambda key: Result(key, "failed", "loss is not finite at step 7"), "a").status == "failed"
+        cell.run(lambda key: answer, "a")
+    assert ended.value.code == ends
 
 
 def test_what_failed_in_an_earlier_start_of_the_job_is_not_tried_again(workplace: Any, inline_cell: str) -> None:
     store = workplace.store
     assert not failed_in_this_job(store, inline_cell, JOB)
-    for reason, job, expected in (
-        ("loss is not finite", "12_3.0", True),
-        ("loss is not finite", "12_4.0", False),
-        ("loss is not finite", None, False),
-        ("cannot write x: No space left on device", "12_3.0", False),
+    for failure, job, expected in (
+        (Failure.CELL, "12_3.0", True),
+        (Failure.MEMORY, "12_3.0", True),
+        (Failure.CELL, "12_4.0", False),
+        (Failure.CELL, None, False),
+        (Failure.STORAGE, "12_3.0", False),
+        (Failure.CONNECTION, "12_3.0", False),
     ):
-        record_death(store, inline_cell, reason, "log")
+        record_death(store, inline_cell, "why", "log", failure)
         attempt = store.last_attempt(inline_cell)
         store.write_attempt(inline_cell, attempt.model_copy(update={"job": job}))
         assert failed_in_this_job(store, inline_cell, JOB) is expected
@@ -145,14 +144,15 @@ def test_what_failed_in_an_earlier_start_of_the_job_is_not_tried_again(workplace
 
 
 def test_a_rank_that_fails_alone_records_why_and_ends_the_job(
-    workplace: Any, inline_cell: str, patience: Callable[..., Patience], monkeypatch: pytest.MonkeyPatch
+    workplace: Any, inline_cell: str, runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launch.slurm.job.RECORD_WAIT_S", 0.0)
-    monkeypatch.setattr("launch.slurm.job.job_log", lambda: "the log")
-    with pytest.raises(SystemExit):
-        patience(Rank(1, 1, 2, 2)).run(lambda key: Result(key, "failed", "out of memory"), inline_cell)
+    monkeypatch.setattr("launch.worker.job_log", lambda: "the log")
+    with pytest.raises(SystemExit) as ended:
+        runs(Rank(1, 1, 2, 2)).run(lambda key: Result(key, "failed", "no memory", Failure.MEMORY), inline_cell)
+    assert ended.value.code == LOST_EXIT
     attempt = workplace.store.last_attempt(inline_cell)
-    assert (attempt.status, attempt.reason) == ("failed", "rank 1: out of memory")
+    assert (attempt.status, attempt.reason, attempt.failure) == ("failed", "rank 1: no memory", Failure.MEMORY)
 
 
 @pytest.fixture
@@ -165,112 +165,61 @@ def inline_cell(workplace: Any, fakes: ModuleType) -> str:
     return next(path.name for path in workplace.store.root.glob("cells/pretrain-*"))
 
 
-@pytest.fixture
-def packed(tmp_path: Path) -> tuple[Store, Path, list[str]]:
-    """A store with the finetunes of a grid of digits, really packed: (store, data folder, keys)."""
-    from launch.study import load_study
-    from shards.pack import ensure_packed
-
-    grid = {**GRID, "datasets": {"up": {"source": "digits", "image_size": 32}}, "name": "digits", "students": ["h1"],
-            "downstream": [{"dataset": "up", "num_samples": [10, 20]}], "teachers": {}, "arms": ["plain"]}  # fmt: skip
-    (tmp_path / "digits.yaml").write_text(yaml.safe_dump(grid))
-    store, data = tmp_path / "store", tmp_path / "packed"
-    ensure_packed("up", grid["datasets"]["up"], data, progress=False)
-    study = load_study(grid=tmp_path / "digits.yaml", cluster="inline", store=store, data=data)
-    cells = [point.cell for point in study.points()]
-    for cell in cells:
-        study.store.write_spec(cell.spec())
-    return study.store, data, [cell.key for cell in cells]
-
-
-def test_a_staged_bundle_reads_the_same_images_from_the_nodes_disk(
-    packed: tuple[Store, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dbscale.data import open_dataset
-
-    store, data, keys = packed
-    with staged(keys, store, data, None, StopRequest()) as folder:
-        assert folder == data
-    monkeypatch.setenv("NODE_DISK", str(tmp_path / "node disk"))
-    there = open_dataset(data / "shards" / "up").subset(20)
-    expected = there.dataset.reader.fetch(there.indices)[0]
-    with staged(keys, store, data, "$NODE_DISK/x", StopRequest()) as folder:
-        assert tmp_path / "node disk" in folder.parents
-        data.rename(tmp_path / "away")
-        for split, count in (("train", 20), ("test", None)):
-            subset = open_dataset(folder / "shards" / "up", split).subset(count)
-            found = subset.dataset.reader.fetch(subset.indices)[0]
-            assert len(found) == len(subset.indices)
-            assert split == "test" or np.array_equal(found, expected)
-        assert open_dataset(folder / "shards" / "up").fingerprint == there.dataset.fingerprint
-    assert list((tmp_path / "node disk/x/dbscale").iterdir()) == []
-
-
-def test_a_job_that_comes_back_finds_its_copies(packed: tuple[Store, Path, list[str]], tmp_path: Path) -> None:
-    store, data, keys = packed
-    stop = StopRequest()
-    with staged(keys, store, data, str(tmp_path / "node"), stop):
-        stop.ask("SIGUSR2")
-    (copy,) = (tmp_path / "node/dbscale").glob("up-*")
-    stamps = {path: path.stat().st_mtime_ns for path in copy.glob("*.tar")}
-    with staged(keys, store, data, str(tmp_path / "node"), StopRequest()) as folder:
-        assert (folder / "shards/up").resolve() == copy
-        assert {path: path.stat().st_mtime_ns for path in copy.glob("*.tar")} == stamps
-    assert list((tmp_path / "node/dbscale").iterdir()) == []
-
-
-@pytest.mark.parametrize("fault", ["full disk", "no such variable"])
-def test_what_cannot_be_staged_is_read_where_it_is(
-    packed: tuple[Store, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], fault: str,
-) -> None:  # fmt: skip
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    store, data, keys = packed
-    place = str(tmp_path / "node")
-    if fault == "full disk":
-        monkeypatch.setattr(shutil, "copyfileobj", full)
-    else:
-        place = "$NO_SUCH_DISK/x"
-    with staged(keys, store, data, place, StopRequest()) as folder:
-        assert folder == data
-    said = capsys.readouterr().err
-    expected = "the disk is full" if fault == "full disk" else "a variable that is not set in the job's environment"
-    assert expected in said and f"reading {data / 'shards'}" in said
-    assert not list(tmp_path.glob("node/dbscale/*"))
-
-
-def test_a_store_that_refuses_is_waited_for(
-    workplace: Any, patience: Callable[..., Patience], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_refuses_is_waited_for(runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.slurm.job.PROBE_INTERVAL_S", 0.0)
-    tries: list[str] = []
+    answers = [Result("a", "failed", "full", Failure.STORAGE), Result("a", "done")]
     wrote: list[Path] = []
 
-    def run(key: str) -> Result:
-        tries.append(key)
-        if len(tries) == 1:
-            raise StoreError(f"cannot write {key}: No space left on device")
-        return Result(key, "done")
-
-    def probe(folder: Path) -> None:
-        wrote.append(folder)
+    def write(path: Path, data: bytes) -> None:
+        wrote.append(path.parent)
         if len(wrote) < 3:
             raise StoreError("cannot write: Read-only file system")
 
-    monkeypatch.setattr("launch.slurm.job.probe", probe)
-    assert patience().run(run, "a").status == "done"
-    assert (len(tries), len(wrote)) == (2, 3)
+    monkeypatch.setattr("launch.slurm.job.write_atomic", write)
+    cell = runs()
+    assert cell.run(lambda key: answers.pop(0), "a").status == "done"
+    assert wrote == [cell.store.cell_dir("a")] * 3
+
+
+def decide(slurm: Path, said: str, when: str, restart: int = 1, limit: int = 3) -> tuple[int, bool]:
+    """The answer of `requeue_unless_wished` when squeue says `said`, and whether it requeued element 12_3."""
+    (slurm / "queue").write_text(f"{said}\n")
+    (slurm / "calls").unlink(missing_ok=True)
+    job = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "12",
+           "SLURM_RESTART_COUNT": str(restart)}  # fmt: skip
+    script = "\n".join([*requeue_lines(limit), f"requeue_unless_wished {when}"])
+    code = subprocess.run(["bash", "-c", script], env={**os.environ, **job}, check=False).returncode
+    calls = (slurm / "calls").read_text() if (slurm / "calls").exists() else ""
+    assert calls.count("squeue") == (restart < limit)
+    return code, "scontrol requeue 12_3\n" in calls
 
 
 @pytest.mark.parametrize(
-    ("said", "unwanted"),
-    [("COMPLETING|TimeLimit", True), ("FAILED|JobLaunchFailure", True), ("COMPLETING|NonZeroExitCode", True),
-     ("RUNNING|None", False), ("COMPLETING|None", False), ("CANCELLED|None", False), ("PENDING|BeginTime", False)],
-)  # fmt: skip
-def test_what_slurm_ends_for_reasons_of_its_own_is_told_from_a_wish(
-    said: str, unwanted: bool, monkeypatch: pytest.MonkeyPatch
+    ("said", "now", "later"),
+    [
+        ("1 RUNNING None", (0, True), (2, False)),
+        ("1 COMPLETING TimeLimit", (0, True), (0, True)),
+        ("1 COMPLETING NonZeroExitCode", (0, True), (0, True)),
+        ("1 FAILED RaisedSignal:53(Real-time_signal_19)", (0, True), (0, True)),
+        ("1 FAILED JobLaunchFailure", (0, True), (0, True)),
+        ("1 COMPLETING None", (0, False), (1, False)),
+        ("1 CANCELLED None", (0, False), (0, False)),
+        ("1 PREEMPTED None", (0, False), (0, False)),
+        ("1 PENDING BeginTime", (0, False), (0, False)),
+        ("2 RUNNING None", (0, False), (0, False)),
+        ("2 COMPLETING TimeLimit", (0, False), (0, False)),
+    ],
+)
+def test_one_place_decides_whether_a_job_starts_again(
+    slurm: Path, said: str, now: tuple[int, bool], later: tuple[int, bool]
 ) -> None:
-    monkeypatch.setattr("launch.slurm.ending.call", lambda command: said + "\n")
-    assert is_ending_unwanted(JOB) is unwanted
+    """By what SLURM says of restarts, state and reason; what somebody wished, or has done already, is left alone."""
+    assert decide(slurm, said, "now") == now
+    assert decide(slurm, said, "later") == later
+
+
+def test_the_limit_of_restarts_and_a_silent_slurm_decide_too(slurm: Path) -> None:
+    assert decide(slurm, "3 RUNNING None", "now", restart=3) == (0, False)
+    assert decide(slurm, "2 RUNNING None", "now", restart=2) == (0, True)
+    (slurm / "broken").touch()
+    assert decide(slurm, "1 RUNNING None", "now") == (1, False), "to be asked again"

@@ -1,19 +1,42 @@
-"""A bundle in one process: every cell gets its turn, blocked ones a second, and a stop is obeyed."""
+"""A bundle in one process: every cell gets its turn, blocked ones a second, a stop is obeyed; ranks, signals, staging."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
-from launch.ranks import Rank, port_of_job, rank_environment, thread_environment
-from launch.signals import ProcessMark, stop_on_signals, watch_processes
-from launch.worker import LOST_EXIT, Result, end_with_peers, work_through
+from dbscale.files import ProcessMark
+from dbscale.study.resources import Resources, StopRequest
+from dbscale.study.store import Store
+from launch.worker import (
+    LOST_EXIT,
+    Rank,
+    Result,
+    end_with_peers,
+    port_of_job,
+    staged,
+    stop_on_signals,
+    stop_without,
+    thread_environment,
+    watch,
+    work_through,
+)
+
+TRAINING = {"budget": {"steps": 10}, "optim": {"lr": 1e-3}, "global_batch": 8, "precision": "fp32"}
+GRID = {
+    "question": "Does it work?", "upstream": {"dataset": "up", "num_samples": [16]}, "image_size": 32,
+    "models": {"h1": {"kind": "deit", "heads": 1, "head_width": 16, "depth": 2, "patch_size": 8}}, "seeds": [0],
+    "pretrain": TRAINING, "finetune": TRAINING,
+}  # fmt: skip
 
 
 def runner(statuses: dict[str, list[str]]) -> Callable[[str], Result]:
@@ -70,32 +93,27 @@ def test_the_death_of_a_watched_process_asks_to_stop(wait_until: Callable[..., N
 
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     stop = StopRequest()
-    watch_processes(stop, (ProcessMark.of(child.pid),), interval_s=0.01)
+    watch(stop_without(stop, ProcessMark.of(), ProcessMark.of(child.pid)), interval_s=0.01)
     assert not stop.requested
     child.kill()
     wait_until(lambda: stop.requested, 10)
     child.communicate()
 
 
-def test_another_process_with_the_same_pid_is_not_the_one_marked() -> None:
-    mine = ProcessMark.of()
-    assert mine.alive
-    assert not ProcessMark(mine.pid, mine.started - 100).alive
-
-
-def test_ranks_come_from_slurm_or_from_submitit_or_are_one() -> None:
+def test_ranks_are_those_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "5",
              "SLURM_LOCALID": "1"}  # fmt: skip
-    assert Rank.of(slurm) == Rank(5, 1, 8, 4)
     local = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1",
              "SUBMITIT_LOCAL_LOCALID": "1"}  # fmt: skip
-    assert Rank.of(local) == Rank(1, 1, 2, 2)
-    assert Rank.of({}) == Rank(0, 0, 1, 1)
+    for environment, rank in ((slurm, Rank(5, 1, 8, 4)), (local, Rank(1, 1, 2, 2))):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert Rank.of_job() == rank
 
 
 def test_a_lone_process_meets_nobody_and_each_restart_meets_elsewhere() -> None:
-    assert rank_environment(Rank(0, 0, 1, 1), master="h", port=1) == {}
-    told = rank_environment(Rank(3, 1, 4, 2), master="node1", port=29500)
+    assert Rank(0, 0, 1, 1).environment(master="h", port=1) == {}
+    told = Rank(3, 1, 4, 2).environment(master="node1", port=29500)
     assert (told["RANK"], told["LOCAL_RANK"], told["WORLD_SIZE"]) == ("3", "1", "4")
     assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("node1", "29500")
     ports = [port_of_job("1234", restart) for restart in range(20)]
@@ -106,3 +124,79 @@ def test_a_lone_process_meets_nobody_and_each_restart_meets_elsewhere() -> None:
 def test_threads_reach_the_math_libraries() -> None:
     assert thread_environment(Resources(threads=3))["OMP_NUM_THREADS"] == "3"
     assert thread_environment(Resources()) == {}
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> tuple[Store, Path, list[str]]:
+    """A store with the finetunes of a grid of digits, really packed: (store, data folder, keys)."""
+    from launch.study import load_study
+    from shards.pack import ensure_packed
+
+    grid = {**GRID, "datasets": {"up": {"source": "digits", "image_size": 32}}, "name": "digits", "students": ["h1"],
+            "downstream": [{"dataset": "up", "num_samples": [10, 20]}], "teachers": {}, "arms": ["plain"]}  # fmt: skip
+    (tmp_path / "digits.yaml").write_text(yaml.safe_dump(grid))
+    store, data = tmp_path / "store", tmp_path / "packed"
+    ensure_packed("up", grid["datasets"]["up"], data, progress=False)
+    study = load_study(grid=tmp_path / "digits.yaml", cluster="inline", store=store, data=data)
+    cells = [point.cell for point in study.points()]
+    for cell in cells:
+        study.store.write_spec(cell.spec())
+    return study.store, data, [cell.key for cell in cells]
+
+
+def test_a_staged_bundle_reads_the_same_images_from_the_nodes_disk(
+    packed: tuple[Store, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dbscale.data import open_dataset
+
+    store, data, keys = packed
+    with staged(keys, store, data, None, StopRequest()) as folder:
+        assert folder == data
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "node disk"))
+    there = open_dataset(data / "shards" / "up").subset(20)
+    expected = there.dataset.reader.fetch(there.indices)[0]
+    with staged(keys, store, data, "$NODE_DISK/x", StopRequest()) as folder:
+        assert tmp_path / "node disk" in folder.parents
+        data.rename(tmp_path / "away")
+        for split, count in (("train", 20), ("test", None)):
+            subset = open_dataset(folder / "shards" / "up", split).subset(count)
+            found = subset.dataset.reader.fetch(subset.indices)[0]
+            assert len(found) == len(subset.indices)
+            assert split == "test" or np.array_equal(found, expected)
+        assert open_dataset(folder / "shards" / "up").fingerprint == there.dataset.fingerprint
+    assert list((tmp_path / "node disk/x/dbscale").iterdir()) == []
+
+
+def test_a_job_that_comes_back_finds_its_copies(packed: tuple[Store, Path, list[str]], tmp_path: Path) -> None:
+    store, data, keys = packed
+    stop = StopRequest()
+    with staged(keys, store, data, str(tmp_path / "node"), stop):
+        stop.ask("SIGUSR2")
+    (copy,) = (tmp_path / "node/dbscale").glob("up-*")
+    stamps = {path: path.stat().st_mtime_ns for path in copy.glob("*.tar")}
+    with staged(keys, store, data, str(tmp_path / "node"), StopRequest()) as folder:
+        assert (folder / "shards/up").resolve() == copy
+        assert {path: path.stat().st_mtime_ns for path in copy.glob("*.tar")} == stamps
+    assert list((tmp_path / "node/dbscale").iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["full disk", "no such variable"])
+def test_what_cannot_be_staged_is_read_where_it_is(
+    packed: tuple[Store, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], fault: str,
+) -> None:  # fmt: skip
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store, data, keys = packed
+    place = str(tmp_path / "node")
+    if fault == "full disk":
+        monkeypatch.setattr(shutil, "copyfileobj", full)
+    else:
+        place = "$NO_SUCH_DISK/x"
+    with staged(keys, store, data, place, StopRequest()) as folder:
+        assert folder == data
+    said = capsys.readouterr().err
+    expected = "the disk is full" if fault == "full disk" else "a variable that is not set in the job's environment"
+    assert expected in said and f"reading {data / 'shards'}" in said
+    assert not list(tmp_path.glob("node/dbscale/*"))

@@ -17,8 +17,7 @@ from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, Point, expand
 from dbscale.study.plan import PlanRecord, make_plan, record, write_plan
 from dbscale.study.recipe import DeiT
-from dbscale.study.row import Row, Timing, Upstream
-from dbscale.study.store import Attempt, Store
+from dbscale.study.store import Attempt, Row, Store, Timing, Upstream
 
 BOUNDARY = 8000.0
 MODELS = {

@@ -1,15 +1,35 @@
-"""The cost model against published sizes, and the figures that the paper grids state in their headers."""
+"""The cost model against published sizes and the headers of the paper's grids; calibration by a probe and by rows."""
 
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from dbscale.study.cost import DEVICES, CostModel, forward_flops, num_params
-from dbscale.study.grid import expand, load_grid, merged_cells
+from dbscale.errors import FileError
+from dbscale.study.cell import Cell
+from dbscale.study.cost import (
+    DEVICES,
+    Calibration,
+    CostModel,
+    Device,
+    duration,
+    fit_step_times,
+    forward_flops,
+    num_params,
+    read_calibration,
+    step_flops,
+    write_calibration,
+)
+from dbscale.study.grid import Grid, expand, load_grid, merged_cells
 from dbscale.study.recipe import DeiT
+from dbscale.study.store import Store
 
 PAPER = Path(__file__).parents[2] / "configs" / "grids" / "paper"
 GPU_COST = CostModel(DEVICES["h100"], cell_overhead_s=20.0)
@@ -35,3 +55,101 @@ def test_paper_grids_state_their_cost(path: Path) -> None:
     cells = merged_cells(expand(load_grid(path), {}))
     hours = sum(map(GPU_COST.seconds, cells)) / 3600
     assert float(stated[1].replace(",", "")) == pytest.approx(hours, rel=0.02, abs=0.6)
+
+
+POSITIVE = st.floats(0.1, 10.0)
+on_any_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@on_any_machine
+@given(POSITIVE, POSITIVE, st.lists(st.integers(1, 1000), min_size=2, max_size=6, unique=True))
+def test_speed_and_overhead_are_found_again(speed: float, overhead: float, sizes: list[int]) -> None:
+    speed, overhead = speed * 1e9, overhead * 1e-3
+    flops = [size * 1e7 for size in sizes]
+    found = fit_step_times([(each, each / speed + overhead) for each in flops])
+    assert found == pytest.approx((speed, overhead), rel=1e-3)
+
+
+@on_any_machine
+@given(st.lists(st.tuples(st.floats(1e6, 1e12), st.floats(1e-4, 10)), min_size=1, max_size=6))
+def test_whatever_was_measured_predicts_positive_finite_times(measured: list[tuple[float, float]]) -> None:
+    speed, overhead = fit_step_times(measured)
+    assert 0 < speed < float("inf") and 0 <= overhead < float("inf")
+
+
+def test_one_size_is_met_exactly() -> None:
+    speed, overhead = fit_step_times([(2e9, 0.5)])
+    assert 2e9 / speed + overhead == pytest.approx(0.5)
+
+
+def calibration(**changes: Any) -> Calibration:
+    known = {"host": socket.gethostname(), "device": "cpu", "created": 0.0, "flops_per_s": 1e9}
+    return Calibration(**{**known, "step_overhead_s": 0.01, "cell_overhead_s": 2.0, **changes})
+
+
+def test_a_probe_replaces_what_is_assumed(grid: Grid) -> None:
+    cell = merged_cells(expand(grid, {}))[0]
+    cost = CostModel().probed(calibration(stage_scale={"pretrain": 2.0}))
+    steps = cell.recipe.num_steps * (step_flops(cell) / 1e9 + 0.01)
+    assert cost.seconds(cell) == pytest.approx(2 * (steps + 2.0))
+
+
+def test_it_speaks_of_this_cpu_and_of_any_gpu_of_its_kind() -> None:
+    assert calibration().fits("cpu") and not calibration().fits("h100")
+    assert not calibration(host="elsewhere").fits("cpu")
+    assert calibration(host="elsewhere", device="h100").fits("h100")
+
+
+def test_it_is_kept_in_the_store(tmp_path: Any) -> None:
+    store = Store(tmp_path)
+    assert read_calibration(store) is None
+    write_calibration(store, calibration())
+    assert read_calibration(store) == calibration()
+
+
+def rows_of(cells: list[Cell], base: CostModel, times: list[float]) -> list[Any]:
+    """Rows that took `times` as long as `base` predicts."""
+    seconds = [factor * base.seconds(cell) for cell, factor in zip(cells, times, strict=True)]
+    rows = [SimpleNamespace(timing=SimpleNamespace(device_time_s=each)) for each in seconds]
+    return list(zip(cells, rows, strict=True))
+
+
+def test_rows_scale_each_stage_by_its_own_median(grid: Grid) -> None:
+    """One cell on a machine that others used as well must not stretch the plan: not the mean."""
+    cells, base = merged_cells(expand(grid, {})), CostModel()
+    of = {
+        stage: [cell for cell in cells if cell.recipe.stage == stage] for stage in ("pretrain", "distill", "finetune")
+    }
+    slow, quick = rows_of(of["pretrain"][:3], base, [1.0, 2.0, 12.0]), rows_of(of["finetune"][:1], base, [0.5])
+    found = base.calibrated([*slow, *quick])
+    for stage, factor in (("pretrain", 2.0), ("finetune", 0.5), ("distill", 1.5)):
+        # Of distill nothing was measured: the median over all, of .5, 1, 2 and 12.
+        assert found.seconds(of[stage][0]) == pytest.approx(factor * base.seconds(of[stage][0]))
+    # Calibrating again by the same rows changes nothing.
+    again = found.calibrated([*slow, *quick])
+    assert all(again.seconds(cell) == pytest.approx(found.seconds(cell)) for cell in (*of["pretrain"], *of["finetune"]))
+    assert base.calibrated([]) is base
+
+
+def test_seconds_are_steps_and_overheads(grid: Grid) -> None:
+    cell = next(each for each in merged_cells(expand(grid, {})) if each.recipe.stage == "distill")
+    cost = CostModel(Device("d", 1e9, 0.5, 0.02), cell_overhead_s=3.0)
+    assert cell.recipe.num_steps == 10
+    assert cost.seconds(cell) == pytest.approx(10 * (step_flops(cell) / 0.5e9 + 0.02) + 3.0)
+    student, teacher = (forward_flops(each.recipe.model, 32) for each in (cell, cell.teacher) if each)
+    assert step_flops(cell) == pytest.approx(8 * (3 * student + teacher)), "a batch of 8, the teacher's forward too"
+
+
+def test_a_damaged_calibration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "calibration.json").write_text('{"host": "h"}')
+    with pytest.raises(FileError, match=r"calibration\.json is damaged"):
+        read_calibration(Store(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (172799, "48.0 h"),
+     (172800, "2.0 days")],
+)  # fmt: skip
+def test_durations_as_people_read_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dbscale.errors import ConfigError
@@ -97,6 +97,7 @@ def test_draws_have_labels_head_and_order_of_their_own_and_alike_in_both_arms(gr
     assert len({next(iter(found)) for found in streams.values()}) == 2 * 3
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**20)),
     st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**20)),

@@ -21,8 +21,7 @@ import torch
 from dbscale.data import load_manifest
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import Augment, Budget, Data, DeiT, Distill, Optim, Recipe, Training
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from dbscale.training import results, run
 from dbscale.training.loop import Run

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
-from dbscale.study.resources import Resources  # noqa: E402
-from dbscale.study.stop import StopRequest  # noqa: E402
+from dbscale.study.resources import Resources, StopRequest  # noqa: E402
 from dbscale.study.store import Store  # noqa: E402
 from dbscale.training import checkpoint, loop, run  # noqa: E402
 from dbscale.training import evaluate as evaluation  # noqa: E402

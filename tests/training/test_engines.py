@@ -210,7 +210,7 @@ def _launch(bench, data_dir, config, world_size):
     root = Path(__file__).resolve().parents[2]
     cell = bench.cell()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", f"configs/accelerate/{config}.yaml", "launch/train.py", "--cell", cell.key]
+    command += ["--config_file", f"configs/accelerate/{config}.yaml", "-m", "launch.cli", "run", cell.key]
     command += ["--store", str(bench.store.root), "--data", str(data_dir)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -9,8 +9,7 @@ import torch
 
 from dbscale.study.recipe import Attention as AttentionSettings
 from dbscale.study.recipe import Budget, DeiT, Distill, Optim, TimmModel
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.training import loop
 
 EVERY_STEP = Resources(zero_stage=None, threads=1, checkpoint_interval_s=1e-9, checkpoint_stall_share=1e9)
@@ -116,7 +115,7 @@ def test_another_dataset_under_the_same_name_is_refused(bench):
 
 
 def test_missing_dataset_names_the_folder(bench, tmp_path):
-    from dbscale.study.stop import StopRequest
+    from dbscale.study.resources import StopRequest
     from dbscale.training.run import run_cell
 
     cell = bench.cell()
@@ -127,7 +126,7 @@ def test_missing_dataset_names_the_folder(bench, tmp_path):
 
 
 def test_unknown_cell(bench):
-    from dbscale.study.stop import StopRequest
+    from dbscale.study.resources import StopRequest
     from dbscale.training.run import run_cell
 
     outcome = run_cell(

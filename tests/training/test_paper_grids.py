@@ -16,8 +16,7 @@ from PIL import Image
 from dbscale.data import load_manifest
 from dbscale.data.order import Stream
 from dbscale.study.grid import Grid, datasets_in_use, expand, load_grid, merged_cells
-from dbscale.study.resources import Resources
-from dbscale.study.stop import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from dbscale.training.accelerators import make_batching
 from dbscale.training.run import run_cell

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import types
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -26,6 +26,7 @@ class Outcome:
     status: str
     reason: str | None
     row: object | None
+    failure: str | None = None
 
 
 def behaviour(store) -> dict:
@@ -41,7 +42,8 @@ def behaviour(store) -> dict:
 
 
 def run_cell(store, key, *, data_dir, resources, stop, job=None, log=None):
-    from dbscale.study.store import Attempt
+    from dbscale.files import ProcessMark
+    from dbscale.study.store import Attempt, Failure
 
     (store.cell_dir(key)).mkdir(parents=True, exist_ok=True)
     with (store.cell_dir(key) / ".lock").open("w") as lock:
@@ -56,17 +58,17 @@ def run_cell(store, key, *, data_dir, resources, stop, job=None, log=None):
         attempt = Attempt(
             number=number,
             status="running",
-            host=socket.gethostname(),
-            pid=os.getpid(),
+            **asdict(ProcessMark.of()),
             started=time.time(),
             job=job,
             log=log,
         )
         store.write_attempt(key, attempt)
         status, reason = train(store, key, stop)
-        closed = {"status": status, "reason": reason, "ended": time.time()}
+        failure = Failure.CELL if status == "failed" else None
+        closed = {"status": status, "reason": reason, "failure": failure, "ended": time.time()}
         store.write_attempt(key, attempt.model_copy(update=closed))
-        return Outcome(status, reason, store.read_row(key))
+        return Outcome(status, reason, store.read_row(key), failure)
 
 
 def train(store, key, stop):
@@ -100,7 +102,7 @@ def train(store, key, stop):
 
 
 def make_row(store, spec):
-    from dbscale.study.row import Row, Timing
+    from dbscale.study.store import Row, Timing
 
     recipe = spec.recipe
     stages = {"distill": "distilled", "pretrain": "plain"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dbscale.study.calibration import read_calibration
+from dbscale.study.cost import read_calibration
 from dbscale.study.store import Store
 from launch.cli import main
 from launch.study import base_cost, load_study, plan_study

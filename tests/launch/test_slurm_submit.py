@@ -1,11 +1,15 @@
-"""What goes to SLURM, against stand-ins for its commands: scripts, arrays, records, and a second `make grid`."""
+"""What goes to SLURM, against stand-ins for its commands: arrays, records, a second `make grid`; and the batch script as
+a shell sees it: quoting, its log, what it requeues, what its job may import."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +70,7 @@ def test_a_dry_run_knows_the_clusters_limit_and_what_waits_there(submit: Any, sl
     (slurm / "max_array").write_text("3")
     assert "--array=0-2%3" in submit("--dry-run")[1]
     submit()
-    (slurm / "queue").write_text("".join(f"{job}|{i}|PENDING||x\n" for job in (101, 103) for i in range(3)))
+    (slurm / "queue").write_text("".join(f"{job}|{i}|PENDING\n" for job in (101, 103) for i in range(3)))
     called = len(calls(slurm, "sbatch"))
     _, shown, _ = submit("--dry-run")
     assert shown.count("#!/bin/bash") == 2  # the one that job 102 no longer holds, and a reducer
@@ -89,12 +93,12 @@ def test_a_reducer_that_a_dying_login_node_did_not_submit_is_made_up_for(
         last.unlink()
     else:
         last.write_text(json.dumps({**json.loads(last.read_text()), "after": [101]}))
-    waiting = [f"101|{i}|PENDING||x" for i in range(4)] + [f"102|{i}|PENDING||x" for i in range(2)]
-    (slurm / "queue").write_text("\n".join([*waiting, "103|N/A|PENDING||x"]) + "\n")
+    waiting = [f"101|{i}|PENDING" for i in range(4)] + [f"102|{i}|PENDING" for i in range(2)]
+    (slurm / "queue").write_text("\n".join([*waiting, "103|N/A|PENDING"]) + "\n")
     assert submit()[0] == 0
     made = records(workplace)[-1]
     assert (made["kind"], made["after"], made["job"]) == ("reduce", [101, 102], 104)
-    (slurm / "queue").write_text("\n".join([*waiting, "104|N/A|PENDING||x"]) + "\n")
+    (slurm / "queue").write_text("\n".join([*waiting, "104|N/A|PENDING"]) + "\n")
     assert "nothing to submit" in submit()[1]
 
 
@@ -117,8 +121,8 @@ def test_other_shapes_are_other_arrays(submit: Any, slurm: Path) -> None:
 
 def test_what_waits_or_runs_is_not_submitted_again(submit: Any, slurm: Path, workplace: Any) -> None:
     submit()
-    waiting = [f"101|{i}|PENDING||Priority" for i in range(4)] + ["102|0|PENDING||Dependency", "103|N/A|PENDING||x"]
-    (slurm / "queue").write_text("\n".join(waiting) + "\n999|N/A|RUNNING|n1|None\n102|1|CANCELLED||None\n")
+    waiting = [f"101|{i}|PENDING" for i in range(4)] + ["102|0|PENDING", "103|N/A|PENDING"]
+    (slurm / "queue").write_text("\n".join(waiting) + "\n999|N/A|RUNNING\n102|1|CANCELLED\n")
     code, out, _ = submit()
     assert code == 0
     assert len(calls(slurm, "sbatch")) == 3 + 2  # the cancelled element of 102, and a new reducer
@@ -126,7 +130,7 @@ def test_what_waits_or_runs_is_not_submitted_again(submit: Any, slurm: Path, wor
     assert again["elements"] == [records(workplace)[1]["elements"][1]]
     assert again["after"] == [101]  # where its teacher waits
     assert calls(slurm, "scancel") == ["scancel 103"]  # the reducer that would come too early
-    (slurm / "queue").write_text("\n".join(waiting) + "\n104|N/A|RUNNING|n1|None\n105|N/A|PENDING||x\n")
+    (slurm / "queue").write_text("\n".join(waiting) + "\n104|N/A|RUNNING\n105|N/A|PENDING\n")
     _, out, _ = submit()
     assert "nothing to submit: 18 cells wait or run" in out
     assert len(calls(slurm, "sbatch")) == 5
@@ -136,10 +140,10 @@ def test_what_is_ending_is_waited_for_because_it_may_be_cancelled(
     submit: Any, slurm: Path, workplace: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit()
-    (slurm / "queue").write_text("".join(f"101|{i}|COMPLETING|n1|None\n" for i in range(4)))
+    (slurm / "queue").write_text("".join(f"101|{i}|COMPLETING\n" for i in range(4)))
 
     def sleep(seconds: float) -> None:
-        (slurm / "queue").write_text("101|0|PENDING||BeginTime\n")
+        (slurm / "queue").write_text("101|0|PENDING\n")
 
     monkeypatch.setattr("launch.slurm.submit.time.sleep", sleep)
     _, out, _ = submit()
@@ -153,7 +157,7 @@ def test_a_cell_that_another_grid_has_queued_is_waited_for_and_not_submitted(
 ) -> None:
     """Two grids of one store share their baselines."""
     submit()
-    (slurm / "queue").write_text("".join(f"101|{i}|PENDING||x\n" for i in range(4)) + "103|N/A|PENDING||x\n")
+    (slurm / "queue").write_text("".join(f"101|{i}|PENDING\n" for i in range(4)) + "103|N/A|PENDING\n")
     other = ("--set", "name=other")
     assert submit(*other)[0] == 0
     paths = sorted(workplace.store.grid_dir("other").glob("submits/*.json"))
@@ -186,7 +190,7 @@ def test_a_login_node_that_dies_while_submitting_leaves_no_orphans(
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     cut_off = next(record for record in records(workplace) if record["job"] is None)
-    (slurm / "queue").write_text("".join(f"{each}|0|RUNNING|n1|None\n" for each in range(101, job)))
+    (slurm / "queue").write_text("".join(f"{each}|0|RUNNING\n" for each in range(101, job)))
     assert submit()[0] == 0
     assert calls(slurm, "scancel")[0] == f"scancel --name=dbscale-tiny-{cut_off['uid']}"
     assert all(record["job"] is not None for record in records(workplace))
@@ -196,7 +200,7 @@ def test_a_login_node_that_dies_while_submitting_leaves_no_orphans(
 
 def test_cancel_touches_only_this_grids_jobs(submit: Any, slurm: Path) -> None:
     submit()
-    (slurm / "queue").write_text("101|0|RUNNING|n1|None\n103|N/A|PENDING||x\n7|N/A|RUNNING|n1|None\n")
+    (slurm / "queue").write_text("101|0|RUNNING\n103|N/A|PENDING\n7|N/A|RUNNING\n")
     code, out, _ = submit(command="cancel")
     assert code == 0
     assert calls(slurm, "scancel") == ["scancel 101 103"]
@@ -205,7 +209,7 @@ def test_cancel_touches_only_this_grids_jobs(submit: Any, slurm: Path) -> None:
 
 def test_status_counts_what_waits_and_works_while_slurm_is_silent(submit: Any, slurm: Path, workplace: Any) -> None:
     submit()
-    (slurm / "queue").write_text("".join(f"101|{i}|PENDING||Priority\n" for i in range(3)))
+    (slurm / "queue").write_text("".join(f"101|{i}|PENDING\n" for i in range(3)))
     (slurm / "ended").write_text("101_3|FAILED|1:0\n102_0|NODE_FAIL|0:0\n102_[1]|CANCELLED by 0|0:0\n")
     _, out, _ = submit(command="status")
     assert "0 jobs run and 3 wait in SLURM" in out
@@ -219,3 +223,80 @@ def test_status_counts_what_waits_and_works_while_slurm_is_silent(submit: Any, s
     assert code == 0
     assert "Unable to contact slurm controller; what follows is from the store alone" in out
     assert submit()[0] == 1
+
+
+@pytest.mark.parametrize("bad", ["$(touch x)", "a\nb", "`id`", "it's", 'say "x"', "100%", "a\\b", "a;b"])
+def test_paths_that_a_shell_or_slurm_could_misread_are_refused(
+    submit: Any, slurm: Path, workplace: Any, bad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = str(workplace.folder / "cluster.yaml")
+    code = main(["submit", *workplace.where, "--cluster", cluster, "--store", str(workplace.folder / bad)])
+    assert code == 1
+    assert "could misread" in capsys.readouterr().err
+    assert not calls(slurm, "sbatch")
+
+
+def test_a_space_in_a_path_is_one_word_to_the_shell(submit: Any, slurm: Path, workplace: Any) -> None:
+    store = workplace.folder / "my store"
+    assert submit("--store", str(store))[0] == 0
+    lines = (slurm / "script-101").read_text().splitlines()
+    command = shlex.split(next(line for line in lines if line.startswith("srun ")))
+    assert command[-1].startswith(str(store))
+    assert run_script(slurm, "echo said >&2").returncode == 0
+    assert (Path(command[-1]) / "55_0_log.out").read_text() == "said\n"
+
+
+def run_script(slurm: Path, body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The first script, with `body` in place of srun and of the modules it loads, as job 55."""
+    shadow = slurm / "run-101"
+    shadow.write_text((slurm / "script-101").read_text().replace("module load cuda", f"srun() {{ {body}; }}"))
+    return subprocess.run(
+        ["bash", str(shadow)], env={**os.environ, "SLURM_JOB_ID": "55", **environment}, cwd=slurm, text=True,
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def log_folder(slurm: Path) -> Path:
+    found = re.search(r"^log=(\S+)/", (slurm / "script-101").read_text(), re.MULTILINE)
+    assert found is not None
+    return Path(found[1])
+
+
+@pytest.mark.parametrize(
+    ("start", "restarts", "requeued"),
+    [("0         RUNNING             None      ", "0", 1), ("5 RUNNING None", "5", 0), ("0 CANCELLED None", "0", 0)],
+)  # fmt: skip
+@pytest.mark.parametrize("body", ["return 9", "exit 9", "set -e; (exit 9)", "kill -9 $BASHPID"])
+def test_the_script_keeps_the_exit_code_and_requeues_while_the_limit_allows_and_this_start_still_runs(
+    submit: Any, slurm: Path, body: str, start: str, restarts: str, requeued: int
+) -> None:
+    submit()
+    (slurm / "queue").write_text(start)
+    (slurm / "calls").unlink()
+    done = run_script(slurm, body, SLURM_RESTART_COUNT=restarts)
+    if "kill" in body:
+        assert done.returncode == -signal.SIGKILL  # of the shell itself: left to rank 0
+    else:
+        assert done.returncode == 9
+        assert len(calls(slurm, "scontrol")) == requeued
+
+
+def test_a_log_that_cannot_be_opened_is_waited_for(submit: Any, slurm: Path) -> None:
+    """SLURM itself would give the job up for good, had it been told to open the log."""
+    submit()
+    script, folder = slurm / "script-101", log_folder(slurm)
+    assert "#SBATCH --output=/dev/null" in script.read_text()
+    folder.rename(slurm / "away")
+    script.write_text(script.read_text().replace("sleep 5", f"mv {slurm}/away {folder}"))
+    assert run_script(slurm, "echo said").returncode == 0
+    assert (folder / "55_0_log.out").read_text() == "said\n"
+
+
+@pytest.mark.parametrize("path", ["/mine:", ":/mine", "/mine::.", "lib:/mine:."])
+def test_a_job_imports_nothing_from_the_folder_it_was_submitted_from(submit: Any, slurm: Path, path: str) -> None:
+    """`export PYTHONPATH=$MINE:$PYTHONPATH` with nothing in one of them names the working folder."""
+    submit()
+    (slurm / "show.py").write_text(f"import sys; print([p for p in sys.path if p in ('', '/mine') or '{slurm}' in p])")
+    python = shlex.quote(sys.executable)
+    assert run_script(slurm, f"cat show.py | {python}; {python} -m show", PYTHONPATH=path).returncode == 1
+    assert (log_folder(slurm) / "55_0_log.out").read_text().startswith("['/mine']\n")

@@ -1,4 +1,5 @@
-"""`dbscale submit` on this machine, with a stand-in for training: to the end, through kills, and again."""
+"""A plan on this machine: which bundle starts next, what is left after a crash; and `dbscale submit` with a stand-in for
+training: to the end, through kills, and again."""
 
 from __future__ import annotations
 
@@ -10,11 +11,71 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from dbscale.study.store import CellState
 from launch.cli import main
-from launch.executors.local import import_environment
+from launch.cluster import Task
+from launch.local import import_environment, next_ready, rest_after_crash
 
 ONE = ("--set", "cluster.workers=1")
+
+
+def task(*keys: str, parents: tuple[str, ...] = (), restarts: int = 0) -> Task:
+    return Task(keys=keys, parents=frozenset(parents), stage="finetune", wave=1, predicted_s=1.0, restarts=restarts)
+
+
+def test_a_task_waits_for_its_parents_and_no_longer() -> None:
+    teacher, student = task("teacher"), task("student", parents=("teacher",))
+    assert next_ready([student, teacher], []) is teacher
+    assert next_ready([student], [teacher]) is None
+    assert next_ready([student], []) is student
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_every_order_of_finishing_runs_every_task(data: st.DataObject) -> None:
+    """Whatever depends on whatever earlier: nothing is forgotten, and parents always come first."""
+    names = [str(i) for i in range(data.draw(st.integers(1, 8)))]
+    tasks = [
+        task(name, parents=tuple(data.draw(st.sets(st.sampled_from(names[:i])) if i else st.just(set()))))
+        for i, name in enumerate(names)
+    ]
+    waiting, done = data.draw(st.permutations(tasks)), []
+    while waiting:
+        ready = next_ready(waiting, [])
+        assert ready is not None
+        assert ready.parents <= {key for each in done for key in each.keys}
+        waiting.remove(ready)
+        done.append(ready)
+    assert len(done) == len(tasks)
+
+
+def test_the_cell_that_killed_its_process_comes_last_with_its_children() -> None:
+    whole = task("a", "a1", "b", "b1", "c")
+    parents = {"a1": ("a",), "b1": ("b",)}
+    rest = rest_after_crash(whole, {"a": "interrupted", "a1": "new", "b": "done", "b1": "new", "c": "failed"}, parents)
+    assert rest is not None
+    assert rest.keys == ("b1", "a", "a1")
+    assert rest.restarts == 0, "two cells were settled"
+
+
+def test_only_starts_that_settle_nothing_count() -> None:
+    states: dict[str, CellState] = {"a": "interrupted", "b": "new"}
+    rest = rest_after_crash(task("a", "b", restarts=1), states, {})
+    assert rest is not None and rest.restarts == 2
+    rest = rest_after_crash(task("a", "b", restarts=1), {**states, "b": "done"}, {})
+    assert rest is not None and rest.restarts == 0
+
+
+def test_nothing_is_left_when_all_is_settled() -> None:
+    assert rest_after_crash(task("a", "b"), {"a": "done", "b": "blocked"}, {}) is None
+
+
+def test_what_another_process_runs_is_not_started_again() -> None:
+    rest = rest_after_crash(task("a", "b", "c"), {"a": "done", "c": "damaged"}, {})
+    assert rest is not None and rest.keys == ("c",)
 
 
 @pytest.fixture

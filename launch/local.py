@@ -1,0 +1,288 @@
+"""Run a plan on this machine, at most `workers` bundles at once: which starts next, what is left of one that died.
+
+The driver stays until all is done and shows how far it is; if it dies, its workers notice, save and stop. What a bundle
+does is `launch.worker`'s; starting its processes is submitit's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import submitit
+from tqdm import tqdm
+
+from dbscale.files import ProcessMark
+from dbscale.study.cost import duration
+from dbscale.study.resources import Resources, StopRequest
+from dbscale.study.store import CellState, Store
+from launch import worker
+from launch.cluster import Cluster, Task, visible_gpus
+from launch.status import Running, describe, look_at
+from launch.submitit_names import environment_variables
+from launch.worker import SETTLED, Rank, Result
+
+TICK_S, REFRESH_S, LINE_INTERVAL_S = 0.25, 1.0, 30.0
+MAX_CELL_LINES = 8
+NEVER_MIN = 60 * 24 * 365
+"""submitit wants a time limit; a machine of one's own has none."""
+
+
+def next_ready(waiting: Sequence[Task], running: Collection[Task]) -> Task | None:
+    """The first task whose parents no task is still to run; None while all must wait."""
+    pending = {key for task in (*waiting, *running) for key in task.keys}
+    return next((task for task in waiting if task.parents.isdisjoint(pending)), None)
+
+
+def rest_after_crash(task: Task, states: Mapping[str, CellState], parents: Mapping[str, Sequence[str]]) -> Task | None:
+    """What is left when a bundle's process died; the cell it died in, and what builds on it, come last.
+
+    So a cell that kills its process (out of memory) costs the others of its bundle nothing but time. Restarts are
+    counted anew once a start has settled a cell. Cells that `states` leaves out are another process's.
+    """
+    rest = [key for key in task.keys if key in states and states[key] not in SETTLED]
+    last = {key for key in rest if states[key] == "interrupted"}
+    for key in rest:
+        if last.intersection(parents.get(key, ())):
+            last.add(key)
+    ordered = [key for key in rest if key not in last] + [key for key in rest if key in last]
+    restarts = task.restarts + 1 if len(ordered) == len(task.keys) else 0
+    return replace(task, keys=tuple(ordered), restarts=restarts) if ordered else None
+
+
+@dataclass(frozen=True)
+class LocalBundle:
+    """A job of this machine: ids and paths, never objects that know how to do things."""
+
+    keys: tuple[str, ...]
+    store: str
+    data: str
+    resources: Resources
+    driver: ProcessMark
+    port: int
+    """Rendezvous port of this job's ranks, chosen by the driver."""
+    staging: str | None = None
+
+    def __call__(self) -> None:
+        """Run the cells; what became of them stands in the store."""
+        stop, store, alone = StopRequest(), Store(Path(self.store)), self.resources.num_processes == 1
+        with worker.stop_on_signals(stop):
+            worker.watch(worker.stop_without(stop, self.driver, ProcessMark.of(os.getppid())))
+            os.environ.update(Rank.of_job().environment(master="127.0.0.1", port=self.port))
+            with worker.staged(self.keys, store, Path(self.data), self.staging, stop) as data_dir:
+                worker.run_bundle(
+                    self.keys, store, data_dir, self.resources, stop, log=worker.job_log(),
+                    around=None if alone else worker.end_with_peers, second_turns=alone,
+                )  # fmt: skip
+
+
+def run_inline(
+    tasks: Sequence[Task], store: Store, data_dir: Path, cluster: Cluster, stop: StopRequest
+) -> dict[str, Result]:
+    """Run a plan in this process, cell after cell, inside `stop_on_signals(stop)`; what became of each cell."""
+    results: dict[str, Result] = {}
+    for task in tasks:
+        if stop.requested:
+            break
+        done = worker.run_bundle(task.keys, store, data_dir, cluster.shape(task.stage).resources, stop)
+        results.update({result.key: result for result in done})
+    return results
+
+
+@dataclass(frozen=True)
+class Started:
+    """A bundle in a process of its own."""
+
+    task: Task
+    job: submitit.Job[None]
+    slot: int
+
+
+@dataclass
+class LocalRun:
+    """One driver's work: start what is ready, worker.watch, start again what died."""
+
+    store: Store
+    data_dir: Path
+    cluster: Cluster
+    job_folder: Path
+    """A new one per driver, for job ids are pids and pids come again."""
+    stop: StopRequest
+    display: Display
+    waiting: list[Task]
+    parents: Mapping[str, tuple[str, ...]]
+    """Of every cell that may run."""
+    running: list[Started] = field(default_factory=list)
+    results: dict[str, Result] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Result]:
+        """What became of each cell that was started. Returns early when asked to stop, after all workers have."""
+        asked = False
+        while self.running or (self.waiting and not self.stop.requested):
+            if self.stop.requested and not asked:
+                self._ask_workers_to_stop()
+                asked = True
+            for started in [each for each in self.running if each.job.done()]:
+                self.running.remove(started)
+                self._finish(started)
+            self._start_ready()
+            self.display.update([started.task for started in self.running], self.results)
+            time.sleep(TICK_S)
+        return self.results
+
+    def _ask_workers_to_stop(self) -> None:
+        self.display.say(f"{self.stop.reason}: workers save their progress and stop (Ctrl-C again kills them)")
+        for started in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(started.job.job_id), signal.SIGTERM)
+
+    def _start_ready(self) -> None:
+        free = sorted(set(range(self.cluster.num_workers())) - {started.slot for started in self.running})
+        while free and not self.stop.requested:
+            task = next_ready(self.waiting, [started.task for started in self.running])
+            if task is None:
+                return
+            self.waiting.remove(task)
+            self.running.append(Started(task, self._submit(task, free[0]), free.pop(0)))
+
+    def _submit(self, task: Task, slot: int) -> submitit.Job[None]:
+        shape = self.cluster.shape(task.stage)
+        resources = shape.resources
+        count = resources.num_processes
+        gpus = visible_gpus()[slot * count : (slot + 1) * count] if resources.device != "cpu" else ()
+        executor = submitit.LocalExecutor(self.job_folder)
+        executor.update_parameters(
+            timeout_min=NEVER_MIN, tasks_per_node=count, gpus_per_node=len(gpus), visible_gpus=gpus,
+            stderr_to_stdout=True,
+        )  # fmt: skip
+        bundle = LocalBundle(
+            task.keys, str(self.store.root.absolute()), str(self.data_dir.absolute()), resources,
+            ProcessMark.of(), free_port() if count > 1 else 0, shape.slurm.staging,
+        )  # fmt: skip
+        settings = {**import_environment(), **worker.thread_environment(resources)}
+        with environment_variables(**settings), _children_ignore_terminal():
+            return executor.submit(bundle)
+
+    def _finish(self, started: Started) -> None:
+        """Note how the cells of a bundle stand now that its process has ended; start again what it left undone."""
+        task, log = started.task, str(started.job.paths.stdout)
+        for path in started.job.paths.folder.glob(f"{started.job.job_id}*.pkl"):
+            path.unlink(missing_ok=True)
+        states: dict[str, CellState] = {}
+        for key in task.keys:
+            standing = self.store.standing(key)
+            reason = standing.attempt.reason if standing.attempt is not None else None
+            if standing.state == "running":
+                self.results[key] = Result(key, "busy", "another process runs it")
+                continue
+            states[key] = standing.state
+            if standing.state in SETTLED:
+                self.results[key] = Result(key, standing.state, reason)
+        rest = None if self.stop.requested else rest_after_crash(task, states, self.parents)
+        if rest is None:
+            return
+        if rest.restarts > self.cluster.requeue_limit:
+            reason = f"its process died {rest.restarts} times (out of memory? killed?)"
+            for key in rest.keys:
+                worker.record_death(self.store, key, reason, log)
+                self.results[key] = Result(key, "failed", reason)
+            return
+        self.display.say(f"a worker died; its {len(rest.keys)} unfinished cells start again (log {log})")
+        self.waiting.insert(0, rest)
+
+
+def import_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """A job imports what is installed, never what happens to lie in the working folder, which an empty or relative
+    entry of PYTHONPATH means."""
+    entries = environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, entries))}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _children_ignore_terminal() -> Iterator[None]:
+    """submitit's controller kills its tasks one second after Ctrl-C; it must not see it. Workers install handlers."""
+    signals = (signal.SIGINT, signal.SIGHUP)
+    earlier = {each: signal.signal(each, signal.SIG_IGN) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
+
+
+@dataclass
+class Display:
+    """One bar over all cells and one line for each running one; without a terminal, a line of text now and then.
+
+    `total` cells of which `done` were finished before; `predicted_s` by key for those to do.
+    """
+
+    store: Store
+    total: int
+    done: int
+    predicted_s: Mapping[str, float]
+    workers: int
+    interactive: bool = field(default_factory=lambda: bool(sys.stderr.isatty()))
+    started: float = field(default_factory=time.monotonic)
+    _last: float = 0.0
+    _last_line: float = 0.0
+    _bars: list[tqdm] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bars."""
+        tqdm.write(text, file=sys.stderr)
+
+    def update(self, tasks: Sequence[Task], results: Mapping[str, Result]) -> None:
+        """Called often; looks at the store once a second."""
+        now = time.monotonic()
+        if now - self._last < REFRESH_S:
+            return
+        self._last = now
+        states = {key: self.store.state(key) for task in tasks for key in task.keys}
+        running = [look_at(self.store, key) for key, state in states.items() if state == "running"]
+        finished = {key for key, state in states.items() if state == "done"}
+        finished |= {key for key, result in results.items() if result.status == "done"}
+        failed = sum(result.status in ("failed", "blocked") for result in results.values())
+        note = f"{len(running)} running" + (f", {failed} failed" if failed else "")
+        note += f", {duration(self._remaining(finished, running, now))} left"
+        if self.interactive:
+            self._draw(self.done + len(finished), note, running)
+        elif now - self._last_line > LINE_INTERVAL_S:
+            self._last_line = now
+            print(f"{self.done + len(finished)}/{self.total} cells done, {note}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for bar in reversed(self._bars):
+            bar.close()
+
+    def _remaining(self, finished: set[str], running: Sequence[Running], now: float) -> float:
+        """Seconds to go: what is left, at the speed of this run so far, or as predicted while that says little."""
+        total = sum(self.predicted_s.values())
+        done = sum(self.predicted_s.get(key, 0) for key in finished)
+        done += sum(self.predicted_s.get(cell.key, 0) * cell.share for cell in running)
+        speed = done / (now - self.started) if done > 0.03 * total else float(self.workers)
+        return (total - done) / speed
+
+    def _draw(self, count: int, note: str, running: Sequence[Running]) -> None:
+        if not self._bars:
+            layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            self._bars = [tqdm(total=self.total, desc="cells", bar_format=layout, dynamic_ncols=True)]
+            for i in range(min(self.workers, MAX_CELL_LINES)):
+                self._bars.append(tqdm(total=100, position=1 + i, bar_format="  {desc}", leave=False))
+        self._bars[0].n = count
+        self._bars[0].set_postfix_str(note)
+        for i, line in enumerate(self._bars[1:]):
+            line.set_description_str(describe(running[i]) if i < len(running) else "")

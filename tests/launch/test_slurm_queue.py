@@ -1,0 +1,114 @@
+"""What SLURM answers and what was submitted: parsed by hand-written lines, damage and hostile names included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dbscale.study.store import Store
+from launch.slurm.queue import (
+    Element,
+    SlurmView,
+    SubmitRecord,
+    active_cells,
+    active_jobs,
+    cancel_cut_off,
+    make_uid,
+    parse_ended,
+    parse_queue,
+    read_all_records,
+    read_records,
+    write_record,
+)
+
+UID = "20260102-030405-000006-00af"
+
+
+def record(job: int | None = 12, **changes: object) -> SubmitRecord:
+    base = SubmitRecord(
+        uid=UID, grid="tiny", kind="bundles", wave=1, created=0.0, elements=(("a", "b"), ("c",)), job=job
+    )
+    return base.model_copy(update=changes)
+
+
+def test_lines_of_squeue() -> None:
+    out = "12|3|RUNNING\n12|N/A|PENDING\n12|4|CANCELLED\n13|0|COMPLETING\n"
+    assert parse_queue(out) == (
+        Element(12, 3, "RUNNING"),
+        Element(12, 0, "PENDING"),
+        Element(13, 0, "COMPLETING"),
+    )
+    assert [each.running for each in parse_queue(out)] == [True, False, True]
+
+
+def test_lines_of_sacct() -> None:
+    out = "12_3|CANCELLED by 0|0:15\n12_[4-9]|PENDING|0:0\n13|FAILED|1:0\n"
+    assert parse_ended(out) == {(12, 3): "CANCELLED, exit code 0:15", (13, 0): "FAILED, exit code 1:0"}
+
+
+def test_cells_and_jobs_in_the_queue() -> None:
+    queue = (Element(12, 1, "PENDING"), Element(99, 0, "RUNNING"))
+    reducer = record(99, kind="reduce", elements=())
+    assert active_cells([record(), record(None), reducer], queue) == {"c": queue[0]}
+    assert active_jobs([record(), record(None), reducer], queue) == {12: record(), 99: reducer}
+    assert active_jobs([record()], ()) == {}
+
+
+def test_records_come_back_in_the_order_of_time_and_of_every_grid(tmp_path: Path) -> None:
+    store, later = Store(tmp_path), make_uid()
+    for each in (record(13, uid=later), record(), record(14, grid="other")):
+        write_record(store, each)
+    assert read_records(store, "tiny") == (record(), record(13, uid=later))
+    assert {each.job for each in read_all_records(store)} == {12, 13, 14}
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"{}", b"[]"])
+def test_a_damaged_record_reads_as_one_that_was_cut_off(tmp_path: Path, damage: bytes) -> None:
+    """Its jobs bear the name of its file, so they are still found."""
+    store = Store(tmp_path)
+    write_record(store, record())
+    (tmp_path / "grids/tiny/submits" / f"{UID}.json").write_bytes(damage)
+    (found,) = read_records(store, "tiny")
+    assert (found.job, found.elements, found.job_name) == (None, (), f"dbscale-tiny-{UID}")
+
+
+@pytest.mark.parametrize(
+    "change", [{"uid": "../../.."}, {"uid": f"{UID} --all"}, {"grid": "../other"}, {"elements": (("../../etc",),)}]
+)
+def test_a_record_leads_nowhere_outside_the_store(tmp_path: Path, change: dict[str, object]) -> None:
+    store = Store(tmp_path)
+    write_record(store, record().model_copy(update=change | {"uid": UID, "grid": "tiny"}))
+    path = tmp_path / "grids/tiny/submits" / f"{UID}.json"
+    path.write_text(record().model_copy(update=change).model_dump_json())
+    (found,) = read_records(store, "tiny")
+    assert found.job is None and found.folder(store) == (tmp_path / "grids/tiny/jobs" / UID).absolute()
+    path.rename(path.with_name("notes of mine.json"))
+    assert read_records(store, "tiny") == ()
+
+
+def test_what_was_cut_off_is_cancelled_by_its_own_name_and_forgotten(slurm: Path, tmp_path: Path) -> None:
+    store, whole = Store(tmp_path), record(uid=make_uid())
+    for each in (record(None), whole):
+        write_record(store, each)
+    cancel_cut_off(store, read_records(store, "tiny"))
+    assert (slurm / "calls").read_text() == f"scancel --name=dbscale-tiny-{UID}\n"
+    assert read_records(store, "tiny") == (whole,)
+
+
+def test_lost_cells_are_told_with_slurms_words_and_their_log(slurm: Path, tmp_path: Path) -> None:
+    (slurm / "ended").write_text("12_1|OUT_OF_MEMORY|0:125\n")
+    view = SlurmView(Store(tmp_path), (record(),), 5.0)
+    assert view.headline == "nothing of it waits or runs in SLURM (`dbscale submit` goes on)"
+    lost = view.lost({"b", "c"})
+    log = tmp_path / "grids/tiny/jobs" / UID
+    assert lost == {
+        "b": ("its job 12_0 is gone without running it; SLURM says nothing about it any more", f"{log}/12_0_0_log.out"),
+        "c": (
+            "its job 12_1 is gone without running it; SLURM says OUT_OF_MEMORY, exit code 0:125",
+            f"{log}/12_1_0_log.out",
+        ),
+    }
+    assert view.lost(set()) == {}
+    alone = record(elements=(("a",),))
+    assert alone.log(Store(tmp_path), 0) == log / "12_0_log.out", "a job that is no array"
