@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dbscale.data.index import index_dtype, save_index, split_fingerprint
 from dbscale.data.manifest import (
     MANIFEST_NAME,
     Encoding,
@@ -24,6 +23,7 @@ from dbscale.data.manifest import (
     make_fingerprint,
     save_manifest,
 )
+from dbscale.data.read import index_dtype, save_index, split_fingerprint
 from dbscale.errors import DataError
 from dbscale.files import make_folder
 from shards.jobs import WORK_FOLDER, ShardJob, run_jobs

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dbscale.data.index import file_checksum, index_dtype, open_index, save_index
 from dbscale.data.manifest import Manifest, ShardInfo, SplitInfo
+from dbscale.data.read import file_checksum, index_dtype, open_index, save_index
 from dbscale.errors import DataError
 from dbscale.files import make_folder
 from shards.jobs import WORK_FOLDER, ShardJob, run_jobs

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dbscale.data.index import checksum, index_dtype
+from dbscale.data.read import checksum, index_dtype
 from dbscale.files import atomic_open
 
 BLOCK = tarfile.BLOCKSIZE

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from dbscale.data import DataError, make_transform, mix_batch
-from dbscale.data.erase import erase_random
-from dbscale.data.jitter import color_jitter
-from dbscale.data.rand_augment import OPERATIONS, Policy, draw_operations, parse_policy, rand_augment
+from dbscale.data.augment import (
+    OPERATIONS,
+    Policy,
+    color_jitter,
+    draw_operations,
+    erase_random,
+    parse_policy,
+    rand_augment,
+)
 from dbscale.keyed import keyed_bits, keyed_uniform
 
 IDS = np.arange(64)
@@ -86,7 +92,9 @@ def test_stored_pixels_are_never_written_to() -> None:
 
 
 def test_unknown_and_contradictory_fields_are_refused() -> None:
-    with pytest.raises(DataError, match="unknown field 'flip'; known: color_jitter, crop_padding, cutmix"):
+    with pytest.raises(
+        DataError, match=r"unknown field 'flip'; did you mean 'hflip'\? known: color_jitter, crop_padding, cutmix"
+    ):
         make_transform(image_size=8, train=True, augment={"flip": 1})
     with pytest.raises(DataError, match="exclude each other"):
         make_transform(image_size=8, train=True, augment={"crop_padding": 2, "random_resized_crop": (0.1, 1)})

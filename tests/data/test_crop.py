@@ -9,8 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dbscale.data.boxes import RESIZED_CROP_DRAWS, center_boxes, resized_crop_boxes
-from dbscale.data.crop import resize_boxes, resize_each, shift_flip, shift_flip_gather
+from dbscale.data.augment import (
+    RESIZED_CROP_DRAWS,
+    center_boxes,
+    resize_boxes,
+    resize_each,
+    resized_crop_boxes,
+    shift_flip,
+    shift_flip_gather,
+)
 
 
 @given(

@@ -10,7 +10,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
 from dbscale.data import make_transform, mix_batch
-from dbscale.data.erase import erase_random
+from dbscale.data.augment import erase_random
 
 
 def kind_and_share(images: torch.Tensor, lam: float) -> tuple[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dbscale.data import open_dataset
-from dbscale.data.resident import _opened
+from dbscale.data.dataset import _opened
 
 
 def pixels(folder: Path, cache_dir: Path | None = None) -> np.ndarray:

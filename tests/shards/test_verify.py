@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dbscale.data import open_dataset
-from dbscale.data.index import file_checksum
 from dbscale.data.manifest import load_manifest, save_manifest
+from dbscale.data.read import file_checksum
 from launch.cli import main
 from shards.info import describe
 from shards.pack import ensure_packed

@@ -12,11 +12,10 @@ from PIL import Image
 from data_bench.measure import Row, beside, rates
 from data_bench.small import loader_run
 from dbscale.data import open_dataset
-from dbscale.data.boxes import RESIZED_CROP_DRAWS, resized_crop_boxes
-from dbscale.data.crop import resize_each
+from dbscale.data.augment import RESIZED_CROP_DRAWS, resize_each, resized_crop_boxes
 from dbscale.data.decode import decode_image
-from dbscale.data.index import checksum
 from dbscale.data.order import order
+from dbscale.data.read import checksum
 from shards.pack import pack
 from shards.sources import make_source
 
