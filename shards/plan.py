@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from dbscale.data.manifest import Encoding, Frozen, Manifest
+from dbscale.data.manifest import Encoding, Manifest
 from dbscale.errors import DataError
 from dbscale.files import write_atomic
+from dbscale.strict import Strict
 from shards.jobs import WORK_FOLDER, ShardJob
 from shards.source import Listing, Source
 from shards.stratify import stratified_order
@@ -18,7 +19,7 @@ SHARD_SAMPLES: dict[Encoding, int] = {"original": 2048, "jpeg256": 8192, "raw": 
 """Samples per tar, by encoding, so that a tar of photographs has a few hundred MB."""
 
 
-class Plan(Frozen):
+class Plan(Strict):
     """Two packs with equal plans give equal bytes."""
 
     name: str
@@ -47,7 +48,7 @@ def refusal(folder: Path, field: str, packed: object, asked: object) -> DataErro
     )
 
 
-class PackOptions(Frozen):
+class PackOptions(Strict):
     """What the caller of a pack may choose."""
 
     seed: int = 0

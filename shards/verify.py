@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dbscale.data.decode import DecodeError, decode_image
-from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
-from dbscale.data.read import checksum, mend, open_index, split_fingerprint
+from dbscale.data.manifest import Manifest, SplitInfo, load_manifest, mend
+from dbscale.data.read import checksum, open_index, split_fingerprint
 from dbscale.errors import DataError
 from shards.jobs import default_processes
 from shards.repair import index_is_damaged

@@ -253,7 +253,7 @@ def resize_boxes(images_BCHW: Tensor, boxes_B4: Ints, flip_B: Flags, size: int) 
     device = images_BCHW.device
     out = torch.empty((len(images_BCHW), images_BCHW.shape[1], size, size), dtype=torch.uint8, device=device)
     tall_B = vertical_first(boxes_B4, size)
-    for tall in (True, False):
+    for tall in np.unique(tall_B):
         slots = np.flatnonzero(tall_B == tall)
         where = torch.from_numpy(slots).to(device)
         images = images_BCHW[where].float()

@@ -218,7 +218,11 @@ def _resident_size(manifest: Manifest, image_size: int | None) -> int:
 
 
 class ResidentReader:
-    """Fetches by one gather from the decoded array."""
+    """Tier `resident`: fetches by one gather from the split's decoded array, which all processes of a node share.
+
+    Built by whoever comes first; several may race, each writes a file of its own and the last rename wins. A damaged,
+    foreign or half-written file is rebuilt; where nothing can be written the array stays in RAM.
+    """
 
     def __init__(
         self, folder: Path, split: SplitInfo, index: NDArray[np.void], image_size: int, cache_dir: Path | None
@@ -226,7 +230,7 @@ class ResidentReader:
         name = f"{split.index.split('.')[0]}-{split.fingerprint[:12]}-{image_size}px"
         path = (cache_dir or folder / "cache") / f"{name}.npy"
         files = ShardFiles(folder, split, index)
-        known = _opened(path)
+        known = _opened(path, (len(index), 3, image_size, image_size))
         if known is None or any(_decoded(files, position) is not None for position in known[1]):
             # A cache that calls samples bad outlives the damage: `shards pack` may have mended them.
             known = _store(path, *_build(files, image_size))
@@ -267,21 +271,24 @@ def _store(path: Path, images: NDArray[np.uint8], bad: frozenset[int]) -> tuple[
         with atomic_open(path) as file:
             np.save(file, images, allow_pickle=False)
         # The note comes last: an array without its note counts as half-written.
-        note = {"checksum": file_checksum(path), "bad": sorted(bad)}
+        note = {"of": path.stem, "checksum": file_checksum(path), "bad": sorted(bad)}
         write_atomic(path.with_suffix(".json"), json.dumps(note).encode())
     except (DataError, FileError, OSError):
         return images, bad  # a cache is a convenience: without one every process decodes for itself
     _opened.cache_clear()
-    return _opened(path) or (images, bad)
+    return _opened(path, images.shape) or (images, bad)
 
 
 @lru_cache(maxsize=32)
-def _opened(path: Path) -> tuple[NDArray[np.uint8], frozenset[int]] | None:
-    """The mapped cache, or None where it is missing, half-written or damaged."""
+def _opened(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], frozenset[int]] | None:
+    """The mapped cache, or None where it is missing, half-written, damaged or another split's."""
     try:
         note = json.loads(path.with_suffix(".json").read_bytes())
-        if file_checksum(path) != note["checksum"]:
+        if note["of"] != path.stem or file_checksum(path) != note["checksum"]:
             return None
-        return np.load(path, mmap_mode="r", allow_pickle=False), frozenset(note["bad"])
-    except (OSError, ValueError, KeyError, EOFError):
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        bad = frozenset(int(position) for position in note["bad"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
+    sound = images.shape == shape and images.dtype == np.uint8 and all(0 <= each < shape[0] for each in bad)
+    return (images, bad) if sound else None

@@ -9,7 +9,6 @@ reported as bad and left to the loader.
 import hashlib
 import mmap
 import os
-import shlex
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, decode_image, ppm_header_size
-from dbscale.data.manifest import ShardInfo, SplitInfo
+from dbscale.data.manifest import ShardInfo, SplitInfo, mend
 from dbscale.errors import DataError
 from dbscale.files import atomic_open
 
@@ -69,31 +68,46 @@ def file_checksum(path: Path) -> str:
 
 
 def open_index(folder: Path, split: SplitInfo) -> NDArray[np.void]:
-    """Memory-map a split's index.
+    """Memory-map a split's index, after checking every byte of it against the manifest, once per process.
 
     Raises:
-        DataError: the file is missing, damaged, or does not belong to the manifest.
+        DataError: the file is missing, damaged, or does not belong to the manifest, or its labels are out of range.
     """
     path = folder / split.index
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: index missing or damaged ({error}); {mend(folder)}") from error
-    names = index.dtype.names
-    if names != index_dtype(1).names or len(index) != split.num_samples:
-        raise DataError(
-            f"{path}: {len(index)} records, the manifest says {split.num_samples}; the index is not this dataset's: "
-            f"{mend(folder)}"
+        status = path.stat()
+        problem = _index_problem(path, split.model_dump_json(), (status.st_ino, status.st_size, status.st_mtime_ns))
+    except OSError as error:
+        problem = f"index missing or unreadable ({error.strerror}); {mend(folder)}"
+    if problem is not None:
+        raise DataError(f"{path}: {problem}")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+@lru_cache(maxsize=256)
+def _index_problem(path: Path, split_json: str, _status: tuple[int, int, int]) -> str | None:
+    """What is wrong with an index file; one that changes meanwhile is looked at again.
+
+    On a map of its own, whose pages do not stay with the process.
+    """
+    split = SplitInfo.model_validate_json(split_json)
+    found = file_checksum(path)
+    if found != split.index_checksum:
+        return (
+            f"index damaged or of another dataset (checksum {found}, the manifest expects {split.index_checksum}); "
+            f"{mend(path.parent)}"
         )
-    return index
-
-
-def mend(folder: Path) -> str:
-    """What to do about a dataset's missing, cut or resized files, and the command for it."""
-    if folder.parent.name != "shards":
-        return "pack it again with the same options, which rewrites only what is damaged (remove a staged copy)"
-    command = shlex.join(["dbscale", "shards", "pack", folder.name, "--data", str(folder.parent.parent)])
-    return f"run `{command}`, which rewrites only what is damaged"
+    index = np.load(path, mmap_mode="r", allow_pickle=False)
+    again = f"it was written wrongly: remove {path.parent} and pack it again"
+    if index.dtype.names != index_dtype(1).names or len(index) != split.num_samples:
+        return f"{len(index)} records of {index.dtype.names}, the manifest expects {split.num_samples}; {again}"
+    for field, limit in (("label", len(split.class_counts)), ("shard", len(split.shards))):
+        values = np.array(index[field])
+        for place in (values.argmin(), values.argmax()) if len(values) else ():
+            if not 0 <= values[place] < limit:
+                key = bytes(index["key"][place]).decode(errors="replace")
+                return f"sample {key!r} has {field} {values[place]}, expected 0…{limit - 1}; {again}"
+    return None
 
 
 Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]

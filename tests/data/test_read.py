@@ -70,10 +70,10 @@ def test_an_error_reaches_the_caller_from_a_worker(own_folder: Path) -> None:
 def test_an_absent_or_foreign_index_is_named(own_folder: Path, make_folder_of: Callable[..., Path]) -> None:
     path = own_folder / "train.index.npy"
     path.write_bytes((make_folder_of((3, 3)) / "train.index.npy").read_bytes())
-    with pytest.raises(DataError, match="6 records, the manifest says 53"):
+    with pytest.raises(DataError, match=r"train.index.npy: index damaged or of another dataset \(checksum"):
         open_dataset(own_folder, tier="raw").labels.sum()
-    path.write_bytes(b"no array")
-    with pytest.raises(DataError, match="index missing or damaged"):
+    path.unlink()
+    with pytest.raises(DataError, match=r"index missing or unreadable \(No such file or directory\); pack it again"):
         open_dataset(own_folder, tier="raw").labels.sum()
 
 
