@@ -122,14 +122,33 @@ class Reader(Protocol):
         ...
 
 
+class Descriptor:
+    """A file opened for reading by offset, closed with its last reference. Raises DataError where it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.number = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
+
+    def __del__(self) -> None:
+        number = getattr(self, "number", None)
+        if number is not None:
+            os.close(number)
+
+
 class ShardFiles:
     """The open tars of one split, each checked when first touched."""
 
     def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
         self.folder, self.split, self.index = folder, split, index
-        self._descriptor = lru_cache(maxsize=256)(lambda shard: _Descriptor(folder, split.shards[shard]))
+        self._descriptor = lru_cache(maxsize=256)(self._open)
 
-    def open(self, shard: int) -> "_Descriptor":
+    def _open(self, shard: int) -> Descriptor:
+        check_shard_size(self.folder, self.split.shards[shard])
+        return Descriptor(self.folder / self.split.shards[shard].name)
+
+    def open(self, shard: int) -> Descriptor:
         """The shard's descriptor. Raises DataError when the tar is not the one that was packed."""
         return self._descriptor(shard)
 
@@ -151,23 +170,6 @@ class ShardFiles:
         record = self.index[position]
         name = self.split.shards[int(record["shard"])].name
         return f"{self.folder / name}, sample {bytes(record['key']).decode()!r}"
-
-
-class _Descriptor:
-    """A file descriptor of a sound tar, closed with its last reference."""
-
-    def __init__(self, folder: Path, shard: ShardInfo) -> None:
-        check_shard_size(folder, shard)
-        path = folder / shard.name
-        try:
-            self.number = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{path}: shard cannot be opened ({error.strerror})") from error
-
-    def __del__(self) -> None:
-        number = getattr(self, "number", None)
-        if number is not None:
-            os.close(number)
 
 
 def check_shard_size(folder: Path, shard: ShardInfo) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dbscale.data import DataError
-from shards.fractals import Fractals
+from shards.generated import Fractals
 from shards.sources import make_source
 
 

@@ -181,7 +181,7 @@ def test_parquet(tmp_path: Path, make_image: Image, names: list[str] | None) -> 
     write_parquet(tmp_path / "data/test-00000-of-00001.parquet", images[10:], [0, 1, 1], names)
     source = make_source("parquet", data_dir=tmp_path, path="data")
     assert source.classes == (tuple(names) if names else ("0", "1"))
-    manifest = pack(source, tmp_path / "out", shard_samples=4, progress=False)
+    manifest = pack(source, tmp_path / "out", progress=False)
     assert manifest.split("train").class_counts == (5, 5)
     dataset = open_dataset(tmp_path / "out", tier="jpeg")
     stored = {dataset.reader.files.read(position) for position in range(10)}  # type: ignore[attr-defined]

@@ -11,9 +11,8 @@ from dbscale.data import open_dataset
 from dbscale.data.manifest import load_manifest, save_manifest
 from dbscale.data.read import file_checksum
 from launch.cli import main
-from shards.info import describe
 from shards.pack import ensure_packed
-from shards.verify import verify
+from shards.verify import describe, verify
 
 SPEC = {"source": "imagefolder", "path": "photos", "shard_samples": 4}
 

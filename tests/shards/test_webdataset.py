@@ -10,7 +10,7 @@ import pytest
 from dbscale.data import DataError, open_dataset
 from shards.pack import pack
 from shards.sources import make_source
-from shards.walk import walk_tar
+from shards.webdataset import walk_tar
 
 Image = Callable[..., bytes]
 
@@ -40,7 +40,7 @@ def test_webdataset_tars_are_taken_in(tmp_path: Path, make_image: Image) -> None
     )
     source = make_source("webdataset", path=str(tmp_path))
     assert source.classes == ("0", "1")
-    pack(source, tmp_path / "out", shard_samples=4, progress=False)
+    pack(source, tmp_path / "out", progress=False)
     dataset = open_dataset(tmp_path / "out", tier="jpeg")
     stored = [dataset.reader.files.read(position) for position in range(6)]  # type: ignore[attr-defined]
     assert sorted(stored) == sorted(images[:6])

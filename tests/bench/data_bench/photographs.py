@@ -53,9 +53,8 @@ def crop_with_pillow(data: bytes, box: list[int] | None = None) -> Image.Image:
 
 def photographs(root: Path, work: Path, rounds: int) -> list[Row]:
     """All tiers; `root` is an ImageFolder with the splits train and test."""
-    source = make_source("imagefolder", path=str(root))
     for encoding in ("original", "jpeg256", "raw"):
-        pack(source, work / encoding, encoding=encoding, jobs=1, progress=False)  # type: ignore[arg-type]
+        pack(make_source("imagefolder", path=str(root), encoding=encoding), work / encoding, jobs=1, progress=False)
     encoded = [path.read_bytes() for path in sorted((root / "train").rglob("*.*"))]
     count = len(encoded) // 32 * 32
 
