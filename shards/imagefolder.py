@@ -120,7 +120,9 @@ class ImageFolder(_OneFileEach):
                 "`test: 0.2` to split off a share" if there else f"{self.root} does not exist or is empty; set `path`"
             )  # fmt: skip
             raise DataError(f"{folder}: no such folder ({hint})")
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name))
+        names = sorted(
+            entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and not _is_hidden(entry.name)
+        )
         names = [name for name in names if not self._is_excluded(os.path.normpath(f"{split}/{name}"))]
         if not names:
             raise DataError(f"{folder}: holds no class folders; expected <class>/<image> below it")
@@ -155,9 +157,12 @@ class ImageFolder(_OneFileEach):
         for name, folder, why in self._walk(split, (), None):
             if why is None and folder in found:
                 found[folder].append(name)
+            elif why in ("excluded file", "litter"):
+                unused.add(why, name, lost=False)
             elif why is not None or folder is None:
-                lost = why not in ("excluded file", "litter") and _looks_like_image(name)
-                unused.add(why or "file outside the class folders", name, lost=lost)
+                is_image = name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+                what = why or "outside the class folders"
+                unused.add(f"{'image' if is_image else 'file'} {what}", name, lost=is_image)
             else:
                 unused.add("file in a class that is not in the class list", name, lost=False)
         for name, files in found.items():
@@ -178,13 +183,13 @@ class ImageFolder(_OneFileEach):
         status = root.stat()
         if (status.st_dev, status.st_ino) in above:
             raise DataError(f"{root}: a symbolic link that leads in a circle; remove it")
-        for entry in os.scandir(root):
+        for entry in list(os.scandir(root)):
             relative = entry.name if folder == "." else f"{folder}/{entry.name}"
             reason = why or ("excluded file" if self._is_excluded(relative) else _hidden(entry.name))
             if entry.is_dir():
                 yield from self._walk(relative, (*above, (status.st_dev, status.st_ino)), reason, name or entry.name)
             elif reason is None and not entry.is_file() and not entry.is_symlink():
-                yield relative, name, "neither file nor folder"
+                yield relative, name, "that is no regular file"
             else:
                 yield relative, name, reason
 
@@ -209,11 +214,7 @@ def _hidden(name: str) -> str | None:
     """Why a file or folder is passed over by its name: what systems leave behind, or a dot in front."""
     if name in _LITTER or name.startswith("._") or name == ".DS_Store":
         return "litter"
-    return "hidden file" if name.startswith(".") else None
-
-
-def _looks_like_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    return "that is hidden" if name.startswith(".") else None
 
 
 def _names_in(path: Path) -> tuple[str, ...]:
@@ -272,7 +273,9 @@ class TinyImageNet(_OneFileEach):
             labels += [label] * len(images)
             names += [f"train/{wordnet_id}/images/{name}" for name in images]
             for name in set(files) - set(images):
-                unused.add("file without the suffix .JPEG", name, lost=_looks_like_image(name))
+                unused.add(
+                    "file without the suffix .JPEG", name, lost=name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+                )
         return Listing(np.array(labels, np.int64), names, unused)
 
     def _validation(self, label_of: Mapping[str, int]) -> Listing:

@@ -8,6 +8,7 @@ pack's work folder, once, and read by offset from there.
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from dbscale.data.read import Descriptor
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder
-from shards.source import ArchiveSource, Part, Patterns, TestPatterns, parse_label
+from shards.source import ArchiveSource, Part, Patterns, TestPatterns, printable
 
 
 class Parquet(ArchiveSource):
@@ -83,22 +84,16 @@ class Parquet(ArchiveSource):
             )
         values = column.to_pylist()
         for row, value in enumerate(values):
-            where = f"{path}, row {row}"
-            if value is None or (isinstance(value, float) and math.isnan(value)):
-                raise DataError(f"{where}: has no label; take such rows out")
-            if isinstance(value, float):
-                if not value.is_integer():
-                    raise DataError(
-                        f"{where}: the label is {value}; a label is a whole number or the name of a class: set "
-                        "label_column, or write such a column"
-                    )
-                values[row] = int(value)
-            elif isinstance(value, str):
-                label = parse_label(value, where)
-                if label is None:
-                    raise DataError(f"{where}: has no label; take such rows out")
-                values[row] = label
-        return values
+            if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+                raise DataError(f"{path}, row {row}: has no label; take such rows out")
+            if isinstance(value, float) and not value.is_integer():
+                raise DataError(
+                    f"{path}, row {row}: the label is {value}; a label is a whole number or the name of a class: set "
+                    "label_column, or write such a column"
+                )
+        if all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", str(value)) for value in values) or types.is_floating(kind):
+            return [int(value) for value in values]
+        return [printable(value) if isinstance(value, str) else value for value in values]
 
     def _class_names(self, file: Any, path: Path) -> tuple[str, ...] | None:
         """What Hugging Face's metadata call the numbers."""
@@ -116,7 +111,7 @@ class Parquet(ArchiveSource):
             or len(set(names)) < len(names)
         ):
             raise DataError(f"{path}: its names of the labels are {str(names)[:80]}: expected different texts")
-        return tuple(names)
+        return tuple(map(printable, names))
 
     def _spool_file(self, path: Path) -> None:
         relative = str(path.relative_to(self.root))

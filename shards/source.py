@@ -302,7 +302,11 @@ class ArchiveSource(FileSource):
         unused = Unused()
         for part in parts:
             own = part.class_names or ()
-            labels += [own[x] if isinstance(x, int) and 0 <= x < len(own) else x for x in part.labels]
+            for label in part.labels:
+                if own and isinstance(label, int) and label >= 0:
+                    labels.append(own[label] if label < len(own) else f"number {label}")
+                else:
+                    labels.append(label)
             unused.update(part.unused)
         if not labels:
             raise DataError(
@@ -339,7 +343,7 @@ class ArchiveSource(FileSource):
             lack = "is not among the classes" if known else "has no training sample"
             return DataError(f"{where}: class {label!r} {lack}; {nearest(label, classes[:20])}")
         if label < 0:
-            what = "means that there is none; leave such samples out, or set `test` to files that have labels"
+            what = "is negative, which means unlabelled; leave such samples out, or set `test` to labelled files"
         elif not known:
             what = "has no training sample; add some, or leave these samples out"
         elif label >= len(classes):
@@ -372,7 +376,7 @@ def parse_label(text: str, where: str) -> int | str | None:
 
 def printable(text: str) -> str:
     """The text with whatever was not UTF-8 in a file's name written as `\\xe9`: it can be printed and kept in JSON."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return text.encode("utf-8", "backslashreplace").decode().replace("\\udc", "\\x")
 
 
 def listing_digest(classes: Sequence[str], listings: Mapping[str, Listing]) -> str:

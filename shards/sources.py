@@ -35,10 +35,10 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: str | Path = ".") -
     """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in entry.items() if key != "source"}
     kind = entry.get("source")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         what = "names no `source`" if kind is None else f"has the unknown source {kind!r}"
         raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, KINDS)}")
-    return validate(KINDS[str(kind)], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
+    return validate(KINDS[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
 
 
 def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Source:

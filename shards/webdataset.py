@@ -268,7 +268,8 @@ def walk_tar(path: Path, remedy: str = "fetch it again") -> Iterator[Member]:
     except DataError:
         raise
     except tarfile.ReadError as error:
-        what = "truncated" if "unexpected end" in str(error) or "empty" in str(error) else "corrupt tar header"
+        cut = any(word in str(error) for word in ("unexpected end", "empty", "truncated"))
+        what = "truncated" if cut else "corrupt tar header"
         raise DataError(f"{path}: {what} ({error}); {remedy}") from error
     except Exception as error:  # on damaged input, tarfile and the kinds of compression raise many others
         raise DataError(f"{path}: corrupt tar ({type(error).__name__}: {error}); {remedy}") from error
