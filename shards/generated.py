@@ -1,21 +1,23 @@
-"""Source `fractals`: any number of labelled images from formulas, after FractalDB (Kataoka et al. 2020).
+"""Sources `digits` and `fractals`: labelled images that need no files, the same on every machine.
 
-A family (class) is a random iterated function system; its samples are the attractors of jittered copies, mirrored,
-turned and tinted. Everything is keyed by (seed, family, sample) and uses only operations that IEEE 754 rounds exactly,
-so a sample is the same on every machine, in any batch, however the work is split.
+`digits` are scikit-learn's 1,797 real handwritten digits (8 × 8), enlarged. `fractals` are any number of images from
+formulas, after FractalDB (Kataoka et al. 2020): a family (class) is a random iterated function system; its samples are
+the attractors of jittered copies, mirrored, turned and tinted. Everything is keyed by (seed, family, sample) and uses
+only operations that IEEE 754 rounds exactly, so a sample is the same in any batch, however the work is split.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, model_validator
 
 from dbscale.data.manifest import Encoding
-from dbscale.errors import DataError
 from dbscale.keyed import keyed_uniform
-from shards.source import FieldSource, Listing
+from shards.source import Listing, Size, Source, stratified_order
 
 NUM_MAPS = 4
 """Affine maps per system; FractalDB draws 2 to 8."""
@@ -28,41 +30,74 @@ _FIRST_TEST_SAMPLE = 1 << 31
 """Numbers of test samples start here, so that the test split does not depend on the size of the training split."""
 
 
-@dataclass(frozen=True)
-class Fractals(FieldSource):
+class Digits(Source):
+    """A stratified split of the digits: the first `num_test` of the stratified order are the test split."""
+
+    image_size: Size = 32
+    """Side in px."""
+    num_test: Annotated[int, Field(ge=10, le=1787)] = 597
+    seed: int = 0
+    """Of the split."""
+    default_encoding: ClassVar[Encoding] = "raw"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple("0123456789")
+
+    @cached_property
+    def _data(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        from sklearn.datasets import load_digits  # takes a second to import, and only this source needs it
+
+        pixels, labels = load_digits(return_X_y=True)
+        return pixels.reshape(-1, 8, 8), labels.astype(np.int64)
+
+    @cached_property
+    def _parts(self) -> dict[str, NDArray[np.int64]]:
+        stored = stratified_order(self._data[1], self.seed, "digits")
+        return {"train": stored[self.num_test :], "test": stored[: self.num_test]}
+
+    def listings(self) -> dict[str, Listing]:
+        labels = self._data[1]
+        return {
+            split: Listing(labels[part], [f"digit-{number:04d}" for number in part.tolist()])
+            for split, part in self._parts.items()
+        }
+
+    def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[NDArray[np.uint8]]:
+        for image in self._data[0][self._parts[split][numbers]]:
+            grey = Image.fromarray((image * (255 / 16)).astype(np.uint8))
+            pixels = np.asarray(grey.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))
+            yield np.repeat(pixels[..., None], 3, axis=2)
+
+
+class Fractals(Source):
     """`families` classes; sources that share `seed` and whose family ranges do not overlap are disjoint."""
 
-    families: int = 64
-    num_train: int = 16384
-    num_test: int = 1024
-    image_size: int = 32
+    families: Annotated[int, Field(ge=2)] = 64
+    num_train: Size = 16384
+    num_test: Size = 1024
+    image_size: Annotated[int, Field(ge=8)] = 32
     """Side in px."""
     seed: int = 0
-    first_family: int = 0
-    jitter: float = 0.2
+    first_family: Annotated[int, Field(ge=0)] = 0
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Relative change of each coefficient from sample to sample, at most."""
     turned: bool = True
     """Mirror and turn samples by quarters."""
     tinted: bool = True
     """Draw a colour and a dark ground for each sample; False draws white on black."""
+    default_encoding: ClassVar[Encoding] = "raw"
 
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("families", 2),
-            ("num_train", self.families),
-            ("num_test", self.families),
-            ("image_size", 8),
-        ):
-            if getattr(self, name) < least:
-                raise DataError(f"fractals: {name} is {getattr(self, name)}, it must be at least {least}")
+    @model_validator(mode="after")
+    def _every_family_has_a_sample(self) -> Self:
+        for name in ("num_train", "num_test"):
+            if getattr(self, name) < self.families:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least {self.families}, one a family")
+        return self
 
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(f"family-{self.first_family + k:05d}" for k in range(self.families))
-
-    @property
-    def default_encoding(self) -> Encoding:
-        return "raw"
 
     @cached_property
     def systems(self) -> NDArray[np.float32]:
