@@ -12,9 +12,19 @@ if TYPE_CHECKING:
     from dbscale.errors import LawError, NotEnoughData
     from dbscale.laws.advice import Advice, advise
     from dbscale.laws.allocation import Allocation, allocate
-    from dbscale.laws.boundary import Boundary, find_boundary
+    from dbscale.laws.boundary import NOISE_TABLES, Power, Verdict, judge, power
+    from dbscale.laws.contrast import (
+        Component,
+        DeltaCurves,
+        DeltaPoint,
+        NoiseModel,
+        Pairs,
+        delta_curves,
+        delta_points,
+        fit_noise,
+        make_pairs,
+    )
     from dbscale.laws.cost import Prices
-    from dbscale.laws.delta_curve import PairedDelta
     from dbscale.laws.fit import fit_law
     from dbscale.laws.form import Form
     from dbscale.laws.forms import FORMS, find_form
@@ -23,17 +33,25 @@ if TYPE_CHECKING:
     from dbscale.laws.profile import profile_interval
     from dbscale.laws.resample import Bootstrap, bootstrap
     from dbscale.laws.select import Candidate, Selection, select_law
-    from dbscale.laws.surface import boundaries_by_group, boundary_surface
     from dbscale.laws.transfer import TransferGap, effective_data_transferred, transfer_gap, transfer_gaps
     from dbscale.laws.weights import error_weights, seed_spread
 
 _MEMBERS = {
     "advice": ("Advice", "advise"),
     "allocation": ("Allocation", "allocate"),
-    "boundary": ("Boundary", "find_boundary"),
-    "surface": ("boundaries_by_group", "boundary_surface"),
+    "boundary": ("NOISE_TABLES", "Power", "Verdict", "judge", "power"),
+    "contrast": (
+        "Component",
+        "DeltaCurves",
+        "DeltaPoint",
+        "NoiseModel",
+        "Pairs",
+        "delta_curves",
+        "delta_points",
+        "fit_noise",
+        "make_pairs",
+    ),  # fmt: skip
     "cost": ("Prices",),
-    "delta_curve": ("PairedDelta",),
     "fit": ("fit_law",),
     "form": ("Form",),
     "forms": ("FORMS", "find_form"),
@@ -50,30 +68,39 @@ _HOME |= {"LawError": "dbscale.errors", "NotEnoughData": "dbscale.errors"}
 __all__ = [
     "FORMS",
     "LOSSES",
+    "NOISE_TABLES",
     "Advice",
     "Allocation",
     "Bootstrap",
-    "Boundary",
     "Candidate",
+    "Component",
+    "DeltaCurves",
+    "DeltaPoint",
     "Form",
     "LawError",
     "LawFit",
     "Loss",
+    "NoiseModel",
     "NotEnoughData",
-    "PairedDelta",
+    "Pairs",
+    "Power",
     "Prices",
     "Selection",
     "TransferGap",
+    "Verdict",
     "advise",
     "allocate",
     "bootstrap",
-    "boundaries_by_group",
-    "boundary_surface",
+    "delta_curves",
+    "delta_points",
     "effective_data_transferred",
     "error_weights",
-    "find_boundary",
     "find_form",
     "fit_law",
+    "fit_noise",
+    "judge",
+    "make_pairs",
+    "power",
     "profile_interval",
     "seed_spread",
     "select_law",
