@@ -50,7 +50,7 @@ _MEMBERS = {
         "delta_points",
         "fit_noise",
         "make_pairs",
-    ),  # fmt: skip
+    ),
     "cost": ("Prices",),
     "fit": ("fit_law",),
     "form": ("Form",),
