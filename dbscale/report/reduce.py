@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
 
 from dbscale.errors import TableError, nearest
 from dbscale.files import atomic_open, write_atomic
@@ -119,3 +122,17 @@ def write_parquet(path: Path, table: RunTable) -> None:
 
 def _members(name: str) -> tuple[Any, ...]:
     return getattr(KINDS[name], "__args__", (KINDS[name],))
+
+
+def read_mistakes(path: Path) -> np.ndarray:
+    """Which test samples a cell got wrong, booleans over those that could be decoded, from its correct.npz.
+
+    Raises TableError where the file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            count = int(file["num_samples"])
+            correct, counted = (np.unpackbits(file[name], count=count).astype(bool) for name in ("correct", "counted"))
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
+        raise TableError(f"{path} cannot be read ({error}); remove the cell's folder to run it again") from error
+    return ~correct[counted]
