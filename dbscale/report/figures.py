@@ -15,12 +15,14 @@ import altair as alt
 
 from dbscale.files import write_atomic
 from dbscale.report.schema import AxisName, Band, BoundaryFile, ContrastRecord, LawsFile, VerdictRecord
-from dbscale.report.table import Run, RunTable, Setting
+from dbscale.report.table import RunTable, Setting
 from dbscale.report.words import AXES, COMPONENTS, axis_of, count, is_rate, metric_of, side_of, stratum, where
 
 Rows = list[dict[str, Any]]
-ARMS = ("plain", "distilled", "scratch", "teacher")
-"""In the order of the theme's colours."""
+DATA = alt.NamedData(name="rows")
+"""Rows stay out of Altair, which would copy them with every step of a declaration."""
+ARMS = ("plain", "distilled", "teacher", "scratch")
+"""In the order of the theme's colours; no figure has more than three."""
 SHAPES = ("circle", "diamond", "square", "triangle-up")
 PAPER_WIDTH = 210
 """Of a panel on paper, in pixels; a single panel is twice as wide."""
@@ -35,13 +37,15 @@ class Figure:
 
     name: str
     chart: Any
+    """Altair's declaration over the data named `rows`."""
+    rows: Rows
     title: str
     """What it shows, for those who cannot see it."""
 
     def spec(self, theme: str = "") -> dict[str, Any]:
         """Vega-Lite, with the colours of a theme (`light` or `dark`) or, for the page, without."""
         spec = self.chart.to_dict(validate=False)
-        return spec | {"config": config(**THEMES[theme])} if theme else {k: v for k, v in spec.items() if k != "config"}
+        return spec | {"datasets": {"rows": self.rows}, "config": config(**THEMES[theme]) if theme else {}}
 
 
 THEMES = {
@@ -81,19 +85,20 @@ def log_x(title: str, values: Iterable[float], margin: float = 1.25) -> alt.X:
     return alt.X("x:Q", title=title, axis=axis, scale=alt.Scale(type="log", domain=domain, nice=False))
 
 
-def panelled(layers: Sequence[Any], rows: Rows, panels: Sequence[str], height: int) -> Any:
-    """Layers over one table of rows, a panel for each name; each layer draws the rows of its `part`."""
+def panelled(layers: Sequence[tuple[str, Any]], rows: Rows, panels: Sequence[str], height: int) -> Any:
+    """Layers, with the part of the rows that each draws, over one table; a panel for each name."""
     zoom = alt.selection_interval(
         name="zoom", bind="scales", zoom="wheel![event.ctrlKey || event.metaKey]",
         translate="[pointerdown[event.pointerType == 'mouse'], window:pointerup] > window:pointermove!",
     )  # fmt: skip
     wide = 2 if len(panels) == 1 else 1
-    data = alt.Data(values=rows)
-    chart = alt.layer(*layers[:-1], layers[-1].add_params(zoom)).properties(width=wide * PAPER_WIDTH, height=height)
+    present = {row["part"] for row in rows}
+    *drawn, top = [layer for name, layer in layers if name in present]
+    chart = alt.layer(*drawn, top.add_params(zoom)).properties(width=wide * PAPER_WIDTH, height=height)
     if len(panels) == 1:
-        return chart.properties(data=data)
+        return chart.properties(data=DATA)
     order = alt.Facet("panel:N", title=None, sort=list(panels))
-    return chart.facet(order, columns=min(len(panels), 3), data=data).resolve_axis(x="independent")
+    return chart.facet(order, columns=min(len(panels), 3), data=DATA).resolve_axis(x="independent")
 
 
 def part(name: str) -> Any:
@@ -116,8 +121,10 @@ def delta_figure(name: str, records: Sequence[ContrastRecord], height: int = 250
     unit = " (points)" if scale == 100 else ""
     title = f"{metric_of(first.metric)}, {first.a} − {first.b}{unit}"
     chart = panelled(_delta_layers(x, title, signs), rows, [stratum(record) for record, _ in judged], height)
-    told = f"{metric_of(first.metric)} of {side_of(first, 'a')} minus that of {side_of(first, 'b')} over {axis_of(first)}"
-    return Figure(name, chart, f"{told}, {where(first)}")
+    told = (
+        f"{metric_of(first.metric)} of {side_of(first, 'a')} minus that of {side_of(first, 'b')} over {axis_of(first)}"
+    )
+    return Figure(name, chart, rows, f"{told}, {where(first)}")
 
 
 def _delta_rows(panel: str, verdict: VerdictRecord, scale: float, signs: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -145,7 +152,7 @@ def band_rows(band: Band | None, scale: float = 1) -> Iterator[dict[str, Any]]:
             yield {"x": x, "y": scale * y, "low": scale * low, "high": scale * high}
 
 
-def _delta_layers(x: alt.X, title: str, signs: Sequence[str]) -> list[Any]:
+def _delta_layers(x: alt.X, title: str, signs: Sequence[str]) -> list[tuple[str, Any]]:
     """From back to front: what does not matter, the boundary, the curve, seeds, intervals, means."""
     y = alt.Y("y:Q", title=title)
     low, high = alt.Y("low:Q", title=title), alt.Y2("high:Q")
@@ -158,16 +165,16 @@ def _delta_layers(x: alt.X, title: str, signs: Sequence[str]) -> list[Any]:
     ]  # fmt: skip
     whisker = part("point").encode(x=x, color=color)
     return [
-        part("zone").mark_rect(style="zone").encode(y=low, y2=high),
-        part("zone").mark_rule(style="zero").encode(y=y),
-        part("root").mark_rect(style="root").encode(x=alt.X("low:Q", title=x["title"]), x2="high:Q"),
-        part("root").mark_rule(style="root-line").encode(x=x),
-        part("curve").mark_area(style="band").encode(x=x, y=low, y2=high),
-        part("curve").mark_line(style="line").encode(x=x, y=y),
-        part("seed").mark_circle(style="seed").encode(x=x, y=y),
-        whisker.mark_rule(strokeWidth=1).encode(y=alt.Y("low_all:Q", title=title), y2="high_all:Q"),
-        whisker.mark_rule(strokeWidth=3.5).encode(y=low, y2=high),
-        part("point").mark_point(filled=True, size=75, opacity=1).encode(x=x, y=y, color=color, tooltip=tooltip),
+        ("zone", part("zone").mark_rect(style="zone").encode(y=low, y2=high)),
+        ("zone", part("zone").mark_rule(style="zero").encode(y=y)),
+        ("root", part("root").mark_rect(style="root").encode(x=alt.X("low:Q", title=x["title"]), x2="high:Q")),
+        ("root", part("root").mark_rule(style="root-line").encode(x=x)),
+        ("curve", part("curve").mark_area(style="band").encode(x=x, y=low, y2=high)),
+        ("curve", part("curve").mark_line(style="line").encode(x=x, y=y)),
+        ("seed", part("seed").mark_circle(style="seed").encode(x=x, y=y)),
+        ("point", whisker.mark_rule(strokeWidth=1).encode(y=alt.Y("low_all:Q", title=title), y2="high_all:Q")),
+        ("point", whisker.mark_rule(strokeWidth=3.5).encode(y=low, y2=high)),
+        ("point", whisker.mark_point(filled=True, size=75, opacity=1).encode(y=y, tooltip=tooltip)),
     ]
 
 
@@ -180,8 +187,7 @@ def error_figure(
 ) -> Figure:  # fmt: skip
     """Every run and the laws' curves over one axis; a panel for each combination of the others worth a curve."""
     runs = table.where(lambda run: getattr(run, metric) is not None and run.dataset == setting.dataset)
-    panel_of = _panel_names(axis)
-    own = runs.pretrained.where(setting=setting)
+    panel_of, own = _panel_names(axis), _worth_drawing(runs.pretrained.where(setting=setting), axis)
     rows: Rows = [
         {"panel": panel_of(run), "part": "run", "arm": run.arm, "x": getattr(run, axis), "y": getattr(run, metric),
          "seed": str(run.seed), "run": run.key}
@@ -192,10 +198,13 @@ def error_figure(
     panels = list(dict.fromkeys(row["panel"] for row in rows if row["part"] == "run"))
     for curve in laws.curves:
         if (curve.dataset, curve.variant, curve.metric, curve.axis) == (setting.dataset, setting.variant, metric, axis):
-            rows += [{"panel": panel_of(curve), "part": "law", "arm": curve.arm, **row} for row in band_rows(curve.band)]
-    layers = _arm_layers(log_x(AXES[axis], own.values(axis)), metric_of(metric), metric)
-    chart = panelled(layers, [row for row in rows if row["panel"] in panels], panels, 190)
-    return Figure(name, chart, f"{metric_of(metric)} over {AXES[axis]}, {setting.dataset}")
+            rows += [
+                {"panel": panel_of(curve), "part": "law", "arm": curve.arm, **row} for row in band_rows(curve.band)
+            ]
+    rows = [row for row in rows if row["panel"] in panels]
+    layers = _arm_layers(log_x(AXES[axis], own.values(axis)), metric_of(metric), metric, rows)
+    told = f"{metric_of(metric)} over {AXES[axis]}, {setting.dataset}"
+    return Figure(name, panelled(layers, rows, panels, 190), rows, told)
 
 
 def _panel_names(axis: AxisName) -> Any:
@@ -206,6 +215,15 @@ def _panel_names(axis: AxisName) -> Any:
         "num_params": lambda run: f"{run.upstream_samples:,} upstream images, {run.downstream_samples:,} labels",
     }
     return names[axis]
+
+
+def _worth_drawing(runs: RunTable, axis: AxisName) -> RunTable:
+    """Over labels or model size, only the smallest and the largest of each other axis: more panels than that tire."""
+    if axis == "upstream_samples":
+        return runs
+    others = [name for name in ("upstream_samples", "downstream_samples") if name != axis]
+    ends = {name: {runs.values(name)[0], runs.values(name)[-1]} for name in others}
+    return runs.where(lambda run: all(getattr(run, name) in ends[name] for name in others))
 
 
 def _scratch_rows(runs: RunTable, panel_of: Any, metric: str) -> Rows:
@@ -230,35 +248,37 @@ def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | No
         return None
     rows = list(runs.values())
     panels = [student for student in table.students if any(row["panel"] == student for row in rows)]
-    layers = _arm_layers(log_x(AXES["upstream_samples"], (row["x"] for row in rows)), "upstream error", "error_rate")
-    return Figure(name, panelled(layers, rows, panels, 190), f"upstream test error, {setting.upstream_dataset}")
+    x = log_x(AXES["upstream_samples"], (row["x"] for row in rows))
+    chart = panelled(_arm_layers(x, "upstream error", "error_rate", rows), rows, panels, 190)
+    return Figure(name, chart, rows, f"upstream test error, {setting.upstream_dataset}")
 
 
-def _arm_layers(x: alt.X, title: str, metric: str) -> list[Any]:
+def _arm_layers(x: alt.X, title: str, metric: str, rows: Rows) -> list[tuple[str, Any]]:
     """Laws and runs by arm; a click on the legend hides an arm and shows it again."""
-    fmt = ".1~%" if is_rate(metric) else ".2~f"
-    axis = alt.Axis(format=fmt, tickCount=5)
-    y = alt.Y("y:Q", title=title, axis=axis, scale=alt.Scale(type="log", zero=False, nice=False, padding=8))
-    arms = alt.selection_point(name="arms", fields=["arm"], bind="legend", toggle="true", empty=False,
-                               value=[{"arm": arm} for arm in ARMS])  # fmt: skip
-    color = alt.Color("arm:N", title=None, scale=alt.Scale(domain=list(ARMS)))
-    shape = alt.Shape("arm:N", title=None, scale=alt.Scale(domain=list(ARMS)))
+    axis = alt.Axis(format=".1~%" if is_rate(metric) else ".2~f", tickCount=5)
+    y = alt.Y("y:Q", title=title, axis=axis, scale=alt.Scale(type="log", nice=False, padding=8))
+    arms = [arm for arm in ARMS if any(row.get("arm") == arm for row in rows)]
+    shown = alt.selection_point(name="arms", fields=["arm"], bind="legend", toggle="true", empty=False,
+                                value=[{"arm": arm} for arm in arms])  # fmt: skip
+    color, shape = (channel("arm:N", title=None, scale=alt.Scale(domain=arms)) for channel in (alt.Color, alt.Shape))
     tooltip = [
-        alt.Tooltip("arm:N"), alt.Tooltip("x:Q", title=x["title"], format=",.0f"),
+        alt.Tooltip("arm:N"), alt.Tooltip("x:Q", title=x["title"], format=",.4~g"),
         alt.Tooltip("y:Q", title=title, format=".2%" if is_rate(metric) else ".4f"), alt.Tooltip("seed:N"),
         alt.Tooltip("run:N"),
     ]  # fmt: skip
 
-    def shown(opacity: float) -> Any:
-        return alt.when(arms).then(alt.value(opacity)).otherwise(alt.value(0))
+    def opacity(value: float) -> Any:
+        return alt.when(shown).then(alt.value(value)).otherwise(alt.value(0))
 
+    level = part("level").mark_rule(strokeDash=[2, 3])
+    area, line = part("law").mark_area(), part("law").mark_line(strokeWidth=1.8)
+    mark = part("run").mark_point(filled=True, size=42).encode(shape=shape, tooltip=tooltip).add_params(shown)
     return [
-        part("level").mark_rule(strokeDash=[2, 3]).encode(y=y, color=color, opacity=shown(0.7), tooltip=tooltip),
-        part("law").mark_area().encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q", color=color, opacity=shown(0.16)),
-        part("law").mark_line(strokeWidth=1.8).encode(x=x, y=y, color=color, opacity=shown(1)),
-        part("run").mark_point(filled=True, size=42).encode(
-            x=x, y=y, color=color, shape=shape, opacity=shown(0.85), tooltip=tooltip).add_params(arms),
-    ]  # fmt: skip
+        ("level", level.encode(y=y, color=color, opacity=opacity(0.7), tooltip=tooltip)),
+        ("law", area.encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q", color=color, opacity=opacity(0.16))),
+        ("law", line.encode(x=x, y=y, color=color, opacity=opacity(1))),
+        ("run", mark.encode(x=x, y=y, color=color, opacity=opacity(0.85))),
+    ]
 
 
 # What the results rest on.
@@ -278,11 +298,11 @@ def predicted_figure(name: str, laws: LawsFile, setting: Setting) -> Figure | No
     ends = [end(row[name] for row in rows for name in "xy") for end in (min, max)]
     rows += [{"panel": panel, "part": "guide", "x": end, "y": end} for panel in panels for end in ends]
     x = alt.X("x:Q", title="measured error", axis=alt.Axis(format=".1~%", tickCount=5),
-              scale=alt.Scale(type="log", zero=False, nice=False, padding=8))  # fmt: skip
-    layers = _arm_layers(x, "predicted error", "error_rate")
-    diagonal = part("guide").mark_line(style="guide").encode(x=x, y=layers[-1].encoding.y)
-    chart = panelled([diagonal, layers[-1]], rows, panels, 260)
-    return Figure(name, chart, f"predicted against measured error, {setting.dataset}")
+              scale=alt.Scale(type="log", nice=False, padding=8))  # fmt: skip
+    *_, runs = _arm_layers(x, "predicted error", "error_rate", rows)
+    diagonal = part("guide").mark_line(style="guide").encode(x=x, y=runs[1].encoding.y)
+    chart = panelled([("guide", diagonal), runs], rows, panels, 260)
+    return Figure(name, chart, rows, f"predicted against measured error, {setting.dataset}")
 
 
 def noise_figure(name: str, contrasts: Sequence[ContrastRecord]) -> Figure | None:
@@ -294,16 +314,16 @@ def noise_figure(name: str, contrasts: Sequence[ContrastRecord]) -> Figure | Non
     ]  # fmt: skip
     if not rows:
         return None
-    bars = list(dict.fromkeys(row["contrast"] for row in rows))
-    chart = alt.Chart(alt.Data(values=rows)).mark_bar(height=16).encode(
+    bars, sources = (list(dict.fromkeys(row[name] for row in rows)) for name in ("contrast", "source"))
+    chart = alt.Chart(DATA).mark_bar(height=16).encode(
         x=alt.X("share:Q", title="share of the variance of one difference", axis=alt.Axis(format="%", tickCount=5)),
         y=alt.Y("contrast:N", title=None, sort=bars, axis=alt.Axis(labelLimit=260)),
-        color=alt.Color("source:N", title=None, scale=alt.Scale(domain=list(COMPONENTS.values()), scheme="tableau10"),
+        color=alt.Color("source:N", title=None, scale=alt.Scale(domain=sources, scheme="tableau10"),
                         legend=alt.Legend(columns=3, labelLimit=240)),
         order="order:Q",
         tooltip=[alt.Tooltip("source:N"), alt.Tooltip("share:Q", format=".0%"), alt.Tooltip("sd:Q", format=".2~g")],
     ).properties(width=2 * PAPER_WIDTH, height=28 * len(bars))  # fmt: skip
-    return Figure(name, chart, "where the noise of a difference comes from")
+    return Figure(name, chart, rows, "where the noise of a difference comes from")
 
 
 def halves_figure(name: str, record: ContrastRecord) -> Figure | None:
@@ -312,21 +332,22 @@ def halves_figure(name: str, record: ContrastRecord) -> Figure | None:
         return None
     scale = 100 if is_rate(record.metric) else 1
     names = [f"seeds {', '.join(half.seeds)}" for half in record.halves]
-    rows: Rows = [
-        {"half": half_name, "x": count(point.x), "y": scale * point.delta, "low": scale * point.low,
-         "high": scale * point.high}
-        for half, half_name in zip(record.halves, names, strict=True) for point in half.verdict.points
-    ]  # fmt: skip
+    rows: Rows = [{"part": "zero", "y": 0}]
+    for half, half_name in zip(record.halves, names, strict=True):
+        for point in half.verdict.points:
+            ends = {"y": scale * point.delta, "low": scale * point.low, "high": scale * point.high}
+            rows.append({"part": "mean", "half": half_name, "x": count(point.x), **ends})
     x = alt.X("x:N", title=axis_of(record), sort=None, axis=alt.Axis(labelAngle=0))
     color, offset = alt.Color("half:N", title=None, sort=names), alt.XOffset("half:N", sort=names)
-    base = alt.Chart().encode(x=x, xOffset=offset, color=color)
+    mean, y = part("mean").encode(x=x, xOffset=offset, color=color), alt.Y("y:Q", title="difference")
     chart = alt.layer(
-        base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="difference"), y2="high:Q"),
-        base.mark_point(filled=True, size=60).encode(y="y:Q", tooltip=["half:N", "x:N", alt.Tooltip("y:Q", format="+.2f")]),
-        alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(style="zero").encode(y="y:Q"),
-        data=alt.Data(values=rows),
+        part("zero").mark_rule(style="zero").encode(y=y),
+        mean.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="difference"), y2="high:Q"),
+        mean.mark_point(filled=True, size=60, opacity=1).encode(
+            y=y, tooltip=["half:N", "x:N", alt.Tooltip("y:Q", title="difference", format="+.2f")]),
+        data=DATA,
     ).properties(width=2 * PAPER_WIDTH, height=200)  # fmt: skip
-    return Figure(name, chart, f"two halves of the seeds, {where(record)}")
+    return Figure(name, chart, rows, f"two halves of the seeds, {where(record)}")
 
 
 def study_figures(table: RunTable, laws: LawsFile, boundary: BoundaryFile) -> dict[str, Figure]:
@@ -334,21 +355,32 @@ def study_figures(table: RunTable, laws: LawsFile, boundary: BoundaryFile) -> di
     return {figure.name: figure for figure in _study_figures(table, laws, boundary.contrasts) if figure is not None}
 
 
-def _study_figures(
-    table: RunTable, laws: LawsFile, contrasts: Sequence[ContrastRecord]
-) -> Iterator[Figure | None]:
+def contrast_figures(record: ContrastRecord) -> dict[str, Figure]:
+    """The figures of one contrast that stands alone."""
+    found = (
+        delta_figure("verdict", [record], height=330),
+        halves_figure("halves", record),
+        noise_figure("noise", [record]),
+    )
+    return {figure.name: figure for figure in found if figure is not None}
+
+
+def group_of(record: ContrastRecord, contrasts: Sequence[ContrastRecord]) -> str:
+    """Name of the figure that shows a contrast beside those of the same metric and test set."""
+    return f"delta-{slug(record.metric, where(record, contrasts))}"
+
+
+def _study_figures(table: RunTable, laws: LawsFile, contrasts: Sequence[ContrastRecord]) -> Iterator[Figure | None]:
     main = [record for record in contrasts if record.main]
     yield delta_figure("verdict", main, height=330)
     yield from (halves_figure("halves", record) for record in main)
     yield noise_figure("noise", contrasts)
-    groups: dict[tuple[str, ...], list[ContrastRecord]] = {}
+    groups: dict[str, list[ContrastRecord]] = {}
     for record in contrasts:
-        groups.setdefault((record.metric, record.variant, record.upstream_dataset, record.dataset), []).append(record)
-    for (metric, *_), group in groups.items():
-        yield delta_figure(f"delta-{slug(metric, where(group[0], contrasts))}", group, height=190)
-    for setting in dict.fromkeys((s.variant, s.upstream_dataset) for s in table.settings):
-        own = next(s for s in table.settings if (s.variant, s.upstream_dataset) == setting)
-        yield upstream_figure(f"upstream-{slug(*setting)}", table, own)
+        groups.setdefault(group_of(record, contrasts), []).append(record)
+    yield from (delta_figure(name, group, height=190) for name, group in groups.items())
+    for setting in {(s.variant, s.upstream_dataset): s for s in table.settings}.values():
+        yield upstream_figure(f"upstream-{slug(setting.variant, setting.upstream_dataset)}", table, setting)
     for setting in table.settings:
         yield from _setting_figures(table, laws, setting, slug(setting.label(table)))
 

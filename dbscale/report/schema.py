@@ -298,8 +298,10 @@ class TransferRecord(OfSetting):
     student: str
     gap: Estimate
     """G, with its profile-likelihood interval."""
-    gap_error: Estimate
+    gap_error: float
     """The gap as an error rate at the largest D_f: G·D_f^-β."""
+    share: float
+    """G over A·D_p^-α + G at the largest D_p: near 1, more upstream data of this kind no longer helps."""
 
 
 class LeverRecord(OfSetting):

@@ -17,8 +17,8 @@ from dbscale.report.schema import (
     LawRecord,
     LawsFile,
     Note,
-    ParamRecord,
     OfSetting,
+    ParamRecord,
     VerdictRecord,
 )
 
@@ -122,6 +122,10 @@ SENTENCES = {
     "outside": " That is an extrapolation: {axes}.",
     "outside_axis": "{value:about} {axis} are {side} the measured {low:about} to {high:about}",
     "advise_outside": "no advice beyond what was measured: {axes}.",
+    # What it cost.
+    "cost": "{done:count} of {cells:count} cells took {time} of device time",
+    "cost_so_far": "; the plan predicts {predicted} for all of them.",
+    "cost_share": ", {share:percent0} of the {predicted} that the plan predicted.",
     # Power of a plan.
     "plan_power": "can tell apart: a ΔE of {smallest} at one D_p, four times in five (noise of {source})",
     "plan_width": "; a boundary to within about {width:.1f} octaves",
@@ -130,6 +134,45 @@ SENTENCES = {
     "plan_finetunes": "{number:count} finetunes of each upstream run{cost}",
     "plan_best": "most accuracy per device-hour: {finetunes:count} finetunes of each upstream run",
 }
+
+
+CHECKLIST = (
+    ("The law", (
+        ("Which forms are considered?", "{tried}"),
+        ("Which is used, and why?", "an average, weighted by how well each law foretold runs that it had not seen; named "
+         "where one must be: {forms}"),
+        ("What are the variables?", "D_p unique upstream images, M parameters with the downstream head, D_f unique labelled "
+         "downstream images"),
+        ("What is predicted?", "top-1 error and test loss on the downstream test split after finetuning"),
+        ("Are the arms tied?", "no: each arm has its laws; resamples are paired"),
+    )),
+    ("Training", (
+        ("How many models, of which sizes?", "{students}"),
+        ("On how much data?", "{data}; seeds {seeds}"),
+        ("Are images repeated in training?", "upstream runs see each image {epochs}; the laws speak of this schedule alone"),
+        ("Which architecture and optimiser?", "{optimiser}"),
+        ("How were hyperparameters chosen?", "fixed per stage over all sizes, as the grid states; not tuned per point"),
+        ("How is compute counted?", "multiply-adds as two operations, backward as two forwards, the teacher’s forward "
+         "included"),
+    )),
+    ("What was measured", (
+        ("Which metric, on which data?", "{datasets}; test sets of {test_sizes} images"),
+        ("How many checkpoints per run?", "one: the last; no intermediate checkpoint enters a fit"),
+        ("Are runs left out?", "{left_out}"),
+        ("Are runs and code available?", "rows.csv holds every run; `dbscale report --table rows.csv` makes this page "
+         "from it"),
+    )),
+    ("The fit and the verdict", (
+        ("How many points?", "{points}"),
+        ("How uncertain?", "{level} intervals: of laws from resampled upstream runs, the choice among laws and their "
+         "misfit; of differences from t intervals with moderated variances"),
+        ("How was it validated?", "the largest D_p held out: root mean square log error {held_out}"),
+        ("How many questions were asked?", "{verdicts} verdicts; the main one is judged alone, the others share one family"),
+        ("Is any claim extrapolated?", "no: verdicts speak of measured points only"),
+    )),
+)  # fmt: skip
+"""Part, then question and answer, worded anew after the survey of arXiv 2502.18969."""
+UNKNOWN = "not recorded in rows.csv; see the grid’s YAML"
 
 
 class _Formatter(string.Formatter):
@@ -143,8 +186,7 @@ class _Formatter(string.Formatter):
 
 def say(code: str, **values: Any) -> str:
     """A sentence of the table above."""
-    text = _Formatter().format(SENTENCES[code], **values)
-    return text
+    return _Formatter().format(SENTENCES[code], **values)
 
 
 def note(code: str, **values: Any) -> Note:
@@ -178,13 +220,9 @@ def seeds_text(number: int) -> str:
     return "one seed" if number == 1 else f"{number:,} seeds"
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f} times" if ratio >= 1.95 else f"{100 * (ratio - 1):.0f} %"
-
-
 FORMATS = {
     "about": about, "count": count, "percent": percent, "percent0": lambda share: percent(share, 0), "seeds": seeds_text,
-    "cap": lambda text: text[:1].upper() + text[1:], "times": _times,
+    "cap": lambda text: text[:1].upper() + text[1:],
 }  # fmt: skip
 
 
@@ -204,7 +242,7 @@ def effect(value: float, metric: str) -> str:
     return text.replace("-", "−")
 
 
-def level_text(value: float, metric: str) -> str:
+def value_text(value: float, metric: str) -> str:
     return percent(value) if is_rate(metric) else f"{value:.3g}"
 
 
@@ -342,7 +380,9 @@ def evidence(record: ContrastRecord) -> Iterator[str]:
         return
     means = listed(f"{effect(p.delta, record.metric)} at {count(p.x)}" for p in verdict.points)
     unit = " in points" if is_rate(record.metric) else ""
-    yield say("measured", pooling=stratum(record), seeds=verdict.num_seeds, unit=unit, values=means, axis=axis_of(record))
+    yield say(
+        "measured", pooling=stratum(record), seeds=verdict.num_seeds, unit=unit, values=means, axis=axis_of(record)
+    )
     yield _power(record, verdict)
     if record.halves:
         told = "; ".join(f"seeds {listed(half.seeds)}: {brief(record, half.verdict)}" for half in record.halves)
@@ -398,6 +438,16 @@ def answers(contrasts: Sequence[ContrastRecord]) -> Iterator[str]:
     pooled = sorted((record for record in contrasts if record.pooled), key=lambda record: not record.main)
     for record in pooled:
         yield say("on", where=where(record, contrasts), what=answer(record))
+
+
+def checklist(**facts: str) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """Parts with their questions and answers; an answer whose fact is empty says that it is not recorded."""
+
+    def filled(text: str) -> str:
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name]
+        return text.format(**facts) if all(facts[name] for name in names) else UNKNOWN
+
+    return tuple((title, tuple((question, filled(text)) for question, text in part)) for title, part in CHECKLIST)
 
 
 # What the terminal prints.
