@@ -160,28 +160,35 @@ def _pairs(found: Sequence[Difference], num_strata: int) -> Pairs:
 
 
 def _why(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequence[str]) -> str:
-    """The column without which most would pair, with the values of both sides; else all that share no value."""
+    """The column that shares no value and without which most would pair; else all such columns, else an example."""
     values = [[{key[place] for key in side} for side in sides] for place in range(len(columns))]
-    freed = [
-        len(set.intersection(*({key[:place] + key[place + 1 :] for key in side} for side in sides)))
-        for place in range(len(columns))
-    ]
-    blamed = [freed.index(max(freed))] if any(freed) else [k for k, each in enumerate(values) if not each[0] & each[1]]
-    if not blamed:
-        return f"each of {', '.join(columns)} has values of both sides, but no two rows agree in all of them"
-    return "; ".join(_values(columns[place], values[place], names) for place in blamed)
+    disjoint = [place for place, (one, other) in enumerate(values) if not one & other]
+    freed = [len(set.intersection(*({key[:k] + key[k + 1 :] for key in side} for side in sides))) for k in disjoint]
+    if any(freed):
+        disjoint = [disjoint[freed.index(max(freed))]]
+    if disjoint:
+        return "; ".join(_values(columns[place], values[place], names) for place in disjoint)
+    lone = _in_order(sides[0] - sides[1] or sides[1] - sides[0])[0]
+    has, lacks = names if lone in sides[0] else names[::-1]
+    row = ", ".join(f"{column} {_shown(value)}" for column, value in zip(columns, lone, strict=True))
+    return f"{has} has a row with {row}, {lacks} has none" + "".join(map(_hint, values))
 
 
 def _values(column: str, sides: Sequence[set[Hashable]], names: Sequence[str]) -> str:
-    own = [sorted(side - other, key=lambda value: (str(type(value)), value)) for side, other in (sides, sides[::-1])]
-    told = [
-        f"{name} has {', '.join(map(_shown, values[:4]))}{', …' if len(values) > 4 else ''}"
-        for name, values in zip(names, own, strict=True) if values
-    ]  # fmt: skip
-    hints = near_spellings(value for values in own for value in values)
-    return f"what keeps them apart is {column}: {', '.join(told) or 'how its values are combined'}" + "".join(
-        f" ({hint})" for hint in hints
-    )
+    told = []
+    for name, values in zip(names, map(_in_order, sides), strict=True):
+        told.append(f"{name} has {', '.join(map(_shown, values[:4]))}{', …' if len(values) > 4 else ''}")
+    return f"what keeps them apart is {column}: {', '.join(told)}{_hint(sides)}"
+
+
+def _hint(sides: Sequence[set[Hashable]]) -> str:
+    return "".join(f" ({hint})" for hint in near_spellings(sides[0] ^ sides[1]))
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """Numbers by size before words."""
+    return sorted(values, key=lambda value: (isinstance(value, str), value) if not isinstance(value, tuple) else
+                  tuple((isinstance(each, str), each) for each in value))  # fmt: skip
 
 
 def _shown(value: Hashable) -> str:
@@ -194,8 +201,9 @@ def _left_over(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequenc
     if not any(lone):
         return []
     counts = [
-        f"{len(left)} of {len(side)} {what} of {name}" for left, side, name in zip(lone, sides, names, strict=True)
-    ]
+        f"{len(left)} of {len(side)} {what} of {name}"
+        for left, side, name in zip(lone, sides, names, strict=True) if left
+    ]  # fmt: skip
     why = _why([left or side for left, side in zip(lone, sides, strict=True)], columns, names)
     return [f"{' and '.join(counts)} have no partner; {why}"]
 

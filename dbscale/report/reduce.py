@@ -130,7 +130,7 @@ def read_mistakes(path: Path) -> np.ndarray:
     Raises TableError where the file is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             count = int(file["num_samples"])
             correct, counted = (np.unpackbits(file[name], count=count).astype(bool) for name in ("correct", "counted"))
     except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:

@@ -93,7 +93,7 @@ def test_counts_on_the_command_line_are_read_as_in_tables(text: str, value: floa
 
 @pytest.mark.parametrize("text", ["many", "0", "-5", "25%", "", "nan"])
 def test_what_is_no_count_is_told(text: str):
-    with pytest.raises(TableError, match="must be above 0|is not a count; write 2000"):
+    with pytest.raises(TableError, match=r"must be above 0|is not a count; write 2000"):
         parse_count(text)
 
 
@@ -283,7 +283,7 @@ def test_exports_of_wandb_are_read():
     text = '"Step","lr=0.1 - loss","lr=0.1 - loss__MIN","lr=0.3 - loss"\n"0","2.3","2.3",""\n"100","1.1","1.1","1.4"\n'
     sheet = sheet_of(text)
     assert sheet.numbers("lr=0.3 - loss") == [None, 1.4]
-    with pytest.raises(TableError, match="line 2: lr=0.3 - loss is empty; fill it in or remove the row"):
+    with pytest.raises(TableError, match=r"line 2: lr=0.3 - loss is empty; fill it in or remove the row"):
         sheet.measured("lr=0.3 - loss")
 
 
@@ -348,9 +348,9 @@ def test_records_of_json_may_lack_keys():
 
 
 def test_files_that_are_not_there_or_no_files(tmp_path: Path):
-    with pytest.raises(TableError, match="no table at .*none.csv"):
+    with pytest.raises(TableError, match=r"no table at .*none.csv"):
         read_sheet(tmp_path / "none.csv")
-    with pytest.raises(TableError, match="cannot read .*: Is a directory; give the path of a table"):
+    with pytest.raises(TableError, match=r"cannot read .*: Is a directory; give the path of a table"):
         read_sheet(tmp_path)
 
 
