@@ -131,8 +131,12 @@ def _from_json(text: str, name: str) -> Sheet | None:
     if text.lstrip().startswith("["):
         try:
             records = list(enumerate(json.loads(text, object_pairs_hook=_no_doubles), start=1))
-        except (ValueError, RecursionError):
-            return None
+        except (ValueError, RecursionError) as error:
+            if not re.match(r"\s*\[\s*{", text):
+                return None
+            raise TableError(
+                f"{name} begins as a list of records in JSON, and is none ({error}); write it again"
+            ) from None
         return _from_records(records, name, "record")
     records = []
     for line, each in enumerate(io.StringIO(text, newline=None), start=1):
@@ -241,14 +245,15 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 def _delimiter(lines: Sequence[str]) -> str:
     """The delimiter under which all rows are as wide as the header, and widest; else the header's most frequent one."""
-    head = next((line for line in lines if line.strip()), "")
+    head = next((line for line in lines if line.strip(' \t;,"\r\n')), "")
     fitting = {}
     for delimiter in DELIMITERS:
         if delimiter in head.strip() or (delimiter == " " and "\t" in head.strip()):
             try:
-                header, rows = _trimmed(_records(lines, delimiter, ""))
+                records = _records(lines, delimiter, "")
             except TableError:
                 continue
+            header, rows = _trimmed(records) if records else (_Record(1, []), [])
             if all(len(row.cells) == len(header.cells) for row in rows):
                 fitting[delimiter] = len(header.cells)
     if fitting:

@@ -6,6 +6,7 @@ value and remedy. Files become sheets in `reader`.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,12 @@ def shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """`nearest` among the twenty names that are most alike, long ones cut."""
+    cut = [each if len(each) <= 40 else f"{each[:39]}…" for each in names]
+    return nearest(name, cut if len(cut) <= 20 else difflib.get_close_matches(name, cut, n=20, cutoff=0.0))
 
 
 def near_spellings(words: Iterable[object]) -> list[str]:
@@ -59,7 +66,7 @@ class Sheet:
     def cells(self, column: str) -> Sequence[Any]:
         """A column as it stands. Raises TableError naming the nearest."""
         if column not in self.columns:
-            raise TableError(f"{self.name}: no column {column!r}; {nearest(column, self.columns)}")
+            raise TableError(f"{self.name}: no column {shown(column)}; {closest(column, self.columns)}")
         return self.columns[column]
 
     def numbers(self, column: str) -> list[int | float | None]:
@@ -125,7 +132,7 @@ class Sheet:
         known = [(column.strip(), value.strip()) for column, value in splits if column.strip() in self.columns]
         if not known:
             name = splits[0][0] if splits else text
-            raise TableError(f"{option} {text!r}: write COLUMN=VALUE; {nearest(name, self.columns)}")
+            raise TableError(f"{option} {text!r}: write COLUMN=VALUE; {closest(name, self.columns)}")
         return known[-1]
 
     def matches(self, column: str, value: str) -> list[int]:
@@ -136,8 +143,7 @@ class Sheet:
             number = numeral.value(numeral.mark or ".")
             rows |= {row for row, label in enumerate(self.labels(column)) if label == number}
         if not rows:
-            known = list(dict.fromkeys(words))[:20]
-            raise TableError(f"{self.name}: no row has {column}={value}; {nearest(value, known)}")
+            raise TableError(f"{self.name}: no row has {column}={value}; {closest(value, dict.fromkeys(words))}")
         return sorted(rows)
 
     def take(self, rows: Sequence[int]) -> Sheet:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from dbscale.errors import TableError, nearest
 from dbscale.report.reader import read_sheet
-from dbscale.report.sheet import Sheet, near_spellings, shown
+from dbscale.report.sheet import Sheet, closest, near_spellings, shown
 
 SCRATCH = 0
 """`upstream_samples` of a run that saw no upstream data; such runs are shown, never fitted."""
@@ -233,7 +233,7 @@ def runs_of(sheet: Sheet, columns: Mapping[str, str] | None = None) -> RunTable:
     given = {name: columns.get(name, name) for name in COLUMNS if columns.get(name, name) in sheet.columns}
     absent = [columns.get(name, name) for name in (*columns, *REQUIRED) if name not in given]
     if absent:
-        raise TableError(f"{sheet.name}: no column {absent[0]!r}; {nearest(absent[0], sheet.columns)}")
+        raise TableError(f"{sheet.name}: no column {absent[0]!r}; {closest(absent[0], sheet.columns)}")
     cells = {name: _cells(sheet, column, KINDS[name]) for name, column in given.items()}
     runs = [_run(sheet, row, {name: cells[name][row] for name in given}) for row in range(len(sheet))]
     unknown = [column for column in sheet.columns if column not in given.values()]

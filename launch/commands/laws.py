@@ -89,13 +89,15 @@ def fit(arguments: argparse.Namespace) -> int:
 
 def variable_columns(variables: Sequence[Variable], given: Sequence[str], sheet: Sheet) -> dict[str, str]:
     """The column of each variable: as given, else the one with a name that the law knows it by or prints."""
+    from dbscale.report.sheet import closest
+
     known = {name: each.name for each in variables for name in (*each.aliases, each.symbol, each.name)}
     columns = dict(assigned(each, known, sheet) for each in given)
     for each in variables:
         found = next((name for name in (each.name, each.symbol, *each.aliases) if name in sheet.columns), None)
         if columns.setdefault(each.name, found or "") == "":
             raise ConfigError(f"{sheet.name}: no column for the law's {each.name} ({each.symbol}); write "
-                              f"--x {each.name}=COLUMN; {nearest(each.name, sheet.columns)}")  # fmt: skip
+                              f"--x {each.name}=COLUMN; {closest(each.name, sheet.columns)}")  # fmt: skip
     return columns
 
 
