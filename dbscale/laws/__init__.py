@@ -12,24 +12,15 @@ if TYPE_CHECKING:
     from dbscale.errors import LawError, NotEnoughData
     from dbscale.laws.advice import Advice, advise
     from dbscale.laws.allocation import Allocation, allocate
-    from dbscale.laws.boundary import NOISE_TABLES, Power, Verdict, judge, power
-    from dbscale.laws.contrast import (
-        Component,
-        DeltaCurves,
-        DeltaPoint,
-        NoiseModel,
-        Pairs,
-        delta_curves,
-        delta_points,
-        fit_noise,
-        make_pairs,
-    )
+    from dbscale.laws.boundary import Power, Verdict, judge, power
+    from dbscale.laws.contrast import DeltaCurves, DeltaPoint, Pairs, delta_curves, delta_points, make_pairs
     from dbscale.laws.cost import Prices
     from dbscale.laws.fit import fit_law
     from dbscale.laws.form import Form
     from dbscale.laws.forms import FORMS, find_form
     from dbscale.laws.law_fit import LawFit
     from dbscale.laws.losses import LOSSES, Loss
+    from dbscale.laws.noise import NOISE_TABLES, Component, NoiseModel, fit_noise, noise_of
     from dbscale.laws.profile import profile_interval
     from dbscale.laws.resample import Bootstrap, bootstrap
     from dbscale.laws.select import Candidate, Selection, select_law
@@ -39,18 +30,9 @@ if TYPE_CHECKING:
 _MEMBERS = {
     "advice": ("Advice", "advise"),
     "allocation": ("Allocation", "allocate"),
-    "boundary": ("NOISE_TABLES", "Power", "Verdict", "judge", "power"),
-    "contrast": (
-        "Component",
-        "DeltaCurves",
-        "DeltaPoint",
-        "NoiseModel",
-        "Pairs",
-        "delta_curves",
-        "delta_points",
-        "fit_noise",
-        "make_pairs",
-    ),
+    "boundary": ("Power", "Verdict", "judge", "power"),
+    "contrast": ("DeltaCurves", "DeltaPoint", "Pairs", "delta_curves", "delta_points", "make_pairs"),
+    "noise": ("NOISE_TABLES", "Component", "NoiseModel", "fit_noise", "noise_of"),
     "cost": ("Prices",),
     "fit": ("fit_law",),
     "form": ("Form",),
@@ -100,6 +82,7 @@ __all__ = [
     "fit_noise",
     "judge",
     "make_pairs",
+    "noise_of",
     "power",
     "profile_interval",
     "seed_spread",

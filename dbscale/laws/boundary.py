@@ -1,17 +1,29 @@
 """The verdict of a contrast and the power of a design: what runs establish, and what they could establish.
 
-Signs come from simultaneous intervals at the measured x (`contrast`); the smooth curve gives the root once both signs
-are established; laws may sharpen a root, never claim one. Words are the report's.
+Signs come from simultaneous intervals at the measured x (`contrast`). Once both signs are established the smooth curve
+gives the root; laws may sharpen that root, never claim one. Words are the report's.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal, cast
 
-from dbscale.laws.contrast import DeltaCurves, DeltaPoint, NoiseModel, Pairs
+import numpy as np
+
+from dbscale.errors import LawError, NotEnoughData
+from dbscale.laws.contrast import PRIOR_DEGREES, DeltaCurves, DeltaPoint, Pairs, delta_curves, delta_points
+from dbscale.laws.noise import NoiseModel
 
 Kind = Literal["crossing", "excluded", "one_sign", "undecided"]
+Arm = Literal["a", "b"]
+Direction = Literal["b_to_a", "a_to_b"]
+WANTED_POWER = 0.8
+MOST_SEEDS = 1000
+"""More seeds than these are nobody's plan."""
 
 
 @dataclass(frozen=True)
@@ -19,37 +31,38 @@ class Verdict:
     """How a contrast ended."""
 
     kind: Kind
-    better: Literal["a", "b"] | None
-    """Who has the lower y: throughout for `one_sign`; for `excluded` and `undecided` who is established better somewhere;
-    None for `crossing`.
+    better: Arm | None
+    """Who has the lower y: throughout for `one_sign`; somewhere, for `excluded` and `undecided`, if that is established
+    for one of them; None for `crossing`.
     """
-    direction: Literal["b_to_a", "a_to_b"] | None
-    """Crossing only: `b_to_a` is Δ positive, then negative (the distillation boundary)."""
-    root: float | None
-    interval: tuple[float, float] | None
-    """At `level`, crossing only."""
-    bracket: tuple[float, float] | None
-    """Crossing only: last x with one established sign, first x with the other."""
     points: tuple[DeltaPoint, ...]
     curve: dict[str, list[float]]
     """x, delta, low, high: the smooth curve with its simultaneous band, for figures."""
     doubt: float
-    """Octaves of wrong advice: Σ over log2 x of min(P(Δ > 0), P(Δ ≤ 0))."""
+    """Octaves of wrong advice: the integral over log2 x of min(P(Δ > 0), P(Δ ≤ 0))."""
     level: float
     family: int
     min_effect: float
     num_seeds: int
     """Median over x."""
     smallest_effect: float
-    """Smallest |Δ| that this design finds at 80 % power at its typical x."""
+    """Smallest |Δ| whose sign this design establishes with probability .8, at its typical x."""
     more_seeds: int | None
-    """Undecided only: seeds in all that would decide (80 %), if the measured Δ are true; None beyond 1,000."""
+    """Undecided only: seeds in all that would decide, four times in five given what is known; None beyond 1,000."""
+    direction: Direction | None = None
+    """Crossing only: `b_to_a` is Δ positive, then negative (the distillation boundary)."""
+    root: float | None = None
+    interval: tuple[float, float] | None = None
+    """Crossing only, at `level`; within the bracket."""
+    bracket: tuple[float, float] | None = None
+    """Crossing only: last x with the one sign established, first x with the other."""
     law_root: float | None = None
     law_interval: tuple[float, float] | None = None
     law_name: str | None = None
     notes: tuple[str, ...] = ()
-    """Codes: `incomplete_pairs`, `several_crossings`, `within_min_effect` (a sign is established, but no Δ beyond δ is),
-    `single_seed_points`, `laws_do_not_cross`, `laws_disagree`.
+    """Codes: `incomplete_pairs` (an (x, seed) was not pooled because a stratum is missing), `single_seed_points`,
+    `within_min_effect` (a sign is established, but nothing beyond δ), `several_crossings` (the last from positive to
+    negative is given), `laws_do_not_cross`, `laws_disagree`.
     """
 
 
@@ -63,27 +76,215 @@ def judge(
     seed: int = 0,
     law_curves: DeltaCurves | None = None,
 ) -> Verdict:
-    """The verdict of the pairs; several strata or draws are pooled first. Raises NotEnoughData for one seed or one x."""
-    raise NotImplementedError
+    """The verdict of the pairs; several strata or draws are pooled first.
+
+    Signs count where the simultaneous interval excludes 0, "beyond δ" where it excludes ±`min_effect`; `family` is the
+    number of verdicts read together. `law_curves` must span the bracket. Raises NotEnoughData for one seed or one x,
+    LawError for options out of range.
+    """
+    check_options(min_effect, level, family)
+    pooled = pairs.pooled()
+    if len(set(pooled.x.tolist())) < 2:
+        raise NotEnoughData(f"every pair lies at x = {pooled.x[0]:g}: a verdict along x needs two x or more")
+    points = delta_points(pooled, level=level, family=family)
+    curves = delta_curves(pooled, num_draws=num_draws, seed=seed)
+    low, high = (np.array([getattr(p, end) for p in points]) for end in ("low_all", "high_all"))
+    positive, negative = low > 0, high < 0
+    kind = str(decide(low, high, min_effect))
+    beyond = (low > min_effect) | (high < -min_effect)
+    notes = {
+        "incomplete_pairs": pooled.left_out > 0,
+        "single_seed_points": min(p.num_seeds for p in points) < 2,
+        "within_min_effect": (positive | negative).any() and not beyond.any(),
+    }
+    found: dict[str, Any] = {}
+    if kind == "crossing":
+        found, more = _crossing(curves, law_curves, points, positive, negative, level)
+        notes |= more
+    return Verdict(
+        kind=cast(Kind, kind),
+        better=None if kind == "crossing" else "b" if positive.any() else "a" if negative.any() else None,
+        points=points,
+        curve=_band(curves, level ** (1 / family)),
+        doubt=_doubt(curves),
+        level=level,
+        family=family,
+        min_effect=min_effect,
+        num_seeds=int(np.median([p.num_seeds for p in points])),
+        smallest_effect=_smallest_effect(points, level, family),
+        more_seeds=_more_seeds(points, curves, min_effect, level, family) if kind == "undecided" else None,
+        notes=tuple(name for name, true in notes.items() if true),
+        **found,
+    )
+
+
+def check_options(min_effect: float, level: float, family: int) -> None:
+    for name, value, allowed, wanted in (
+        ("min_effect", min_effect, 0 <= min_effect < np.inf, "finite and not negative"),
+        ("level", level, 0 < level < 1, "between 0 and 1"),
+        ("family", family, family >= 1, "at least 1"),
+    ):
+        if not allowed:
+            raise LawError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def decide(low: np.ndarray, high: np.ndarray, min_effect: float) -> np.ndarray:
+    """Kind [...] of the verdict on simultaneous intervals [..., K] at the measured x."""
+    positive, negative = (low > 0).any(axis=-1), (high < 0).any(axis=-1)
+    no_harm, no_gain = (low > -min_effect).all(axis=-1), (high < min_effect).all(axis=-1)
+    one_sign = (no_harm & (low > min_effect).any(axis=-1)) | (no_gain & (high < -min_effect).any(axis=-1))
+    cases = {"crossing": positive & negative, "one_sign": one_sign, "excluded": no_harm | no_gain}
+    return np.select(list(cases.values()), list(cases), "undecided")
+
+
+def _crossing(
+    curves: DeltaCurves,
+    laws: DeltaCurves | None,
+    points: Sequence[DeltaPoint],
+    positive: np.ndarray,
+    negative: np.ndarray,
+    level: float,
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Fields of a crossing's verdict, and notes."""
+    direction, bracket, several = _bracket(np.array([p.x for p in points]), positive, negative)
+    root, interval = _root(_roots(curves, bracket, direction), level)
+    found = {"direction": direction, "bracket": bracket, "root": root, "interval": interval}
+    notes = {"several_crossings": several}
+    if laws is None:
+        return found, notes
+    _, drawn = _signed(laws, bracket, direction)
+    law_root, law_interval = _root(_roots(laws, bracket, direction), level)
+    # a law sharpens what the points support: its curves must cross here, and not elsewhere than the points say
+    notes["laws_do_not_cross"] = bool(np.mean((drawn[:, 0] > 0) & (drawn[:, -1] < 0)) < level)
+    apart = law_interval[0] > interval[1] or law_interval[1] < interval[0]
+    notes["laws_disagree"] = apart and not notes["laws_do_not_cross"]
+    if not (notes["laws_do_not_cross"] or apart):
+        found |= {"law_root": law_root, "law_interval": law_interval, "law_name": laws.name}
+    return found, notes
+
+
+def _bracket(x: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple[Direction, tuple[float, float], bool]:
+    """Direction and bracket of the crossing, and whether there are several.
+
+    Of several changes of sign the last from positive to negative counts: beyond it distilling no longer pays. Where
+    there is none, the last from negative to positive.
+    """
+    established = np.flatnonzero(positive | negative)
+    changes = [(j, k) for j, k in pairwise(established) if positive[j] != positive[k]]
+    last = max(changes, key=lambda change: (positive[change[0]], change))
+    return "b_to_a" if positive[last[0]] else "a_to_b", (float(x[last[0]]), float(x[last[1]])), len(changes) > 1
+
+
+def _signed(curves: DeltaCurves, bracket: tuple[float, float], direction: Direction) -> tuple[np.ndarray, np.ndarray]:
+    """Log x across the bracket [65], and the drawn curves there [S, 65], turned so that they fall through 0."""
+    at, known = np.linspace(*np.log(bracket), 65), np.log(curves.grid)
+    if known[0] > at[0] + 1e-9 or known[-1] < at[-1] - 1e-9:
+        raise LawError(
+            f"law_curves run from x = {curves.grid[0]:g} to {curves.grid[-1]:g}; they must span the bracket {bracket}"
+        )
+    left = np.clip(np.searchsorted(known, at, side="right") - 1, 0, len(known) - 2)
+    part = (at - known[left]) / (known[left + 1] - known[left])
+    drawn = curves.drawn[:, left] * (1 - part) + curves.drawn[:, left + 1] * part
+    return at, drawn if direction == "b_to_a" else -drawn
+
+
+def _roots(curves: DeltaCurves, bracket: tuple[float, float], direction: Direction) -> np.ndarray:
+    """Log root of each drawn curve within the bracket [S]: how far the first sign reaches, in all.
+
+    For a curve that crosses once that is its root; one that wanders through 0 gives the middle of its wandering.
+    """
+    at, drawn = _signed(curves, bracket, direction)
+    ahead, size = np.maximum(drawn, 0.0), np.abs(drawn)
+    share = (ahead[:, :-1] + ahead[:, 1:]) / np.maximum(size[:, :-1] + size[:, 1:], 1e-300)  # of each piece, linear
+    return at[0] + (at[1] - at[0]) * share.sum(axis=1)
+
+
+def _root(roots: np.ndarray, level: float) -> tuple[float, tuple[float, float]]:
+    low, root, high = np.exp(np.quantile(roots, [0.5 - level / 2, 0.5, 0.5 + level / 2]))
+    return float(root), (float(low), float(high))
+
+
+def _band(curves: DeltaCurves, level: float) -> dict[str, list[float]]:
+    """The best curve and the band that holds a share `level` of the drawn curves throughout."""
+    sd = np.maximum(curves.drawn.std(axis=0), 1e-300)
+    half = sd * np.quantile((np.abs(curves.drawn - curves.best) / sd).max(axis=1), level)
+    rows = (curves.grid, curves.best, curves.best - half, curves.best + half)
+    return dict(zip(("x", "delta", "low", "high"), (row.tolist() for row in rows), strict=True))
+
+
+def _doubt(curves: DeltaCurves) -> float:
+    positive = (curves.drawn > 0).mean(axis=0)
+    return float(np.trapezoid(np.minimum(positive, 1 - positive), np.log2(curves.grid)))
+
+
+def _critical(degrees: np.ndarray | float, num_x: int, level: float, family: int) -> np.ndarray:
+    """Simultaneous half-width in standard errors, as `delta_points` has it."""
+    from scipy.special import stdtrit
+
+    return stdtrit(degrees, 0.5 + level ** (1 / (num_x * family)) / 2)
+
+
+def _smallest_effect(points: Sequence[DeltaPoint], level: float, family: int) -> float:
+    stderr, degrees = (float(np.median([getattr(p, name) for p in points])) for name in ("stderr", "degrees"))
+    return detectable(stderr, degrees, len(points), level, family)
+
+
+def detectable(stderr: float, degrees: float, num_x: int, level: float, family: int) -> float:
+    """|Δ| whose sign is established with probability WANTED_POWER: noncentral t, simultaneous critical value."""
+    from scipy.special import nctdtrinc
+
+    return stderr * float(nctdtrinc(degrees, 1 - WANTED_POWER, float(_critical(degrees, num_x, level, family))))
+
+
+def _degrees(num_x: int, num_seeds: int) -> float:
+    """Degrees of freedom of the moderated variance in a complete table."""
+    return min(PRIOR_DEGREES + num_seeds - 1, num_x * (num_seeds - 1.0))
+
+
+def _more_seeds(
+    points: Sequence[DeltaPoint], curves: DeltaCurves, min_effect: float, level: float, family: int
+) -> int | None:
+    """Fewest seeds in all that decide with probability WANTED_POWER: truths drawn from the curve, new seeds about them.
+
+    What is measured already stays in the means. The truth is not known, so a study with no effect needs many.
+    """
+    delta, sd, have = (
+        np.array(each)
+        for each in zip(*((p.delta, p.stderr * p.num_seeds**0.5, p.num_seeds) for p in points), strict=True)
+    )
+    every = max(1, len(curves.drawn) // 250)
+    truth = curves.drawn[::every, np.searchsorted(curves.grid, [p.x for p in points])]
+    error = np.random.default_rng(0).standard_normal(truth.shape)
+
+    def decides(num_seeds: int) -> bool:
+        new = num_seeds - have
+        mean = (have * delta + new * truth + np.sqrt(new) * sd * error) / num_seeds
+        half = _critical(_degrees(len(points), num_seeds), len(points), level, family) * sd / num_seeds**0.5
+        return float(np.mean(decide(mean - half, mean + half, min_effect) != "undecided")) >= WANTED_POWER
+
+    counts = range(int(have.max()) + 1, MOST_SEEDS + 1)
+    found = bisect_left(counts, True, key=decides)
+    return counts[found] if found < len(counts) else None
 
 
 @dataclass(frozen=True)
 class Power:
-    """What a design can tell apart."""
+    """What a design can tell apart, and what would halve that."""
 
     smallest_effect: float
     """Smallest |Δ| at one x whose sign is established with probability .8."""
     width_octaves: float | None
-    """Expected width of the boundary's interval, for `slope`; None without one."""
+    """Expected width of the boundary's interval; None without a slope."""
     chance_of_crossing: float | None
-    """Probability that a straight crossing with `slope` in the middle of the range is established; None without one."""
+    """Probability that a straight crossing in the middle of the range is established; None without a slope."""
     seeds_for_half: int | None
-    """Seeds that halve smallest_effect; None beyond 1,000."""
+    """Seeds that halve `smallest_effect`; None beyond 1,000."""
     finetunes_for_half: int | None
-    """Finetune draws that do; None where no number does."""
+    """Finetune draws per upstream run that halve it; None where 64 do not."""
     cost_of_seeds: float | None
-    """Cost of that design relative to this one; None without costs or seeds_for_half."""
+    """Cost of the design with `seeds_for_half`, relative to this one."""
     cost_of_finetunes: float | None
+    """The same for `finetunes_for_half`; None without costs."""
     best_finetunes: int | None
     """Finetune draws per upstream run with the smallest variance per cost; None without costs."""
 
@@ -103,13 +304,59 @@ def power(
     cost_upstream: float | None = None,
     cost_finetune: float | None = None,
 ) -> Power:
-    """Power of `num_seeds` seeds at `num_x` points, `step_octaves` apart, pooled over students and labels.
+    """Power of `num_seeds` seeds at `num_x` points, pooled over students and labels.
 
-    `slope`: change of Δ per octave at the boundary. Costs are those of one upstream run and of one finetune draw of all
-    its labels. Raises LawError for fewer than 2 seeds or 2 x.
+    `slope` is the change of Δ per octave of x at the boundary, `step_octaves` the distance of the points. Costs, in one
+    unit, are those of one upstream run and of one finetune draw at all its labels. Raises LawError for fewer than 2
+    seeds or 2 x.
     """
-    raise NotImplementedError
+    check_options(0.0, level, family)
+    if num_seeds < 2 or num_x < 2:
+        raise LawError(f"power of {num_seeds} seed(s) at {num_x} x: a verdict needs two of each or more")
+
+    def effect(seeds: int, draws: int) -> float:
+        variance = noise.variance_of_mean(seeds, draws, num_students=num_students, num_labels=num_labels)
+        return detectable(variance**0.5, _degrees(num_x, seeds), num_x, level, family)
+
+    now = effect(num_seeds, finetunes)
+    more = range(num_seeds, MOST_SEEDS + 1)
+    seeds = bisect_left(more, True, key=lambda n: effect(n, finetunes) <= now / 2)
+    draws = next((r for r in range(finetunes, 65) if effect(num_seeds, r) <= now / 2), None)
+    costs = cost_upstream is not None and cost_finetune is not None
+
+    def cost(draws: int) -> float:
+        return (cost_upstream or 0.0) + draws * (cost_finetune or 0.0)
+
+    stderr = noise.variance_of_mean(num_seeds, finetunes, num_students=num_students, num_labels=num_labels) ** 0.5
+    along = noise.variance("seed") / num_seeds / max(stderr**2, 1e-300)  # share of the noise that all x of a seed share
+    degrees = _degrees(num_x, num_seeds)
+    return Power(
+        smallest_effect=now,
+        width_octaves=None if slope is None else _width(stderr, degrees, num_x, along, level, slope),
+        chance_of_crossing=None
+        if slope is None
+        else _chance(stderr, degrees, num_x, along, level, family, slope * step_octaves),
+        seeds_for_half=more[seeds] if seeds < len(more) else None,
+        finetunes_for_half=draws,
+        cost_of_seeds=more[seeds] / num_seeds if seeds < len(more) else None,
+        cost_of_finetunes=cost(draws) / cost(finetunes) if costs and draws else None,
+        best_finetunes=noise.best_finetunes(cost_upstream, cost_finetune) if costs else None,
+    )
 
 
-NOISE_TABLES: dict[str, NoiseModel] = {}
-"""Named default tables of noise, for a plan without rows."""
+def _width(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
+    """Octaves: the curve's interval at the root, read off along its slope. The root leans on the three x about it."""
+    from scipy.special import stdtrit
+
+    at_root = stderr * np.sqrt(along + (1 - along) / min(num_x, 3))
+    return float(2 * stdtrit(degrees, 0.5 + level / 2) * at_root / abs(slope))
+
+
+def _chance(stderr: float, degrees: float, num_x: int, along: float, level: float, family: int, step: float) -> float:
+    """Share of 4,000 simulated studies of a straight crossing, `step` between neighbours, that establish both signs."""
+    rng = np.random.default_rng(0)
+    truth = -step * (np.arange(num_x) - (num_x - 1) / 2)
+    shared, own = rng.standard_normal((4000, 1)), rng.standard_normal((4000, num_x))
+    mean = truth + stderr * (np.sqrt(along) * shared + np.sqrt(1 - along) * own)
+    half = stderr * np.sqrt(rng.chisquare(degrees, (4000, 1)) / degrees) * _critical(degrees, num_x, level, family)
+    return float(np.mean((mean > half).any(axis=1) & (mean < -half).any(axis=1)))
