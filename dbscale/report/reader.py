@@ -27,9 +27,12 @@ from dbscale.report.sheet import Sheet, shown
 COMMENT = re.compile(r"\s*#(?!N/A|DIV/0!|REF!|NAME\?|NUM!|VALUE!|NULL!)")
 """Start of a comment line; Excel's error values begin alike."""
 DELIMITERS = ("\t", ";", ",", " ")
+SAMPLE = 1000
+"""Lines that mostly tell the delimiter."""
 BINARY = {
     b"PK\x03\x04": "an Excel workbook or a zip archive", b"\xd0\xcf\x11\xe0": "an old Excel workbook",
     b"\x89HDF": "an HDF5 file", b"SQLite format 3": "a database", b"\x80\x04": "a pickle",
+    b"\x28\xb5\x2f\xfd": "packed with zstd",
 }  # fmt: skip
 
 
@@ -194,8 +197,10 @@ def _from_csv(text: str, name: str) -> Sheet:
     header, rows = _trimmed(records)
     _check_shape(header, rows, name)
     names = _names(header, rows, name)
-    alike = [number for number in comments if number > header.line and
-             len(_cells(lines[number - 1], delimiter)) == len(names) > 1]  # fmt: skip
+    cells = {number: _cells(lines[number - 1], delimiter) for number in sorted(comments) if number > header.line}
+    alike = [
+        number for number, found in cells.items() if len(found) == len(names) > 1 and any(map(parse_numeral, found))
+    ]
     if alike:
         notes.append(f"{name}: {len(alike)} lines that begin with # were left out as comments although they look like "
                      f"rows (line {alike[0]} is the first)")  # fmt: skip
@@ -244,21 +249,29 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 
 def _delimiter(lines: Sequence[str]) -> str:
-    """The delimiter under which all rows are as wide as the header, and widest; else the header's most frequent one."""
-    head = next((line for line in lines if line.strip(' \t;,"\r\n')), "")
-    fitting = {}
-    for delimiter in DELIMITERS:
-        if delimiter in head.strip() or (delimiter == " " and "\t" in head.strip()):
-            try:
-                records = _records(lines, delimiter, "")
-            except TableError:
-                continue
-            header, rows = _trimmed(records) if records else (_Record(1, []), [])
-            if all(len(row.cells) == len(header.cells) for row in rows):
-                fitting[delimiter] = len(header.cells)
-    if fitting:
-        return max(fitting, key=lambda delimiter: fitting[delimiter])
-    return max(DELIMITERS[:3], key=head.count) if any(map(head.count, DELIMITERS[:3])) else " " if " " in head else ","
+    """The delimiter under which all rows are as wide as the header; else the header's most frequent one."""
+    place = next((place for place, line in enumerate(lines) if line.strip(' \t;,"\r\n')), 0)
+    head, marks = lines[place].strip(), DELIMITERS[:-1]
+    for part in (lines[:SAMPLE], lines):
+        widths = {mark: _width(part, mark) for mark in marks if mark in head}
+        if any(widths.values()):
+            return max(widths, key=lambda mark: widths[mark])
+        # Blanks stand inside names and words too: they delimit only where nothing else does.
+        if len(head.split()) > 1 and _width(part, " "):
+            return " "
+    if any(map(head.count, marks)):
+        return max(marks, key=head.count)
+    return " " if len(head.split()) > 1 and any(len(line.split()) > 1 for line in lines[place + 1 :]) else ","
+
+
+def _width(lines: Sequence[str], delimiter: str) -> int:
+    """Number of cells in every row, the header's included; 0 where they differ."""
+    try:
+        records = _records(lines, delimiter, "")
+    except TableError:
+        return 0
+    header, rows = _trimmed(records) if records else (_Record(1, []), [])
+    return len(header.cells) if all(len(row.cells) == len(header.cells) for row in rows) else 0
 
 
 def _with_header(
@@ -283,7 +296,8 @@ def _trimmed(records: list[_Record]) -> tuple[_Record, list[_Record]]:
     """Header and rows without the empty cells that delimiters at the end of every row leave."""
     header, rows = records[0], records[1:]
     named = max(place for place, cell in enumerate(header.cells) if cell.strip()) + 1
-    if named == len(header.cells) and len({len(row.cells) for row in rows}) != 1:
+    widths = {len(row.cells) for row in rows}
+    if named == len(header.cells) and (len(widths) != 1 or widths == {named}):
         return header, rows
 
     def trim(record: _Record) -> _Record:
@@ -308,7 +322,7 @@ def _check_shape(header: _Record, rows: Sequence[_Record], name: str) -> None:
             raise TableError(
                 f"{name}, line {line}: {len(cells)} cells under a header of {width} (line {header.line}); {hint}"
             )
-        if [cell.strip() for cell in cells] == names:
+        if cells[0].strip() == names[0] and [cell.strip() for cell in cells] == names:
             raise TableError(f"{name}, line {line}: the header again; were two files joined? Remove this line")
 
 

@@ -274,6 +274,18 @@ def test_comments_that_look_like_rows_are_told():
     assert sheet_of('x,y\n1,"a\n# b"\n').texts("y") == ["a\n# b"]
 
 
+def test_blanks_delimit_only_where_nothing_else_does():
+    assert list(sheet_of("model name,my top1 error\nvit small b,0.5\n").columns) == ["model name", "my top1 error"]
+    assert list(sheet_of("one column\n1\n2\n").columns) == ["one column"]
+    assert list(sheet_of("size; MB,error\n1; 2,0.5\n").columns) == ["size", "MB,error"]  # either fits: `;` goes first
+    assert list(sheet_of("a;b,c,d\n1;2,3,4\n").columns) == ["a;b", "c", "d"]  # both fit: the wider
+
+
+def test_a_row_that_breaks_late_is_refused_too():
+    text = "samples,error\n" + "".join(f"{n},0.5\n" for n in range(1, 3000)) + "1,000,0.5\n"
+    assert "line 3001: 3 cells under a header of 2" in refusal(text)
+
+
 def test_a_cell_may_be_as_long_as_the_file():
     long = "x" * 300_000
     assert sheet_of(f"name,y\n{long},1\n").texts("name") == [long]
