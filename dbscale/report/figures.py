@@ -14,7 +14,8 @@ from typing import Any
 import altair as alt
 
 from dbscale.files import write_atomic
-from dbscale.report.schema import AxisName, Band, BoundaryFile, ContrastRecord, LawsFile, VerdictRecord
+from dbscale.laws import Verdict
+from dbscale.report.schema import AxisName, Band, BoundaryFile, ContrastRecord, LawsFile
 from dbscale.report.table import RunTable, Setting
 from dbscale.report.words import AXES, COMPONENTS, axis_of, count, is_rate, metric_of, side_of, stratum, where
 
@@ -127,29 +128,29 @@ def delta_figure(name: str, records: Sequence[ContrastRecord], height: int = 250
     return Figure(name, chart, rows, f"{told}, {where(first)}")
 
 
-def _delta_rows(panel: str, verdict: VerdictRecord, scale: float, signs: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _delta_rows(panel: str, verdict: Verdict, scale: float, signs: Sequence[str]) -> Iterator[dict[str, Any]]:
     delta = verdict.min_effect * scale
     yield {"panel": panel, "part": "zone", "low": -delta, "high": delta, "y": 0}
-    if verdict.root is not None:
-        root = verdict.root
-        low, high = root.low or verdict.measured[0], root.high or verdict.measured[1]
-        yield {"panel": panel, "part": "root", "x": root.value, "low": low, "high": high}
-    for row in band_rows(verdict.curve, scale):
-        yield {"panel": panel, "part": "curve", **row}
+    if verdict.interval is not None:
+        low, high = verdict.interval
+        yield {"panel": panel, "part": "root", "x": verdict.root, "low": low, "high": high}
+    for x, *ends in zip(*(verdict.curve[name] for name in ("x", "delta", "low", "high")), strict=True):
+        y, low, high = (scale * end for end in ends)
+        yield {"panel": panel, "part": "curve", "x": x, "y": y, "low": low, "high": high}
     for point in verdict.points:
         ends = {name: scale * getattr(point, name) for name in ("low", "high", "low_all", "high_all")}
-        sign = signs[{-1: 0, 1: 1, 0: 2}[point.sign]]
+        sign = signs[1 if point.low_all > 0 else 0 if point.high_all < 0 else 2]
         yield {"panel": panel, "part": "point", "x": point.x, "y": scale * point.delta, **ends, "sign": sign,
                "seeds": point.num_seeds}  # fmt: skip
         for value in point.by_seed:
             yield {"panel": panel, "part": "seed", "x": ASIDE * point.x, "y": scale * value}
 
 
-def band_rows(band: Band | None, scale: float = 1) -> Iterator[dict[str, Any]]:
+def band_rows(band: Band) -> Iterator[dict[str, Any]]:
     """One row a point of a curve; what is unknown is left out."""
-    for x, y, low, high in zip(band.x, band.y, band.low, band.high, strict=True) if band else ():
-        if y is not None and low is not None and high is not None:
-            yield {"x": x, "y": scale * y, "low": scale * low, "high": scale * high}
+    for x, y, low, high in zip(band.x, band.y, band.low, band.high, strict=True):
+        if None not in (y, low, high):
+            yield {"x": x, "y": y, "low": low, "high": high}
 
 
 def _delta_layers(x: alt.X, title: str, signs: Sequence[str]) -> list[tuple[str, Any]]:

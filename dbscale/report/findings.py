@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,15 +18,12 @@ import numpy as np
 
 from dbscale import __version__
 from dbscale.errors import ConfigError, LawError, TableError
-from dbscale.laws import DeltaCurves, NoiseModel, Pairs, Verdict, fit_noise, judge, power
+from dbscale.laws import DeltaCurves, NoiseModel, Pairs, Power, Verdict, fit_noise, judge, power
 from dbscale.report import schema
 from dbscale.report.law_findings import ArmLaws, Options, law_delta, study_laws
 from dbscale.report.pairing import pair_arms, pair_upstream
 from dbscale.report.reduce import read_mistakes, reduce_grid
-from dbscale.report.schema import (
-    Band, BoundaryFile, ComponentRecord, ContrastRecord, Estimate, HalfRecord, LawsFile, NoiseRecord, Note, PointRecord,
-    PowerRecord, VerdictRecord,
-)  # fmt: skip
+from dbscale.report.schema import BoundaryFile, ContrastRecord, HalfRecord, LawsFile, Note
 from dbscale.report.table import RunTable, Setting, read_table, to_csv
 from dbscale.report.words import answers, count, listed, note, size_text, where
 from dbscale.study.cell import canonical_json
@@ -37,6 +34,7 @@ METHOD_VERSION = 8
 QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
 """Of a table that comes without a grid."""
 FEWEST_FOR_HALVES = 4
+MOST_DEGREES = 1e9
 NEAR_CHANCE = 0.8
 """Upstream error of a model that has hardly begun to learn: guessing among ten classes errs in .9, among more in more."""
 SAME_STEPS = 1.15
@@ -116,8 +114,7 @@ def find(
     options = options or Options()
     arms, laws = study_laws(table, options, source)
     questions = study_questions(table, wrong or {}, options)
-    family = max(sum(question.pairs is not None for question in questions) - 1, 1)
-    contrasts = tuple(question.record(arms, options, family) for question in questions)
+    contrasts = tuple(question.record(arms, options, family_of(questions)) for question in questions)
     notes = (*_notes_on_table(table), *_notes_on_regime(table), *_notes_on_contrasts(contrasts))
     boundary = BoundaryFile(
         grid=table.grid, source=source, level=options.level, min_effect=options.min_effect,
@@ -173,6 +170,11 @@ def study_questions(table: RunTable, wrong: Mapping[str, np.ndarray], options: O
     return [replace(question, main=number == 0) for number, question in enumerate(found)]
 
 
+def family_of(questions: Sequence[Question]) -> int:
+    """Number of verdicts that share one family: all but the main one."""
+    return max(sum(question.pairs is not None for question in questions) - 1, 1)
+
+
 def _questions(
     setting: Setting, metric: str, pairs: Pairs | None, notes: Sequence[str], min_effect: float
 ) -> Iterator[Question]:
@@ -203,12 +205,11 @@ def contrast(
         verdict = _judge(pairs, options, family, laws)
     except LawError as error:
         return _record(names, metric, reason=str(error))
-    noise = fit_noise(pairs)
+    noise = _finite(fit_noise(pairs))
     parts = _halves(pairs, options, family) if halves else ()
     return _record(
-        names, metric, num_incomplete=pairs.pooled().left_out, verdict=verdict_record(verdict),
-        noise=noise_record(noise) if noise else None, power=_power(pairs, noise, verdict) if noise else None,
-        halves=parts, held=_held(parts) if parts else None,
+        names, metric, num_incomplete=pairs.pooled().left_out, verdict=_tidy(verdict), noise=noise,
+        power=_power(pairs, noise, verdict) if noise else None, halves=parts, held=_held(parts) if parts else None,
     )  # fmt: skip
 
 
@@ -230,25 +231,12 @@ def _halves(pairs: Pairs, options: Options, family: int) -> tuple[HalfRecord, ..
     try:
         return tuple(
             HalfRecord(seeds=tuple(map(str, half)),
-                       verdict=replace_curve(verdict_record(_judge(_of_seeds(pairs, half), options, family))))
+                       verdict=_tidy(_judge(pairs.rows(rows), options, family), curve=False))
             for half in (seeds[::2], seeds[1::2])
+            for rows in (np.flatnonzero(np.isin(pairs.seed, np.array(half))),)
         )  # fmt: skip
     except LawError:
         return ()
-
-
-def _of_seeds(pairs: Pairs, seeds: Sequence[Hashable]) -> Pairs:
-    """The rows of some of the seeds."""
-    kept = np.flatnonzero(np.isin(pairs.seed, np.array(seeds)))
-    arrays = ("x", "delta", "seed", "student", "labels", "draw", "teacher", "test_variance")
-    samples = pairs.by_sample
-    own = {new: samples[old] for new, old in enumerate(kept.tolist()) if old in samples} if samples else None
-    return replace(pairs, **{name: getattr(pairs, name)[kept] for name in arrays}, by_sample=own)
-
-
-def replace_curve(verdict: VerdictRecord) -> VerdictRecord:
-    """Without its curve, which no figure of a half draws."""
-    return verdict.model_copy(update={"curve": None})
 
 
 def _held(halves: Sequence[HalfRecord]) -> float | None:
@@ -261,71 +249,31 @@ def _held(halves: Sequence[HalfRecord]) -> float | None:
     return float(np.mean(hits)) if hits else None
 
 
-def verdict_record(verdict: Verdict) -> VerdictRecord:
-    """A verdict as boundary.json holds it; numbers of curves with five digits."""
-    points = tuple(
-        PointRecord(**{name: _plain(value) for name, value in asdict(point).items()}) for point in verdict.points
-    )
-    curve = verdict.curve
-    band = Band(**{"x": _rounded(curve["x"]), "y": _rounded(curve["delta"]),
-                   "low": _rounded(curve["low"]), "high": _rounded(curve["high"])})  # fmt: skip
-    kept = ("kind", "better", "direction", "bracket", "law_name", "doubt", "level", "family", "min_effect",
-            "num_seeds", "smallest_effect", "more_seeds", "notes")  # fmt: skip
-    roots = {name: _estimate(*ends) for name, ends in (
-        ("root", (verdict.root, verdict.interval)), ("law_root", (verdict.law_root, verdict.law_interval)))}  # fmt: skip
-    return VerdictRecord(points=points, curve=band, **roots, **{name: _plain(getattr(verdict, name)) for name in kept})
+def _tidy(verdict: Verdict, *, curve: bool = True) -> Verdict:
+    """Curves with five digits; none where no figure draws it."""
+    rows = {name: [float(f"{value:.5g}") for value in values] for name, values in verdict.curve.items()}
+    return replace(verdict, curve=rows if curve else {})
 
 
-def _plain(value: Any) -> Any:
-    """numpy's numbers as Python's, in tuples too."""
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _rounded(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(f"{value:.5g}") for value in values)
-
-
-def _estimate(value: float | None, ends: tuple[float, float] | None) -> Estimate | None:
-    if value is None:
+def _finite(noise: NoiseModel | None) -> NoiseModel | None:
+    """JSON knows no infinite degrees of freedom."""
+    if noise is None:
         return None
-    low, high = (float(end) if np.isfinite(end) else None for end in ends or (np.nan, np.nan))
-    return Estimate(value=float(value), low=low, high=high)
+    capped = tuple(replace(each, degrees=min(each.degrees, MOST_DEGREES)) for each in noise.components)
+    return replace(noise, components=capped, degrees=min(noise.degrees, MOST_DEGREES))
 
 
-def noise_record(noise: NoiseModel) -> NoiseRecord:
-    components = tuple(
-        ComponentRecord(name=each.name, sd=float(each.sd), low=_finite(each.low), high=_finite(each.high),
-                        share=float(each.share))
-        for each in noise.components
-    )  # fmt: skip
-    return NoiseRecord(
-        components=components, confounded=noise.confounded, sd=float(noise.sd),
-        correlation_students=_plain(noise.correlation_students), correlation_labels=_plain(noise.correlation_labels),
-    )  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _power(pairs: Pairs, noise: NoiseModel, verdict: Verdict) -> PowerRecord | None:
-    """What more runs of the same design would buy."""
+def _power(pairs: Pairs, noise: NoiseModel, verdict: Verdict) -> Power | None:
+    """What more runs of the same design would buy; None for designs that have none."""
     sizes = [len(set(getattr(pairs, name).tolist())) for name in ("x", "student", "labels", "draw")]
-    xs = np.unique(pairs.x)
     try:
-        found = power(
+        return power(
             noise, num_x=sizes[0], num_seeds=verdict.num_seeds, num_students=sizes[1], num_labels=sizes[2],
             finetunes=sizes[3], level=verdict.level, family=verdict.family, slope=_slope(verdict),
-            step_octaves=float(np.mean(np.diff(np.log2(xs)))),
+            step_octaves=float(np.log2(pairs.x.max() / pairs.x.min()) / max(sizes[0] - 1, 1)),
         )  # fmt: skip
     except LawError:
         return None
-    return PowerRecord(
-        width_octaves=_plain(found.width_octaves), seeds_for_half=_plain(found.seeds_for_half),
-        finetunes_for_half=_plain(found.finetunes_for_half),
-    )  # fmt: skip
 
 
 def _slope(verdict: Verdict) -> float | None:

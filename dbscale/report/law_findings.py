@@ -15,11 +15,29 @@ import numpy as np
 
 from dbscale.errors import LawError, NotEnoughData
 from dbscale.laws import (
-    DeltaCurves, Pairs, Selection, error_weights, fit_law, seed_spread, select_law, transfer_gap,
+    DeltaCurves,
+    Pairs,
+    Selection,
+    error_weights,
+    fit_law,
+    seed_spread,
+    select_law,
+    transfer_gap,
 )  # fmt: skip
 from dbscale.report.schema import (
-    AxisName, Band, CandidateRecord, Estimate, LawCurve, LawRecord, LawsFile, LeverRecord, Note, ParamRecord, Prediction,
-    PredictorRecord, TransferRecord,
+    AxisName,
+    Band,
+    CandidateRecord,
+    Estimate,
+    LawCurve,
+    LawRecord,
+    LawsFile,
+    LeverRecord,
+    Note,
+    ParamRecord,
+    Prediction,
+    PredictorRecord,
+    TransferRecord,
 )  # fmt: skip
 from dbscale.report.table import Run, RunTable, Setting
 from dbscale.report.words import AXES, metric_of, note
@@ -76,7 +94,7 @@ class ArmLaws:
 
 def study_laws(table: RunTable, options: Options, source: str) -> tuple[ArmLaws, LawsFile]:
     """Fit the laws of every arm and write down what they say; an arm without a law is recorded with the reason."""
-    arms = ArmLaws(table, dict(_selections(table, options)))
+    arms = arm_laws(table, options)
     laws = [_record(arms, key, options) for key in arms.found]
     known = [(law, key) for law, key in zip(laws, arms.found, strict=True) if not law.reason]
     errors = [(law, key) for law, key in known if law.metric == "error_rate"]
@@ -95,8 +113,15 @@ def study_laws(table: RunTable, options: Options, source: str) -> tuple[ArmLaws,
 Key = tuple[Setting, str, str]
 
 
-def _selections(table: RunTable, options: Options) -> Iterator[tuple[Key, Selection | str]]:
-    for setting, metric in product(table.settings, METRICS):
+def arm_laws(table: RunTable, options: Options, metrics: Sequence[str] = METRICS) -> ArmLaws:
+    """Fit the laws of every arm; one that has none keeps the reason."""
+    return ArmLaws(table, dict(_selections(table, options, metrics)))
+
+
+def _selections(
+    table: RunTable, options: Options, metrics: Sequence[str]
+) -> Iterator[tuple[Key, Selection | str]]:
+    for setting, metric in product(table.settings, metrics):
         for arm in table.arms:
             runs = table.pretrained.where(lambda run, m=metric: getattr(run, m) is not None, setting=setting, arm=arm)
             if len(runs):
@@ -142,11 +167,11 @@ def law_delta(arms: ArmLaws, setting: Setting, metric: str, pairs: Pairs) -> Del
     if plain is None or distilled is None:
         return None
     grid = np.geomspace(pairs.x.min(), pairs.x.max(), 8 * CURVE_POINTS)
+    strata: set[tuple[Any, Any]] = set(zip(pairs.student.tolist(), pairs.labels.tolist(), strict=True))
     best, drawn = [], []
-    for student, labels in sorted(set(zip(pairs.student.tolist(), pairs.labels.tolist(), strict=True)), key=str):
-        sizes = (grid, arms.table.params(student), labels)
-        at = {name: np.broadcast_to(float(x) if np.isscalar(x) else x, grid.shape)
-              for name, x in zip(AXIS_NAMES, sizes, strict=True)}  # fmt: skip
+    for student, labels in sorted(strata, key=str):
+        sizes = {"num_params": arms.table.params(student), "downstream_samples": labels}
+        at = {"upstream_samples": grid} | {name: np.full(len(grid), float(size)) for name, size in sizes.items()}
         best.append(plain.predict(at) - distilled.predict(at))
         drawn.append(plain.draws(at) - distilled.draws(at))
     name = " and ".join(dict.fromkeys(law.best.name for law in (plain, distilled)))
@@ -255,7 +280,7 @@ def _curves(arms: ArmLaws, key: Key, level: float) -> Iterator[LawCurve]:
         for place in sorted({tuple(getattr(run, name) for name in fixed) for run in runs}, key=str):
             at = dict(zip(fixed, place, strict=True))
             band = _band(found, grid, axis, at, runs, level)
-            names = {"student": None, "upstream_samples": None, "downstream_samples": None} | at
+            names: dict[str, Any] = {"student": None, "upstream_samples": None, "downstream_samples": None} | at
             yield LawCurve(**key[0]._asdict(), metric=key[1], arm=key[2], axis=axis, **names, band=band)
 
 
@@ -267,7 +292,7 @@ def _is_free(column: str, axis: AxisName) -> bool:
 def _band(
     found: Selection, grid: np.ndarray, axis: AxisName, at: Mapping[str, Any], runs: RunTable, level: float
 ) -> Band:
-    columns = {axis: grid}
+    columns: dict[str, np.ndarray] = {axis: grid}
     for name in AXIS_NAMES:
         if name != axis:
             value = runs.params(at["student"]) if name == "num_params" else at[name]
@@ -315,14 +340,14 @@ def _lever(arms: ArmLaws, key: Key, law: LawRecord, level: float) -> LeverRecord
     assert found is not None
     student = runs.students[-1]
     sizes = (runs.values("upstream_samples")[-1], runs.params(student), runs.values("downstream_samples")[-1])
-    point = dict(zip(AXIS_NAMES, map(float, sizes), strict=True))
+    point: dict[AxisName, float] = dict(zip(AXIS_NAMES, map(float, sizes), strict=True))
 
     def error(lever: AxisName | None = None) -> Estimate:
         at = {name: np.array([value * (2 if name == lever else 1)]) for name, value in point.items()}
         low, high = found.curve_interval(at, level)
         return Estimate(value=float(found.predict(at)[0]), low=_finite(low[0]), high=_finite(high[0]))
 
-    open_axes = [axis for axis in AXIS_NAMES if axis not in law.no_extrapolation and axis in found.columns]
+    open_axes: list[AxisName] = [axis for axis in AXIS_NAMES if axis not in law.no_extrapolation and axis in found.columns]
     return LeverRecord(
         **key[0]._asdict(), arm=key[2], student=student, upstream_samples=int(sizes[0]),
         downstream_samples=int(sizes[2]), error=error(), doubled={axis: error(axis) for axis in open_axes},
@@ -340,7 +365,7 @@ def _predictors(table: RunTable, level: float) -> Iterator[PredictorRecord]:
             known = np.array([pair for pair in pairs.values() if pair[0] is not None], dtype=float).reshape(-1, 2)
             if len(known) < FEWEST_CHECKPOINTS or min(len(set(each)) for each in known.T) < 2:
                 continue
-            rho = float(stats.spearmanr(known[:, 0], known[:, 1]).statistic)
+            rho = float(np.corrcoef(stats.rankdata(known, axis=0).T)[0, 1])
             # Fisher's z with Bonett and Wright's variance for ranks.
             half = stats.norm.ppf(0.5 + level / 2) * np.sqrt((1 + rho**2 / 2) / (len(known) - 3))
             low, high = np.tanh(np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12)) + half * np.array([-1, 1]))

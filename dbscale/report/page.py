@@ -124,7 +124,7 @@ def render(
 
 
 WORDS = (
-    "about", "answer", "brief", "count", "duration", "effect", "evidence", "interval_text", "is_rate", "metric_of",
+    "about", "answer", "brief", "count", "duration", "effect", "evidence", "is_rate", "metric_of",
     "noise_text", "param_text", "percent", "size_text", "stratum", "symbols", "value_text", "where",
 )  # fmt: skip
 """Functions of `words` that the template uses as filters."""
@@ -135,4 +135,4 @@ def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script, safe inside a script element."""
     import vl_convert
 
-    return vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")

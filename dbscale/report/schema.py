@@ -1,6 +1,7 @@
 """`boundary.json` and `laws.json`: what a study found, as files that others read.  Documented in docs/schemas.md.
 
-`findings` fills them, `words` says them, `figures` draws them; whatever a page shows is here or in rows.csv.
+`findings` fills them, `words` says them, `figures` draws them; whatever a page shows is here or in rows.csv. Verdicts,
+noise and power are the laws' own types.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import Any, Literal, TypeVar
 
 from dbscale.errors import TableError
 from dbscale.files import atomic_open, read_json
+from dbscale.laws import NoiseModel, Power, Verdict
 from dbscale.strict import Strict, validate
 
 SCHEMA_VERSION = 3
 AxisName = Literal["upstream_samples", "downstream_samples", "num_params"]
-Side = Literal["a", "b"]
 
 
 class Estimate(Strict):
@@ -35,122 +36,11 @@ class Band(Strict):
     high: tuple[float | None, ...]
 
 
-class PointRecord(Strict):
-    """Δ = y_A − y_B at one measured x, the mean over seeds: positive where B has the lower y."""
-
-    x: float
-    delta: float
-    stderr: float
-    degrees: float
-    """Degrees of freedom of `stderr`."""
-    num_seeds: int
-    by_seed: tuple[float, ...]
-    low: float
-    high: float
-    """Interval of this point alone."""
-    low_all: float
-    high_all: float
-    """Interval that holds together with those of all other points and of all contrasts of the family."""
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the simultaneous interval excludes 0, else 0."""
-        return 1 if self.low_all > 0 else -1 if self.high_all < 0 else 0
-
-
-class VerdictRecord(Strict):
-    """How a contrast ended (`dbscale.laws.judge`)."""
-
-    kind: Literal["crossing", "excluded", "one_sign", "undecided"]
-    better: Side | None = None
-    """The side with the lower y: throughout (one_sign), somewhere (excluded, undecided), or null."""
-    direction: Literal["b_to_a", "a_to_b"] | None = None
-    """Of a crossing: who has the lower y at small x, and who at large x."""
-    root: Estimate | None = None
-    """Of a crossing: the x at which Δ changes sign, free of any law."""
-    bracket: tuple[float, float] | None = None
-    """Of a crossing: the last x where the first sign is established, and the first x where the second is."""
-    law_root: Estimate | None = None
-    """The same root read from the fitted laws, only where the measured points establish a crossing."""
-    law_name: str | None = None
-    points: tuple[PointRecord, ...]
-    curve: Band | None = None
-    """Smooth curve through the pairs with its simultaneous band."""
-    doubt: float
-    """Octaves of x over which advice would be wrong if each x followed the likelier sign."""
-    level: float
-    family: int
-    """Number of contrasts among which `low_all` and `high_all` hold together."""
-    min_effect: float
-    """δ: differences below it do not matter."""
-    num_seeds: int
-    smallest_effect: float
-    """Smallest |Δ| that this design finds four times in five."""
-    more_seeds: int | None = None
-    """Of undecided: seeds in all that would decide; null where more than 1,000 or unknown."""
-    notes: tuple[str, ...] = ()
-    """Codes of what was odd about the evidence, as `words` knows them."""
-
-    @property
-    def measured(self) -> tuple[float, float]:
-        return self.points[0].x, self.points[-1].x
-
-    @property
-    def harm_excluded(self) -> bool:
-        """B's y exceeds A's by δ at no measured x."""
-        return all(point.low_all > -self.min_effect for point in self.points)
-
-    @property
-    def gain_excluded(self) -> bool:
-        """B's y is below A's by δ at no measured x."""
-        return all(point.high_all < self.min_effect for point in self.points)
-
-    def established(self, side: Side | None, beyond: float = 0.0) -> tuple[float, ...]:
-        """Measured x where `side` is established to have the lower y, by more than `beyond`."""
-        lowest = {p.x: p.low_all if side == "b" else -p.high_all for p in self.points}
-        return tuple(x for x, size in lowest.items() if side and size > beyond)
-
-
-class ComponentRecord(Strict):
-    """One source of noise of a single Δ, as a standard deviation with its 90 % interval."""
-
-    name: str
-    sd: float
-    low: float | None
-    high: float | None
-    share: float
-    """Of the variance of one Δ."""
-
-
-class NoiseRecord(Strict):
-    """Where the noise of Δ comes from."""
-
-    components: tuple[ComponentRecord, ...]
-    confounded: tuple[str, ...] = ()
-    """Codes `teacher_in_upstream`: the first has no component of its own, its variance is part of the second's."""
-    sd: float
-    """Of one Δ: one seed, student, D_f and finetune draw."""
-    correlation_students: float | None = None
-    correlation_labels: float | None = None
-    """Of the Δ of one seed, between students and between values of D_f."""
-
-
-class PowerRecord(Strict):
-    """What more runs would buy; what the design finds as it is stands in the verdict."""
-
-    width_octaves: float | None
-    """Expected width of the boundary's interval; null where Δ has no slope to go by."""
-    seeds_for_half: int | None
-    """Seeds in all that would halve the smallest effect; null beyond 1,000."""
-    finetunes_for_half: int | None
-    """Finetune draws per upstream run that would halve it; null: no number of them does."""
-
-
 class HalfRecord(Strict):
-    """The same contrast judged on one half of the seeds."""
+    """The same contrast judged on one half of the seeds; the verdict has no curve."""
 
     seeds: tuple[str, ...]
-    verdict: VerdictRecord
+    verdict: Verdict
 
 
 class OfSetting(Strict):
@@ -181,9 +71,10 @@ class ContrastRecord(OfSetting):
     """(x, seed) left out of the pooled means because a student or D_f lacks its pair there."""
     reason: str = ""
     """Why there is no verdict."""
-    verdict: VerdictRecord | None = None
-    noise: NoiseRecord | None = None
-    power: PowerRecord | None = None
+    verdict: Verdict | None = None
+    noise: NoiseModel | None = None
+    power: Power | None = None
+    """What more runs of the same design would buy."""
     halves: tuple[HalfRecord, ...] = ()
     """Of disjoint halves of the seeds; empty with fewer than four."""
     held: float | None = None
@@ -192,6 +83,22 @@ class ContrastRecord(OfSetting):
     @property
     def pooled(self) -> bool:
         return self.student is None and self.downstream_samples is None
+
+
+# Readings of a verdict.
+
+
+def established(verdict: Verdict, side: str | None, beyond: float = 0.0) -> list[float]:
+    """Measured x where `side` is established to have the lower y, by more than `beyond`."""
+    lowest = {p.x: p.low_all if side == "b" else -p.high_all for p in verdict.points}
+    return [x for x, size in lowest.items() if side and size > beyond]
+
+
+def excludes(verdict: Verdict) -> frozenset[str]:
+    """`harm`: B's y exceeds A's by δ at no measured x; `gain`: it is below A's by δ at none; both, or neither."""
+    harm = all(point.low_all > -verdict.min_effect for point in verdict.points)
+    gain = all(point.high_all < verdict.min_effect for point in verdict.points)
+    return frozenset(name for name, holds in (("harm", harm), ("gain", gain)) if holds)
 
 
 class Note(Strict):

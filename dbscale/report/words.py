@@ -10,17 +10,18 @@ import string
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from dbscale.laws import Power, Verdict
 from dbscale.report.schema import (
     BoundaryFile,
     ContrastRecord,
-    Estimate,
     LawRecord,
     LawsFile,
     Note,
     OfSetting,
     ParamRecord,
-    VerdictRecord,
-)
+    established,
+    excludes,
+)  # fmt: skip
 
 SIDES = {"plain": "plain pretraining", "distilled": "distillation"}
 AXES = {
@@ -42,17 +43,17 @@ SENTENCES = {
     "on": "On {where}: {what}",
     "crossing": "{first} gives the lower {metric} up to about {root:about} {axis} ({level:percent0} interval {interval}); "
     "with more, {second} does.",
+    "several": "{first} gives the lower {metric} just below about {root:about} {axis} ({level:percent0} interval "
+    "{interval}) and {second} just above; over the whole range the sign turns more than once.",
     "law_root": " The fitted laws put the turn at about {root:about} ({interval}).",
     "one_sign": "{winner} gives the lower {metric}: by more than {delta} at {places}, and at no measured point from "
     "{low:count} to {high:count} {axis} a higher one by more than that.",
     "same": "{a} and {b} give the same {metric} to within {delta} at every measured point from {low:count} to "
     "{high:count} {axis}",
-    "harm_excluded": "{b} does not raise {metric} by more than {delta} at any measured point from {low:count} to "
-    "{high:count} {axis}",
-    "gain_excluded": "{b} does not lower {metric} by more than {delta} at any measured point from {low:count} to "
-    "{high:count} {axis}",
+    "one_side": "{b} does not {does} {metric} by more than {delta} at any measured point from {low:count} to {high:count} "
+    "{axis}",
     "open": "; whether it {other} it at all is open.",
-    "small": "; it {does} it at {places}, though perhaps by less than that.",
+    "small": "; it {other} it at {places}, though perhaps by less than that.",
     "smaller": "; at {places} {winner} gives the lower one, by less than that.",
     "end": ".",
     "undecided": "whether {b} or {a} gives the lower {metric} from {low:count} to {high:count} {axis} is undecided. "
@@ -64,6 +65,7 @@ SENTENCES = {
     # The same in a few words.
     "brief_none": "no verdict: {reason}",
     "brief_crossing": "{first} lower up to {root:about} ({interval}), then {second}",
+    "brief_several": "turns more than once, at {root:about} ({interval}) from {first} to {second} lower",
     "brief_one_sign": "{winner} lower",
     "brief_same": "the same to within {delta}",
     "brief_harm": "{b} at most {delta} higher",
@@ -85,7 +87,7 @@ SENTENCES = {
     "confounded": " These runs do not tell {first} from {second}: the two are counted together.",
     # Notes on the verdicts.
     "incomplete_pairs": "On {where} {count:count} incomplete sets of pairs are left out of the pooled means.",
-    "several_crossings": "On {where} the sign turns more than once; the boundary given is the best supported turn.",
+    "several_crossings": "On {where} the sign turns more than once; the boundary given is the last turn.",
     "within_min_effect": "On {where} a sign is established, but no difference beyond {delta} is.",
     "single_seed_points": "On {where} some points rest on one seed: their intervals borrow the spread of the others.",
     "laws_do_not_cross": "On {where} the fitted laws do not cross, although the measured points do: the laws misfit.",
@@ -111,28 +113,32 @@ SENTENCES = {
     "gap": "No {arm} run on {dataset}{sizes} has finished.",
     "nothing": "No finished run with upstream data yet: there is nothing to conclude.",
     # Advice for one point.
-    "advise_side": "{winner}: {x:about} {axis} lie {side} the boundary of about {root:about} ({interval}).",
-    "advise_inside": "either: {x:about} {axis} lie inside the interval of the boundary, {interval}.",
+    "advise_side": "{winner}: {x:about} {axis} lie {side} the boundary, about {root:about} ({interval}).",
+    "advise_several": "no advice: which side gives the lower {metric} turns more than once over the measured range.",
+    "advise_inside": "either side may win: {x:about} {axis} lie inside the interval of the boundary, {interval}.",
     "advise_one_sign": "{winner}: it gives the lower {metric}, somewhere by more than {delta} and nowhere a higher one by "
     "more than that.",
-    "advise_same": "either: the two differ by less than {delta} throughout the measured range.",
+    "advise_same": "either: the two differ by less than {delta}.",
     "advise_helps": "{winner}: it gives the lower {metric} at {places}, and nowhere a higher one by more than {delta}.",
-    "advise_harmless": "either: {b} gives no {metric} {other} by more than {delta}, and whether it {does} it is open.",
-    "advise_undecided": "no advice: which side is better is undecided.",
-    "outside": " That is an extrapolation: {axes}.",
+    "advise_harmless": "no advice: {b} does not {does} {metric} by more than {delta}, and whether it {other} it is open.",
+    "advise_small": "no advice: {winner} gives the lower {metric} at {places}, but by less than {delta}.",
+    "advise_undecided": "no advice: which side gives the lower {metric} is undecided.",
+    "outside": " This point is an extrapolation: {axes}.",
     "outside_axis": "{value:about} {axis} are {side} the measured {low:about} to {high:about}",
-    "advise_outside": "no advice beyond what was measured: {axes}.",
+    "laws_alone": "  (each arm’s laws alone; the verdict rests on pairs, which tell the arms apart more finely)",
     # What it cost.
     "cost": "{done:count} of {cells:count} cells took {time} of device time",
     "cost_so_far": "; the plan predicts {predicted} for all of them.",
     "cost_share": ", {share:percent0} of the {predicted} that the plan predicted.",
     # Power of a plan.
-    "plan_power": "can tell apart: a ΔE of {smallest} at one D_p, four times in five (noise of {source})",
-    "plan_width": "; a boundary to within about {width:.1f} octaves",
-    "plan_half": "half of that takes {ways}",
+    "plan_power": "finds a ΔE of {smallest} at one D_p four times in five (noise of {source})",
+    "plan_width": "finds a boundary where ΔE turns by {slope} per octave with {chance:percent0} probability, to within "
+    "about {width:.1f} octaves",
+    "plan_half": "half as small a ΔE takes {ways}",
     "plan_seeds": "{number:count} seeds{cost}",
     "plan_finetunes": "{number:count} finetunes of each upstream run{cost}",
-    "plan_best": "most accuracy per device-hour: {finetunes:count} finetunes of each upstream run",
+    "plan_best": "the most accuracy per device-hour: {finetunes:count} finetunes of each upstream run",
+    "plan_nothing": "finds nothing: {reason}",
 }
 
 
@@ -246,12 +252,6 @@ def value_text(value: float, metric: str) -> str:
     return percent(value) if is_rate(metric) else f"{value:.3g}"
 
 
-def interval_text(estimate: Estimate) -> str:
-    low = about(estimate.low) if estimate.low is not None else "open"
-    high = about(estimate.high) if estimate.high is not None else "open"
-    return f"{low} to {high}"
-
-
 def symbols(text: str) -> str:
     """A law's equation or parameter in mathematics' own letters."""
     for plain, letter in SYMBOLS:
@@ -307,16 +307,16 @@ def _places(record: ContrastRecord, x: Sequence[float]) -> str:
 # Verdicts.
 
 
-def _values(record: ContrastRecord, verdict: VerdictRecord) -> dict[str, Any]:
+def _values(record: ContrastRecord, verdict: Verdict) -> dict[str, Any]:
     """What the sentences on a verdict may name."""
-    low, high = verdict.measured
     first, _, second = (verdict.direction or "").partition("_to_")
     return {
         "a": side_of(record, "a"), "b": side_of(record, "b"), "winner": side_of(record, verdict.better),
         "first": side_of(record, first), "second": side_of(record, second), "metric": metric_of(record.metric),
-        "axis": axis_of(record), "low": low, "high": high, "delta": size_text(verdict.min_effect, record.metric),
-        "level": verdict.level, "seeds": verdict.num_seeds, "smallest": size_text(verdict.smallest_effect, record.metric),
-        "places": _places(record, verdict.established(verdict.better)),
+        "axis": axis_of(record), "low": verdict.points[0].x, "high": verdict.points[-1].x, "level": verdict.level,
+        "seeds": verdict.num_seeds, "delta": size_text(verdict.min_effect, record.metric),
+        "smallest": size_text(verdict.smallest_effect, record.metric),
+        "places": _places(record, established(verdict, verdict.better)),
     }  # fmt: skip
 
 
@@ -326,51 +326,53 @@ def answer(record: ContrastRecord) -> str:
     if verdict is None:
         return say("no_verdict", reason=record.reason)
     values = _values(record, verdict)
-    if verdict.kind == "crossing" and verdict.root is not None:
-        return say("crossing", **values, **_root(verdict.root)) + (
-            say("law_root", **_root(verdict.law_root)) if verdict.law_root is not None else ""
-        )
+    if verdict.kind == "crossing":
+        code = "several" if turns_again(verdict) else "crossing"
+        law = say("law_root", **_root(verdict.law_root, verdict.law_interval)) if verdict.law_root is not None else ""
+        return say(code, **values, **_root(verdict.root, verdict.interval)) + law
     if verdict.kind == "one_sign":
-        beyond = _places(record, verdict.established(verdict.better, verdict.min_effect))
+        beyond = _places(record, established(verdict, verdict.better, verdict.min_effect))
         return say("one_sign", **values | {"places": beyond})
     return _excluded(verdict, values) if verdict.kind == "excluded" else _undecided(verdict, values)
 
 
-def _root(root: Estimate) -> dict[str, Any]:
-    return {"root": root.value, "interval": interval_text(root)}
+def _root(root: float | None, interval: tuple[float, float] | None) -> dict[str, Any]:
+    return {"root": root, "interval": " to ".join(map(about, interval or ()))}
 
 
-def _excluded(verdict: VerdictRecord, values: dict[str, Any]) -> str:
+def turns_again(verdict: Verdict) -> bool:
+    """Whether Δ has more than the one turn that `root` names."""
+    return "several_crossings" in verdict.notes
+
+
+def _excluded(verdict: Verdict, values: dict[str, Any]) -> str:
     """What is excluded, and what is known of the rest."""
-    if verdict.harm_excluded and verdict.gain_excluded:
+    if len(excludes(verdict)) == 2:
         return say("same", **values) + (say("smaller", **values) if verdict.better else say("end"))
-    harm = verdict.harm_excluded
-    text = say("harm_excluded" if harm else "gain_excluded", **values)
-    if verdict.better is None:
-        return text + say("open", other="lowers" if harm else "raises")
-    if verdict.better == ("b" if harm else "a"):
-        return text + say("small", does="lowers" if harm else "raises", **values)
-    return text + say("smaller", **values)
+    helpful = "b" if "harm" in excludes(verdict) else "a"
+    rest = {helpful: "small", None: "open"}.get(verdict.better, "smaller")
+    return say("one_side", **values, **_verbs(verdict)) + say(rest, **values, **_verbs(verdict))
 
 
-def _undecided(verdict: VerdictRecord, values: dict[str, Any]) -> str:
+def _undecided(verdict: Verdict, values: dict[str, Any]) -> str:
     partly = say("partly", **values) if verdict.better else ""
     more = say("never") if verdict.more_seeds is None else say("more_seeds", more=verdict.more_seeds)
     return say("undecided", **values) + partly + more
 
 
-def brief(record: ContrastRecord, verdict: VerdictRecord | None = None) -> str:
+def brief(record: ContrastRecord, verdict: Verdict | None = None) -> str:
     """A verdict in a few words, for tables; of `verdict` where a part of the record's seeds gave it."""
     verdict = verdict or record.verdict
     if verdict is None:
         return say("brief_none", reason=record.reason)
     values = _values(record, verdict)
-    if verdict.root is not None:
-        return say("brief_crossing", **values, **_root(verdict.root))
+    if verdict.kind == "crossing":
+        code = "brief_several" if turns_again(verdict) else "brief_crossing"
+        return say(code, **values, **_root(verdict.root, verdict.interval))
     if verdict.kind in ("one_sign", "undecided"):
         return say(f"brief_{verdict.kind}", **values)
-    both = verdict.harm_excluded and verdict.gain_excluded
-    return say("brief_same" if both else "brief_harm" if verdict.harm_excluded else "brief_gain", **values)
+    excluded = excludes(verdict)
+    return say("brief_same" if len(excluded) == 2 else f"brief_{min(excluded)}", **values)
 
 
 def evidence(record: ContrastRecord) -> Iterator[str]:
@@ -392,7 +394,7 @@ def evidence(record: ContrastRecord) -> Iterator[str]:
         yield say("no_halves", seeds=verdict.num_seeds)
 
 
-def _power(record: ContrastRecord, verdict: VerdictRecord) -> str:
+def _power(record: ContrastRecord, verdict: Verdict) -> str:
     """What the design finds, and what would halve it."""
     text, power = say("power", **_values(record, verdict)), record.power
     if power is None:
@@ -440,6 +442,42 @@ def answers(contrasts: Sequence[ContrastRecord]) -> Iterator[str]:
         yield say("on", where=where(record, contrasts), what=answer(record))
 
 
+def advice(record: ContrastRecord, x: float, outside: Sequence[str] = ()) -> str:
+    """What a verdict means for one x, and whether the point lies outside what was measured."""
+    verdict = record.verdict
+    if verdict is None:
+        return answer(record)
+    return _advice(verdict, _values(record, verdict), x) + (say("outside", axes=listed(outside)) if outside else "")
+
+
+def _advice(verdict: Verdict, values: dict[str, Any], x: float) -> str:
+    if turns_again(verdict):
+        return say("advise_several", **values)
+    if verdict.interval is not None:
+        root = _root(verdict.root, verdict.interval)
+        if verdict.interval[0] <= x <= verdict.interval[1]:
+            return say("advise_inside", **values, **root, x=x)
+        side, winner = ("below", "first") if x < verdict.interval[0] else ("above", "second")
+        return say("advise_side", **values | {"winner": values[winner]}, **root, x=x, side=side)
+    return say(_advice_code(verdict), **values, **_verbs(verdict))
+
+
+def _advice_code(verdict: Verdict) -> str:
+    excluded = excludes(verdict)
+    if verdict.kind != "excluded":
+        return f"advise_{verdict.kind}"
+    if len(excluded) == 2:
+        return "advise_same"
+    helpful = "b" if "harm" in excluded else "a"
+    return {helpful: "advise_helps", None: "advise_harmless"}.get(verdict.better, "advise_small")
+
+
+def _verbs(verdict: Verdict) -> dict[str, str]:
+    """What an exclusion on one side says that B does not do beyond δ, and what it leaves open."""
+    harm = "harm" in excludes(verdict)
+    return {"does": "raise", "other": "lowers"} if harm else {"does": "lower", "other": "raises"}
+
+
 def checklist(**facts: str) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     """Parts with their questions and answers; an answer whose fact is empty says that it is not recorded."""
 
@@ -482,17 +520,20 @@ def law_text(law: LawRecord) -> str:
 # Power of a plan.
 
 
-def plan_power(power: Any, source: str) -> list[str]:
-    """What a design of a plan could tell apart; `power` is a `dbscale.laws.boundary.Power`, `source` names the noise."""
-    text = say("plan_power", source=source, smallest=size_text(power.smallest_effect, "error_rate"))
+def power_lines(power: Power, source: str, slope: float) -> list[str]:
+    """What a planned design could tell apart ; `source` names the noise, `slope` is the supposed
+    change of ΔE per octave at a boundary.
+    """
+    lines = [say("plan_power", source=source, smallest=size_text(power.smallest_effect, "error_rate"))]
     if power.width_octaves is not None:
-        text += say("plan_width", width=power.width_octaves)
-    ways = []
-    for code, number, price in (
-        ("plan_seeds", power.seeds_for_half, power.cost_of_seeds),
-        ("plan_finetunes", power.finetunes_for_half, power.cost_of_finetunes),
-    ):
-        if number is not None:
-            ways.append(say(code, number=number, cost=f" ({price:.1f} times the cost)" if price else ""))
-    lines = [text, *([say("plan_half", ways=" or ".join(ways))] if ways else [])]
+        lines.append(say("plan_width", width=power.width_octaves, chance=power.chance_of_crossing,
+                         slope=size_text(slope, "error_rate")))  # fmt: skip
+    ways = [
+        say(code, number=number, cost="" if price is None else f" ({price:.1f} times the device time)")
+        for code, number, price in (
+            ("plan_seeds", power.seeds_for_half, power.cost_of_seeds),
+            ("plan_finetunes", power.finetunes_for_half, power.cost_of_finetunes),
+        ) if number is not None
+    ]  # fmt: skip
+    lines += [say("plan_half", ways=" or ".join(ways))] if ways else []
     return [*lines, *([say("plan_best", finetunes=power.best_finetunes)] if power.best_finetunes else [])]
