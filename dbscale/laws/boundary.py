@@ -335,7 +335,7 @@ def power(
         width_octaves=None if slope is None else _width(stderr, degrees, num_x, along, level, slope),
         chance_of_crossing=None
         if slope is None
-        else _chance(stderr, degrees, num_x, along, level, family, slope * step_octaves),
+        else _chance(stderr, degrees, num_x, along, level, family, abs(slope) * step_octaves),
         seeds_for_half=more[seeds] if seeds < len(more) else None,
         finetunes_for_half=draws,
         cost_of_seeds=more[seeds] / num_seeds if seeds < len(more) else None,
@@ -345,10 +345,10 @@ def power(
 
 
 def _width(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
-    """Octaves: the curve's interval at the root, read off along its slope. The root leans on the three x about it."""
+    """Octaves: the curve's interval at the root, read off along its slope. The root leans on the four x about it."""
     from scipy.special import stdtrit
 
-    at_root = stderr * np.sqrt(along + (1 - along) / min(num_x, 3))
+    at_root = stderr * np.sqrt(along + (1 - along) / min(num_x, 4))
     return float(2 * stdtrit(degrees, 0.5 + level / 2) * at_root / abs(slope))
 
 

@@ -92,10 +92,10 @@ class Pairs:
         complete = (draws > 0).all(axis=1)
         if not complete.any():
             lacking = np.flatnonzero((draws > 0).sum(axis=0) == (draws > 0).sum(axis=0).min())[0]
-            row = np.flatnonzero(stratum == lacking)[0]
+            row = stratum.tolist().index(lacking)
             raise NotEnoughData(
-                f"no x and seed has all {num_strata} strata, so nothing can be pooled: student {self.student[row]!r} with "
-                f"labels {self.labels[row]!r} has the fewest; run the missing cells, or judge one stratum at a time"
+                f"no x and seed has all {num_strata} strata, so nothing can be pooled: student {self.student.tolist()[row]!r} with "
+                f"labels {self.labels.tolist()[row]!r} has the fewest; run the missing cells, or judge one stratum at a time"
             )
         weight = np.zeros((num_cells, len(cell)))
         weight[cell, np.arange(len(cell))] = 1.0 / (draws[cell, stratum] * num_strata)
@@ -163,7 +163,7 @@ def _check_columns(columns: Mapping[str, np.ndarray], size: int) -> None:
         wrong = np.flatnonzero(~np.isfinite(column) | (column <= least))
         if wrong.size:
             needed = {"x": "finite and above 0", "delta": "finite", "test_variance": "finite and not negative"}[name]
-            raise LawError(f"pairs: {name} is {column[wrong[0]]!r} in row {wrong[0]}; it must be {needed}")
+            raise LawError(f"pairs: {name} is {column.tolist()[wrong[0]]!r} in row {wrong[0]}; it must be {needed}")
     keys = list(zip(*(columns[name].tolist() for name in ("student", "labels", "x", "seed", "draw")), strict=True))
     if len(set(keys)) < size:
         twice = next(key for key in keys if keys.count(key) > 1)
@@ -215,7 +215,7 @@ def seed_table(pairs: Pairs) -> SeedTable:
     values[row, column] = pooled.delta
     count = np.isfinite(values).sum(axis=0)
     if count.max() < 2:
-        why = f"every pair has seed {pooled.seed[0]!r}" if len(values) == 1 else "no x has two seeds"
+        why = f"every pair has seed {pooled.seed.tolist()[0]!r}" if len(values) == 1 else "no x has two seeds"
         raise NotEnoughData(f"{why}: noise shows only between seeds at one x; run at least two seeds in both arms")
     spread = np.nansum((values - np.nanmean(values, axis=0)) ** 2, axis=0)
     variance, degrees = moderated_variances(spread, count - 1)

@@ -175,7 +175,7 @@ def _solve(squares: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.nd
     from scipy.special import chdtri
 
     freedom = expected[:, -1]
-    scale = np.maximum(squares, 1e-9 * squares.sum() + 1e-300) / np.sqrt(freedom)  # ∝ each sum's standard deviation
+    scale = np.sqrt(freedom)  # mean squares, each weighed by its degrees of freedom where they cannot all be met
     variances = nnls(expected / scale[:, None], squares / scale)[0]
     inverse = np.linalg.pinv(expected)
     weights = np.vstack([inverse, inverse.sum(axis=0)])

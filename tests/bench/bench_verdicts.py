@@ -43,7 +43,8 @@ class World:
     truth: np.ndarray
     roots: dict[str, float]
     """Where the truth crosses 0, by direction."""
-    sds: Mapping[str, float]
+    noise: Mapping[str, float] | np.ndarray
+    """sd by address; or deviations of real seeds [seeds, x, students, D_f], of which each study draws its own."""
     profile: np.ndarray
     heavy: bool
     num_seeds: int
@@ -89,12 +90,14 @@ SHAPES = ("crossing", "middle", "first step", "last step", "reversed", "hump", "
 CROSSES = SHAPES[:6]
 
 
-def make_world(shape: str, rng: np.random.Generator, noises: Sequence[Mapping[str, float]]) -> World:
-    x = 1000.0 * 2.0 ** (np.arange(rng.integers(5, 8)) * rng.choice([1.0, 1.0, 1.7]))
+def make_world(shape: str, rng: np.random.Generator, noises: Sequence[Mapping[str, float] | np.ndarray]) -> World:
+    noise = noises[rng.integers(len(noises))]
+    real = isinstance(noise, np.ndarray)
+    x = 1000.0 * 2.0 ** (np.arange(noise.shape[1] if real else rng.integers(5, 8)) * rng.choice([1.0, 1.0, 1.7]))
     truth, roots = make_shape(shape, rng, x)
-    sds = noises[rng.integers(len(noises))]
-    profile = PROFILES[rng.choice(list(PROFILES))](np.linspace(0, 1, len(x)))
-    return World(x, truth, roots, sds, profile, bool(rng.random() < 0.6), int(rng.choice([2, 3, 4, 6, 8])))
+    profile = PROFILES["equal" if real else rng.choice(list(PROFILES))](np.linspace(0, 1, len(x)))
+    seeds = [n for n in (2, 3, 4, 6, 8) if not real or n <= len(noise)]
+    return World(x, truth, roots, noise, profile, bool(rng.random() < 0.6), int(rng.choice(seeds)))
 
 
 def variates(world: World, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -102,19 +105,30 @@ def variates(world: World, rng: np.random.Generator, shape: tuple[int, ...]) -> 
     return rng.standard_t(4, shape) / 2**0.5 if world.heavy else rng.standard_normal(shape)
 
 
-def draw_pairs(world: World, rng: np.random.Generator, num_seeds: int | None = None) -> Pairs:
-    """ΔE of every seed, x, student and D_f; windows of neighbouring D_p overlap, so seeds' effects go along x."""
-    n, k, s, d = num_seeds or world.num_seeds, len(world.x), len(STUDENTS), len(LABELS)
-    part = {name: variates(world, rng, (n, *size)) for name, size in
-            {"seed": (k, 1, 1), "teacher": (k, 1, 1), "upstream": (k, s, 1), "finetune": (k, s, d)}.items()}  # fmt: skip
+def draw_noise(world: World, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Noise of n seeds [n, x, students, D_f]; windows of neighbouring D_p overlap, so a seed's effect goes along x."""
+    if isinstance(world.noise, np.ndarray):
+        seeds = rng.choice(len(world.noise), n, replace=n > len(world.noise))
+        return world.noise[seeds] * rng.choice([-1.0, 1.0], (n, 1, 1, 1))
+    k, s, d = len(world.x), len(STUDENTS), len(LABELS)
+    sizes = {"seed": (k, 1, 1), "teacher": (k, 1, 1), "upstream": (k, s, 1), "finetune": (k, s, d)}
+    part = {name: variates(world, rng, (n, *size)) for name, size in sizes.items()}
     gap = np.abs(np.log2(world.x)[:, None] - np.log2(world.x))
     part["seed"] = np.einsum("kl,nlij->nkij", np.linalg.cholesky(0.7**gap), part["seed"])
-    noise = sum(world.sds.get(name, 0.0) * each for name, each in part.items())
+    return sum((world.noise.get(name, 0.0) * each for name, each in part.items()), np.zeros((n, k, s, d)))
+
+
+def draw_pairs(world: World, rng: np.random.Generator, num_seeds: int | None = None) -> Pairs:
+    """ΔE of every seed, x, student and D_f."""
+    noise = draw_noise(world, rng, num_seeds or world.num_seeds)
+    n, k, s, d = noise.shape
     images = rng.standard_normal((k, 1, 1)) * 0.002  # 10,000 test images, 15 % judged differently, a third of it shared
     delta = world.truth[:, None, None] + world.profile[:, None, None] * noise + images
-    columns = np.meshgrid(np.arange(n), world.x, STUDENTS, LABELS, indexing="ij")
+    columns = np.meshgrid(np.arange(n), world.x, np.arange(s), np.arange(d), indexing="ij")
     seed, x, student, labels = (c.ravel() for c in columns)
-    return make_pairs(x, delta.ravel(), seed=seed, student=student, labels=labels, test_variance=np.full(seed.size, 1.5e-5))
+    return make_pairs(
+        x, delta.ravel(), seed=seed, student=student, labels=labels, test_variance=np.full(seed.size, 1.5e-5)
+    )
 
 
 # --- what is counted --------------------------------------------------------------------------------------------------
@@ -152,7 +166,8 @@ def count(world: World, rng: np.random.Generator, promise: Power | None) -> Iter
     start = time.process_time()
     verdict = judge(pairs, min_effect=MIN_EFFECT, level=LEVEL, num_draws=500)
     yield "ms", 1e3 * (time.process_time() - start)
-    cell = judge(pairs.of(STUDENTS[rng.integers(3)], LABELS[rng.integers(3)]), num_draws=100)
+    row = rng.integers(len(pairs.x))
+    cell = judge(pairs.of(pairs.student[row], pairs.labels[row]), num_draws=100)
     for name, points in (("pooled", verdict.points), ("cell", cell.points)):
         inside = [p.low <= t <= p.high for p, t in zip(points, world.truth, strict=True)]
         yield name, float(np.mean(inside))
@@ -179,10 +194,16 @@ def count(world: World, rng: np.random.Generator, promise: Power | None) -> Iter
 
 
 def promise_of(world: World) -> Power:
-    """What `power` states for this design and slope, from the true components."""
-    model = noise_of(**{n: sd * float(np.sqrt(np.mean(world.profile**2))) for n, sd in world.sds.items()})
+    """What `power` states for this design and slope, from the true components or from those fitted to the real rows."""
+    size, sizes = 1.0, (len(STUDENTS), len(LABELS))
+    if isinstance(world.noise, np.ndarray):
+        model, sizes = fit_noise(draw_pairs(world, np.random.default_rng(0), len(world.noise))), world.noise.shape[2:]
+        assert model is not None
+    else:
+        size = float(np.sqrt(np.mean(world.profile**2)))
+        model = noise_of(**{name: sd * size for name, sd in world.noise.items()})
     gap = float(np.log2(world.x[1] / world.x[0]))
-    design = {"num_x": len(world.x), "num_seeds": world.num_seeds, "num_students": 3, "num_labels": 3}
+    design = {"num_x": len(world.x), "num_seeds": world.num_seeds, "num_students": sizes[0], "num_labels": sizes[1]}
     return power(model, **design, level=LEVEL, slope=float(world.truth[0] - world.truth[1]) / gap, step_octaves=gap)
 
 
@@ -215,9 +236,18 @@ def pairs_of(rows: Sequence[Mapping[str, str]], metric: str = "error_rate") -> d
     return found
 
 
-def components_of(found: Mapping[str, Pairs]) -> list[dict[str, float]]:
-    models = [fit_noise(pairs) for pairs in found.values()]
-    return [{c.name: c.sd for c in m.components if c.name in SHARES} for m in models if m is not None]
+def noises_of(found: Mapping[str, Pairs]) -> Iterator[Mapping[str, float] | np.ndarray]:
+    """Of every downstream set: with five seeds or more how they deviate from their means, else the fitted components."""
+    for pairs in found.values():
+        axes = [np.unique(getattr(pairs, name), return_inverse=True) for name in ("seed", "x", "student", "labels")]
+        if len(axes[0][0]) < 5:
+            model = fit_noise(pairs)
+            yield {c.name: c.sd for c in model.components if c.name in SHARES} if model else {}
+            continue
+        table = np.full([len(values) for values, _ in axes], np.nan)
+        table[tuple(place for _, place in axes)] = pairs.delta
+        table = table[np.isfinite(table).all(axis=(1, 2, 3))]
+        yield (table - table.mean(axis=0)) * (len(table) / (len(table) - 1)) ** 0.5
 
 
 def repeat(found: Mapping[str, Pairs], size: int) -> Iterator[str]:
@@ -240,8 +270,10 @@ def repeat(found: Mapping[str, Pairs], size: int) -> Iterator[str]:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("pooled", "cell", "all x", "wrong sign", "wrong kind", "decided", "crossing", "promised", "root held", "octaves", "promised octaves",
-           "contradict", "decided with more", "ms")  # fmt: skip
+COLUMNS = (
+    "pooled", "cell", "all x", "wrong sign", "wrong kind", "decided", "crossing", "promised", "root held", "octaves",
+    "promised octaves", "contradict", "decided with more", "ms",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -254,7 +286,7 @@ def main() -> None:
     noises = [{name: total * share**0.5 for name, share in SHARES.items()} for total in (0.045, 0.09)]
     for path in asked.rows:
         found = pairs_of(read_rows(path))
-        noises += components_of(found)
+        noises += noises_of(found)
         for size in (2, 4):
             for line in repeat(found, size):
                 print(line, flush=True)
