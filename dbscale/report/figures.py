@@ -6,6 +6,7 @@ dark and paper; the width of panels is the page's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,15 @@ def log_x(title: str, values: Iterable[float], margin: float = 1.25) -> alt.X:
     domain = [ticks[0] / margin, ticks[-1] * margin]
     axis = alt.Axis(values=ticks, format=".2~s", labelOverlap="parity")
     return alt.X("x:Q", title=title, axis=axis, scale=alt.Scale(type="log", domain=domain, nice=False))
+
+
+def log_ticks(values: Iterable[float]) -> list[float]:
+    """Round values within the range; finer ones where that is narrow."""
+    known = [value for value in values if value > 0]
+    low, high = min(known) * 0.97, max(known) * 1.03
+    fine = [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8] if high < 4 * low else [1, 2, 5]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [digit * 10.0**decade for decade in decades for digit in fine if low <= digit * 10.0**decade <= high]
 
 
 def panelled(layers: Sequence[tuple[str, Any]], rows: Rows, panels: Sequence[str], height: int) -> Any:
@@ -256,7 +266,8 @@ def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | No
 
 def _arm_layers(x: alt.X, title: str, metric: str, rows: Rows) -> list[tuple[str, Any]]:
     """Laws and runs by arm; a click on the legend hides an arm and shows it again."""
-    axis = alt.Axis(format=".1~%" if is_rate(metric) else ".2~f", tickCount=5)
+    ticks = log_ticks(row[name] for row in rows for name in ("y", "low", "high") if row.get(name))
+    axis = alt.Axis(format=".1~%" if is_rate(metric) else ".2~f", values=ticks)
     y = alt.Y("y:Q", title=title, axis=axis, scale=alt.Scale(type="log", nice=False, padding=8))
     arms = [arm for arm in ARMS if any(row.get("arm") == arm for row in rows)]
     shown = alt.selection_point(name="arms", fields=["arm"], bind="legend", toggle="true", empty=False,

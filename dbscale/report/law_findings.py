@@ -325,7 +325,7 @@ def _transfer(table: RunTable, options: Options) -> Iterator[TransferRecord]:
         columns = {name: values for name, values in columns_of(runs.runs).items() if name != "num_params"}
         try:
             fit = fit_law("transfer_gap", columns, np.maximum(runs.column("error_rate"), SMALLEST), seed=options.seed)
-            found = transfer_gap(setting.dataset, fit, options.level)
+            found = transfer_gap(fit, options.level)
         except LawError:
             continue
         low, high = map(_finite, found.interval)

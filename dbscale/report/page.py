@@ -125,7 +125,7 @@ def render(
 
 WORDS = (
     "about", "answer", "brief", "count", "duration", "effect", "evidence", "is_rate", "metric_of",
-    "noise_text", "param_text", "percent", "size_text", "stratum", "symbols", "value_text", "where",
+    "noise_text", "param_text", "percent", "sentences", "size_text", "stratum", "symbols", "value_text", "where",
 )  # fmt: skip
 """Functions of `words` that the template uses as filters."""
 

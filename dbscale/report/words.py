@@ -45,7 +45,7 @@ SENTENCES = {
     "with more, {second} does.",
     "several": "{first} gives the lower {metric} just below about {root:about} {axis} ({level:percent0} interval "
     "{interval}) and {second} just above; over the whole range the sign turns more than once.",
-    "law_root": " The fitted laws put the turn at about {root:about} ({interval}).",
+    "law_root": "The fitted laws put the turn at about {root:about} ({interval}).",
     "one_sign": "{winner} gives the lower {metric}: by more than {delta} at {places}, and at no measured point from "
     "{low:count} to {high:count} {axis} a higher one by more than that.",
     "same": "{a} and {b} give the same {metric} to within {delta} at every measured point from {low:count} to "
@@ -56,11 +56,11 @@ SENTENCES = {
     "small": "; it {other} it at {places}, though perhaps by less than that.",
     "smaller": "; at {places} {winner} gives the lower one, by less than that.",
     "end": ".",
-    "undecided": "whether {b} or {a} gives the lower {metric} from {low:count} to {high:count} {axis} is undecided. "
-    "{seeds:seeds} find differences of {smallest} four times in five.",
-    "partly": " Established so far: {winner} gives the lower one at {places}.",
-    "more_seeds": " About {more:count} seeds in all would decide it, if the measured means are right.",
-    "never": " No number of seeds up to 1,000 is sure to decide it.",
+    "undecided": "whether {b} or {a} gives the lower {metric} from {low:count} to {high:count} {axis} is undecided.",
+    "finds": "{seeds:seeds} find a difference of {smallest} four times in five.",
+    "partly": "Established so far: {winner} gives the lower one at {places}.",
+    "more_seeds": "About {more:count} seeds in all would decide it, if the measured means are right.",
+    "never": "No number of seeds up to 1,000 is sure to decide it.",
     "no_verdict": "there is no verdict, because {reason}",
     # The same in a few words.
     "brief_none": "no verdict: {reason}",
@@ -79,9 +79,8 @@ SENTENCES = {
     "held": " {held:percent0} of one half’s {level:percent0} intervals, widened for the other half’s own noise, hold the "
     "other’s mean.",
     "no_halves": "A repetition on two disjoint halves needs at least four seeds; there are {seeds:count}.",
-    "power": "This design finds a difference of {smallest} four times in five.",
     "width": " The interval of a boundary would span about {width:.1f} octaves.",
-    "half_seeds": " {seeds:count} seeds in all would find half as much",
+    "half_seeds": " {seeds:count} seeds in all would find half of that",
     "half_finetunes": ", and so would {finetunes:count} finetunes of each upstream run",
     "noise": "One difference of one seed, student and number of labels scatters by {sd} (standard deviation).",
     "confounded": " These runs do not tell {first} from {second}: the two are counted together.",
@@ -131,14 +130,14 @@ SENTENCES = {
     "cost_so_far": "; the plan predicts {predicted} for all of them.",
     "cost_share": ", {share:percent0} of the {predicted} that the plan predicted.",
     # Power of a plan.
-    "plan_power": "finds a ΔE of {smallest} at one D_p four times in five (noise of {source})",
-    "plan_width": "finds a boundary where ΔE turns by {slope} per octave with {chance:percent0} probability, to within "
+    "plan_power": "this design finds a ΔE of {smallest} at one D_p four times in five (noise of {source})",
+    "plan_width": "it finds a boundary where ΔE turns by {slope} per octave with {chance:percent0} probability, to within "
     "about {width:.1f} octaves",
-    "plan_half": "half as small a ΔE takes {ways}",
+    "plan_half": "to find half as small a ΔE takes {ways}",
     "plan_seeds": "{number:count} seeds{cost}",
     "plan_finetunes": "{number:count} finetunes of each upstream run{cost}",
     "plan_best": "the most accuracy per device-hour: {finetunes:count} finetunes of each upstream run",
-    "plan_nothing": "finds nothing: {reason}",
+    "plan_nothing": "this design finds nothing: {reason}",
 }
 
 
@@ -322,18 +321,23 @@ def _values(record: ContrastRecord, verdict: Verdict) -> dict[str, Any]:
 
 def answer(record: ContrastRecord) -> str:
     """The verdict of a contrast in a sentence or two."""
+    return " ".join(sentences(record))
+
+
+def sentences(record: ContrastRecord) -> list[str]:
+    """The same sentence by sentence: what is established, then what is open or how to decide it."""
     verdict = record.verdict
     if verdict is None:
-        return say("no_verdict", reason=record.reason)
+        return [say("no_verdict", reason=record.reason)]
     values = _values(record, verdict)
     if verdict.kind == "crossing":
         code = "several" if turns_again(verdict) else "crossing"
-        law = say("law_root", **_root(verdict.law_root, verdict.law_interval)) if verdict.law_root is not None else ""
-        return say(code, **values, **_root(verdict.root, verdict.interval)) + law
+        law = [say("law_root", **_root(verdict.law_root, verdict.law_interval))] if verdict.law_root else []
+        return [say(code, **values, **_root(verdict.root, verdict.interval)), *law]
     if verdict.kind == "one_sign":
         beyond = _places(record, established(verdict, verdict.better, verdict.min_effect))
-        return say("one_sign", **values | {"places": beyond})
-    return _excluded(verdict, values) if verdict.kind == "excluded" else _undecided(verdict, values)
+        return [say("one_sign", **values | {"places": beyond})]
+    return [_excluded(verdict, values)] if verdict.kind == "excluded" else _undecided(verdict, values)
 
 
 def _root(root: float | None, interval: tuple[float, float] | None) -> dict[str, Any]:
@@ -354,10 +358,10 @@ def _excluded(verdict: Verdict, values: dict[str, Any]) -> str:
     return say("one_side", **values, **_verbs(verdict)) + say(rest, **values, **_verbs(verdict))
 
 
-def _undecided(verdict: Verdict, values: dict[str, Any]) -> str:
-    partly = say("partly", **values) if verdict.better else ""
+def _undecided(verdict: Verdict, values: dict[str, Any]) -> list[str]:
+    partly = [say("partly", **values)] if verdict.better else []
     more = say("never") if verdict.more_seeds is None else say("more_seeds", more=verdict.more_seeds)
-    return say("undecided", **values) + partly + more
+    return [say("undecided", **values), *partly, say("finds", **values), more]
 
 
 def brief(record: ContrastRecord, verdict: Verdict | None = None) -> str:
@@ -396,7 +400,7 @@ def evidence(record: ContrastRecord) -> Iterator[str]:
 
 def _power(record: ContrastRecord, verdict: Verdict) -> str:
     """What the design finds, and what would halve it."""
-    text, power = say("power", **_values(record, verdict)), record.power
+    text, power = say("finds", **_values(record, verdict)), record.power
     if power is None:
         return text
     if power.width_octaves is not None:

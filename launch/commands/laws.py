@@ -63,6 +63,7 @@ def add_compare(add: AddCommand) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the drawn curves")
     parser.add_argument("--json", action="store_true", help="print the verdict as boundary.json would hold it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write a page with the figures: DIR/compare.html")
 
 
 def fit(arguments: argparse.Namespace) -> int:
@@ -161,6 +162,10 @@ def compare(arguments: argparse.Namespace) -> int:
     else:
         text = answer(record)
         print("\n".join([text[:1].upper() + text[1:], *evidence(record), *(f"  note: {note}" for note in notes)]))
+    if arguments.out is not None:
+        from dbscale.report.page import compare_page
+
+        print(compare_page(record, arguments.out, notes=notes))
     return 0
 
 

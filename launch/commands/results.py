@@ -73,7 +73,7 @@ def table_folder(arguments: argparse.Namespace) -> Path:
 def export(arguments: argparse.Namespace) -> int:
     if arguments.cell is not None:
         return export_model(store_of(arguments), arguments.cell, arguments.out)
-    from dbscale.report.paper import export_figures, export_table_figures
+    from dbscale.report.page import export_figures, export_table_figures
 
     if arguments.table is not None:
         paths = export_table_figures(arguments.table, arguments.out or arguments.table.parent / "figures")
