@@ -10,40 +10,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dbscale.errors import LawError, NotEnoughData
-    from dbscale.laws.advice import Advice, advise
-    from dbscale.laws.allocation import Allocation, allocate
+    from dbscale.laws.allocation import (
+        Allocation,
+        Prices,
+        TransferGap,
+        allocate,
+        effective_data_transferred,
+        exchange_rates,
+        transfer_gap,
+    )
     from dbscale.laws.boundary import Power, Verdict, judge, power
     from dbscale.laws.contrast import DeltaCurves, DeltaPoint, Pairs, delta_curves, delta_points, make_pairs
-    from dbscale.laws.cost import Prices
-    from dbscale.laws.fit import fit_law
+    from dbscale.laws.fit import LawFit, fit_law
     from dbscale.laws.form import Form
     from dbscale.laws.forms import FORMS, find_form
-    from dbscale.laws.law_fit import LawFit
-    from dbscale.laws.losses import LOSSES, Loss
     from dbscale.laws.noise import NOISE_TABLES, Component, NoiseModel, fit_noise, noise_of
-    from dbscale.laws.profile import profile_interval
-    from dbscale.laws.resample import Bootstrap, bootstrap
-    from dbscale.laws.select import Candidate, Selection, select_law
-    from dbscale.laws.transfer import TransferGap, effective_data_transferred, transfer_gap, transfer_gaps
-    from dbscale.laws.weights import error_weights, seed_spread
+    from dbscale.laws.select import Candidate, Selection, prediction_interval, select_law
+    from dbscale.laws.solver import LOSSES, Loss
+    from dbscale.laws.table import error_weights, seed_spread
+    from dbscale.laws.uncertainty import Bootstrap, bootstrap, parameter_intervals, profile_interval
 
 _MEMBERS = {
-    "advice": ("Advice", "advise"),
-    "allocation": ("Allocation", "allocate"),
+    "allocation": (
+        *("Allocation", "Prices", "TransferGap"),
+        *("allocate", "effective_data_transferred", "exchange_rates", "transfer_gap"),
+    ),
     "boundary": ("Power", "Verdict", "judge", "power"),
     "contrast": ("DeltaCurves", "DeltaPoint", "Pairs", "delta_curves", "delta_points", "make_pairs"),
     "noise": ("NOISE_TABLES", "Component", "NoiseModel", "fit_noise", "noise_of"),
-    "cost": ("Prices",),
-    "fit": ("fit_law",),
+    "fit": ("LawFit", "fit_law"),
     "form": ("Form",),
     "forms": ("FORMS", "find_form"),
-    "law_fit": ("LawFit",),
-    "losses": ("LOSSES", "Loss"),
-    "profile": ("profile_interval",),
-    "resample": ("Bootstrap", "bootstrap"),
-    "select": ("Candidate", "Selection", "select_law"),
-    "transfer": ("TransferGap", "effective_data_transferred", "transfer_gap", "transfer_gaps"),
-    "weights": ("error_weights", "seed_spread"),
+    "select": ("Candidate", "Selection", "prediction_interval", "select_law"),
+    "solver": ("LOSSES", "Loss"),
+    "table": ("error_weights", "seed_spread"),
+    "uncertainty": ("Bootstrap", "bootstrap", "parameter_intervals", "profile_interval"),
 }
 _HOME = {name: f"dbscale.laws.{module}" for module, names in _MEMBERS.items() for name in names}
 _HOME |= {"LawError": "dbscale.errors", "NotEnoughData": "dbscale.errors"}
@@ -51,7 +52,6 @@ __all__ = [
     "FORMS",
     "LOSSES",
     "NOISE_TABLES",
-    "Advice",
     "Allocation",
     "Bootstrap",
     "Candidate",
@@ -70,25 +70,26 @@ __all__ = [
     "Selection",
     "TransferGap",
     "Verdict",
-    "advise",
     "allocate",
     "bootstrap",
     "delta_curves",
     "delta_points",
     "effective_data_transferred",
     "error_weights",
+    "exchange_rates",
     "find_form",
     "fit_law",
     "fit_noise",
     "judge",
     "make_pairs",
     "noise_of",
+    "parameter_intervals",
     "power",
+    "prediction_interval",
     "profile_interval",
     "seed_spread",
     "select_law",
     "transfer_gap",
-    "transfer_gaps",
 ]
 
 
