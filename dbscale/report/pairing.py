@@ -160,12 +160,9 @@ def _pairs(found: Sequence[Difference], num_strata: int) -> Pairs:
 
 
 def _why(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequence[str]) -> str:
-    """The column that shares no value and without which most would pair; else all such columns, else an example."""
+    """The columns in which the sides share no value; without such a column an example of what only one side has."""
     values = [[{key[place] for key in side} for side in sides] for place in range(len(columns))]
     disjoint = [place for place, (one, other) in enumerate(values) if not one & other]
-    freed = [len(set.intersection(*({key[:k] + key[k + 1 :] for key in side} for side in sides))) for k in disjoint]
-    if any(freed):
-        disjoint = [disjoint[freed.index(max(freed))]]
     if disjoint:
         return "; ".join(_values(columns[place], values[place], names) for place in disjoint)
     lone = _in_order(sides[0] - sides[1] or sides[1] - sides[0])[0]

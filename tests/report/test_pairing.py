@@ -109,6 +109,18 @@ def test_interpolation_puts_all_repetitions_on_one_grid():
     assert [row[2] for row in found] == pytest.approx([1, 2, 3, *wanted])
 
 
+@pytest.mark.parametrize(("shared", "num_x"), [(2, 2), (1, 4)])
+def test_the_grid_is_what_all_repetitions_share_if_that_is_half(shared: int, num_x: int):
+    """Of four x of each repetition of A the first few are those of the other too; B stands at the ends."""
+    text = "model,seed,flops,loss\n" + "".join(
+        f"x,{seed},{x if place < shared else x + seed},1\n"
+        for seed in (0, 1)
+        for place, x in enumerate([10, 20, 30, 40])
+    )
+    pairs, _ = compare(text + "".join(f"y,{seed},{x},0\n" for seed in (0, 1) for x in (1, 100)))
+    assert len(set(pairs.x.tolist())) == num_x and len(pairs.x) == 2 * num_x
+
+
 def test_a_gap_is_not_filled_where_most_rows_pair():
     text = TWO_MODELS.replace("y,0,birds,100,2.25\n", "") + "x,0,birds,1000,1\ny,0,birds,1000,1\n"
     pairs, notes = compare(text)
@@ -262,6 +274,14 @@ def test_the_upstream_contrast_counts_each_upstream_run_once():
 )  # fmt: skip
 def test_arms_that_do_not_pair_are_explained(runs: list[Run], message: str):
     assert arms_of(runs) == (None, (message,))
+
+
+def test_students_of_other_names_need_no_further_column():
+    (why,) = arms_of([run_of("plain", 0.5), run_of("distilled", 0.5, student="T")])[1]
+    assert why.endswith("what keeps them apart is student: plain has 'S', distilled has 'T'")
+    sizes = [run_of("plain", 0.5, student="10 parameters"), run_of("distilled", 0.5, student="10 parameters", seed=1)]
+    (why,) = arms_of(sizes)[1]
+    assert why.endswith("what keeps them apart is seed: plain has 0, distilled has 1")
 
 
 def test_a_student_column_pairs_models_of_different_size():
