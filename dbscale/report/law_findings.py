@@ -19,31 +19,21 @@ from dbscale.laws import (
     Pairs,
     Selection,
     error_weights,
+    exchange_rates,
     fit_law,
     seed_spread,
     select_law,
     transfer_gap,
 )  # fmt: skip
-from dbscale.report.schema import (
-    AxisName,
-    Band,
-    CandidateRecord,
-    Estimate,
-    LawCurve,
-    LawRecord,
-    LawsFile,
-    LeverRecord,
-    Note,
-    ParamRecord,
-    Prediction,
-    PredictorRecord,
-    TransferRecord,
-)  # fmt: skip
+from dbscale.report import schema
+from dbscale.report.schema import AxisName, Estimate, LawRecord, Note, ParamRecord
 from dbscale.report.table import Run, RunTable, Setting
 from dbscale.report.words import AXES, metric_of, note
 
 AXIS_NAMES: tuple[AxisName, ...] = ("upstream_samples", "num_params", "downstream_samples")
 EXPONENTS: dict[str, AxisName] = {"alpha": "upstream_samples", "beta": "num_params", "gamma": "downstream_samples"}
+GAP_EXPONENTS: dict[str, AxisName] = {"alpha": "upstream_samples", "delta": "num_params", "beta": "downstream_samples"}
+"""Names of exponents in the laws, and in `transfer_gap`."""
 METRICS = ("error_rate", "test_loss")
 FEWEST_SIZES = 3
 LEAST_SEED_NOISE = 0.05
@@ -92,13 +82,13 @@ class ArmLaws:
         return self.table.pretrained.where(lambda run: getattr(run, metric) is not None, setting=setting, arm=arm)
 
 
-def study_laws(table: RunTable, options: Options, source: str) -> tuple[ArmLaws, LawsFile]:
+def study_laws(table: RunTable, options: Options, source: str) -> tuple[ArmLaws, schema.LawsFile]:
     """Fit the laws of every arm and write down what they say; an arm without a law is recorded with the reason."""
     arms = arm_laws(table, options)
     laws = [_record(arms, key, options) for key in arms.found]
     known = [(law, key) for law, key in zip(laws, arms.found, strict=True) if not law.reason]
     errors = [(law, key) for law, key in known if law.metric == "error_rate"]
-    return arms, LawsFile(
+    return arms, schema.LawsFile(
         grid=table.grid, source=source, level=options.level, num_draws=options.num_resamples, seed=options.seed,
         laws=tuple(laws),
         curves=tuple(curve for _, key in known for curve in _curves(arms, key, options.level)),
@@ -118,9 +108,7 @@ def arm_laws(table: RunTable, options: Options, metrics: Sequence[str] = METRICS
     return ArmLaws(table, dict(_selections(table, options, metrics)))
 
 
-def _selections(
-    table: RunTable, options: Options, metrics: Sequence[str]
-) -> Iterator[tuple[Key, Selection | str]]:
+def _selections(table: RunTable, options: Options, metrics: Sequence[str]) -> Iterator[tuple[Key, Selection | str]]:
     for setting, metric in product(table.settings, metrics):
         for arm in table.arms:
             runs = table.pretrained.where(lambda run, m=metric: getattr(run, m) is not None, setting=setting, arm=arm)
@@ -190,12 +178,12 @@ def _record(arms: ArmLaws, key: Key, options: Options) -> LawRecord:
     return LawRecord(
         **names, law=found.best.name, equation=found.best.form.equation, params=params, residual=residual,
         candidates=tuple(
-            CandidateRecord(law=each.name, weight=float(each.weight), in_sample=_finite(each.in_sample),
+            schema.CandidateRecord(law=each.name, weight=float(each.weight), in_sample=_finite(each.in_sample),
                             held_out=_finite(each.held_out), reason=each.reason)
             for each in found.candidates
         ),
         held_out=held_out, noise=noise, coverage=_finite(found.coverage),
-        no_extrapolation=tuple(_closed(runs, params, residual, held_out, noise)),
+        no_extrapolation=tuple(_closed(runs, _loose(found.best.name, params), residual, held_out, noise)),
     )  # fmt: skip
 
 
@@ -211,17 +199,21 @@ def _params(found: Selection, level: float) -> dict[str, ParamRecord]:
     return records
 
 
+def _loose(law: str, params: Mapping[str, ParamRecord]) -> set[AxisName]:
+    """Axes whose exponent the table does not determine."""
+    exponents = GAP_EXPONENTS if law == "transfer_gap" else EXPONENTS
+    return {axis for name, axis in exponents.items() if name in params and params[name].status == "not_determined"}
+
+
 def _closed(
-    runs: RunTable, params: Mapping[str, ParamRecord], residual: float | None, held_out: float | None, noise: float | None
+    runs: RunTable, loose: set[AxisName], residual: float | None, held_out: float | None, noise: float | None
 ) -> Iterator[AxisName]:
-    """Axes along which a law must not be read beyond what was measured."""
+    """Axes along which the laws must not be read beyond what was measured."""
     floor = max(noise or LEAST_SEED_NOISE, LEAST_NOISE)
     misfit = residual is None or residual > MISFIT * floor
     for axis in AXIS_NAMES:
-        exponent = [name for name, its in EXPONENTS.items() if its == axis and name in params]
-        loose = any(params[name].status == "not_determined" for name in exponent)
         far = axis == "upstream_samples" and (held_out is None or held_out > FAR_OUT * floor)
-        if misfit or loose or far or len(runs.values(axis)) <= 2:
+        if misfit or far or axis in loose or len(runs.values(axis)) <= 2:
             yield axis
 
 
@@ -267,7 +259,7 @@ def _rounded(values: np.ndarray) -> tuple[float | None, ...]:
     return tuple(float(f"{value:.5g}") if np.isfinite(value) else None for value in values.tolist())
 
 
-def _curves(arms: ArmLaws, key: Key, level: float) -> Iterator[LawCurve]:
+def _curves(arms: ArmLaws, key: Key, level: float) -> Iterator[schema.LawCurve]:
     """The average along each axis over its measured range, at every measured combination of the others."""
     runs, found = arms.runs(*key), arms.of(*key)
     assert found is not None
@@ -281,7 +273,7 @@ def _curves(arms: ArmLaws, key: Key, level: float) -> Iterator[LawCurve]:
             at = dict(zip(fixed, place, strict=True))
             band = _band(found, grid, axis, at, runs, level)
             names: dict[str, Any] = {"student": None, "upstream_samples": None, "downstream_samples": None} | at
-            yield LawCurve(**key[0]._asdict(), metric=key[1], arm=key[2], axis=axis, **names, band=band)
+            yield schema.LawCurve(**key[0]._asdict(), metric=key[1], arm=key[2], axis=axis, **names, band=band)
 
 
 def _is_free(column: str, axis: AxisName) -> bool:
@@ -291,17 +283,19 @@ def _is_free(column: str, axis: AxisName) -> bool:
 
 def _band(
     found: Selection, grid: np.ndarray, axis: AxisName, at: Mapping[str, Any], runs: RunTable, level: float
-) -> Band:
+) -> schema.Band:
     columns: dict[str, np.ndarray] = {axis: grid}
     for name in AXIS_NAMES:
         if name != axis:
             value = runs.params(at["student"]) if name == "num_params" else at[name]
             columns[name] = np.full(len(grid), float(value))
     low, high = found.curve_interval(columns, level)
-    return Band(x=tuple(map(float, grid)), y=_rounded(found.predict(columns)), low=_rounded(low), high=_rounded(high))
+    return schema.Band(
+        x=tuple(map(float, grid)), y=_rounded(found.predict(columns)), low=_rounded(low), high=_rounded(high)
+    )
 
 
-def _predictions(arms: ArmLaws, key: Key) -> Iterator[Prediction]:
+def _predictions(arms: ArmLaws, key: Key) -> Iterator[schema.Prediction]:
     """Every run by laws that saw it, and runs at the largest D_p once more by laws that did not."""
     runs, found = arms.runs(*key), arms.of(*key)
     assert found is not None
@@ -309,14 +303,14 @@ def _predictions(arms: ArmLaws, key: Key) -> Iterator[Prediction]:
     parts = ((runs, found.predict(columns_of(runs.runs)), False), (largest, found.held_out()[0], True))
     for part, predicted, held_out in parts:
         for run, value in zip(part, predicted.tolist(), strict=True):
-            yield Prediction(
+            yield schema.Prediction(
                 key=run.key, arm=run.arm, **run.setting._asdict(), student=run.student,
                 upstream_samples=run.upstream_samples, downstream_samples=run.downstream_samples, seed=run.seed,
                 measured=run.error_rate, predicted=_finite(value), held_out=held_out,
             )  # fmt: skip
 
 
-def _transfer(table: RunTable, options: Options) -> Iterator[TransferRecord]:
+def _transfer(table: RunTable, options: Options) -> Iterator[schema.TransferRecord]:
     """The gap G of every student and arm that has the values for it."""
     for setting, arm, student in product(table.settings, table.arms, table.students):
         runs = table.pretrained.where(setting=setting, arm=arm, student=student)
@@ -329,32 +323,37 @@ def _transfer(table: RunTable, options: Options) -> Iterator[TransferRecord]:
         except LawError:
             continue
         low, high = map(_finite, found.interval)
-        yield TransferRecord(**setting._asdict(), arm=arm, student=student, share=float(found.share),
+        yield schema.TransferRecord(**setting._asdict(), arm=arm, student=student, share=float(found.share),
                              gap=Estimate(value=float(found.gap), low=low, high=high),
                              gap_error=float(found.gap_error))  # fmt: skip
 
 
-def _lever(arms: ArmLaws, key: Key, law: LawRecord, level: float) -> LeverRecord:
+def _lever(arms: ArmLaws, key: Key, law: LawRecord, level: float) -> schema.LeverRecord:
     """Error at the largest point measured, and with twice as much of each lever that may be read that far."""
     runs, found = arms.runs(*key), arms.of(*key)
     assert found is not None
     student = runs.students[-1]
     sizes = (runs.values("upstream_samples")[-1], runs.params(student), runs.values("downstream_samples")[-1])
-    point: dict[AxisName, float] = dict(zip(AXIS_NAMES, map(float, sizes), strict=True))
+    point = {str(name): float(size) for name, size in zip(AXIS_NAMES, sizes, strict=True)}
 
     def error(lever: AxisName | None = None) -> Estimate:
         at = {name: np.array([value * (2 if name == lever else 1)]) for name, value in point.items()}
         low, high = found.curve_interval(at, level)
         return Estimate(value=float(found.predict(at)[0]), low=_finite(low[0]), high=_finite(high[0]))
 
-    open_axes: list[AxisName] = [axis for axis in AXIS_NAMES if axis not in law.no_extrapolation and axis in found.columns]
-    return LeverRecord(
+    open_axes: list[AxisName] = [
+        axis for axis in AXIS_NAMES if axis not in law.no_extrapolation and axis in found.columns
+    ]
+    rate = exchange_rates(found, point, level).get("upstream_samples_per_downstream_sample")
+    both = {"upstream_samples", "downstream_samples"} <= set(open_axes)
+    return schema.LeverRecord(
         **key[0]._asdict(), arm=key[2], student=student, upstream_samples=int(sizes[0]),
         downstream_samples=int(sizes[2]), error=error(), doubled={axis: error(axis) for axis in open_axes},
+        images_per_label=Estimate(value=rate[0], low=rate[1], high=rate[2]) if rate and both else None,
     )  # fmt: skip
 
 
-def _predictors(table: RunTable, level: float) -> Iterator[PredictorRecord]:
+def _predictors(table: RunTable, level: float) -> Iterator[schema.PredictorRecord]:
     """How well cheap measurements rank checkpoints, for every downstream set and D_f with enough of them."""
     from scipy import stats
 
@@ -369,5 +368,7 @@ def _predictors(table: RunTable, level: float) -> Iterator[PredictorRecord]:
             # Fisher's z with Bonett and Wright's variance for ranks.
             half = stats.norm.ppf(0.5 + level / 2) * np.sqrt((1 + rho**2 / 2) / (len(known) - 3))
             low, high = np.tanh(np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12)) + half * np.array([-1, 1]))
-            yield PredictorRecord(dataset=dataset, downstream_samples=labels, predictor=name, num_checkpoints=len(known),
-                                  rho=Estimate(value=rho, low=float(low), high=float(high)))  # fmt: skip
+            yield schema.PredictorRecord(
+                dataset=dataset, downstream_samples=labels, predictor=name, num_checkpoints=len(known),
+                rho=Estimate(value=rho, low=float(low), high=float(high)),
+            )  # fmt: skip

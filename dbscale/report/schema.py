@@ -222,6 +222,8 @@ class LeverRecord(OfSetting):
     """At that point."""
     doubled: dict[AxisName, Estimate]
     """Error with twice as much of one lever; left out are levers that must not be read beyond what was measured."""
+    images_per_label: Estimate | None
+    """Upstream images that lower the error as much as one more label does."""
 
 
 class PredictorRecord(Strict):

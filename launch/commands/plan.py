@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
+from typing import Any
 
 from dbscale.study.calibration import write_calibration
 from dbscale.study.cost import DEVICES, CostModel
@@ -86,7 +87,7 @@ def power_text(study: Study, plan: Plan, cost: CostModel) -> list[str]:
     return ["", *plan_power(Design(**design), table, f"{plan.grid.name}_{plan.grid.downstream[0].dataset}")]
 
 
-def design_of(plan: Plan, cost: CostModel) -> dict[str, float] | None:
+def design_of(plan: Plan, cost: CostModel) -> dict[str, Any] | None:
     """Sizes and costs of the main contrast: the first downstream set, students with both arms; None without any."""
     main = [point for point in plan.points if point.cell.recipe.data.dataset == plan.grid.downstream[0].dataset]
     distilled = [point for point in main if point.arm == "distilled"]
