@@ -85,14 +85,15 @@ class ArmLaws:
 def study_laws(table: RunTable, options: Options, source: str) -> tuple[ArmLaws, schema.LawsFile]:
     """Fit the laws of every arm and write down what they say; an arm without a law is recorded with the reason."""
     arms = arm_laws(table, options)
-    laws = [_record(arms, key, options) for key in arms.found]
+    held = {key: found.held_out() for key, found in arms.found.items() if isinstance(found, Selection)}
+    laws = [_record(arms, key, options, held) for key in arms.found]
     known = [(law, key) for law, key in zip(laws, arms.found, strict=True) if not law.reason]
     errors = [(law, key) for law, key in known if law.metric == "error_rate"]
     return arms, schema.LawsFile(
         grid=table.grid, source=source, level=options.level, num_draws=options.num_resamples, seed=options.seed,
         laws=tuple(laws),
         curves=tuple(curve for _, key in known for curve in _curves(arms, key, options.level)),
-        predictions=tuple(each for _, key in errors for each in _predictions(arms, key)),
+        predictions=tuple(each for _, key in errors for each in _predictions(arms, key, held[key][0])),
         transfer=tuple(_transfer(table, options)),
         levers=tuple(_lever(arms, key, law, options.level) for law, key in errors),
         predictors=tuple(_predictors(table, options.level)),
@@ -166,14 +167,16 @@ def law_delta(arms: ArmLaws, setting: Setting, metric: str, pairs: Pairs) -> Del
     return DeltaCurves(grid, np.mean(best, axis=0), np.mean(drawn, axis=0), name)
 
 
-def _record(arms: ArmLaws, key: Key, options: Options) -> LawRecord:
+def _record(
+    arms: ArmLaws, key: Key, options: Options, held: Mapping[Key, tuple[np.ndarray, np.ndarray]]
+) -> LawRecord:
     setting, metric, arm = key
     runs, found = arms.runs(*key), arms.found[key]
     names: dict[str, Any] = {**setting._asdict(), "metric": metric, "arm": arm, "num_runs": len(runs)}
     if isinstance(found, str):
         return LawRecord(**names, reason=found)
     residual = _rms_log(found.predict(columns_of(runs.runs)), np.array(runs.column(metric)))
-    held_out, noise = _rms_log(*found.held_out()), _noise(runs, metric)
+    held_out, noise = _rms_log(*held[key]), _noise(runs, metric)
     params = _params(found, options.level)
     return LawRecord(
         **names, law=found.best.name, equation=found.best.form.equation, params=params, residual=residual,
@@ -295,12 +298,12 @@ def _band(
     )
 
 
-def _predictions(arms: ArmLaws, key: Key) -> Iterator[schema.Prediction]:
+def _predictions(arms: ArmLaws, key: Key, held: np.ndarray) -> Iterator[schema.Prediction]:
     """Every run by laws that saw it, and runs at the largest D_p once more by laws that did not."""
     runs, found = arms.runs(*key), arms.of(*key)
     assert found is not None
     largest = runs.where(upstream_samples=runs.values("upstream_samples")[-1])
-    parts = ((runs, found.predict(columns_of(runs.runs)), False), (largest, found.held_out()[0], True))
+    parts = ((runs, found.predict(columns_of(runs.runs)), False), (largest, held, True))
     for part, predicted, held_out in parts:
         for run, value in zip(part, predicted.tolist(), strict=True):
             yield schema.Prediction(

@@ -200,15 +200,19 @@ def note(code: str, **values: Any) -> Note:
 
 # Numbers and names as people say them.
 
+NAMELESS = 1e11
+
 
 def about(value: float) -> str:
     """A count as one would say it: two significant digits, thousands apart."""
-    return f"{float(f'{value:.2g}'):,.0f}" if value >= 10 else f"{value:.2g}"
+    return count(float(f"{value:.2g}")) if value >= 10 else f"{value:.2g}"
 
 
 def count(value: float) -> str:
-    """Exact where it is whole."""
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
+    """Exact where it is whole and has a name; FLOPs as 1e15."""
+    if value >= NAMELESS or not float(value).is_integer():
+        return f"{value:.3g}".replace("e+", "e")
+    return f"{value:,.0f}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
