@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from dbscale.errors import LawError, NotEnoughData
+from dbscale.errors import LawError
 from dbscale.laws.contrast import PRIOR_DEGREES, DeltaCurves, DeltaPoint, Pairs, delta_curves, delta_points
 from dbscale.laws.noise import NoiseModel
 
@@ -84,8 +84,6 @@ def judge(
     """
     check_options(min_effect, level, family)
     pooled = pairs.pooled()
-    if len(set(pooled.x.tolist())) < 2:
-        raise NotEnoughData(f"every pair lies at x = {pooled.x[0]:g}: a verdict along x needs two x or more")
     points = delta_points(pooled, level=level, family=family)
     curves = delta_curves(pooled, num_draws=num_draws, seed=seed)
     low, high = (np.array([getattr(p, end) for p in points]) for end in ("low_all", "high_all"))
@@ -177,7 +175,7 @@ def _bracket(x: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple
 
 def _signed(curves: DeltaCurves, bracket: tuple[float, float], direction: Direction) -> tuple[np.ndarray, np.ndarray]:
     """Log x across the bracket [65], and the drawn curves there [S, 65], turned so that they fall through 0."""
-    at, known = np.linspace(*np.log(bracket), 65), np.log(curves.grid)
+    at, known = np.log(np.geomspace(*bracket, num=65)), np.log(curves.grid)
     if known[0] > at[0] + 1e-9 or known[-1] < at[-1] - 1e-9:
         raise LawError(
             f"law_curves run from x = {curves.grid[0]:g} to {curves.grid[-1]:g}; they must span the bracket {bracket}"
@@ -248,18 +246,22 @@ def _more_seeds(
 
     What is measured already stays in the means. The truth is not known, so a study with no effect needs many.
     """
+    from scipy.special import chdtri
+
     delta, sd, have = (
         np.array(each)
         for each in zip(*((p.delta, p.stderr * p.num_seeds**0.5, p.num_seeds) for p in points), strict=True)
     )
     every = max(1, len(curves.drawn) // 250)
     truth = curves.drawn[::every, np.searchsorted(curves.grid, [p.x for p in points])]
-    error = np.random.default_rng(0).standard_normal(truth.shape)
+    rng = np.random.default_rng(0)
+    error, quantile = rng.standard_normal(truth.shape), rng.random((len(truth), 1))
 
     def decides(num_seeds: int) -> bool:
-        new = num_seeds - have
+        new, degrees = num_seeds - have, _degrees(len(points), num_seeds)
         mean = (have * delta + new * truth + np.sqrt(new) * sd * error) / num_seeds
-        half = _critical(_degrees(len(points), num_seeds), len(points), level, family) * sd / num_seeds**0.5
+        half = _critical(degrees, len(points), level, family) * sd / num_seeds**0.5
+        half = half * np.sqrt(chdtri(degrees, quantile) / degrees)  # that study will have to estimate its noise, too
         return float(np.mean(decide(mean - half, mean + half, min_effect) != "undecided")) >= WANTED_POWER
 
     counts = range(int(have.max()) + 1, MOST_SEEDS + 1)
@@ -322,11 +324,11 @@ def power(
     more = range(num_seeds, MOST_SEEDS + 1)
     seeds = bisect_left(more, True, key=lambda n: effect(n, finetunes) <= now / 2)
     draws = next((r for r in range(finetunes, 65) if effect(num_seeds, r) <= now / 2), None)
-    costs = cost_upstream is not None and cost_finetune is not None
-
-    def cost(draws: int) -> float:
-        return (cost_upstream or 0.0) + draws * (cost_finetune or 0.0)
-
+    dearer = best = None
+    if cost_upstream is not None and cost_finetune is not None:
+        best = noise.best_finetunes(cost_upstream, cost_finetune)
+        if draws is not None:
+            dearer = (cost_upstream + draws * cost_finetune) / (cost_upstream + finetunes * cost_finetune)
     stderr = noise.variance_of_mean(num_seeds, finetunes, num_students=num_students, num_labels=num_labels) ** 0.5
     along = noise.variance("seed") / num_seeds / max(stderr**2, 1e-300)  # share of the noise that all x of a seed share
     degrees = _degrees(num_x, num_seeds)
@@ -339,8 +341,8 @@ def power(
         seeds_for_half=more[seeds] if seeds < len(more) else None,
         finetunes_for_half=draws,
         cost_of_seeds=more[seeds] / num_seeds if seeds < len(more) else None,
-        cost_of_finetunes=cost(draws) / cost(finetunes) if costs and draws else None,
-        best_finetunes=noise.best_finetunes(cost_upstream, cost_finetune) if costs else None,
+        cost_of_finetunes=dearer,
+        best_finetunes=best,
     )
 
 

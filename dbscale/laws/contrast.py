@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +20,11 @@ PRIOR_DEGREES = 4.0
 from the five to seven x of a study, 90 % intervals of 2–4 seeds cover .86–.89; with 4 they cover .89–.92, equal
 variances or three-fold sd's alike (docs/calibration.md).
 """
-LENGTHS, BENDS, CORRELATIONS = (0.15, 0.3, 0.6), (0.1, 0.3, 1.0), (0.0, 0.3, 0.6)
+LENGTHS, BENDS, CORRELATIONS = (0.1, 0.2, 0.4, 0.8), (0.1, 0.3, 1.0), (0.0, 0.3, 0.6)
 """Hyperparameters of the smooth curve: the bend's length in units of the measured log range, its size, and how much of
 a seed's noise its x have in common.
 """
-NODES, SCALES = 12, 16
+NODES, SCALES = 16, 16
 """Nodes of the bend's basis; quantiles at which the noise's unknown scale is drawn."""
 
 
@@ -69,11 +70,9 @@ class Pairs:
 
     def rows(self, rows: np.ndarray) -> Pairs:
         """The rows of these indices."""
-        columns = {name: getattr(self, name)[rows] for name in (*_LABELS, "x", "delta", "test_variance")}
-        samples = (
-            None if self.by_sample is None else {new: self.by_sample[old] for new, old in enumerate(rows.tolist())}
-        )
-        return replace(self, **columns, by_sample=samples)
+        columns = ("x", "delta", "seed", "student", "labels", "draw", "teacher", "test_variance")
+        samples = None if self.by_sample is None else dict(enumerate(self.samples(rows)))
+        return replace(self, **{name: getattr(self, name)[rows] for name in columns}, by_sample=samples)
 
     def samples(self, rows: np.ndarray) -> np.ndarray:
         """Differences by test sample of these rows [rows, m]; only where `by_sample` is known."""
@@ -91,17 +90,17 @@ class Pairs:
             return self
         complete = (draws > 0).all(axis=1)
         if not complete.any():
-            lacking = np.flatnonzero((draws > 0).sum(axis=0) == (draws > 0).sum(axis=0).min())[0]
-            row = stratum.tolist().index(lacking)
+            row = stratum.tolist().index(int((draws > 0).sum(axis=0).argmin()))
+            student, labels = self.student.tolist()[row], self.labels.tolist()[row]
             raise NotEnoughData(
-                f"no x and seed has all {num_strata} strata, so nothing can be pooled: student {self.student.tolist()[row]!r} with "
-                f"labels {self.labels.tolist()[row]!r} has the fewest; run the missing cells, or judge one stratum at a time"
+                f"no x and seed has all {num_strata} strata, so nothing can be pooled: student {student!r} with labels "
+                f"{labels!r} has the fewest; run the missing cells, or judge one stratum at a time"
             )
         weight = np.zeros((num_cells, len(cell)))
         weight[cell, np.arange(len(cell))] = 1.0 / (draws[cell, stratum] * num_strata)
-        weight = weight[complete]
-        rows = np.unique(cell, return_index=True)[1][complete]
+        weight, rows = weight[complete], np.unique(cell, return_index=True)[1][complete]
         everything = np.full(len(rows), "all")
+        samples = None if self.by_sample is None else weight @ self.samples(np.arange(len(cell)))
         return replace(
             self.rows(rows),
             delta=weight @ self.delta,
@@ -109,14 +108,9 @@ class Pairs:
             student=everything,
             labels=everything,
             draw=np.zeros(len(rows), int),
-            by_sample=None
-            if self.by_sample is None
-            else dict(enumerate(weight @ self.samples(np.arange(len(self.x))))),
-            left_out=self.left_out + int(num_cells - complete.sum()),
+            by_sample=None if samples is None else dict(enumerate(samples)),
+            left_out=self.left_out + int(np.sum(~complete)),
         )
-
-
-_LABELS = ("seed", "student", "labels", "draw", "teacher")
 
 
 def make_pairs(
@@ -142,16 +136,16 @@ def make_pairs(
     if size == 0:
         raise LawError("no pairs: A and B were never measured at equal points; look which column keeps them apart")
     given = {"seed": seed, "student": student, "labels": labels, "draw": draw, "teacher": teacher}
-    columns = {name: np.asarray([0] * size if value is None else list(value)) for name, value in given.items()}
+    labelled = {name: np.asarray([0] * size if value is None else list(value)) for name, value in given.items()}
     samples = {row: np.asarray(each) for row, each in (by_sample or {}).items()}
     if test_variance is None:
         test_variance = [samples[k].var() / len(samples[k]) if k in samples else 0.0 for k in range(size)]
     numbers = {"x": x, "delta": delta, "test_variance": test_variance}
-    columns |= {name: np.asarray(value, float) for name, value in numbers.items()}
+    columns: dict[str, Any] = labelled | {name: np.asarray(value, float) for name, value in numbers.items()}
     _check_columns(columns, size)
     if len({each.shape for each in samples.values()}) > 1:
         raise LawError("by_sample: the rows have different numbers of test samples; give the samples of one test set")
-    return Pairs(**columns, by_sample=samples if set(samples) == set(range(size)) else None)
+    return Pairs(by_sample=samples if set(samples) == set(range(size)) else None, **columns)
 
 
 def _check_columns(columns: Mapping[str, np.ndarray], size: int) -> None:
@@ -282,14 +276,15 @@ def delta_points(pairs: Pairs, *, level: float = 0.9, family: int = 1) -> tuple[
     mean, stderr = table.mean, np.sqrt(table.mean_variance)
     each = level ** (1 / (len(table.x) * family))
     one, every = (stdtrit(table.degrees, 0.5 + covered / 2) * stderr for covered in (level, each))
+    columns = (table.x, mean, stderr, table.degrees, mean - one, mean + one, mean - every, mean + every)
+    names = ("x", "delta", "stderr", "degrees", "low", "high", "low_all", "high_all")
     return tuple(
         DeltaPoint(
-            *(float(v) for v in (table.x[k], mean[k], stderr[k], table.degrees[k])),
-            int(table.num_seeds[k]),
-            tuple(v for v in table.values[:, k].tolist() if np.isfinite(v)),
-            *(float(mean[k] + side * half[k]) for half in (one, every) for side in (-1, 1)),
+            num_seeds=int(np.isfinite(values).sum()),
+            by_seed=tuple(values[np.isfinite(values)].tolist()),
+            **dict(zip(names, map(float, row), strict=True)),
         )
-        for k in range(len(table.x))
+        for values, row in zip(table.values.T, zip(*columns, strict=True), strict=True)
     )
 
 
@@ -315,12 +310,15 @@ def delta_curves(
 
     A Gaussian process with constant, slope and bend. Its hyperparameters, the scale of the noise and the noise that the
     x of one seed have in common are drawn, not plugged in. The grid, where none is given, has sixteen points an octave
-    over the measured range, and every measured x. Raises NotEnoughData where no x has two seeds.
+    over the measured range (32 to 400 in all), and every measured x. Raises NotEnoughData for one x, and where no x has
+    two seeds.
     """
     table = seed_table(pairs)
+    if len(table.x) < 2:
+        raise NotEnoughData(f"every pair lies at x = {table.x[0]:g}: what changes along x needs two x or more")
     if grid is None:
-        octaves = np.log2(table.x[-1] / table.x[0])
-        grid = np.union1d(np.geomspace(table.x[0], table.x[-1], int(np.clip(16 * octaves, 32, 400)) + 1)[1:-1], table.x)
+        steps = int(np.clip(16 * np.log2(table.x[-1] / table.x[0]), 32, 400))
+        grid = np.union1d(np.geomspace(table.x[0], table.x[-1], steps + 1)[1:-1], table.x)
     basis, basis_grid = _bases(table, grid)  # [h, K, q], [h, g, q]
     noise, score = _noises(table)  # [c, K, K], [c]
     total = (basis @ basis.transpose(0, 2, 1))[:, None] + noise  # [h, c, K, K]
@@ -330,15 +328,13 @@ def delta_curves(
     share /= share.sum()
     best = np.einsum("hc,hgq,hkq,hckl,l->g", share, basis_grid, basis, inverse, table.mean, optimize=True)
     rng = np.random.default_rng(seed)
-    which = np.divmod(np.sort(rng.choice(share.size, num_draws, p=share.ravel())), len(noise))
-    bend, scatter = which
-    # Matheron's rule: a draw from the prior, corrected by what it missed of the data
+    h, c = np.divmod(np.sort(rng.choice(share.size, num_draws, p=share.ravel())), len(noise))  # of each draw
+    # Matheron's rule: a curve and errors from the prior, corrected by what they miss of the means
     weight = rng.standard_normal((num_draws, basis.shape[2]))
-    error = np.einsum("skl,sl->sk", np.linalg.cholesky(noise)[scatter], rng.standard_normal((num_draws, len(table.x))))
-    missed = table.mean - error - np.einsum("skq,sq->sk", basis[bend], weight)
-    weight += np.einsum("skq,skl,sl->sq", basis[bend], inverse[bend, scatter], missed, optimize=True)
-    drawn = [weight[bend == h] @ basis_grid[h].T for h in range(len(basis))]
-    return DeltaCurves(grid, best, np.concatenate(drawn))
+    error = np.einsum("skl,sl->sk", np.linalg.cholesky(noise)[c], rng.standard_normal((num_draws, len(table.x))))
+    missed = table.mean - error - np.einsum("skq,sq->sk", basis[h], weight)
+    weight += np.einsum("skq,skl,sl->sq", basis[h], inverse[h, c], missed, optimize=True)
+    return DeltaCurves(grid, best, np.concatenate([weight[h == k] @ basis_grid[k].T for k in range(len(basis))]))
 
 
 def _bases(table: SeedTable, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -346,7 +342,7 @@ def _bases(table: SeedTable, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.log(table.x[[0, -1]])
     t, t_grid = (np.log(table.x) - low) / (high - low), (np.log(grid) - low) / (high - low)
     nodes = np.linspace(min(0.0, t_grid[0]), max(1.0, t_grid[-1]), NODES)
-    size = max(float(np.sqrt(np.mean(table.mean**2))), float(np.sqrt(np.median(table.mean_variance))))
+    size = np.sqrt(max(np.mean(table.mean**2), np.median(table.mean_variance))) or 1.0
 
     def columns(at: np.ndarray, length: float, bend: float) -> np.ndarray:
         kernel = np.exp(-0.5 * ((nodes[:, None] - nodes) / length) ** 2) + 1e-6 * np.eye(NODES)
@@ -365,20 +361,15 @@ def _noises(table: SeedTable) -> tuple[np.ndarray, np.ndarray]:
     """
     from scipy.special import chdtri
 
-    seen = np.isfinite(table.values)
-    both = (seen[:, :, None] & seen[:, None, :]).sum(axis=0) / np.outer(table.num_seeds, table.num_seeds)
-    sd = np.sqrt(np.maximum(table.variance, 1e-18))
+    seen, count = np.isfinite(table.values), table.num_seeds
+    both = (seen[:, :, None] & seen[:, None, :]).sum(axis=0) / np.outer(count, count)
+    sd = np.sqrt(table.variance + (1e-4 * np.nanmax(np.abs(table.values)) or 1.0) ** 2)  # repeats may agree exactly
     off = np.nan_to_num((table.values - table.mean) / sd)
-    quantiles = (np.arange(SCALES) + 0.5) / SCALES
-    scale = np.sqrt(table.degrees / chdtri(table.degrees, quantiles[:, None])) * sd  # [scales, K]
-    noises, scores = [], []
-    for correlation in CORRELATIONS:
-        matrix = correlation + (1 - correlation) * np.eye(len(sd))
-        fit = np.einsum("nk,kl,nl->", off, np.linalg.inv(matrix), off)
-        score = -0.5 * (fit + (len(off) - 1) * np.linalg.slogdet(matrix)[1])
-        for row in scale:
-            noises.append(
-                np.outer(row, row) * both * matrix + np.diag(table.mean_variance - table.variance / table.num_seeds)
-            )
-            scores.append(score)
-    return np.array(noises), np.array(scores)
+    correlations = np.array([shared + (1 - shared) * np.eye(len(sd)) for shared in CORRELATIONS])
+    fit = np.einsum("nk,rkl,nl->r", off, np.linalg.inv(correlations), off)
+    scores = -0.5 * (fit + (len(off) - 1) * np.linalg.slogdet(correlations)[1])
+    quantiles = (np.arange(SCALES)[:, None] + 0.5) / SCALES
+    drawn = np.sqrt(table.degrees / chdtri(table.degrees, quantiles)) * sd  # [scales, K]
+    noises = drawn[:, None, :, None] * drawn[:, None, None, :] * both * correlations
+    noises += np.diag(table.mean_variance - table.variance / count)  # test sets
+    return noises.reshape(-1, len(sd), len(sd)), np.tile(scores, SCALES)

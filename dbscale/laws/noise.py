@@ -109,7 +109,7 @@ def fit_noise(pairs: Pairs) -> NoiseModel | None:
         for name, sd, low, high, d in rows
     )
     share = {c.name: c.share for c in components}
-    common = share.get("seed", 0.0) + share.get("teacher", 0.0) + shared / max(total, 1e-300)
+    common = share.get("seed", 0.0) + share.get("teacher", 0.0)
     return NoiseModel(
         components,
         tuple(confounded),

@@ -280,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", type=Path, default=[ROWS], help="tables of real rows (csv or parquet)")
     parser.add_argument("--worlds", type=int, default=600, help="worlds of each shape")
-    parser.add_argument("--first", type=int, default=1_000_000, help="first random seed")
+    parser.add_argument("--first", type=int, default=2_000_000, help="first random seed")
     parser.add_argument("--shapes", nargs="*", default=SHAPES, choices=SHAPES)
     asked = parser.parse_args()
     noises = [{name: total * share**0.5 for name, share in SHARES.items()} for total in (0.045, 0.09)]
@@ -290,16 +290,25 @@ def main() -> None:
         for size in (2, 4):
             for line in repeat(found, size):
                 print(line, flush=True)
-    print(f"| shape | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    print(f"| worlds | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for shape in asked.shapes:
-        values: dict[str, list[float]] = defaultdict(list)
         for number in range(asked.worlds):
             rng = np.random.default_rng([asked.first + number, SHAPES.index(shape)])
             world = make_world(shape, rng, noises)
+            rows = [shape, f"all shapes, {world.num_seeds} seeds"]
+            rows += [f"middle, {world.num_seeds} seeds"] if shape == "middle" else []
             for name, value in count(world, rng, promise_of(world) if shape == "middle" else None):
-                values[name].append(value)
-        cells = [f"{np.mean(values[c]):.3f} ({len(values[c])})" if values[c] else "" for c in COLUMNS]
-        print(f"| {shape} | {' | '.join(cells)} |", flush=True)
+                for row in rows:
+                    values[row][name].append(value)
+        show(shape, values.pop(shape))
+    for row in sorted(values):
+        show(row, values[row])
+
+
+def show(name: str, values: Mapping[str, list[float]]) -> None:
+    cells = [f"{np.mean(values[c]):.3f} ({len(values[c])})" if c in values else "" for c in COLUMNS]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

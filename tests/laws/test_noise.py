@@ -141,7 +141,7 @@ def test_rows_without_a_second_seed_are_left_out() -> None:
 def test_components_are_unbiased_on_tables_with_gaps() -> None:
     rng, found = np.random.default_rng(0), []
     grid = np.array(list(product(range(4), range(3), range(2), range(3))))
-    for _ in range(150):
+    for _ in range(100):
         kept = grid[rng.random(len(grid)) < 0.8]
         parts = [
             (0.1, kept[:, 0]),
@@ -160,7 +160,7 @@ def test_intervals_of_components_hold_the_truth() -> None:
     rng, hits = np.random.default_rng(2), []
     grid = np.array(list(product(range(4), range(5), range(2), range(2))))
     true = {"seed": 0.02, "teacher": 0.03, "upstream": 0.02, "finetune": 0.03}
-    for _ in range(150):
+    for _ in range(100):
         groups = (
             grid[:, 0],
             grid[:, 0] * 5 + grid[:, 1],
