@@ -269,7 +269,8 @@ def test_more_seeds_decide_four_times_in_five() -> None:
     assert 0.74 <= chance_with(pairs, verdict.more_seeds) <= 0.86
     assert chance_with(pairs, verdict.more_seeds // 2) <= 0.7
     assert judge(pairs_of([0.1, 0.05, -0.05, -0.1], 0.01)).more_seeds is None  # decided already
-    assert judge(pairs_of([0.001, 0.0, 0.0, 0.001], 0.1), min_effect=0.0001).more_seeds is None  # more than 1,000
+    near = pairs_of([0.001, 0.0, 0.0, 0.001], 0.1)
+    assert judge(near, min_effect=0.0001, level=0.99).more_seeds is None  # more than 1,000
 
 
 def chance_with(pairs: Pairs, total: int) -> float:
