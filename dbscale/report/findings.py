@@ -33,6 +33,7 @@ METHOD_VERSION = 8
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
 """Of a table that comes without a grid."""
+ALONG = "upstream_samples"
 FEWEST_FOR_HALVES = 4
 MOST_DEGREES = 1e9
 NEAR_CHANCE = 0.8
@@ -204,7 +205,7 @@ def contrast(
     try:
         verdict = _judge(pairs, options, family, laws)
     except LawError as error:
-        return _record(names, metric, reason=str(error))
+        return _record(names, metric, reason=f"{error} (x is {names.get('along', ALONG)})")
     noise = _finite(fit_noise(pairs))
     parts = _halves(pairs, options, family) if halves else ()
     return _record(
@@ -214,7 +215,7 @@ def contrast(
 
 
 def _record(names: Mapping[str, Any], metric: str, **found: Any) -> ContrastRecord:
-    sides = {"a": "plain", "b": "distilled", "along": "upstream_samples", "metric": metric}
+    sides = {"a": "plain", "b": "distilled", "along": ALONG, "metric": metric}
     return ContrastRecord(**(sides | dict(names)), **found)
 
 

@@ -317,7 +317,7 @@ def _transfer(table: RunTable, options: Options) -> Iterator[schema.TransferReco
     """The gap G of every student and arm that has the values for it."""
     for setting, arm, student in product(table.settings, table.arms, table.students):
         runs = table.pretrained.where(setting=setting, arm=arm, student=student)
-        if min(len(runs.values(name)) for name in ("upstream_samples", "downstream_samples")) < 2:
+        if len(runs.values("upstream_samples")) < FEWEST_SIZES or len(runs.values("downstream_samples")) < 2:
             continue
         columns = {name: values for name, values in columns_of(runs.runs).items() if name != "num_params"}
         try:
