@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         Prices,
         TransferGap,
         allocate,
-        effective_data_transferred,
         exchange_rates,
         transfer_gap,
     )
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 _MEMBERS = {
     "allocation": (
         *("Allocation", "Prices", "TransferGap"),
-        *("allocate", "effective_data_transferred", "exchange_rates", "transfer_gap"),
+        *("allocate", "exchange_rates", "transfer_gap"),
     ),
     "boundary": ("Power", "Verdict", "judge", "power"),
     "contrast": ("DeltaCurves", "DeltaPoint", "Pairs", "delta_curves", "delta_points", "make_pairs"),
@@ -74,7 +73,6 @@ __all__ = [
     "bootstrap",
     "delta_curves",
     "delta_points",
-    "effective_data_transferred",
     "error_weights",
     "exchange_rates",
     "find_form",

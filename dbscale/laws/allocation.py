@@ -14,7 +14,6 @@ import numpy as np
 
 from dbscale.errors import LawError, nearest
 from dbscale.laws.fit import LawFit
-from dbscale.laws.form import as_numbers
 from dbscale.laws.select import Selection
 from dbscale.laws.uncertainty import profile_interval
 
@@ -276,22 +275,3 @@ def transfer_gap(fit: LawFit, level: float = 0.9) -> TransferGap:
     left = p["A"] * far ** -p["alpha"] + p["G"]
     interval = (p["G"], p["G"]) if "G" in fit.fixed else profile_interval(fit, "G", level)
     return TransferGap(p["G"], interval, level, p["G"] * most ** -p["beta"], p["G"] / left)
-
-
-def effective_data_transferred(scratch: LawFit, downstream_samples: object, error: object) -> np.ndarray:
-    """D_T [n]: extra downstream samples that training from scratch would need to reach each error (Hernandez
-    2102.01293).
-
-    `scratch` is a falling law of one variable (power or power_plus) in downstream samples; nan where it never gets
-    that low, 0 where the upstream data did not help.
-    """
-    if scratch.name not in ("power", "power_plus"):
-        raise LawError(f"effective_data_transferred inverts power or power_plus, got {scratch.name}")
-    own, y = as_numbers("downstream_samples", downstream_samples), as_numbers("error", error)
-    p = scratch.params
-    if p["c"] >= 0:
-        raise LawError("the law from scratch does not fall with downstream samples; nothing can be inverted")
-    above = y - p.get("E", 0.0)
-    with np.errstate(all="ignore"):
-        needed = np.where(above > 0, (above / p["b"]) ** (1 / p["c"]), np.nan)
-    return np.maximum(needed - own, 0.0)

@@ -62,7 +62,7 @@ def offset_param(name: str) -> Param:
 def exponent_param(name: str, sign: float, *, signed: bool = False) -> Param:
     """An exponent in [0, 10], or in [-10, 10] when `signed`; guessed on the side on which y falls."""
     start = EXPONENT_START if sign < 0 else (-EXPONENT_START[1], -EXPONENT_START[0])
-    return Param(name, "linear", start, *(EXPONENT if signed else (0.0, 10.0)))
+    return Param(name, "linear", start, *(EXPONENT if signed else (0.0, 2.0)))
 
 
 def power_sum(

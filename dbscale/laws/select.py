@@ -26,9 +26,10 @@ AVERAGED = ("saturating", "rectified", "m4", "bnsl")
 """Laws of one variable that enter the average; plain power laws do not, as they cannot bend."""
 POINTS_PER_PARAM = 2
 """… for which the table has that many distinct points per parameter."""
-TRUST = 0.5
-"""Weights go with this power of 1 / (rms residual): 0 would trust all alike, 2 the closest fit only. These three choices
-are held against learning curves of five families that they were not made on (docs/benchmarks/laws.md)."""
+TRUST, TRUST_OF_GRIDS = 0.5, 2.0
+"""Weights go with this power of 1 / (rms residual), for laws of one variable and of several: 0 would trust all alike. One
+curve says little about what lies beyond it; a grid tells sums from products. These choices are held against learning
+curves of families that they were not made on (docs/benchmarks/laws.md)."""
 LEVEL_SHARE = 0.05
 """A law of one variable is moved to the level of the data's end: of the largest 5 % of the rows, two rows at least."""
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -39,6 +40,8 @@ HORIZON = 1.5
 levels lie further apart."""
 UNKNOWN_DRIFT = 0.05
 """Error per unit of log distance that is assumed when the table is too short for a single rolling origin."""
+MIN_REPEATS = 3
+"""Degrees of freedom between repeats that lack of fit is judged by, at least."""
 FLOOR = 1e-9
 
 
@@ -82,11 +85,13 @@ def rolling_origins(fit: LawFit) -> RollingErrors:
 
 
 def training_masks(x: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Rows that each origin trains on [O, n]: all but the largest levels of one variable at a time."""
+    """Rows that each origin trains on [O, n]: all but the largest levels of one variable at a time; two levels at least."""
     masks = []
     for column in x.values():
         levels, ranks = np.unique(column, return_inverse=True)
-        cuts = sorted({int(np.ceil(share * len(levels))) for share in SHARES} - {0, len(levels)})
+        cuts = sorted(
+            {max(int(np.ceil(share * len(levels))), 2) for share in SHARES if len(levels) > 2} - {len(levels)}
+        )
         masks += [ranks < cut for cut in cuts]
     return np.array(masks, dtype=bool).reshape(len(masks), len(next(iter(x.values()))))
 
@@ -139,16 +144,18 @@ class Calibration:
     """Rms residual inside the data, per degree of freedom."""
     drift: float
     """Growth of the error per unit of log distance."""
+    misfit: float
+    """What the law misses inside the data and no noise explains; 0 where no point was measured twice."""
     scores: np.ndarray
     """|held-out error| over its predicted size, sorted; empty when no origin could be fitted."""
     coverage: float
     """Share of held-out rows inside the 90 % interval whose quantile came from the other origins; nan without any."""
 
     @classmethod
-    def make(cls, noise: float, rolling: RollingErrors) -> Calibration:
+    def make(cls, noise: float, rolling: RollingErrors, misfit: float = 0.0) -> Calibration:
         use = rolling.near
         if not use.any():
-            return cls(noise, UNKNOWN_DRIFT, np.array([]), float("nan"))
+            return cls(noise, UNKNOWN_DRIFT, misfit, np.array([]), float("nan"))
         error, distance = np.abs(rolling.error[use]), rolling.distance[use]
         excess = np.sqrt(np.maximum(error**2 - noise**2, 0.0))
         drift = float(np.median(excess[distance > 0] / distance[distance > 0])) if np.any(distance > 0) else 0.0
@@ -160,7 +167,7 @@ class Calibration:
             if np.any(origin != k)
         ]
         coverage = float(np.mean(np.concatenate(inside))) if inside else float("nan")
-        return cls(noise, drift, np.sort(scores), coverage)
+        return cls(noise, drift, misfit, np.sort(scores), coverage)
 
     def half_width(self, distance: np.ndarray, level: float) -> np.ndarray:
         """Half the interval [n] at these distances; never less than normal errors would need."""
@@ -181,6 +188,30 @@ def in_sample_noise(fit: LawFit) -> float:
     """Rms residual per degree of freedom, of rows of mean weight."""
     w = fit.weights / fit.weights[fit.weights > 0].mean()
     return float(np.sqrt(np.sum(w * fit.residuals**2) / fit.degrees))
+
+
+def lack_of_fit(x: Mapping[str, np.ndarray], residuals: np.ndarray, num_free: float) -> float:
+    """Spread of the residuals' means per distinct point beyond what the spread within points explains; 0 where too few
+    points were repeated to tell. The classical decomposition into lack of fit and pure error."""
+    _, place, count = np.unique(np.stack(list(x.values())), axis=1, return_inverse=True, return_counts=True)
+    means = np.bincount(place.ravel(), residuals) / count
+    within, between = len(residuals) - len(count), len(count) - num_free
+    if within < MIN_REPEATS or between < 1:
+        return 0.0
+    pure = float(np.sum((residuals - means[place.ravel()]) ** 2)) / within
+    lack = float(np.sum(count * means**2)) / between
+    return float(np.sqrt(max(lack - pure, 0.0) / count.mean()))
+
+
+def smooth_curves(table: Mapping[str, np.ndarray], ranges: Mapping[str, np.ndarray], num: int, rng) -> np.ndarray:
+    """Random smooth functions [S, n] of size 1 over the columns of `table`, in the logarithm of each, bending about as
+    often as residuals of a fitted law do: a quarter of the measured range apart."""
+    total = np.zeros((num, len(next(iter(table.values())))))
+    for name, column in table.items():
+        reach = max(np.log(ranges[name].max() / ranges[name].min()) / 4, FLOOR)
+        turns, phase = rng.standard_normal((num, 1)) / reach, rng.uniform(0, 2 * np.pi, (num, 1))
+        total += np.sqrt(2 / len(table)) * np.cos(turns * np.log(column) + phase)
+    return total
 
 
 def prediction_interval(
@@ -308,7 +339,7 @@ class Selection:
 
     def draws(self, x: Mapping[str, object] | object) -> np.ndarray:
         """Curves [S, n] of y without measurement noise: a law drawn in proportion to its weight, its parameters from a
-        resample, and its misfit from rolling origins (grows with the distance from the measured range).
+        resample, and its own misfit: smooth inside the data, growing beyond as rolling origins say.
 
         Row s of two selections with equal cluster labels and seed used the same resample: differences between arms are
         paired row by row. `draws(a) - draws(b)` on a grid is what `judge(law_curves=…)` takes.
@@ -319,10 +350,10 @@ class Selection:
             drawn = fit.predict_draws(_of(fit, table), theta)
             y[rows] = drawn * np.exp(-shift)[:, None] if is_log else drawn - shift[:, None]
         rng = np.random.default_rng([self.resampling.seed, zlib.crc32(self.best.y.tobytes())])
-        scores = self.calibration.scores
-        size = rng.choice(scores, len(y)) if len(scores) else np.abs(rng.standard_normal(len(y)))
-        distance = distance_beyond(dict(zip(self.columns, self.best.x.values(), strict=True)), table)
-        misfit = (size * rng.choice([-1.0, 1.0], len(y)))[:, None] * self.calibration.drift * distance
+        measured, known = dict(zip(self.columns, self.best.x.values(), strict=True)), self.calibration
+        size = rng.choice(known.scores, len(y)) if len(known.scores) else np.abs(rng.standard_normal(len(y)))
+        misfit = (size * rng.choice([-1.0, 1.0], len(y)))[:, None] * known.drift * distance_beyond(measured, table)
+        misfit = misfit + known.misfit * smooth_curves(table, measured, len(y), rng)
         return y * np.exp(misfit) if is_log else y + misfit
 
     @cached_property
@@ -495,7 +526,9 @@ def make_selection(fits, failures, columns: tuple[str, ...], how: Resampling, wi
         scored(fit, rolling, float(w), float(n)) for fit, rolling, w, n in zip(fits, rolled, weight, noise, strict=True)
     ]
     lost = [Candidate(name, None, reason=str(error)) for name, error in failures]
-    calibration = Calibration.make(float(weight @ noise), average_errors(rolled, weight))
+    residuals = weight @ np.array([fit.residuals - each.shift for fit, each in zip(fits, made, strict=True)])
+    misfit = lack_of_fit(fits[0].x, residuals, float(weight @ [fit.num_free for fit in fits]))
+    calibration = Calibration.make(float(weight @ noise), average_errors(rolled, weight), misfit)
     ordered = (*sorted(made, key=lambda c: c.score), *lost)
     return Selection(ordered, columns, calibration, how, without_last)
 
@@ -516,14 +549,15 @@ def scored(fit: LawFit, rolling: RollingErrors, weight: float, noise: float) -> 
 
 
 def average_weights(fits: Sequence[LawFit]) -> np.ndarray:
-    """Shares of the average [laws]: 1/√(rms residual) among the laws that the table can carry."""
+    """Shares of the average [laws]: a power of 1 / (rms residual), among the laws that the table can carry."""
     points = np.stack(list(fits[0].x.values()), axis=1)
     ratio = np.array([len(np.unique(points, axis=0)) / max(fit.num_free, 1) for fit in fits])
     named = np.array([len(fit.x) > 1 or fit.name in AVERAGED for fit in fits])
     pool = named & (ratio >= POINTS_PER_PARAM) if named.any() else ratio >= POINTS_PER_PARAM
     if not pool.any():
         pool = ratio == ratio.max()
-    size = np.maximum([in_sample_noise(fit) for fit in fits], FLOOR) ** -TRUST
+    trust = TRUST if len(fits[0].x) == 1 else TRUST_OF_GRIDS
+    size = np.maximum([in_sample_noise(fit) for fit in fits], FLOOR) ** -trust
     return np.where(pool, size, 0.0) / np.sum(size[pool])
 
 

@@ -16,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 
 from dbscale.errors import LawError, nearest
-from dbscale.laws.fit import LawFit, make_problem, smooth_curvature, spread_starts
+from dbscale.laws.fit import LOST, LawFit, make_problem, smooth_curvature, spread_starts
 from dbscale.laws.form import as_numbers
 from dbscale.laws.solver import Problem, minimise, polish
 
@@ -149,7 +149,7 @@ def refit(fit: LawFit, weights: np.ndarray, targets: np.ndarray | None = None) -
 
     `targets` [B, n] replaces y in each resample, in the loss's space and scaled as `fit.problem` is.
     """
-    problem, starts, parts = fit.problem, restarts(fit), []
+    problem, starts, parts = fit.problem, restarts(fit), [np.empty((0, len(fit.theta)))]
     for k in range(0, len(weights), BATCH):
         own = None if targets is None else targets[k : k + BATCH]
         w = weights[k : k + BATCH] * fit.weights
@@ -189,7 +189,8 @@ def intervals_of(
 ) -> dict[str, tuple[float, float] | None]:
     """Intervals in the table's units from coordinates `ends` [2, p], except where a rule overrides them."""
     found: dict[str, tuple[float, float] | None] = {}
-    box = np.where(fit.form.is_log, [[-np.inf], [np.inf]], [fit.to_plain(fit.lower), fit.to_plain(fit.upper)])
+    own = np.diag(fit.form.unscaling(fit.units)[0])
+    box = [np.where(fit.form.is_log, sign * np.inf, own * end) for sign, end in ((-1, fit.lower), (1, fit.upper))]
     with np.errstate(over="ignore"):
         low, high = np.where(fit.form.is_log, np.exp(ends), np.clip(ends, *box))
     for k, name in enumerate(fit.form.param_names):
@@ -197,11 +198,18 @@ def intervals_of(
             found[name] = (fit.params[name], fit.params[name])
         elif name in fit.undetermined:
             found[name] = None
-        elif name in fit.at_bound or pressed.get(name):
-            found[name] = profile_interval(fit, name, level)
         else:
-            found[name] = (float(low[k]), float(high[k]))
+            at_bound = name in fit.at_bound or pressed.get(name, False)
+            ends = profile_interval(fit, name, level) if at_bound else (float(low[k]), float(high[k]))
+            found[name] = None if says_nothing(ends, is_log=bool(fit.form.is_log[k]), box=(box[0][k], box[1][k])) else ends
     return found
+
+
+def says_nothing(ends: tuple[float, float], *, is_log: bool, box: tuple[float, float]) -> bool:
+    """Whether an interval is as wide as the law allows, or spans a factor of a million and more."""
+    if is_log:
+        return ends[1] == np.inf or 0 < ends[0] * np.exp(2 * LOST) < ends[1]
+    return ends[0] <= box[0] and ends[1] >= box[1]
 
 
 def profile_interval(fit: LawFit, name: str, level: float = 0.9) -> tuple[float, float]:
