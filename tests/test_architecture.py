@@ -119,7 +119,7 @@ def test_the_command_starts_without_heavy_packages(command: list[str]) -> None:
         "import sys, contextlib\n"
         "from launch.cli import main\n"
         f"with contextlib.suppress(SystemExit): main({command!r})\n"
-        "heavy = {'torch', 'scipy', 'sklearn', 'plotly', 'matplotlib', 'pyarrow', 'deepspeed'} & set(sys.modules)\n"
+        "heavy = {'torch', 'scipy', 'sklearn', 'altair', 'vl_convert', 'pyarrow', 'deepspeed'} & set(sys.modules)\n"
         "sys.exit(f'imported at start-up: {sorted(heavy)}' if heavy else 0)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

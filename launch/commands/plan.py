@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dbscale.errors import ConfigError
 from dbscale.files import hostname
@@ -22,7 +24,7 @@ from dbscale.study import cost as costs
 from dbscale.study.cell import Cell
 from dbscale.study.cost import STAGES, Calibration, CostModel, Measured, duration, step_flops
 from dbscale.study.grid import overlapping_draws
-from dbscale.study.plan import Plan
+from dbscale.study.plan import Plan, read_plan
 from dbscale.study.recipe import Budget
 from dbscale.study.resources import StopRequest
 from dbscale.study.store import Row, Store
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         costs.write_calibration(study.store, calibration)
         print(describe_calibration(calibration, study.cluster.cost_model().probed(calibration)) + "\n")
         plan, cost = plan_study(study)
-    print(describe(study, plan, cost))
+    print("\n".join([describe(study, plan, cost), *power_text(study, plan, cost)]))
     if arguments.cells:
         rows = [(cell.key, plan.states[cell.key], duration(cost.seconds(cell))) for cell in plan.cells]
         print("\n" + table(rows, header=("cell", "state", "predicted")))
@@ -86,6 +88,40 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
         running = plan.count()["running"]
         lines.append(f"nothing to start: {running} cells run" if running else "nothing left to run")
     return "\n".join(lines)
+
+
+def power_text(study: Study, plan: Plan, cost: CostModel) -> list[str]:
+    """What the design can tell apart, for grids that compare two arms."""
+    design = design_of(plan, cost)
+    if design is None:
+        return []
+    from dbscale.report.advise import Design, plan_power
+    from dbscale.report.reduce import collect
+
+    known = read_plan(study.store, plan.grid.name) if plan.count()["done"] else None
+    table = collect(study.store, known) if known is not None else None
+    return ["", *plan_power(Design(**design), table, f"{plan.grid.name}_{plan.grid.downstream[0].dataset}")]
+
+
+def design_of(plan: Plan, cost: CostModel) -> dict[str, Any] | None:
+    """Sizes and costs of the main contrast: the first downstream set, students with both arms; None without any."""
+    main = [point for point in plan.points if point.cell.recipe.data.dataset == plan.grid.downstream[0].dataset]
+    distilled = [point for point in main if point.arm == "distilled"]
+    sizes = sorted({point.upstream_num_samples for point in distilled})
+    if not sizes:
+        return None
+    students = {point.student for point in distilled}
+    runs = [point.cell for point in main if point.student in students and point.upstream_num_samples]
+    upstream = {cell.init.key: cell.init for cell in runs if cell.init is not None}
+    draws = Counter((cell.init.key, cell.recipe.data.num_samples) for cell in runs if cell.init is not None)
+    finetunes, finetune_s = max(draws.values()), sum(map(cost.seconds, runs))
+    return {
+        "num_x": len(sizes), "num_seeds": len(plan.grid.seeds), "num_students": len(students),
+        "num_labels": len({cell.recipe.data.num_samples for cell in runs}), "finetunes": finetunes,
+        "step_octaves": math.log2(sizes[-1] / sizes[0]) / max(len(sizes) - 1, 1),
+        "cost_upstream": sum(map(cost.seconds, upstream.values())) / len(upstream),
+        "cost_finetune": finetune_s / len(upstream) / finetunes,
+    }  # fmt: skip
 
 
 def device_time(study: Study, plan: Plan, cost: CostModel) -> str:

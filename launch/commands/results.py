@@ -24,7 +24,9 @@ def add_commands(add: AddCommand) -> None:
         add_grid(parser, bare=name != "export")
         add_store(parser)
         add_data(parser)
-        parser.add_argument("--table", type=Path, help="a rows.csv (or parquet) instead of a grid's cells")
+        parser.add_argument(
+            "--table", type=Path, help="a table of runs instead of a grid's cells: CSV, JSON lines, Parquet or Arrow"
+        )
         if name == "export":
             parser.add_argument("cell", nargs="?", metavar="CELL",
                                 help="key or id of a finished cell: write its model instead of the figures")  # fmt: skip
@@ -35,17 +37,18 @@ def add_commands(add: AddCommand) -> None:
 
 
 def reduce(arguments: argparse.Namespace) -> int:
-    from dbscale.report.refresh import refresh, refresh_table
-    from dbscale.report.terminal import summary
+    from dbscale.report.findings import refresh, refresh_table
+    from dbscale.report.words import summary
 
     if arguments.table is not None:
         folder = table_folder(arguments)
         table, findings = refresh_table(arguments.table, folder)
-        print(f"{summary(findings)}\n\n{len(table)} rows; wrote {folder / 'laws.json'} and {folder / 'boundary.json'}")
+        print(summary(findings.laws, findings.boundary))
+        print(f"\n{len(table)} rows; wrote {folder / 'laws.json'} and {folder / 'boundary.json'}")
         return 0
     store, name = store_of(arguments), grid_name(arguments)
     table, findings = refresh(store, name)
-    print(summary(findings))
+    print(summary(findings.laws, findings.boundary))
     print(f"\n{len(table)} rows: {store.grid_dir(name) / 'rows.csv'}")
     return 0
 
@@ -69,7 +72,7 @@ def table_folder(arguments: argparse.Namespace) -> Path:
 def export(arguments: argparse.Namespace) -> int:
     if arguments.cell is not None:
         return export_model(store_of(arguments), arguments.cell, arguments.out)
-    from dbscale.report.paper import export_figures, export_table_figures
+    from dbscale.report.page import export_figures, export_table_figures
 
     if arguments.table is not None:
         paths = export_table_figures(arguments.table, arguments.out or arguments.table.parent / "figures")
@@ -95,8 +98,8 @@ def grid_name(arguments: argparse.Namespace) -> str:
 
 def write_results(store: Store, name: str) -> tuple[Path, Sequence[str]]:
     """Reduce, fit where rows changed, and write the page; returns where it is and the study's answers."""
+    from dbscale.report.findings import refresh
     from dbscale.report.page import write_report
-    from dbscale.report.refresh import refresh
 
     _, findings = refresh(store, name)
     return write_report(store, name), findings.boundary.answers
