@@ -94,7 +94,7 @@ class JobIdentity:
         return cls(job.job_id, job.raw_job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
 
     def __str__(self) -> str:
-        """As attempts are signed."""
+        """The name that attempts of this start carry."""
         return f"{self.name}.{self.restart}"
 
 
@@ -154,7 +154,7 @@ class SlurmBundle:
     """Path of this bundle's fencing token."""
 
     def __call__(self) -> None:
-        """Run the cells; what became of them stands in the store."""
+        """Run the cells. The store then says what became of them."""
         stop, job, rank, store = StopRequest(), JobIdentity.of_job(), Rank.of_job(), Store(Path(self.store))
         with worker.stop_on_signals(stop):
             clear_cut_off_result()
@@ -181,13 +181,13 @@ class SlurmBundle:
                 sys.exit(RETRY_EXIT)
 
     def checkpoint(self) -> SlurmBundle:
-        """For submitit: what a requeued job runs is what this one did; the store knows how far it came."""
+        """submitit asks what a requeued job runs: the same again, for the store knows how far this one came."""
         return self
 
 
 @dataclass(frozen=True)
 class CellRuns:
-    """Runs the cells of a job, and does what is needed about outcomes that are not the cell's own doing."""
+    """Runs the cells of a job and deals with outcomes that are not a cell's own doing."""
 
     store: Store
     rank: Rank

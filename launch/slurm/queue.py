@@ -102,7 +102,7 @@ def parse_ended(out: str) -> dict[tuple[int, int], str]:
 
 
 def max_array_size() -> int:
-    """Elements one array may have on this cluster. Raises SlurmError."""
+    """The number of elements that one array may have on this cluster. Raises SlurmError."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call(["scontrol", "show", "config"]), re.MULTILINE)
     return max(1, int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE)
 
@@ -166,7 +166,9 @@ def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
             record = read_model(SubmitRecord, path)
             if (record.uid, record.grid) != (path.stem, grid):
                 raise FileError(f"{path} is the record of {record.grid}/{record.uid}")
-        except (FileError, FileNotFoundError):
+        except FileNotFoundError:  # another process has just forgotten it
+            continue
+        except FileError:
             try:
                 record = SubmitRecord(uid=path.stem, grid=grid, kind="bundles", wave=0, created=0.0, elements=())
             except ValidationError:  # not a name of ours, so nothing was submitted under it
@@ -239,7 +241,7 @@ class SlurmView:
         return text + (f", the reducer is job {reducers}" if reducers else "")
 
     def lost(self, keys: Collection[str]) -> dict[str, tuple[str, str]]:
-        """Of `keys`, those whose job has ended without running them: (reason, log) in SLURM's words."""
+        """Those of `keys` whose job has ended without running them, each with (reason in SLURM's words, log)."""
         places = {
             key: (record, index)
             for record in self.records if record.job is not None

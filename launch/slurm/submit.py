@@ -46,9 +46,9 @@ class Queued:
     """What SLURM holds before anything new is submitted."""
 
     cells: Mapping[str, Element] = field(default_factory=dict)
-    """Of any grid of the store."""
+    """Cells of any grid of the store, by key."""
     jobs: Mapping[int, SubmitRecord] = field(default_factory=dict)
-    """Of this grid."""
+    """Arrays of this grid, by SLURM's id."""
 
     @property
     def reducers(self) -> list[int]:
@@ -62,15 +62,15 @@ class Queued:
 
 
 def look_at_queue(study: Study) -> Queued:
-    """What SLURM holds, changing nothing. Raises SlurmError."""
+    """What SLURM holds; changes nothing. Raises SlurmError."""
     records, queue = slurm.read_all_records(study.store), slurm.read_queue()
     own = [record for record in records if record.grid == study.grid.name]
     return Queued(slurm.active_cells(records, queue), slurm.active_jobs(own, queue))
 
 
 def settle_queue(study: Study) -> Queued:
-    """What SLURM holds once no job is about to leave it: of one that ends with cells undone only its end shows whether
-    it was cancelled or comes back. Arrays whose submission was cut off are cancelled first."""
+    """What SLURM holds once no job is about to leave it: while a job ends with cells undone, nothing tells whether it
+    was cancelled or comes back. Arrays whose submission was cut off are cancelled first."""
     slurm.cancel_cut_off(study.store, slurm.read_records(study.store, study.grid.name))
     deadline, told = time.monotonic() + ENDING_WAIT_S, False
     while True:
@@ -87,7 +87,7 @@ def settle_queue(study: Study) -> Queued:
 
 @dataclass
 class Submission:
-    """Submits one plan; `job_of` grows as arrays are accepted."""
+    """The submission of one plan."""
 
     study: Study
     plan: Plan
@@ -171,7 +171,7 @@ def arrays(tasks: Sequence[Task], cluster: Cluster, max_size: int) -> Iterator[t
 def parameters(
     shape: Shape, *, folder: Path, name: str, requeue_limit: int, after: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """For `submitit.SlurmExecutor.update_parameters`: one task per rank; logs in `folder`."""
+    """The values that `submitit.SlurmExecutor.update_parameters` takes: one task per rank, logs in `folder`."""
     wanted = shape.slurm
     extra: dict[str, Any] = {"requeue": True, "output": "/dev/null"}  # the log is the script's own business
     if wanted.reservation is not None:
@@ -195,7 +195,7 @@ def parameters(
 
 
 def setup_lines(shape: Shape, folder: Path, requeue_limit: int) -> list[str]:
-    """All that comes before `srun`; the cluster file's own lines may break in any way, so they come late."""
+    """The script's lines before `srun`. The cluster file's own lines may fail in any way, so they come last."""
     exports = {"PYTHONSAFEPATH": "1", **thread_environment(shape.resources)}
     return [
         *requeue_lines(requeue_limit),
