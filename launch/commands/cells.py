@@ -133,12 +133,12 @@ def stop_driver(store: Store, grid: str) -> list[str]:
 
 
 def cancel_in_slurm(store: Store, grid: str) -> list[str]:
-    from launch.slurm.queue import active_jobs, cancel_cut_off, cancel_jobs, read_queue, read_records
+    from launch.slurm.queue import cancel_cut_off, cancel_jobs, read_queued, read_records
 
     records = read_records(store, grid)
     if not records:
         return []
     cancel_cut_off(store, records)
-    jobs = sorted(active_jobs(records, read_queue()))
+    jobs = sorted(read_queued(store, grid).jobs)
     cancel_jobs(jobs)
     return [f"cancelled job {job}" for job in jobs]

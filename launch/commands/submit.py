@@ -77,14 +77,14 @@ def show_plan(plan: Plan, cost: CostModel, study: Study) -> int:
 
 def show_scripts(study: Study) -> int:
     """What `submit` would hand to SLURM now; on a machine without SLURM, to a cluster that holds nothing of the grid."""
-    from launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, SlurmError, max_array_size
-    from launch.slurm.submit import Queued, Submission, look_at_queue
+    from launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
+    from launch.slurm.submit import Submission
 
     try:
-        queued, max_size = look_at_queue(study), max_array_size()
+        queued, max_size = read_queued(study.store, study.grid.name), max_array_size()
     except SlurmError as error:
         print(f"{error}; shown is what an idle cluster with SLURM's own limits would get", file=sys.stderr)
-        queued, max_size = Queued(), DEFAULT_MAX_ARRAY_SIZE
+        queued, max_size = Queued(study.store), DEFAULT_MAX_ARRAY_SIZE
     plan, cost = plan_study(study, queued.cells)
     show_plan(plan, cost, study)
     if plan.waves:

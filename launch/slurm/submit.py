@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dbscale.study.plan import Plan
 from launch.cluster import Cluster, Shape, Task, tasks_of
 from launch.slurm import queue as slurm
 from launch.slurm.job import SlurmBundle, requeue_lines
-from launch.slurm.queue import Element, SlurmError, SubmitRecord
+from launch.slurm.queue import Queued, SlurmError, SubmitRecord
 from launch.study import Study
 from launch.submitit_names import FailedJobError, render
 from launch.worker import thread_environment
@@ -41,40 +41,13 @@ DECIDE_TRIES, DECIDE_WAIT_S = 50, 6
 """Five minutes, for slurmctld may be restarting."""
 
 
-@dataclass(frozen=True)
-class Queued:
-    """What SLURM holds before anything new is submitted."""
-
-    cells: Mapping[str, Element] = field(default_factory=dict)
-    """Cells of any grid of the store, by key."""
-    jobs: Mapping[int, SubmitRecord] = field(default_factory=dict)
-    """Arrays of this grid, by SLURM's id."""
-
-    @property
-    def reducers(self) -> list[int]:
-        return [job for job, record in self.jobs.items() if record.kind == "reduce"]
-
-    def will_be_reduced(self, keys: Collection[str]) -> bool:
-        """Whether a reducer comes after all of `keys` that wait or run; not so when a login node died before
-        submitting it."""
-        arrays = {self.cells[key].array for key in keys if key in self.cells}
-        return any(arrays <= set(self.jobs[job].after) for job in self.reducers)
-
-
-def look_at_queue(study: Study) -> Queued:
-    """What SLURM holds; changes nothing. Raises SlurmError."""
-    records, queue = slurm.read_all_records(study.store), slurm.read_queue()
-    own = [record for record in records if record.grid == study.grid.name]
-    return Queued(slurm.active_cells(records, queue), slurm.active_jobs(own, queue))
-
-
 def settle_queue(study: Study) -> Queued:
     """What SLURM holds once no job is about to leave it: while a job ends with cells undone, nothing tells whether it
     was cancelled or comes back. Arrays whose submission was cut off are cancelled first."""
     slurm.cancel_cut_off(study.store, slurm.read_records(study.store, study.grid.name))
     deadline, told = time.monotonic() + ENDING_WAIT_S, False
     while True:
-        queued = look_at_queue(study)
+        queued = slurm.read_queued(study.store, study.grid.name)
         ending = {key for key, element in queued.cells.items() if element.state == "COMPLETING"}
         undone = sum(standing.state != "done" for standing in study.store.standings(ending).values())
         if not undone or time.monotonic() > deadline:
