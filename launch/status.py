@@ -254,7 +254,7 @@ def headline(status: Status, store: Store) -> list[str]:
         finish = time.time() + status.left_s / status.num_devices
         text += f"; at the present pace it ends about {time.strftime('%a %H:%M', time.localtime(finish))}"
     other = holder(store.root)
-    driver = "nobody works on it (`dbscale submit` goes on)"
+    driver = "nobody works on it (`dbscale submit` resumes it)"
     if other is not None and other.grid == status.grid and is_held(store.root):
         driver = f"driven by pid {other.process.pid} on {other.process.host}"
     return [text, status.scheduler or driver]

@@ -46,7 +46,7 @@ def add_commands(add: AddCommand) -> None:
     add_tracker(parser)
     parser = add("logs", logs, "show the log of a cell's last attempt")
     parser.add_argument("cell", help="the cell's key, or its 12-digit id")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until interrupted")
+    parser.add_argument("-f", "--follow", action="store_true", help="keep printing as the log grows, until interrupted")
     add_store(parser)
     parser = add("cancel", cancel, "stop a grid's jobs, and only those; they save their progress")
     add_cluster(parser, "local")
@@ -116,7 +116,7 @@ def cancel(arguments: argparse.Namespace) -> int:
     """Ask a local driver to stop, as Ctrl-C would; cancel what SLURM holds of the grid, and nothing else."""
     store, name = store_of(arguments), load_grid(arguments.grid, arguments.overrides).name
     stopped = stop_driver(store, name) + cancel_in_slurm(store, name)
-    print("\n".join(stopped) if stopped else f"nothing of grid {name} waits or runs on {store.root}")
+    print("\n".join(stopped) if stopped else f"grid {name} has nothing waiting or running on {store.root}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """`dbscale submit` (make grid): pack what is missing, plan, run or queue, and at the end reduce and report.
 
-Typed again it goes on where it stopped; typed when all is done it says so. What it says at the end, and its exit code,
+The same command resumes a grid where it stopped, and says so when everything is done. Its last words and its exit code
 are computed from the rows in the store.
 """
 
@@ -31,7 +31,7 @@ WAIT_FOR_OTHERS_S = 120.0
 
 
 def add_commands(add: AddCommand) -> None:
-    parser = add("submit", run, "run a grid: pack, plan, train, reduce, report; type it again to resume")
+    parser = add("submit", run, "run a grid: pack, plan, train, reduce, report; run it again to resume")
     add_study(parser)
     add_tracker(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what would be started, start nothing")
@@ -208,7 +208,7 @@ def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
 def say_stopped(study: Study, plan: Plan, stop: StopRequest) -> int:
     done = len(plan.cells) - len(unfinished(study.store, plan))
     command = shlex.join(["dbscale", *sys.argv[1:]])
-    print(f"stopped ({stop.reason}) with {done}/{len(plan.cells)} cells done; unfinished cells go on from their last "
+    print(f"stopped ({stop.reason}) with {done}/{len(plan.cells)} cells done; unfinished cells resume from their last "
           f"checkpoint:\n  {command}", file=sys.stderr)  # fmt: skip
     return STOPPED
 

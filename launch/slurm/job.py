@@ -121,7 +121,7 @@ class Fence:
             file.write(f"{self.job.restart}\n")
 
     def overtaken(self) -> str | None:
-        """Why this process must end, None while it may go on; what cannot be read says nothing."""
+        """Why this process must end; None while it may continue, or where a file cannot be read."""
         with contextlib.suppress(OSError, ValueError):
             if int(self.token.read_text()) > self.job.restart:
                 return f"superseded by a later start of this job (restart > {self.job.restart})"

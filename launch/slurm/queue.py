@@ -227,7 +227,7 @@ class Queued:
         if self.error is not None:
             return f"{self.error}; what follows is from the store alone (--wait gives SLURM longer)"
         if not self.elements:
-            return "nothing of it waits or runs in SLURM (`dbscale submit` goes on)"
+            return "it has nothing waiting or running in SLURM (`dbscale submit` resumes it)"
         running = sum(element.running for element in self.elements)
         text = f"{running} jobs run and {len(self.elements) - running} wait in SLURM"
         return text + (f", the reducer is job {', '.join(map(str, self.reducers))}" if self.reducers else "")

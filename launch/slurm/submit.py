@@ -127,7 +127,7 @@ class Submission:
                 slurm.cancel_cut_off(self.study.store, [record])
             said = str(error).strip().splitlines()[-1]
             raise SlurmError(
-                f"sbatch refused {len(work)} jobs for partition {values.get('partition')}: {said}; mend the cluster "
+                f"sbatch refused {len(work)} jobs for partition {values.get('partition')}: {said}; correct the cluster "
                 "file and submit again, what was accepted before stays queued"
             ) from None
         return int(jobs[0].job_id.partition("_")[0])
