@@ -125,12 +125,13 @@ class Fence:
         with contextlib.suppress(OSError, ValueError):
             if int(self.token.read_text()) > self.job.restart:
                 return f"superseded by a later start of this job (restart > {self.job.restart})"
-        last = self.store.last_attempt(self.key) if self.key is not None else None
-        if self.key is None or last is None or last.job == str(self.job) or last.pid == 0:
+        key = self.key  # the main thread may come to another cell meanwhile
+        last = self.store.last_attempt(key) if key is not None else None
+        if key is None or last is None or last.job == str(self.job) or last.pid == 0:
             return None
         # Before this job's own attempt is there, the last one is an older job's.
-        own = str(self.job) in [each.job for each in self.store.attempts(self.key)]
-        return f"cell {self.key} is in the hands of another job by now" if own else None
+        own = str(self.job) in [each.job for each in self.store.attempts(key)]
+        return f"cell {key} is in the hands of another job by now" if own else None
 
     def check(self) -> None:
         """End this process at once if it was overtaken: no handler runs, no buffer reaches the store."""
