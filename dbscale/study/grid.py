@@ -51,7 +51,7 @@ class Grid(Strict):
     image_size: Positive
     tier: Tier = "resident"
     tiers: dict[Name, Tier] = {}
-    """Of datasets that are packed in another encoding: dataset → tier."""
+    """The tier of each dataset that is packed in another encoding."""
     block_size: Positive | None = None
     models: dict[Name, Model]
     students: Annotated[tuple[Name, ...], Field(min_length=1)]

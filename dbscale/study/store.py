@@ -123,7 +123,7 @@ class Row(Strict):
     train_loss: float = Field(allow_inf_nan=False)
     """Mean over the last tenth of the run."""
     weights_sha256: str
-    """Of model.safetensors: two rows with equal hashes come from bitwise equal runs."""
+    """The hash of model.safetensors: two rows with equal hashes come from bitwise equal runs."""
     replaced_samples: Count = 0
     """Undecodable training images that another of their class stood in for."""
     upstream: Upstream | None = None
@@ -153,7 +153,7 @@ class Attempt(Strict):
     """Path of the log that a person would read."""
     reason: str | None = None
     failure: Failure | None = None
-    """Of a failed attempt."""
+    """The kind, where the attempt failed."""
     signal: str | None = None
     resumed_from_step: int | None = None
     versions: dict[str, str] = {}
