@@ -1,20 +1,30 @@
-"""Attention output and KL by the fused kernels, as torch operators with their gradients.
+"""Attention output and KL of maps by fused Triton kernels, as torch operators with their gradients.
 
-Head maps that give each student head one teacher head run in one kernel, alone or together with the output. Averaged
-or mixed heads have no kernel: their KL runs on the backend `chunked`, their output on torch's fused attention.
-For backward only inputs, output and row statistics are kept. Leaves checks, slices and reduction to `attention_kl`.
+Flash-style: a program holds a block of query rows (forward) or keys (backward), and the maps exist a tile at a time. A
+softmax is kept as (maximum, sum) of raw scores; for backward only inputs, output and a few numbers per row are kept, and
+the maps are made anew. Every sum has one owner and one order: no atomics, so results repeat bitwise.
+
+Two comparisons are served. *Paired* heads (`head_map="repeat"`, or equal head counts): each student head against one
+teacher head, output and KL in one walk over the keys. *Grouped* heads (`head_map="mean"` of unequal counts): the mean
+of a group's student maps p̄ against the mean of its teacher maps p_t, in a second walk, as p̄ needs every head's sum. With
+share_h = p_h / Σ p_h of the group, the gradient in a head's scores is p_h·Σ_j p_t share_h − p_t share_h.
+Mixing matrices run eager. Checks, slices and reductions are left to `attention_kl`.
 """
+
+import math
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from dbscale.kernels.attention_arguments import MapPair
-from dbscale.kernels.attention_kl_backward import keys_kernel, queries_kernel, row_dot_kernel
-from dbscale.kernels.attention_kl_chunked import kl_rows_chunked
-from dbscale.kernels.attention_kl_forward import forward_kernel
+from dbscale.kernels.attention_kl_eager import MapPair
+from dbscale.kernels.kd_loss_triton import LOG2_E
 
+MISSING: tl.constexpr = tl.constexpr(-1e30)
+"""Score of a key that does not exist: no mass, and finite, so that the difference of two of them counts nothing."""
+TINY: tl.constexpr = tl.constexpr(1e-37)
 MANY_HEADS = 256
 """From so many (image, head) pairs on, one program per pair fills an H100 twice over."""
 SHORT_SEQUENCE = 1024
@@ -22,23 +32,16 @@ SHORT_SEQUENCE = 1024
 
 def kl_rows_triton(pair: MapPair) -> Tensor:
     """KL(teacher map ‖ student map) of every row: [B, M, N]."""
-    if not is_paired(pair):
-        return kl_rows_chunked(pair)
-    return _attention(_supported(pair), None)[1]
+    return _attention(pair, None)[1]
 
 
 def out_and_kl_rows_triton(pair: MapPair, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention output [B, H_s, N, d_v] over all tokens and the KL rows of the sliced maps."""
-    if is_paired(pair) and pair.rows_shape[2] == pair.q_s.shape[2]:
-        out, rows, _ = _attention(_supported(pair), unit_stride(v))
+    if pair.rows_shape[2] == pair.q_s.shape[2]:
+        out, rows, *_ = _attention(pair, unit_stride(v))
         return out, rows
     out = F.scaled_dot_product_attention(pair.q_s, pair.k_s, v, scale=pair.scale_s)
     return out, kl_rows_triton(pair.sliced())
-
-
-def is_paired(pair: MapPair) -> bool:
-    """Whether each student head is compared with one teacher head, which is what the kernels serve."""
-    return pair.heads.group_size == 1 and pair.heads.mixing is None
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -46,23 +49,23 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _supported(pair: MapPair) -> MapPair:
+def _attention(pair: MapPair, v: Tensor | None) -> tuple[Tensor, ...]:
     if torch.float64 in (pair.q_s.dtype, pair.q_t.dtype):
-        raise ValueError("attention KL: backend='triton' accumulates in float32; use backend='chunked' for float64")
+        raise ValueError("attention KL: backend='triton' accumulates in float32; use backend='eager' for float64")
     q_s, k_s, q_t, k_t = (unit_stride(each) for each in (pair.q_s, pair.k_s, pair.q_t, pair.k_t))
-    return MapPair(q_s, k_s, q_t, k_t, pair.scale_s, pair.scale_t, pair.heads, pair.slice_s)
+    heads = [pair.heads.group_s, pair.heads.group_t, pair.heads.repeats]
+    return _forward(q_s, k_s, v, q_t, k_t, pair.scale_s, pair.scale_t, heads)
 
 
-def _attention(pair: MapPair, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(pair.q_s, pair.k_s, v, pair.q_t, pair.k_t, pair.scale_s, pair.scale_t, pair.heads.repeats)
-
-
-def padded(width: int) -> int:
+@triton.constexpr_function
+def padded(width):
     """The tile width of a head width: a power of two, at least the 16 that a tensor core takes."""
     return max(triton.next_power_of_2(width), 16)
 
 
-def tile_shape(dtype: torch.dtype, width_s: int, width_v: int, width_t: int, *, backward: bool) -> dict[str, int]:
+def tile_shape(
+    dtype: torch.dtype, width_s: int, width_v: int, width_t: int, *, backward: bool, grouped: bool = False
+) -> dict[str, int]:
     """Rows and keys per tile and the warps that hold them: the largest found that fit a Hopper's registers unspilled.
 
     `tests/kernels/test_compile_gate.py` compiles them for sm_90 and holds them to it (float32 up to width 64).
@@ -75,57 +78,82 @@ def tile_shape(dtype: torch.dtype, width_s: int, width_v: int, width_t: int, *, 
         rows, keys, warps = (32, 64, 8) if widest > 64 else (32, 64, 4) if narrow >= 64 else (32, 32, 4)
     elif widest > 64:
         warps = 8
+    if grouped and dtype == torch.float32:
+        rows, warps = 16, 4
+    elif grouped:  # the maps of the group stand beside the head's own tile
+        keys, warps, stages = 32 if backward and widest > 64 else keys, 8, 1
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
-def widths_of(q_s: Tensor, v: Tensor, q_t: Tensor) -> dict[str, int]:
-    """The compile-time widths of the kernels: D as it is, P as it is padded."""
-    sizes = {"S": q_s.shape[3], "V": v.shape[3], "T": q_t.shape[3]}
-    return {f"D_{key}": size for key, size in sizes.items()} | {f"P_{key}": padded(size) for key, size in sizes.items()}
+def _widths(q_s: Tensor, v: Tensor, q_t: Tensor) -> dict[str, int]:
+    """Head widths, fixed when a kernel is compiled."""
+    return {"D_S": q_s.shape[3], "D_V": v.shape[3], "D_T": q_t.shape[3]}
 
 
-def strided(tensor: Tensor) -> tuple:
-    """(tensor, strides but the last), as `load_rows` takes it."""
+def _strided(tensor: Tensor) -> tuple:
+    """(tensor, strides but the last), as `_load_rows` takes it."""
     return tensor, *tensor.stride()[:3]
 
 
-def _empty_like(tensor: Tensor, width: int | None = None) -> Tensor:
+def _empty_like(tensor: Tensor) -> Tensor:
     """[B, H, N, width], stored as [B, N, H, width]: the layout in which heads are joined without a copy."""
-    batch, num_heads, num_tokens, own_width = tensor.shape
-    return tensor.new_empty((batch, num_tokens, num_heads, own_width if width is None else width)).transpose(1, 2)
+    return torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _forward_outputs(q_s: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_outputs(q_s: Tensor, v: Tensor | None, q_t: Tensor, heads: list[int]) -> tuple[Tensor, ...]:
+    """out, KL rows, the student's row numbers (paired: the teacher's, too), and the teacher's where heads are grouped."""
+    group_s, group_t, _ = heads
+    batch, num_heads, num_tokens, _ = q_s.shape
+    grouped = group_s * group_t > 1
     out = q_s.new_empty(0) if v is None else _empty_like(v)
-    rows_shape = q_s.shape[:3]
-    return (
-        out,
-        q_s.new_empty(rows_shape, dtype=torch.float32),
-        q_s.new_empty((4, *rows_shape), dtype=torch.float32),
-    )
+    rows = q_s.new_empty((batch, num_heads // group_s, num_tokens), dtype=torch.float32)
+    numbers = q_s.new_empty((3 if grouped else 4, batch, num_heads, num_tokens), dtype=torch.float32)
+    shape_t = (2, *q_t.shape[:3]) if grouped else (0,)
+    return out, rows, numbers, q_s.new_empty(shape_t, dtype=torch.float32)
 
 
 @torch.library.custom_op("dbscale::attention_kl_triton", mutates_args=())
 def _forward(
-    q_s: Tensor, k_s: Tensor, v: Tensor | None, q_t: Tensor, k_t: Tensor, scale_s: float, scale_t: float, repeats: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, kl_rows, statistics = outputs = _forward_outputs(q_s, v)
-    batch, num_heads, num_tokens, _ = q_s.shape
-    values, out_or_unused = (q_s, q_s) if v is None else (v, out)
-    shape = tile_shape(q_s.dtype, q_s.shape[3], values.shape[3], q_t.shape[3], backward=False)
-    if kl_rows.numel():
-        # One axis, blocks of a head side by side: the others end at 65,535, and neighbours share keys in the cache.
-        forward_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_heads,)](
-            strided(q_s), strided(k_s), strided(values), strided(q_t), strided(k_t), strided(out_or_unused),
-            kl_rows, statistics, num_heads, num_tokens, repeats, scale_s, scale_t,
-            HAS_OUT=v is not None, HAS_KL=True, **widths_of(q_s, values, q_t), **shape,
-        )  # fmt: skip
+    q_s: Tensor, k_s: Tensor, v: Tensor | None, q_t: Tensor, k_t: Tensor, scale_s: float, scale_t: float,
+    heads: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out, rows, numbers, numbers_t = outputs = _forward_outputs(q_s, v, q_t, heads)
+    if not rows.numel():
+        return outputs
+    group_s, group_t, repeats = heads
+    if group_s * group_t == 1:
+        _launch_forward(q_s, k_s, v, out, numbers, scale_s, (q_t, k_t, rows, scale_t, repeats))
+        return outputs
+    _launch_forward(q_s, k_s, v, out, numbers, scale_s)
+    _launch_forward(q_t, k_t, None, out, numbers_t, scale_t)
+    shape = tile_shape(q_s.dtype, q_s.shape[3], q_s.shape[3], q_t.shape[3], backward=False, grouped=True)
+    batch, num_maps, num_tokens = rows.shape
+    grouped_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_maps,)](
+        *map(_strided, (q_s, k_s, q_t, k_t)), rows, numbers, numbers_t, num_maps, num_tokens, scale_s, scale_t,
+        GROUP_S=group_s, GROUP_T=group_t, SLOTS=triton.next_power_of_2(group_s),
+        LOG_GROUP=math.log(group_s),        **_widths(q_s, q_s, q_t), **shape,
+    )  # fmt: skip
     return outputs
 
 
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor | None, out: Tensor, numbers: Tensor, scale: float, taught: tuple | None = None
+) -> None:
+    """Output (with `v`) and row numbers of one model; with `taught`, also the teacher's numbers and the KL rows."""
+    batch, num_heads, num_tokens, _ = q.shape
+    q_t, k_t, rows, scale_t, repeats = (q, k, numbers, scale, 1) if taught is None else taught
+    values, out = (q, q) if v is None else (v, out)
+    shape = tile_shape(q.dtype, q.shape[3], values.shape[3], q_t.shape[3], backward=False)
+    # One axis, blocks of a head side by side: the others end at 65,535, and neighbours share keys in the cache.
+    forward_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_heads,)](
+        *map(_strided, (q, k, values, q_t, k_t, out)), rows, numbers, num_heads, num_tokens, repeats, scale, scale_t,
+        HAS_OUT=v is not None, HAS_KL=taught is not None, **_widths(q, values, q_t), **shape,
+    )  # fmt: skip
+
+
 @_forward.register_fake
-def _(q_s, k_s, v, q_t, k_t, scale_s, scale_t, repeats):
-    return _forward_outputs(q_s, v)
+def _(q_s, k_s, v, q_t, k_t, scale_s, scale_t, heads):
+    return _forward_outputs(q_s, v, q_t, heads)
 
 
 def _gradient_outputs(q_s: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,69 +163,440 @@ def _gradient_outputs(q_s: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Te
 @torch.library.custom_op("dbscale::attention_kl_triton_backward", mutates_args=())
 def _gradients(
     grad_out: Tensor | None, upstream: Tensor | None, q_s: Tensor, k_s: Tensor, v: Tensor | None, q_t: Tensor,
-    k_t: Tensor, out: Tensor, statistics: Tensor, scale_s: float, scale_t: float, repeats: int,
+    k_t: Tensor, out: Tensor, numbers: Tensor, numbers_t: Tensor, scale_s: float, scale_t: float, heads: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_q, grad_k, grad_v = grads = _gradient_outputs(q_s, v)
-    batch, num_heads, num_tokens, _ = q_s.shape
-    values = q_s if v is None else v
-    widths = widths_of(q_s, values, q_t)
-    shape = tile_shape(q_s.dtype, q_s.shape[3], values.shape[3], q_t.shape[3], backward=True)
-    has_out, has_kl = grad_out is not None, upstream is not None
-    if not statistics.numel():
+    grads = _gradient_outputs(q_s, v)
+    if not numbers.numel():
         return grads
-    grad_rows = q_s if grad_out is None else unit_stride(grad_out)
-    weights = statistics[0] if upstream is None else upstream
-    pulls = torch.empty_like(statistics[0]) if has_out else statistics
-    if has_out:
+    batch, num_heads, num_tokens, _ = q_s.shape
+    values, has_out, has_kl = q_s if v is None else v, grad_out is not None, upstream is not None
+    group_s, group_t, repeats = heads if has_kl else (1, 1, 1)
+    grad_rows, pulls = q_s, numbers
+    if grad_out is not None:
+        grad_rows, pulls = unit_stride(grad_out), torch.empty_like(numbers[0])
         row_dot_kernel[(triton.cdiv(num_tokens, 64) * batch * num_heads,)](
-            strided(out), strided(grad_rows), pulls, num_heads, num_tokens,
-            D_V=widths["D_V"], P_V=widths["P_V"], BLOCK_M=64,
+            _strided(out), _strided(grad_rows), pulls, num_heads, num_tokens,
+            D_V=out.shape[3], BLOCK_M=64,
         )  # fmt: skip
+    weights = numbers[0] if upstream is None else upstream
     operands = (
-        *map(strided, (q_s, k_s, values, q_t, k_t, grad_rows)), statistics, pulls, (weights, *weights.stride()),
+        *map(_strided, (q_s, grad_rows, q_t, k_s, values, k_t)), (numbers, numbers_t, pulls, weights, *weights.stride()),
     )  # fmt: skip
-    numbers = (num_heads, num_tokens, repeats, scale_s, scale_t)
-    whole_head = batch * num_heads >= MANY_HEADS and num_tokens <= SHORT_SEQUENCE
-    one_block = num_tokens <= shape["BLOCK_N"]
-    partial_q = grad_q if one_block or not whole_head else torch.empty_like(grad_q, dtype=torch.float32)
-    grad_v_or_unused = grad_k if v is None else grad_v
-    keys_kernel[(batch * num_heads, 1 if whole_head else triton.cdiv(num_tokens, shape["BLOCK_N"]))](
-        *operands, *map(strided, (grad_q, grad_k, grad_v_or_unused, partial_q)), *numbers,
-        HAS_OUT=has_out, HAS_KL=has_kl, WHOLE_HEAD=whole_head, **widths, **shape,
-    )  # fmt: skip
-    if not whole_head:
-        queries_kernel[(batch * num_heads, triton.cdiv(num_tokens, shape["BLOCK_M"]))](
-            *operands, strided(grad_q), *numbers, HAS_OUT=has_out, HAS_KL=has_kl, **widths, **shape,
-        )  # fmt: skip
+    _launch_backward(grads, operands, (num_heads, num_tokens, repeats, scale_s, scale_t), {
+        "HAS_OUT": has_out, "HAS_KL": has_kl, "GROUP_S": group_s, "GROUP_T": group_t, **_widths(q_s, values, q_t),
+    })  # fmt: skip
     return grads
 
 
+def _launch_backward(grads: tuple[Tensor, ...], operands: tuple, numbers: tuple, fixed: dict[str, int]) -> None:
+    """Two plans with the same tiles. Where there are many heads, one program per head computes everything from one set
+    of tiles; where there are few long sequences, keys and queries are spread over programs, once for grad_k and grad_v
+    and once for grad_q."""
+    grad_q, grad_k, grad_v = grads
+    batch, num_heads, num_tokens, _ = grad_q.shape
+    shape = tile_shape(
+        grad_q.dtype, fixed["D_S"], fixed["D_V"], fixed["D_T"], backward=True,
+        grouped=fixed["GROUP_S"] * fixed["GROUP_T"] > 1,
+    )  # fmt: skip
+    whole_head = batch * num_heads >= MANY_HEADS and num_tokens <= SHORT_SEQUENCE
+    one_block = num_tokens <= shape["BLOCK_N"]
+    partial_q = grad_q if one_block or not whole_head else torch.empty_like(grad_q, dtype=torch.float32)
+    written = map(_strided, (grad_q, grad_k, grad_v if grad_v.numel() else grad_k, partial_q))
+    keys_kernel[(batch * num_heads, 1 if whole_head else triton.cdiv(num_tokens, shape["BLOCK_N"]))](
+        *operands, *written, *numbers, WHOLE_HEAD=whole_head, **fixed, **shape
+    )
+    if not whole_head:
+        queries_kernel[(batch * num_heads, triton.cdiv(num_tokens, shape["BLOCK_M"]))](
+            *operands, _strided(grad_q), *numbers, **fixed, **shape
+        )
+
+
 @_gradients.register_fake
-def _(grad_out, upstream, q_s, k_s, v, q_t, k_t, out, statistics, scale_s, scale_t, repeats):
+def _(grad_out, upstream, q_s, k_s, v, q_t, k_t, out, numbers, numbers_t, scale_s, scale_t, heads):
     return _gradient_outputs(q_s, v)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q_s, k_s, v, q_t, k_t, *numbers = inputs
-    out, _, statistics = output
-    ctx.mark_non_differentiable(statistics)
+    q_s, k_s, v, q_t, k_t, *ctx.settings = inputs
+    out, _, numbers, numbers_t = output
+    ctx.mark_non_differentiable(numbers, numbers_t)
     ctx.set_materialize_grads(False)
-    ctx.has_v = v is not None
-    ctx.save_for_backward(q_s, k_s, q_t, k_t, out, statistics, *([v] if ctx.has_v else []))
-    ctx.numbers = numbers
+    ctx.save_for_backward(q_s, k_s, v, q_t, k_t, out, numbers, numbers_t)
 
 
-def _backward(ctx, grad_out, upstream, _statistics):
-    q_s, k_s, q_t, k_t, out, statistics, *values = ctx.saved_tensors
-    v = values[0] if ctx.has_v else None
-    if v is None:
-        grad_out = None
+def _backward(ctx, grad_out, upstream, *_numbers):
+    q_s, k_s, v, *others = ctx.saved_tensors
+    grad_out = None if v is None else grad_out
     if grad_out is None and upstream is None:
         return (None,) * 8
-    grad_q, grad_k, grad_v = _gradients(
-        grad_out, upstream, q_s, k_s, v, q_t, k_t, out, statistics, *ctx.numbers
-    )  # fmt: skip
+    grad_q, grad_k, grad_v = _gradients(grad_out, upstream, q_s, k_s, v, *others, *ctx.settings)
     return grad_q, grad_k, (grad_v if grad_out is not None else None), *(None,) * 5
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@triton.jit
+def _rows_address(matrix, batch, head, tokens, num_tokens, WIDTH: tl.constexpr):
+    """Addresses of [tokens, padded] in a [B, H, N, WIDTH] tensor and which exist; matrix = (pointer, strides of B, H, N)."""
+    PADDED: tl.constexpr = padded(WIDTH)
+    columns = tl.arange(0, PADDED)
+    base = matrix[0] + batch * matrix[1] + head * matrix[2]
+    inside = (tokens < num_tokens)[:, None]
+    if WIDTH != PADDED:
+        inside = inside & (columns < WIDTH)[None, :]
+    return base + tokens.to(tl.int64)[:, None] * matrix[3] + columns[None, :], inside
+
+
+@triton.jit
+def _load_rows(matrix, batch, head, tokens, num_tokens, WIDTH: tl.constexpr):
+    """[tokens, padded width], 0 outside the tensor."""
+    address, inside = _rows_address(matrix, batch, head, tokens, num_tokens, WIDTH)
+    return tl.load(address, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rows(matrix, batch, head, tokens, num_tokens, values, WIDTH: tl.constexpr):
+    address, inside = _rows_address(matrix, batch, head, tokens, num_tokens, WIDTH)
+    tl.store(address, values.to(matrix[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dot(a, b):
+    """Matrix product accumulated in float32; float32 operands stay float32 rather than TF32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _ratio_of(above, below):
+    """above / below, exactly 1 where they are equal, which the hardware's division does not promise."""
+    return tl.where(above == below, 1.0, above / below)
+
+
+@triton.jit
+def _scores(q, k, batch, head, keys, num_tokens, WIDTH: tl.constexpr):
+    """Raw scores q·kᵀ of a block of rows and a block of keys."""
+    scores = _dot(q, tl.trans(_load_rows(k, batch, head, keys, num_tokens, WIDTH)))
+    return tl.where((keys < num_tokens)[None, :], scores, MISSING)
+
+
+@triton.jit
+def _absorb(scores, maximum, total, rate):
+    """Online softmax: exp of the scores, the new maximum and sum, and the factor for what was summed before."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    shrink = tl.exp2((maximum - new_maximum) * rate)
+    exps = tl.exp2((scores - new_maximum[:, None]) * rate)
+    return exps, new_maximum, total * shrink + tl.sum(exps, 1), shrink
+
+
+@triton.jit
+def forward_kernel(
+    q_s, k_s, v, q_t, k_t, out, kl_rows, numbers, num_heads, num_tokens, repeats, scale_s, scale_t,
+    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr,
+    D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [B, H, N, D_V], kl_rows [B, H, N], numbers [·, B, H, N]: maximum and sum of the student, of the teacher."""
+    num_blocks = tl.cdiv(num_tokens, BLOCK_M)
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    batch, head, head_t = batch_head // num_heads, batch_head % num_heads, batch_head % num_heads // repeats
+    rows = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_rows = _load_rows(q_s, batch, head, rows, num_tokens, D_S)
+    max_s = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    sum_s = tl.zeros((BLOCK_M,), tl.float32)
+    max_t, sum_t, gaps, usual_gap = max_s, sum_s, sum_s, sum_s
+    total = tl.zeros((BLOCK_M, padded(D_V)), tl.float32)
+    q_t_rows = q_rows
+    scale_ratio = scale_t / scale_s
+    if HAS_KL:
+        q_t_rows = _load_rows(q_t, batch, head_t, rows, num_tokens, D_T)
+    for start in range(0, num_tokens, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        z_s = _scores(q_rows, k_s, batch, head, keys, num_tokens, D_S)
+        exp_s, max_s, sum_s, shrink_s = _absorb(z_s, max_s, sum_s, scale_s * LOG2_E)
+        if HAS_KL:
+            z_t = _scores(q_t_rows, k_t, batch, head_t, keys, num_tokens, D_T)
+            exp_t, max_t, sum_t, shrink_t = _absorb(z_t, max_t, sum_t, scale_t * LOG2_E)
+            # Student's less teacher's scores, in the student's raw scores: equal scores and scales leave exactly 0. The
+            # usual gap of a row is a whole number: taking it off is exact, and a large common shift costs no digits.
+            usual_gap = tl.where(start == 0, tl.floor(max_s - max_t * scale_ratio + 0.5), usual_gap)
+            gap = (z_s - usual_gap[:, None]) - z_t * scale_ratio
+            gaps = gaps * shrink_t + tl.sum(exp_t * gap, 1)
+        if HAS_OUT:
+            values = _load_rows(v, batch, head, keys, num_tokens, D_V)
+            total = total * shrink_s[:, None] + _dot(exp_s.to(values.dtype), values)
+
+    exists = rows < num_tokens
+    at = batch_head * num_tokens + rows
+    plane = (tl.num_programs(0) // num_blocks).to(tl.int64) * num_tokens
+    tl.store(numbers + at, max_s, mask=exists)
+    tl.store(numbers + plane + at, sum_s, mask=exists)
+    if HAS_OUT:
+        _store_rows(out, batch, head, rows, num_tokens, total / sum_s[:, None], D_V)
+    if HAS_KL:
+        tl.store(numbers + 2 * plane + at, max_t, mask=exists)
+        tl.store(numbers + 3 * plane + at, sum_t, mask=exists)
+        # KL = lse_s − lse_t − Σ p_t (z_s − z_t). Maxima are subtracted from each other before the sums join in: the
+        # log-sum-exps themselves may be large.
+        mean_gap = (max_s - usual_gap) - max_t * scale_ratio - gaps / sum_t
+        kl = mean_gap * scale_s + tl.log(_ratio_of(sum_s, sum_t))
+        tl.store(kl_rows + at, tl.where(kl < 0.0, 0.0, kl), mask=exists)
+
+
+@triton.jit
+def _log_map(q, k, numbers, batch, head, num_heads, rows, keys, num_tokens, plane, rate,
+             WIDTH: tl.constexpr):  # fmt: skip
+    """log₂ of one head's map on a tile, from its scores made anew and the rows' maximum and sum."""
+    at = (batch * num_heads + head) * num_tokens + rows
+    exists = rows < num_tokens
+    maximum = tl.load(numbers + at, mask=exists, other=0.0)
+    total = tl.load(numbers + plane + at, mask=exists, other=1.0)
+    q_rows = _load_rows(q, batch, head, rows, num_tokens, WIDTH)
+    scores = _dot(q_rows, tl.trans(_load_rows(k, batch, head, keys, num_tokens, WIDTH)))
+    log_p = (scores - maximum[:, None]) * rate - tl.log2(total)[:, None]
+    return tl.where((keys < num_tokens)[None, :], log_p, MISSING)
+
+
+@triton.jit
+def _group_maps(q_s, k_s, q_t, k_t, numbers, numbers_t, batch, group, num_maps, rows, keys, num_tokens, planes, rates,
+                GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
+                D_S: tl.constexpr, D_T: tl.constexpr):  # fmt: skip
+    """log₂ Σ p_h over a group's student heads on a tile, and the mean p_t over its teacher heads."""
+    first, heads = group * GROUP_S, num_maps * GROUP_S
+    log_sum = _log_map(q_s, k_s, numbers, batch, first, heads, rows, keys, num_tokens, planes[0], rates[0], D_S)
+    for index in range(1, GROUP_S):
+        log_p = _log_map(
+            q_s, k_s, numbers, batch, first + index, heads, rows, keys, num_tokens, planes[0], rates[0], D_S
+        )
+        # Logarithms are added: a sum of maps would be 0 where every head's share underflows, and the teacher's may not.
+        log_sum = tl.maximum(log_sum, log_p) + tl.log2(1.0 + tl.exp2(-tl.abs(log_sum - log_p)))
+    first, heads = group * GROUP_T, num_maps * GROUP_T
+    p_t = tl.zeros_like(log_sum)
+    for index in range(GROUP_T):
+        p_t += tl.exp2(_log_map(
+            q_t, k_t, numbers_t, batch, first + index, heads, rows, keys, num_tokens, planes[1], rates[1], D_T
+        ))  # fmt: skip
+    return log_sum, p_t * (1.0 / GROUP_T)
+
+
+@triton.jit
+def grouped_kernel(
+    q_s, k_s, q_t, k_t, kl_rows, numbers, numbers_t, num_maps, num_tokens, scale_s, scale_t,
+    GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, SLOTS: tl.constexpr, LOG_GROUP: tl.constexpr,
+    D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """kl_rows [B, M, N] of averaged maps, and numbers[2] [B, H_s, N] = Σ_j p_t share_h, which backward needs."""
+    num_blocks = tl.cdiv(num_tokens, BLOCK_M)
+    batch_map = (tl.program_id(0) // num_blocks).to(tl.int64)
+    batch, group = batch_map // num_maps, batch_map % num_maps
+    rows = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    pairs = (tl.num_programs(0) // num_blocks).to(tl.int64)
+    planes = (pairs * GROUP_S * num_tokens, pairs * GROUP_T * num_tokens)
+    rates = (scale_s * LOG2_E, scale_t * LOG2_E)
+    kl = tl.zeros((BLOCK_M,), tl.float32)
+    slots = tl.arange(0, SLOTS)[None, :]
+    pulls = tl.zeros((BLOCK_M, SLOTS), tl.float32)  # one column per student head of the group
+    for start in range(0, num_tokens, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        log_sum, p_t = _group_maps(
+            q_s, k_s, q_t, k_t, numbers, numbers_t, batch, group, num_maps, rows, keys, num_tokens, planes, rates,
+            GROUP_S, GROUP_T, D_S, D_T,
+        )  # fmt: skip
+        kl += tl.sum(p_t * (tl.log2(tl.maximum(p_t, TINY)) - log_sum), 1)
+        for index in range(GROUP_S):
+            head, heads = group * GROUP_S + index, num_maps * GROUP_S
+            log_p = _log_map(q_s, k_s, numbers, batch, head, heads, rows, keys, num_tokens, planes[0], rates[0], D_S)
+            pull = tl.sum(p_t * tl.exp2(log_p - log_sum), 1)
+            pulls += tl.where(slots == index, pull[:, None], 0.0)
+    exists = rows < num_tokens
+    kl = kl / LOG2_E + LOG_GROUP  # a mean is the sum / GROUP_S
+    tl.store(kl_rows + batch_map * num_tokens + rows, tl.where(kl < 0.0, 0.0, kl), mask=exists)
+    at = (batch_map * GROUP_S + slots) * num_tokens + rows[:, None]
+    tl.store(numbers + 2 * planes[0] + at, pulls, mask=exists[:, None] & (slots < GROUP_S))
+
+
+@triton.jit
+def row_dot_kernel(out, grad_out, pulls, num_heads, num_tokens, D_V: tl.constexpr, BLOCK_M: tl.constexpr):
+    """pulls [B, H, N] = Σ out · grad_out: what the softmax's normalisation takes back from every row."""
+    num_blocks = tl.cdiv(num_tokens, BLOCK_M)
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    rows = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    left = _load_rows(out, batch, head, rows, num_tokens, D_V).to(tl.float32)
+    right = _load_rows(grad_out, batch, head, rows, num_tokens, D_V).to(tl.float32)
+    tl.store(pulls + batch_head * num_tokens + rows, tl.sum(left * right, 1), mask=rows < num_tokens)
+
+
+@triton.jit
+def _row_numbers(sums, place, rows, num_tokens, plane, HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr,
+                 GROUPED: tl.constexpr):  # fmt: skip
+    """Per query row, as columns: maximum, 1/sum, pull; weight; paired only: teacher's maximum and the ratio of sums.
+
+    0 weights where no row is. sums = (numbers, numbers_t, pulls, upstream gradient, its strides).
+    """
+    numbers, upstream = sums[0], sums[3]
+    exists = rows < num_tokens
+    at = (place[0] * place[4] + place[1]) * num_tokens + rows
+    max_s = tl.load(numbers + at, mask=exists, other=0.0)
+    sum_s = tl.load(numbers + plane + at, mask=exists, other=1.0)
+    inverse = tl.where(exists, 1.0 / sum_s, 0.0)
+    pull, max_t, sum_ratio, weight = tl.zeros_like(inverse), inverse, inverse, inverse
+    if HAS_OUT:
+        pull = tl.load(sums[2] + at, mask=exists, other=0.0)
+    if HAS_KL:
+        address = upstream + place[0] * sums[4] + place[2] * sums[5] + rows.to(tl.int64) * sums[6]
+        weight = tl.load(address, mask=exists, other=0.0).to(tl.float32)
+        third = tl.load(numbers + 2 * plane + at, mask=exists, other=0.0)
+        if GROUPED:
+            pull -= weight * third
+        else:
+            max_t, weight = third, weight * inverse
+            sum_ratio = _ratio_of(sum_s, tl.load(numbers + 3 * plane + at, mask=exists, other=1.0))
+    return max_s[:, None], inverse[:, None], pull[:, None], weight[:, None], max_t[:, None], sum_ratio[:, None]
+
+
+@triton.jit
+def _load(matrices, place, tokens, num_tokens, HAS_OUT: tl.constexpr, PAIRED: tl.constexpr,
+          D_S: tl.constexpr, D_V: tl.constexpr,
+          D_T: tl.constexpr):  # fmt: skip
+    """The tokens' rows of (q_s, grad_out, q_t) or (k_s, v, k_t), as far as a tile needs them."""
+    own = _load_rows(matrices[0], place[0], place[1], tokens, num_tokens, D_S)
+    second, taught = own, own
+    if HAS_OUT:
+        second = _load_rows(matrices[1], place[0], place[1], tokens, num_tokens, D_V)
+    if PAIRED:
+        taught = _load_rows(matrices[2], place[0], place[3], tokens, num_tokens, D_T)
+    return own, second, taught
+
+
+@triton.jit
+def _tile(at_rows, at_keys, queries, keys_of, sums, place, row, rows, keys, plane, num_tokens, scales,
+          HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
+          D_S: tl.constexpr, D_T: tl.constexpr):  # fmt: skip
+    """The student's map p on a tile and the gradient in its scores, from what `_load` gave at its rows and keys.
+
+    Paired: p (grad_p − pull) + weight (p_s − p_t), the last as (exp_s − exp_t·ratio) · weight/sum: a product less a product
+    would be contracted to a fused multiply-add, and equal maps would leave its rounding behind instead of zero.
+    Grouped: p (grad_p − pull) − weight p_t share, where the pull holds weight · Σ p_t share already.
+    """
+    max_s, inverse, pull, weight, max_t, sum_ratio = row
+    rate = scales[0] * LOG2_E
+    exists = (keys < num_tokens)[None, :]
+    z_s = tl.where(exists, _dot(at_rows[0], tl.trans(at_keys[0])), MISSING)
+    z_t, grad_p = z_s, z_s
+    if HAS_KL and GROUP_S * GROUP_T == 1:
+        z_t = tl.where(exists, _dot(at_rows[2], tl.trans(at_keys[2])), MISSING)
+    if HAS_OUT:
+        grad_p = _dot(at_rows[1], tl.trans(at_keys[1]))
+    log_exp = (z_s - max_s) * rate
+    exp_s = tl.exp2(log_exp)
+    p = exp_s * inverse
+    slope = p * (grad_p - pull) if HAS_OUT else p * -pull
+    if GROUP_S * GROUP_T > 1:
+        log_sum, p_t = _group_maps(
+            queries[0], keys_of[0], queries[2], keys_of[2], sums[0], sums[1], place[0], place[2], place[4] // GROUP_S,
+            rows, keys, num_tokens, (plane, plane // GROUP_S * GROUP_T), (rate, scales[1] * LOG2_E),
+            GROUP_S, GROUP_T, D_S, D_T,
+        )  # fmt: skip
+        log_share = tl.where(exists, log_exp + tl.log2(inverse) - log_sum, MISSING)
+        slope -= weight * p_t * tl.exp2(log_share)
+    elif HAS_KL:
+        slope += weight * (exp_s - tl.exp2((z_t - max_t) * (scales[1] * LOG2_E)) * sum_ratio)
+    return p, slope
+
+
+@triton.jit
+def _place(num_heads, repeats, GROUP_S: tl.constexpr):
+    """(image, student head, map, paired teacher head, student heads) of a program of the backward kernels."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    head = batch_head % num_heads
+    return batch_head // num_heads, head, head // GROUP_S, head // repeats, num_heads
+
+
+@triton.jit
+def _key_block(
+    queries, keys_of, sums, grad_q, grad_k, grad_v, partial_q, place, plane, start, num_tokens, scales,
+    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, WITH_Q: tl.constexpr,
+    D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v of one block of keys; WITH_Q also adds the block's part to grad_q of every row."""
+    batch, head = place[0], place[1]
+    GROUPED: tl.constexpr = GROUP_S * GROUP_T > 1
+    PAIRED: tl.constexpr = HAS_KL and GROUP_S * GROUP_T == 1
+    keys = start + tl.arange(0, BLOCK_N)
+    at_keys = _load(keys_of, place, keys, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
+    total_k = tl.zeros((BLOCK_N, padded(D_S)), tl.float32)
+    total_v = tl.zeros((BLOCK_N, padded(D_V)), tl.float32)
+    for first_row in range(0, num_tokens, BLOCK_M):
+        rows = first_row + tl.arange(0, BLOCK_M)
+        row = _row_numbers(sums, place, rows, num_tokens, plane, HAS_OUT, HAS_KL, GROUPED)
+        at_rows = _load(queries, place, rows, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
+        p, slope = _tile(at_rows, at_keys, queries, keys_of, sums, place, row, rows, keys, plane, num_tokens, scales,
+                         HAS_OUT, HAS_KL, GROUP_S, GROUP_T, D_S, D_T)  # fmt: skip
+        slope = slope.to(at_rows[0].dtype)
+        total_k += _dot(tl.trans(slope), at_rows[0])
+        if HAS_OUT:
+            total_v += _dot(tl.trans(p.to(at_rows[1].dtype)), at_rows[1])
+        if WITH_Q:
+            part = tl.zeros((BLOCK_M, padded(D_S)), tl.float32)
+            if start > 0:
+                part = _load_rows(partial_q, batch, head, rows, num_tokens, D_S)
+            part = tl.dot(slope, at_keys[0], part, input_precision="ieee")
+            if start + BLOCK_N < num_tokens:
+                _store_rows(partial_q, batch, head, rows, num_tokens, part, D_S)
+            else:
+                _store_rows(grad_q, batch, head, rows, num_tokens, part * scales[0], D_S)
+    _store_rows(grad_k, batch, head, keys, num_tokens, total_k * scales[0], D_S)
+    if HAS_OUT:
+        _store_rows(grad_v, batch, head, keys, num_tokens, total_v, D_V)
+
+
+@triton.jit
+def keys_kernel(
+    q_s, grad_out, q_t, k_s, v, k_t, sums, grad_q, grad_k, grad_v, partial_q,
+    num_heads, num_tokens, repeats, scale_s, scale_t,
+    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
+    D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_HEAD: tl.constexpr,
+):  # fmt: skip
+    """One block of keys per program, or with WHOLE_HEAD all blocks of a head in turn, and grad_q with them."""
+    place = _place(num_heads, repeats, GROUP_S)
+    plane = tl.num_programs(0).to(tl.int64) * num_tokens
+    first = tl.program_id(1) * BLOCK_N
+    last = num_tokens if WHOLE_HEAD else first + 1
+    for start in range(first, last, BLOCK_N):
+        _key_block(
+            (q_s, grad_out, q_t), (k_s, v, k_t), sums, grad_q, grad_k, grad_v, partial_q, place, plane, start,
+            num_tokens, (scale_s, scale_t), HAS_OUT, HAS_KL, GROUP_S, GROUP_T, WHOLE_HEAD,
+            D_S, D_V, D_T, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if WHOLE_HEAD:
+            tl.debug_barrier()  # the next block adds to what other threads have just written
+
+
+@triton.jit
+def queries_kernel(
+    q_s, grad_out, q_t, k_s, v, k_t, sums, grad_q, num_heads, num_tokens, repeats, scale_s, scale_t,
+    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
+    D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_q of one block of rows."""
+    GROUPED: tl.constexpr = GROUP_S * GROUP_T > 1
+    PAIRED: tl.constexpr = HAS_KL and GROUP_S * GROUP_T == 1
+    queries, keys_of, scales = (q_s, grad_out, q_t), (k_s, v, k_t), (scale_s, scale_t)
+    place = _place(num_heads, repeats, GROUP_S)
+    plane = tl.num_programs(0).to(tl.int64) * num_tokens
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = _row_numbers(sums, place, rows, num_tokens, plane, HAS_OUT, HAS_KL, GROUPED)
+    at_rows = _load(queries, place, rows, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
+    total = tl.zeros((BLOCK_M, padded(D_S)), tl.float32)
+    for start in range(0, num_tokens, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        at_keys = _load(keys_of, place, keys, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
+        _, slope = _tile(at_rows, at_keys, queries, keys_of, sums, place, row, rows, keys, plane, num_tokens, scales,
+                         HAS_OUT, HAS_KL, GROUP_S, GROUP_T, D_S, D_T)  # fmt: skip
+        total += _dot(slope.to(at_keys[0].dtype), at_keys[0])
+    _store_rows(grad_q, place[0], place[1], rows, num_tokens, total * scale_s, D_S)

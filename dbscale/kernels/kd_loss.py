@@ -1,10 +1,12 @@
-"""Distillation on logits: cross-entropy and KL to a teacher in one loss.
+"""Distillation on logits: cross-entropy and KL to a teacher in one loss; and which implementation a call runs.
 
-The public function: it checks, chooses the backend, weighs and reduces. The mathematics is in `kd_loss_eager`
-(textbook), `kd_loss_chunked` (closed form in blocks of rows) and `kd_loss_triton` (fused kernel); the last two find
-value and gradient in one pass. Knows nothing of models.
+The public function checks, chooses, weighs and reduces. The mathematics is in `kd_loss_eager` (textbook) and
+`kd_loss_triton` (fused kernel, value and gradient in one pass). Knows nothing of models; of Triton it knows only
+whether it can run, so that a machine without it imports and uses everything else.
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -12,10 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dbscale.kernels.backend import resolve_backend
-from dbscale.kernels.kd_loss_chunked import kd_chunked
-from dbscale.kernels.kd_loss_eager import kd_eager
-from dbscale.kernels.kd_target import KDWeights, Target, make_target
+from dbscale.kernels.kd_loss_eager import KDWeights, Target, kd_eager, make_target
+
+BACKENDS = ("auto", "triton", "eager", "compile")
+"""What `backend=` takes.
+
+`triton`: the fused kernels (CUDA, or the CPU under TRITON_INTERPRET=1). `eager`: the textbook form in plain torch.
+`compile`: torch.compile of the textbook form, which needs a C++ compiler on a CPU and minutes for each new shape. `auto`:
+`triton` on CUDA where Triton is installed, else `eager`.
+"""
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 
@@ -42,7 +49,7 @@ def kd_loss(
 ) -> KDLoss:  # fmt: skip
     """(1 − α)·CE(student, target) + α·T²·KL(softmax(teacher/T) ‖ softmax(student/T)), and its two parts.
 
-    Logits [B, C] of any strides, float32, bfloat16 or float16 (float64 on the backends other than triton); the
+    Logits [B, C] of any strides, float32, bfloat16 or float16 (float64 except on triton); the
     teacher gets no gradient. `target`: class indices [B], a soft distribution [B, C], or a mixup triple
     (y_a [B], y_b [B], λ). `reduction`: "batchmean" and "sum" as torch's, "none" gives rows; "mean" divides the KL by
     B·C and the CE by B, as published DeiT code does. A column where the teacher is −inf has no mass; a row where it
@@ -72,15 +79,48 @@ def kd_loss(
     return KDLoss(loss, ce.detach(), kl.detach())
 
 
+def resolve_backend(backend: str, function: str, device_type: str) -> str:
+    """The implementation that a call of `function` with tensors on `device_type` runs; for the record of a run.
+
+    Raises ValueError for an unknown name, or for `triton` where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{function}: unknown backend {backend!r}; use one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        # On a CPU nothing was faster than eager in a whole training step: docs/benchmarks/kernels.md.
+        return "triton" if device_type == "cuda" and _has_triton() else "eager"
+    if backend == "triton":
+        _require_triton(function, device_type)
+    return backend
+
+
+def is_interpreted() -> bool:
+    """True where Triton's interpreter runs kernels on CPU (the variable must be set before triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _require_triton(function: str, device_type: str) -> None:
+    if not _has_triton():
+        raise ValueError(f"{function}: backend='triton', but triton is not installed; use backend='auto'")
+    if device_type != "cuda" and not is_interpreted():
+        raise ValueError(
+            f"{function}: backend='triton' needs CUDA tensors, got {device_type}; use backend='auto' "
+            "(TRITON_INTERPRET=1 runs the kernels on CPU, slowly, for tests)"
+        )
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 @cache
 def _implementation(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     if backend == "triton":
         from dbscale.kernels.kd_loss_triton import kd_triton
 
         return kd_triton
-    if backend == "compile":
-        return torch.compile(kd_eager)
-    return kd_eager if backend == "eager" else kd_chunked
+    return torch.compile(kd_eager) if backend == "compile" else kd_eager
 
 
 def _check(

@@ -14,9 +14,8 @@ import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-from dbscale.kernels.attention_arguments import TokenSlice
 from dbscale.kernels.attention_kl import sdpa_with_attention_kl
-from dbscale.kernels.head_map import HeadMap
+from dbscale.kernels.attention_kl_eager import HeadMap, TokenSlice
 
 REASONS = {
     "EvaAttention": "it rotates q and k (RoPE: Eva, DINOv3, PE)",

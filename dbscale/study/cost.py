@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pydantic import Field
@@ -169,12 +169,17 @@ def step_flops(cell: Cell) -> float:
     return train_flops(cell.recipe, teacher) / cell.recipe.num_steps
 
 
-def train_flops(recipe: Recipe, teacher: Model | None = None) -> float:
-    """Operations of a whole run: three student forwards a sample, and the teacher's forward when distilling."""
-    size = recipe.data.image_size
-    a_sample = 3 * forward_flops(recipe.model, size)
+def train_flops(
+    recipe: Recipe, teacher: Model | None = None, forward: Callable[[Model, int], float] | None = None
+) -> float:
+    """Operations of a whole run: three student forwards a sample, one where the head alone trains, and the teacher's.
+
+    `forward(model, image_size)` counts a forward pass; by default `forward_flops` predicts it.
+    """
+    forward, size = forward or forward_flops, recipe.data.image_size
+    a_sample = forward(recipe.model, size) * (1 if recipe.training.scope == "linear_probe" else 3)
     if teacher is not None:
-        a_sample += forward_flops(teacher, size)
+        a_sample += forward(teacher, size)
     return a_sample * recipe.num_steps * recipe.training.global_batch
 
 

@@ -35,7 +35,7 @@ class Resources(Strict):
     checkpoint_stall_share: float = Field(default=0.01, gt=0)
     deterministic: bool = True
     compile: bool = False
-    kd_backend: Literal["auto", "triton", "sdpa", "chunked", "eager", "compile"] = "auto"
+    kd_backend: Literal["auto", "triton", "eager", "compile"] = "auto"
     teacher_cache: bool = False
     """Keep a teacher's logits in `<store>/teacher_logits`, by the pixels it saw: for students that share a stream and
     a teacher that is dearer than reading them. Attention maps are not kept."""

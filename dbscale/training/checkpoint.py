@@ -1,14 +1,15 @@
 """Checkpoints that survive a kill at any instant: temp folder, checksummed manifest, rename; the last two are kept.
 
 Model, optimizer and scaler are written by Accelerate (by DeepSpeed's engine under ZeRO); what is ours are the loop's
-state, this rank's buffers and EMA pieces, and the guarantee that what loads is whole. Training stands still while the
-parts are written; checksums, the wait for the disk and the rename go on beside it. A damaged checkpoint is skipped with
-a notice for the one before. Teachers are never in it.
+state, this rank's pieces of the moving average, and the guarantee that what loads is whole and runs no code. Training
+stands still while the parts are written; checksums, the wait for the disk and the rename go on beside it. A damaged
+checkpoint is skipped with a notice for the one before. Teachers are never in it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -16,24 +17,29 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from torch import nn
 
 from dbscale.errors import FileError, StoreError, TrainingError
 from dbscale.files import read_json, sync_folder, write_json
-from dbscale.training.elastic import load_repartitioned, repartition
-from dbscale.training.ema import EMA
+from dbscale.training.engine import from_main, load_repartitioned, repartition
+from dbscale.training.optimizer import EMA
 from dbscale.training.progress import LossRecord
 
 NUM_KEPT = 2
 MANIFEST = "manifest.json"
-FORMAT = 4
-"""Of what `_seal` writes."""
+FORMAT = 5
+"""Of what a `Checkpointer` writes."""
+OWN_FOLDER = 0o700
+"""Checkpoints are read again by whoever runs the cell and by nobody else; a folder that is opened by hand stays open."""
+Content = TypeVar("Content")
 
 
 @dataclass
@@ -53,9 +59,18 @@ class LoopState:
     stream: dict[str, Any] = field(default_factory=dict)
     """What the batches are a function of besides `step`: `TrainLoader.identity`."""
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LoopState:
-        return cls(**{**data, "record": LossRecord(**data["record"])})
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is, and what it holds."""
+
+    format: int
+    cell: str
+    engine: str
+    world_size: int
+    state: LoopState
+    files: dict[str, str]
+    """Checksum of each, by its path in the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,6 @@ class Checkpointer:
     folder: Path
     cell_id: str
     accelerator: Accelerator
-    model: nn.Module
-    """The bare student."""
     ema: EMA | None
     engine: str
     """plain, or zero0 … zero3: a checkpoint loads into the same engine, with any number of processes."""
@@ -82,11 +95,12 @@ class Checkpointer:
         final = self.folder / f"step-{state.step:09d}"
         temporary = self.folder / f".{final.name}.tmp"
         self._await_seal()
-        if self._is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
         with _named_where_full(temporary, final):
+            if self._is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                self.folder.mkdir(mode=OWN_FOLDER, parents=True, exist_ok=True)
+                temporary.mkdir(mode=OWN_FOLDER)
+            self.accelerator.wait_for_everyone()
             self._write_parts(temporary)
         self.accelerator.wait_for_everyone()
         if self._is_main:
@@ -110,47 +124,50 @@ class Checkpointer:
 
     def load_latest(self) -> LoopState | None:
         """Restore the newest whole checkpoint; None when there is none. Raises TrainingError for another recipe's."""
-        chosen: list[Any] = [self._newest_whole() if self._is_main else None]
-        broadcast_object_list(chosen)
-        if chosen[0] is None:
+        found = from_main(newest_whole(self.folder) if self._is_main else None, self.accelerator)
+        if found is None:
             return None
-        folder, manifest = Path(chosen[0][0]), chosen[0][1]
+        folder, manifest = found
         self._refuse_foreign(folder, manifest)
-        if manifest["world_size"] == self.accelerator.num_processes or not self.engine.startswith("zero"):
+        if manifest.world_size == self.accelerator.num_processes or not self.engine.startswith("zero"):
             self.accelerator.load_state(str(folder))
         else:
             load_repartitioned(self.accelerator, self.wrapped, folder)
-        self._load_own(folder, manifest["world_size"])
-        return LoopState.from_json(manifest["state"])
+        self._load_average(folder, manifest.world_size)
+        return manifest.state
 
     @property
     def _is_main(self) -> bool:
         return self.accelerator.is_main_process
 
     @torch.no_grad()
-    def _load_own(self, folder: Path, world_size: int) -> None:
-        """Buffers and EMA: of this rank, or, when the number of ranks has changed, put together from all."""
-        accelerator = self.accelerator
-        same = world_size == accelerator.num_processes
-        ranks = [accelerator.process_index] if same else range(world_size)
-        parts = [torch.load(rank_file(folder, rank), map_location="cpu", weights_only=True) for rank in ranks]
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(parts[0]["buffers"][name])
-        for position, average in enumerate(self.ema.average if self.ema else []):
-            pieces = [part["ema"][position] for part in parts]
-            is_cut = not same and self.engine == "zero3"
-            average.copy_(repartition(pieces, average, accelerator.process_index) if is_cut else pieces[0])
+    def _load_average(self, folder: Path, world_size: int) -> None:
+        """This rank's pieces, or, when the number of ranks has changed, put together from all."""
+        if self.ema is None:
+            return
+        own, same = self.accelerator.process_index, world_size == self.accelerator.num_processes
+        is_cut = not same and self.engine == "zero3"
+        ranks = range(world_size) if is_cut else [own if same else 0]
+        parts = [safetensors.torch.load_file(rank_file(folder, rank)) for rank in ranks]
+        for position, average in enumerate(self.ema.average):
+            pieces = [part[str(position)] for part in parts]
+            average.copy_(repartition(pieces, average, own) if is_cut else pieces[0])
 
     def _write_parts(self, folder: Path) -> None:
         _save_accelerator_state(self.accelerator, folder)
-        buffers: dict[str, Tensor] = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()}
-        average = [] if self.ema is None else [piece.cpu() for piece in self.ema.average]
-        torch.save({"buffers": buffers, "ema": average}, rank_file(folder, self.accelerator.process_index))
+        average = [] if self.ema is None else self.ema.average
+        pieces = {str(position): piece.cpu().contiguous() for position, piece in enumerate(average)}
+        safetensors.torch.save_file(pieces, rank_file(folder, self.accelerator.process_index))
+        if self._is_main:
+            for script in folder.glob("*.py"):  # DeepSpeed leaves its converter beside the weights: data holds no code
+                script.unlink()
 
     def _seal(self, temporary: Path, final: Path, state: dict[str, Any]) -> None:
         with _named_where_full(temporary, final):
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            sums = {str(path.relative_to(temporary)): _checksum(path, sync=True) for path in files}
+            sums = {name: _checksum(temporary / name, sync=True) for name in _files_in(temporary)}
+            for path in temporary.rglob("*"):
+                if path.is_dir():
+                    sync_folder(path)
             manifest = {
                 "format": FORMAT,
                 "cell": self.cell_id,
@@ -159,30 +176,22 @@ class Checkpointer:
                 "state": state,
                 "files": sums,
             }
-            write_json(temporary / MANIFEST, manifest)
+            write_sealed(temporary / MANIFEST, manifest)  # synced, and the folder with it
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync_folder(self.folder)
             for old in list_checkpoints(self.folder)[NUM_KEPT:]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _newest_whole(self) -> tuple[str, dict[str, Any]] | None:
-        for folder in list_checkpoints(self.folder):
-            damage = find_damage(folder)
-            if damage is None:
-                return str(folder), read_json(folder / MANIFEST)
-            print(f"notice: skipping the damaged checkpoint {folder}: {damage}", file=sys.stderr, flush=True)
-        return None
-
-    def _refuse_foreign(self, folder: Path, manifest: dict[str, Any]) -> None:
-        if manifest["cell"] != self.cell_id:
+    def _refuse_foreign(self, folder: Path, manifest: Manifest) -> None:
+        if manifest.cell != self.cell_id:
             raise TrainingError(
-                f"{folder} is a checkpoint of cell {manifest['cell']}, not of {self.cell_id}: another recipe's state "
+                f"{folder} is a checkpoint of cell {manifest.cell}, not of {self.cell_id}: another recipe's state "
                 "cannot be resumed; remove the folder to start afresh"
             )
-        if manifest["engine"] != self.engine:
+        if manifest.engine != self.engine:
             raise TrainingError(
-                f"{folder} was saved by the engine {manifest['engine']}, this run's is {self.engine}; resume with "
+                f"{folder} was saved by the engine {manifest.engine}, this run's is {self.engine}; resume with "
                 "the zero_stage it was saved with, or remove the folder to start afresh"
             )
 
@@ -192,7 +201,7 @@ def _named_where_full(temporary: Path, final: Path) -> Iterator[None]:
     """What the disk refuses becomes a FileError that says what to do; no half of a checkpoint is left."""
     try:
         yield
-    except (OSError, FileError) as error:
+    except (OSError, FileError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         why = error.strerror or error if isinstance(error, OSError) else error
         raise StoreError(
@@ -202,7 +211,7 @@ def _named_where_full(temporary: Path, final: Path) -> Iterator[None]:
 
 def rank_file(folder: Path, rank: int) -> Path:
     """What only that rank has."""
-    return folder / f"rank-{rank}.pt"
+    return folder / f"rank-{rank}.safetensors"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -210,22 +219,59 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        sums = manifest["files"]
-    except (OSError, FileError, KeyError) as error:
-        return f"no readable {MANIFEST} ({error})"
-    if manifest.get("format") != FORMAT:
-        return f"it has format {manifest.get('format', 1)}, this version of dbscale reads {FORMAT}"
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _checksum(path) != expected:
-            return f"{name} does not match its checksum"
+def newest_whole(folder: Path) -> tuple[Path, Manifest] | None:
+    """The newest undamaged checkpoint under `folder`; what is skipped on the way is named on stderr."""
+    for each in list_checkpoints(folder):
+        try:
+            return each, read_manifest(each)
+        except (OSError, FileError) as error:
+            print(f"notice: skipping the damaged checkpoint {each}: {error}", file=sys.stderr, flush=True)
     return None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a whole checkpoint. Raises FileError saying what is wrong with it, OSError where it is missing."""
+    raw: Any = read_json(folder / MANIFEST)
+    if isinstance(raw, dict) and raw.get("format") != FORMAT:
+        raise FileError(f"it has format {raw.get('format')}, this version of dbscale reads {FORMAT}")
+    manifest = read_sealed(folder / MANIFEST, Manifest)
+    present = set(_files_in(folder))
+    ranks = {rank_file(folder, rank).name for rank in range(manifest.world_size)}
+    for name in sorted(ranks | present | set(manifest.files)):
+        if name not in manifest.files:
+            raise FileError(f"{name} is not in the manifest")
+        if name not in present:
+            raise FileError(f"{name} is missing")
+        if _checksum(folder / name) != manifest.files[name]:
+            raise FileError(f"{name} does not match its checksum")
+    return manifest
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """JSON with a checksum of its own, for what nothing else vouches for. Raises FileError."""
+    write_json(path, content | {"seal": _seal_of(content)})
+
+
+def read_sealed(path: Path, kind: type[Content]) -> Content:
+    """What `write_sealed` wrote, as the dataclass `kind`. Raises FileError where it is damaged, OSError if missing."""
+    content: Any = read_json(path)
+    seal = content.pop("seal", None) if isinstance(content, dict) else None
+    if seal is None or seal != _seal_of(content):
+        raise FileError(f"{path} does not match its own checksum")
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        raise FileError(f"{path} is damaged: {error.errors()[0]['loc']} {error.errors()[0]['msg']}") from None
+
+
+def _seal_of(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _files_in(folder: Path) -> list[str]:
+    """All but the manifest, by their path in the folder."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if str(path) != MANIFEST)
 
 
 def _checksum(path: Path, *, sync: bool = False) -> str:

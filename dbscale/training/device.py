@@ -1,16 +1,58 @@
-"""What a device can do and what it used: peak FLOPs, peak memory, energy.  None where nobody can say."""
+"""What a device can do and what a cell asked of it: peak FLOPs, peak memory, energy, operations of a training run.
+
+A number is None where nobody can say it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from dbscale.study.cost import DEVICES
-from dbscale.study.recipe import Precision
+from dbscale.study.cost import DEVICES, train_flops
+from dbscale.study.recipe import Model, Precision, Recipe
+from dbscale.training.models import skeleton
 
 PROC = Path("/proc/self")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model is made of."""
+
+    num_params: int
+    forward_flops: float
+    """Floating-point operations of one image's forward pass; a multiply-add counts two."""
+
+
+def measure(model: Model, *, num_classes: int, image_size: int) -> Size:
+    """Count parameters and operations, exactly and for any timm model: torch counts on a model without memory."""
+    return _measure(skeleton(model, num_classes=num_classes, image_size=image_size), image_size)
+
+
+@cache
+def _measure(network: nn.Module, image_size: int) -> Size:
+    network = copy.deepcopy(network).eval()
+    images = torch.zeros(1, 3, image_size, image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(images)
+    num_params = sum(parameter.numel() for parameter in network.parameters())
+    return Size(num_params, float(counter.get_total_flops()))
+
+
+def count_train_flops(recipe: Recipe, teacher: Model | None, num_classes: int) -> float:
+    """Operations of a whole run, as `study.cost` adds them up, from counted forward passes instead of predicted ones."""
+
+    def forward(model: Model, image_size: int) -> float:
+        return measure(model, num_classes=num_classes, image_size=image_size).forward_flops
+
+    return train_flops(recipe, teacher, forward)
 
 
 def device_name(device: torch.device) -> str:

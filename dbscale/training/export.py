@@ -15,8 +15,7 @@ from dbscale.errors import TrainingError
 from dbscale.files import atomic_open, write_json
 from dbscale.study.cell import CellSpec
 from dbscale.study.store import Row, Store
-from dbscale.training.models import make_model, timm_arguments
-from dbscale.training.weights import WEIGHTS_NAME, verified_weights
+from dbscale.training.models import WEIGHTS_NAME, make_model, timm_arguments, verified_weights
 
 
 def export_cell(store: Store, key: str, target: Path) -> Path:

@@ -19,13 +19,11 @@ from dbscale.data import Batch, TrainLoader, Transform, mix_batch
 from dbscale.keyed import derive_seed
 from dbscale.study.recipe import Recipe
 from dbscale.study.resources import StopRequest
-from dbscale.training.accelerators import reduce_over_ranks
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import energy_j
-from dbscale.training.ema import EMA
-from dbscale.training.lockstep import highest_of_ranks, lockstep
+from dbscale.training.engine import highest_of_ranks, lockstep, reduce_over_ranks
 from dbscale.training.losses import TERMS, Losses, Objective, Target
-from dbscale.training.optimizer import learning_rate, set_learning_rate
+from dbscale.training.optimizer import EMA, learning_rate, set_learning_rate
 from dbscale.training.progress import Reporter
 
 

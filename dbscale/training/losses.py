@@ -1,26 +1,36 @@
 """What a stage minimises: cross-entropy, or cross-entropy with a teacher's logits and attention maps.
 
-The formulas are the kernels'; here they are chosen by the recipe and fed. One call per micro-batch, no state.
+The formulas are the kernels'; here they are chosen by the recipe and fed, one call per micro-batch, no state. Also which
+layers, heads and tokens of student and teacher are compared, and the teacher's logits kept on disk for those who ask again.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
+import xxhash
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dbscale.data import MixTarget
+from dbscale.errors import FileError, TrainingError
+from dbscale.files import atomic_open
 from dbscale.kernels import kd_loss
 from dbscale.kernels.timm_attention import AttentionTap
-from dbscale.study.recipe import Distill, Recipe
+from dbscale.study.cell import CellSpec, canonical_json
+from dbscale.study.recipe import Attention, Distill, Recipe
 from dbscale.study.resources import Resources
-from dbscale.training.attention import make_tap
+from dbscale.study.store import Store
 
 Target = Tensor | MixTarget
 TERMS = ("loss", "ce", "kl", "hard", "attention_kl")
+CACHE_FOLDER = "teacher_logits"
 
 
 class Losses(NamedTuple):
@@ -133,3 +143,115 @@ def _cross_entropy(logits_BC: Tensor, target: Target, smoothing: float) -> Tenso
     if target.lam == 1.0:
         return first
     return target.lam * first + (1 - target.lam) * cross_entropy(logits_BC, target.y_b, label_smoothing=smoothing)
+
+
+def make_tap(student: nn.Module, teacher: nn.Module, settings: Attention, backend: str) -> AttentionTap:
+    """Join the chosen student layers to the teacher layers at the same relative depth.
+
+    Raises TrainingError for layers that do not exist, and ValueError for models without plain attention.
+    """
+    depth_s, depth_t = _depth(student), _depth(teacher)
+    layers = [(layer, _twin(layer, depth_s, depth_t)) for layer in chosen_layers(settings, depth_s)]
+    return AttentionTap(
+        student,
+        teacher,
+        layers=layers,
+        head_map=_head_map(settings, student, teacher),
+        token_slice=_common_tokens(student, teacher),
+        backend=backend,
+    )
+
+
+def chosen_layers(settings: Attention, depth: int) -> tuple[int, ...]:
+    """Student layers 0 … depth-1 that are compared."""
+    if settings.layers == "all":
+        return tuple(range(depth))
+    if settings.layers == "last":
+        return (depth - 1,)
+    wrong = [layer for layer in settings.layers if not -depth <= layer < depth]
+    if wrong or not settings.layers:
+        raise TrainingError(f"attention.layers {list(settings.layers)}: the student has layers 0 to {depth - 1}")
+    return tuple(layer % depth for layer in settings.layers)
+
+
+def spread_heads(num_heads_s: int, num_heads_t: int) -> Tensor:
+    """Mixing matrix [H_s, H_t]: a head listens to the teacher heads that cover its share of the width."""
+    edges_s, edges_t = torch.linspace(0, 1, num_heads_s + 1), torch.linspace(0, 1, num_heads_t + 1)
+    low = torch.maximum(edges_s[:-1, None], edges_t[None, :-1])
+    high = torch.minimum(edges_s[1:, None], edges_t[None, 1:])
+    return (high - low).clamp_min(0) * num_heads_s
+
+
+def _twin(layer: int, depth_s: int, depth_t: int) -> int:
+    return max(round((layer + 1) * depth_t / depth_s) - 1, 0)
+
+
+def _depth(model: nn.Module) -> int:
+    return len(getattr(model, "blocks", [])) or 1  # the tap refuses models without blocks, by name
+
+
+def _head_map(settings: Attention, student: nn.Module, teacher: nn.Module) -> str | Tensor:
+    if settings.head_map != "matrix":
+        return settings.head_map
+    return spread_heads(student.blocks[0].attn.num_heads, teacher.blocks[0].attn.num_heads)  # type: ignore[index, union-attr]
+
+
+def _common_tokens(student: nn.Module, teacher: nn.Module) -> tuple[slice, slice] | None:
+    """The patches of both, where one has a distillation token and the other has none; None: all tokens."""
+    prefix_s, prefix_t = (int(getattr(model, "num_prefix_tokens", 0)) for model in (student, teacher))
+    return None if prefix_s == prefix_t else (slice(prefix_s, None), slice(prefix_t, None))
+
+
+class CachedTeacher:
+    """Answers as `teacher` does, from `folder` where it can.
+
+    The key is a hash of the augmented, mixed images as the teacher gets them, so an answer can never be stale: another
+    augmentation, seed, order or batch is another key. Results are the same bitwise; attention maps are not kept.
+    """
+
+    def __init__(self, teacher: nn.Module, folder: Path) -> None:
+        self.teacher, self.folder = teacher, folder
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [b, C] of images [b, 3, S, S]. Raises FileError when an answer cannot be kept."""
+        path = self.folder / f"{_digest_of(images)}.safetensors"
+        known = _read_logits(path)
+        if known is not None:
+            return known.to(images.device)
+        logits_BC = self.teacher(images)
+        with atomic_open(path, "wb", durable=False) as file:
+            file.write(safetensors.torch.save({"logits": logits_BC.detach().cpu().contiguous()}))
+        return logits_BC
+
+
+def open_cache(store: Store, spec: CellSpec, teacher: nn.Module, device: str) -> CachedTeacher:
+    """The cache of the teacher of a distill cell: of these weights, computed in this way on this kind of device."""
+    row = store.read_row(spec.teacher) if spec.teacher else None
+    if row is None:
+        raise FileError(f"the teacher {spec.teacher} of {spec.key} has no row; train it first")
+    identity = {
+        "weights": row.weights_sha256,
+        "precision": spec.recipe.training.precision,
+        "device": device,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    name = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
+    return CachedTeacher(teacher, store.root / CACHE_FOLDER / name)
+
+
+def _digest_of(images: Tensor) -> str:
+    """Of values, shape and type."""
+    pixels = images.detach().cpu().contiguous()
+    digest = xxhash.xxh3_128(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
+    digest.update(pixels.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_logits(path: Path) -> Tensor | None:
+    """None where there is no answer yet, or only a damaged one."""
+    try:
+        return safetensors.torch.load(path.read_bytes())["logits"]
+    except (OSError, SafetensorError, KeyError):
+        return None

@@ -1,12 +1,15 @@
-"""Recipes' models as timm models: creation, the parent's weights, what trains.  Engines and optimizers are elsewhere.
+"""Recipes' models as timm models: creation, weights on disk, a parent's weights, the frozen teacher, what trains.
 
-The DeiT family is timm's own ViT class with other sizes, so a saved `model.safetensors` is plain timm.
+The DeiT family is timm's own ViT class with other sizes, so a saved `model.safetensors` is plain timm. A child reads only
+weights whose hash its parent's row names. Engines and optimizers are elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
+import hashlib
 import warnings
 from collections.abc import Mapping
 from functools import cache, lru_cache
@@ -16,13 +19,21 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from accelerate import Accelerator
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from dbscale.errors import TrainingError
+from dbscale.files import atomic_open
 from dbscale.kernels.timm_attention import DistilledAttention
 from dbscale.keyed import derive_seed
+from dbscale.study.cell import CellSpec
 from dbscale.study.recipe import DeiT, Model
+from dbscale.study.store import Row, Store
+from dbscale.training.losses import wants_maps, wants_teacher
+from dbscale.training.optimizer import EMA
+
+WEIGHTS_NAME = "model.safetensors"
 
 
 def timm_arguments(model: Model, *, num_classes: int, image_size: int) -> tuple[str, dict[str, Any]]:
@@ -173,3 +184,90 @@ def _takes_image_size(name: str) -> bool:
         except Exception:
             return True
     return True
+
+
+def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
+    """Initial weights: 1. drawn from (seed, "init"); 2. for a finetune, all but the head from its parent."""
+    recipe = spec.recipe
+    student = make_model(
+        recipe.model,
+        num_classes=num_classes,
+        image_size=recipe.data.image_size,
+        seed=recipe.seed,
+        drop_path=recipe.training.drop_path,
+        guided=wants_maps(recipe.distill),
+    )
+    if spec.init is not None:
+        row = store.read_row(spec.init)
+        if row is None:
+            raise TrainingError(f"the parent {spec.init} has no row; train it first")
+        load_backbone(student, verified_weights(store, row))
+    if recipe.training.scope == "linear_probe":
+        freeze_backbone(student)
+    return student
+
+
+def load_teacher(store: Store, spec: CellSpec, *, num_classes: int, device: torch.device) -> nn.Module | None:
+    """The teacher of a distill cell, ready to guide; None if none is needed. Raises TrainingError for a misfit."""
+    if spec.teacher is None or not wants_teacher(spec.recipe.distill):
+        return None
+    parent = store.read_spec(spec.teacher)
+    row = store.read_row(spec.teacher)
+    if row is None:
+        raise TrainingError(f"the teacher {spec.teacher} has no row; train it first")
+    if row.num_classes != num_classes:
+        raise TrainingError(
+            f"the teacher {spec.teacher} knows {row.num_classes} classes ({row.dataset}), this cell's dataset "
+            f"{spec.recipe.data.dataset} has {num_classes}; distill on the teacher's own dataset"
+        )
+    size, wanted = parent.recipe.data.image_size, spec.recipe.data.image_size
+    if size != wanted:
+        raise TrainingError(f"the teacher {spec.teacher} sees {size} px, this cell {wanted} px; they must be equal")
+    weights = verified_weights(store, row)
+    teacher = restore_model(parent.recipe.model, weights, num_classes=num_classes, image_size=size)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def export_weights(path: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None) -> str | None:
+    """Gather the trained weights (their average, if one is kept) and write them as plain float32 timm weights.
+
+    Returns the file's SHA-256 on the main rank, None on others.
+    """
+    digest = None
+    with ema.swapped_in() if ema is not None else contextlib.nullcontext():
+        state: Any = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            digest = write_weights(path, state)  # inside: the state is views of what is swapped
+    accelerator.wait_for_everyone()
+    return digest
+
+
+def write_weights(path: Path, state: dict[str, Tensor]) -> str:
+    """Atomic safetensors file, names as timm's; its SHA-256. Raises FileError when it cannot be written."""
+    plain = {name: _plain(value) for name, value in state.items()}
+    with atomic_open(path, "wb") as file:
+        try:
+            safetensors.torch.save_file(plain, file.name, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
+        return sha256_of(Path(file.name))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verified_weights(store: Store, row: Row) -> Path:
+    """Path of a finished cell's weights. Raises TrainingError when they are not the ones its row names."""
+    path = store.cell_dir(row.key) / WEIGHTS_NAME
+    if not path.is_file():
+        raise TrainingError(f"{path} is missing, though the cell is done; remove {path.parent} to run it again")
+    if sha256_of(path) != row.weights_sha256:
+        raise TrainingError(f"{path} is not what its row.json describes; remove {path.parent} to run it again")
+    return path

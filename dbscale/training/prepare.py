@@ -16,17 +16,14 @@ from dbscale.study.cell import CellSpec
 from dbscale.study.recipe import Recipe
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
-from dbscale.training.accelerators import AMP_DTYPE, Batching
 from dbscale.training.checkpoint import Checkpointer, LoopState
-from dbscale.training.ema import EMA
-from dbscale.training.logit_cache import CachedTeacher, open_cache
+from dbscale.training.device import device_name
+from dbscale.training.engine import AMP_DTYPE, Batching, engine_name
 from dbscale.training.loop import Run
-from dbscale.training.losses import make_objective, wants_maps
-from dbscale.training.models import freeze_backbone, load_backbone, make_model
-from dbscale.training.optimizer import make_optimizer
+from dbscale.training.losses import CachedTeacher, make_objective, open_cache, wants_maps
+from dbscale.training.models import load_teacher, make_student
+from dbscale.training.optimizer import EMA, make_optimizer
 from dbscale.training.progress import Reporter, truncate_metrics
-from dbscale.training.teacher import load_teacher
-from dbscale.training.weights import verified_weights
 
 DEVICE_TIERS = ("resident", "raw")
 """Tiers whose stored pixels are tensors, which an accelerator augments faster than the host."""
@@ -57,7 +54,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     optimizer = make_optimizer(student, recipe.training.optim)
     model, optimizer = accelerator.prepare(student, optimizer)
     ema = EMA(student, recipe.training.ema_decay) if recipe.training.ema_decay is not None else None
-    checkpointer = _make_checkpointer(spec, context, student, model, ema)
+    checkpointer = _make_checkpointer(spec, context, model, ema)
     state = checkpointer.load_latest() or LoopState()
     loader, device_transform = make_batches(recipe, dataset, context, state.step)
     if state.step:
@@ -91,17 +88,14 @@ def _make_answer(spec: CellSpec, teacher: nn.Module | None, context: Context) ->
     """The teacher's kept logits, where they are asked for and are all that is asked of it."""
     if teacher is None or not context.resources.teacher_cache or wants_maps(spec.recipe.distill):
         return None
-    return open_cache(context.store, spec, teacher, context.accelerator.device)
+    return open_cache(context.store, spec, teacher, device_name(context.accelerator.device))
 
 
-def _make_checkpointer(
-    spec: CellSpec, context: Context, student: nn.Module, model: nn.Module, ema: EMA | None
-) -> Checkpointer:
+def _make_checkpointer(spec: CellSpec, context: Context, model: nn.Module, ema: EMA | None) -> Checkpointer:
     return Checkpointer(
         folder=context.store.cell_dir(spec.key) / "checkpoints",
         cell_id=spec.id,
         accelerator=context.accelerator,
-        model=student,
         ema=ema,
         engine=engine_name(context.resources),
         wrapped=model,
@@ -120,27 +114,6 @@ def open_cell_dataset(spec: CellSpec, data_dir: Path, split: str) -> Dataset:
             f"{spec.fingerprint}; plan again, or restore the dataset"
         )
     return dataset
-
-
-def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
-    """Initial weights: 1. drawn from (seed, "init"); 2. for a finetune, all but the head from its parent."""
-    recipe = spec.recipe
-    student = make_model(
-        recipe.model,
-        num_classes=num_classes,
-        image_size=recipe.data.image_size,
-        seed=recipe.seed,
-        drop_path=recipe.training.drop_path,
-        guided=wants_maps(recipe.distill),
-    )
-    if spec.init is not None:
-        row = store.read_row(spec.init)
-        if row is None:
-            raise TrainingError(f"the parent {spec.init} has no row; train it first")
-        load_backbone(student, verified_weights(store, row))
-    if recipe.training.scope == "linear_probe":
-        freeze_backbone(student)
-    return student
 
 
 def set_precision(model: nn.Module | None, recipe: Recipe, accelerator: Accelerator) -> None:
@@ -178,8 +151,3 @@ def make_batches(
         repeats=augment.repeats,
     )
     return loader, transform if on_device else None
-
-
-def engine_name(resources: Resources) -> str:
-    """As checkpoints and rows name it."""
-    return "plain" if resources.zero_stage is None else f"zero{resources.zero_stage}"

@@ -1,7 +1,7 @@
 """Cheap predictors of transfer: TransRate and linear-probe error of an upstream checkpoint on downstream images.
 
-Both see the frozen features of the pretrained student, before anything is finetuned, and have closed forms. How well
-they rank checkpoints is the report's question.
+Both see the frozen features of the pretrained student, before anything is finetuned. How well they rank checkpoints is the
+report's question.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from dbscale.data import Subset, make_eval_loader, make_transform
 from dbscale.study.cell import CellSpec
 from dbscale.study.recipe import Data
-from dbscale.training.prepare import Context, make_student, open_cell_dataset
+from dbscale.training.models import make_student
+from dbscale.training.prepare import Context, open_cell_dataset
 
 MAX_IMAGES = 1024
 """Of each split: more would cost as much as a short finetune, and hardly move a ranking."""
@@ -45,8 +46,8 @@ def probe_upstream(spec: CellSpec, context: Context) -> Probe:
     images = train.subset(min(data.num_samples, MAX_IMAGES), data.subset_seed)
     features_ND, labels_N = _features(student, images, data, device)
     test_MD, truth_M = _features(student, test.subset(min(test.num_samples, MAX_IMAGES)), data, device)
-    found_M = fit_linear_probe(features_ND, labels_N, train.num_classes)(test_MD)
-    return Probe(float((found_M != truth_M).double().mean()), transrate(features_ND, labels_N))
+    error = linear_probe_error(features_ND, labels_N, test_MD, truth_M)
+    return Probe(error, transrate(features_ND, labels_N))
 
 
 @torch.inference_mode()
@@ -89,43 +90,15 @@ def _coding_rate(centred_ND: Tensor, eps: float) -> float:
     return 0.5 * float(torch.linalg.slogdet(identity + gram / (num * eps)).logabsdet)
 
 
-@dataclass(frozen=True)
-class LinearProbe:
-    """A linear classifier on standardised features."""
+def linear_probe_error(features_ND: Tensor, labels_N: Tensor, test_MD: Tensor, truth_M: Tensor) -> float:
+    """Top-1 error on the test features of ridge regression onto the labels, standardised, the ridge by leaving one out."""
+    from sklearn.linear_model import RidgeClassifierCV  # (a second to import, hence only where it is used)
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    mean_D: Tensor
-    scale_D: Tensor
-    weight_DC: Tensor
-    bias_C: Tensor
-    ridge: float
-    """Chosen penalty, per sample."""
-
-    def __call__(self, features_ND: Tensor) -> Tensor:
-        """Predicted classes, int64 [N]."""
-        return ((features_ND - self.mean_D) / self.scale_D @ self.weight_DC + self.bias_C).argmax(1)
-
-
-def fit_linear_probe(features_ND: Tensor, labels_N: Tensor, num_classes: int) -> LinearProbe:
-    """Ridge regression onto one-hot labels, the ridge by generalised cross-validation (Golub, Heath, Wahba 1979)."""
-    num = len(features_ND)
-    mean_D = features_ND.mean(0)
-    scale_D = features_ND.std(0, correction=0).clamp_min(1e-12)
-    x_ND = (features_ND - mean_D) / scale_D
-    one_hot_NC = torch.nn.functional.one_hot(labels_N, num_classes).double()
-    bias_C = one_hot_NC.mean(0)
-    y_NC = one_hot_NC - bias_C
-    eigenvalues_K, vectors_DK = torch.linalg.eigh(x_ND.T @ x_ND)
-    eigenvalues_K = eigenvalues_K.clamp_min(0)
-    projected_KC = vectors_DK.T @ (x_ND.T @ y_NC)
-    # Energy of y along each left singular vector; directions without variance have none.
-    energy_K = projected_KC.square().sum(1) / eigenvalues_K.clamp_min(1e-9 * max(float(eigenvalues_K[-1]), 1e-300))
-    total = float(y_NC.square().sum())
-
-    def gcv(ridge: float) -> float:
-        kept_K = eigenvalues_K / (eigenvalues_K + ridge * num)
-        residual = total - float((energy_K * (1 - (1 - kept_K).square())).sum())
-        return residual / (num - 1 - float(kept_K.sum())) ** 2 if num - 1 > float(kept_K.sum()) else float("inf")
-
-    ridge = min(RIDGES, key=gcv)
-    weight_DC = vectors_DK @ (projected_KC / (eigenvalues_K + ridge * num)[:, None])
-    return LinearProbe(mean_D, scale_D, weight_DC, bias_C, ridge)
+    if len(labels_N.unique()) == 1:  # there is nothing to fit
+        return float((truth_M != labels_N[0]).double().mean())
+    alphas = [ridge * len(features_ND) for ridge in RIDGES]
+    probe = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=alphas))
+    probe.fit(features_ND.numpy(), labels_N.numpy())
+    return float((probe.predict(test_MD.numpy()) != truth_M.numpy()).mean())

@@ -1,38 +1,62 @@
-"""After the last step: weights out, evaluation, row.  A kill in here costs an evaluation, not a training."""
+"""After the last step: weights out, evaluation, row.  A kill in here costs an evaluation, not a training.
+
+Evaluation is exact at any world size: every test sample counts once, and one bit of each is kept. It runs on the exported
+weights in a plain timm model, so what is reported is what was saved.
+"""
 
 from __future__ import annotations
 
 import shutil
 import socket
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from dbscale.data import make_eval_loader, make_transform
-from dbscale.files import atomic_open, read_json, write_json
-from dbscale.kernels import resolve_backend
+from dbscale.data import EvalLoader, make_eval_loader, make_transform
+from dbscale.errors import FileError
+from dbscale.files import atomic_open
+from dbscale.kernels import attention_backend, resolve_backend
 from dbscale.study.cell import Arm, CellSpec, model_label
 from dbscale.study.recipe import Recipe
 from dbscale.study.store import Attempt, Row, Store, Timing, Upstream
-from dbscale.training.checkpoint import LoopState
-from dbscale.training.device import device_name, peak_flops, peak_memory_bytes
-from dbscale.training.evaluate import Evaluation, evaluate
-from dbscale.training.flops import count_train_flops, measure
+from dbscale.training.checkpoint import LoopState, read_sealed, write_sealed
+from dbscale.training.device import count_train_flops, device_name, measure, peak_flops, peak_memory_bytes
+from dbscale.training.engine import engine_name, lockstep, reduce_over_ranks
 from dbscale.training.loop import Run, gather_bad_samples
 from dbscale.training.losses import wants_maps, wants_teacher
-from dbscale.training.models import restore_model
-from dbscale.training.prepare import Context, engine_name, open_cell_dataset, set_precision
+from dbscale.training.models import WEIGHTS_NAME, export_weights, restore_model, sha256_of
+from dbscale.training.prepare import Context, open_cell_dataset, set_precision
 from dbscale.training.probes import probe_upstream
-from dbscale.training.weights import WEIGHTS_NAME, export_weights, sha256_of
 
 TRAINED_NAME = "trained.json"
 EVAL_BATCH_PIXELS = 1 << 20
 """Pixels of an evaluation batch: 1,024 images of 32 px, 20 of 224 px, on a CPU; 16 times as many on a GPU."""
+NUM_CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results over a whole split."""
+
+    error_rate: float
+    """Top-1, in [0, 1]."""
+    top5_error_rate: float | None
+    """None with fewer than 6 classes, where it says nothing."""
+    loss: float
+    """Mean cross-entropy, nats."""
+    calibration_error: float
+    """Expected calibration error over 15 equal-width bins of confidence (Guo et al., 1706.04599)."""
+    correct_N: NDArray[np.bool_]
+    """One per sample, in the split's order."""
+    counted_N: NDArray[np.bool_]
+    """False for samples that could not be decoded; they are in no mean."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +78,24 @@ def finish_training(run: Run, spec: CellSpec, store: Store) -> Trained | None:
     if digest is None:
         return None
     trained = Trained(run.state, run.num_classes, peak_memory_bytes(accelerator.device), digest)
-    write_json(folder / TRAINED_NAME, asdict(trained))
+    write_sealed(folder / TRAINED_NAME, asdict(trained))
     return trained
 
 
 def read_trained(folder: Path) -> Trained | None:
-    """None while there is something left to train (or the weights are not the ones that were written)."""
-    path = folder / TRAINED_NAME
+    """What an earlier attempt left; None while there is something left to train, or where it is damaged, which is named:
+    training then goes on from the last checkpoint."""
+    path, weights = folder / TRAINED_NAME, folder / WEIGHTS_NAME
     if not path.exists():
         return None
-    data: dict[str, Any] = read_json(path)
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file() or sha256_of(weights) != data["weights_sha256"]:
+    try:
+        trained = read_sealed(path, Trained)
+        if sha256_of(weights) != trained.weights_sha256:
+            raise FileError(f"{weights} is not what {path} describes")
+    except (OSError, FileError) as error:
+        print(f"notice: training again what was finished: {error}", file=sys.stderr, flush=True)
         return None
-    return Trained(**{**data, "state": LoopState.from_json(data["state"])})
+    return trained
 
 
 def evaluate_cell(spec: CellSpec, trained: Trained, context: Context) -> tuple[Evaluation, float]:
@@ -92,6 +120,55 @@ def evaluate_cell(spec: CellSpec, trained: Trained, context: Context) -> tuple[E
     if accelerator.is_main_process:
         write_correct(folder / "correct.npz", evaluation)
     return evaluation, time.perf_counter() - started
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: EvalLoader, num_samples: int, accelerator: Accelerator) -> Evaluation:
+    """Evaluate `model` on a loader's pass; every rank gets the whole result."""
+    model.eval()
+    table_N5, num_classes = torch.zeros(num_samples, 5, dtype=torch.float64), 0
+    for batch in lockstep(iter(loader), accelerator):
+        assert isinstance(batch.images, Tensor), "an evaluation loader transforms"
+        logits_BC = model(batch.images.to(accelerator.device, non_blocking=True)).float()
+        num_classes = logits_BC.shape[1]
+        rows_B5 = _judge(logits_BC, batch.labels.to(logits_BC.device)).double().cpu()
+        counted = batch.weights > 0
+        table_N5[batch.sample_ids[counted]] = rows_B5[counted]
+    # Each sample was judged by one rank, the others hold zeros: a sum gathers exactly.
+    table_N5 = reduce_over_ranks(accelerator, table_N5, "sum").cpu()
+    return summarize(table_N5.numpy(), num_classes)
+
+
+def _judge(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """[B, 5]: judged (1), top-1 correct, top-5 correct, cross-entropy, confidence."""
+    log_p_BC = logits_BC.log_softmax(1)
+    top_BK = logits_BC.topk(min(5, logits_BC.shape[1]), 1).indices
+    hits_BK = top_BK == labels_B[:, None]
+    loss_B = -log_p_BC.gather(1, labels_B[:, None])[:, 0]
+    confidence_B = log_p_BC.amax(1).exp()
+    hits_BK = hits_BK.float()
+    return torch.stack([torch.ones_like(loss_B), hits_BK[:, 0], hits_BK.amax(1), loss_B, confidence_B], 1)
+
+
+def summarize(table_N5: NDArray[np.float64], num_classes: int) -> Evaluation:
+    """Means over the judged samples of `_judge`'s table."""
+    counted_N = table_N5[:, 0] > 0
+    _, correct, in_top5, loss, confidence = table_N5[counted_N].T
+    return Evaluation(
+        error_rate=float(1 - correct.mean()),
+        top5_error_rate=float(1 - in_top5.mean()) if num_classes > 5 else None,
+        loss=float(loss.mean()),
+        calibration_error=calibration_error(confidence, correct),
+        correct_N=table_N5[:, 1] > 0,
+        counted_N=counted_N,
+    )
+
+
+def calibration_error(confidence_N: NDArray[np.float64], correct_N: NDArray[np.float64]) -> float:
+    """Σ_bins share of samples · |mean confidence - accuracy|, equal-width bins (Guo et al. 2017, eq. 3)."""
+    bins_N = np.minimum((confidence_N * NUM_CALIBRATION_BINS).astype(np.int64), NUM_CALIBRATION_BINS - 1)
+    gap = np.bincount(bins_N, confidence_N - correct_N, minlength=NUM_CALIBRATION_BINS)
+    return float(np.abs(gap).sum() / len(confidence_N))
 
 
 def write_correct(path: Path, evaluation: Evaluation) -> None:
@@ -179,10 +256,7 @@ def _upstream(spec: CellSpec, context: Context) -> Upstream | None:
 
 
 def _how(recipe: Recipe, context: Context) -> dict[str, str | int | float | bool | None]:
-    maps_backend = resolve_backend(
-        context.resources.kd_backend, "sdpa_with_attention_kl", context.accelerator.device.type
-    )
-    return {
+    how: dict[str, str | int | float | bool | None] = {
         "engine": engine_name(context.resources),
         "world_size": context.batching.world_size,
         "micro_batch": context.batching.micro_batch,
@@ -192,8 +266,12 @@ def _how(recipe: Recipe, context: Context) -> dict[str, str | int | float | bool
         "deterministic": context.resources.deterministic,
         "compile": context.resources.compile,
         "torch": torch.__version__,
-        **({"attention_backend": maps_backend} if wants_maps(recipe.distill) else {}),
     }
+    attention = recipe.distill.attention if recipe.distill else None
+    if attention is not None and wants_maps(recipe.distill):
+        kind, mixes_heads = context.accelerator.device.type, attention.head_map == "matrix"
+        how["attention_backend"] = attention_backend(context.resources.kd_backend, kind, mixes_heads=mixes_heads)
+    return how
 
 
 def _timing(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dbscale.kernels import attention_kl, kd_loss, sdpa_with_attention_kl
-from dbscale.kernels.backend import is_interpreted, resolve_backend
+from dbscale.kernels.kd_loss import is_interpreted, resolve_backend
 
 pytestmark = [  # numpy's, where the interpreter computes what a `where` then drops
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
@@ -46,38 +46,23 @@ def maps(device: torch.device, *shape: int) -> list[Tensor]:
 
 
 def test_operators_pass_opcheck(backend, device) -> None:
-    if backend not in ("chunked", "triton"):
+    if backend != "triton":
         pytest.skip("has no operators of its own")
+    from dbscale.kernels.attention_kl_triton import _forward
+    from dbscale.kernels.kd_loss_triton import _kd_triton
+
     student = torch.randn(3, 9, device=device, requires_grad=True)
     teacher, labels = torch.randn(3, 9, device=device), torch.tensor([0, 1, 8], device=device)
     q, k, v, q_t, k_t = maps(device, 1, 2, 5, 4)
     numbers = [2.0, 0.1, 0.4, 0.6, 1.0, 1.0]
-    logits_arguments = [
-        (student, teacher, labels, None, None, None, numbers, reduced, True) for reduced in (True, False)
+    cases: list[tuple[Any, tuple]] = [
+        *(
+            (_kd_triton, (student, teacher, labels, None, None, None, numbers, reduced, True))
+            for reduced in (True, False)
+        ),
+        (_forward, (q, k, v, q_t, k_t, 0.5, 0.5, [1, 1, 1])),
+        (_forward, (q, k, v, q_t[:, :1], k_t[:, :1], 0.5, 0.5, [2, 1, 1])),
     ]
-    cases: list[tuple[Any, tuple]]
-    if backend == "chunked":
-        from dbscale.kernels.attention_kl_chunked import _attention, _gradients, _total_kl
-        from dbscale.kernels.kd_loss_chunked import _kd_chunked
-
-        weight, heads = torch.rand(1, 2, 5, device=device), (0.5, 0.5, 2, 1, 1)
-        saved = [each.detach() for each in (v, q, k, q_t, k_t)]
-        cases = [
-            *((_kd_chunked, arguments) for arguments in logits_arguments),
-            (_total_kl, (q, k, q_t, k_t, None, weight, *heads, True)),
-            (_attention, (q, k, q_t, k_t, None, v, *heads)),
-            (_attention, (q, k, q_t, k_t, None, None, *heads)),
-            (_gradients, (saved[0], weight, *saved, None, v.detach(), *heads)),
-            (_gradients, (None, weight, *saved, None, None, *heads)),
-        ]
-    else:
-        from dbscale.kernels.attention_kl_triton import _forward
-        from dbscale.kernels.kd_loss_triton import _kd_triton
-
-        cases = [
-            *((_kd_triton, arguments) for arguments in logits_arguments),
-            (_forward, (q, k, v, q_t, k_t, 0.5, 0.5, 1)),
-        ]
     # What has no gradient is compared too; a second backward is refused by the kernel on logits, which reuses memory.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for operator, arguments in cases:
@@ -135,7 +120,7 @@ def kept_bytes(function: Callable[[], Tensor], *free: Tensor) -> int:
 
 
 def test_only_the_gradient_is_kept_of_logits(backend, device) -> None:
-    if backend not in ("chunked", "triton"):
+    if backend != "triton":
         pytest.skip("keeps what autograd wants")
     rows, classes = 8, 1000
     student, teacher = torch.randn(2, rows, classes, device=device)
@@ -146,19 +131,20 @@ def test_only_the_gradient_is_kept_of_logits(backend, device) -> None:
 
 
 def test_no_map_is_kept_of_attention(backend, device) -> None:
-    if backend not in ("chunked", "triton"):
+    if backend != "triton":
         pytest.skip("keeps what autograd wants")
     batch, heads, tokens, width = 1, 2, 48, 16
     q, k, v, q_t, k_t = operands = maps(device, batch, heads, tokens, width)
 
-    def joint(how: str) -> Tensor:
-        out, kl = sdpa_with_attention_kl(q, k, v, q_t, k_t, backend=how)
+    def joint(how: str, head_map: str = "repeat") -> Tensor:
+        taught = (q_t, k_t) if head_map == "repeat" else (q_t[:, :1], k_t[:, :1])
+        out, kl = sdpa_with_attention_kl(q, k, v, *taught, head_map=head_map, backend=how)
         return out.sum() + kl
 
     row, one = batch * heads * tokens * 4, batch * heads * tokens * width * 4
-    kept = kept_bytes(lambda: joint(backend), *operands)
-    # triton: output and four numbers per row; chunked: output and two gradients.
-    assert kept <= (one + 5 * row if backend == "triton" else 3 * one + row)
+    # Output and four numbers per row; of averaged heads three, and two per row of the teacher.
+    assert kept_bytes(lambda: joint(backend), *operands) <= one + 4 * row
+    assert kept_bytes(lambda: joint(backend, "mean"), *operands) <= one + 4 * row
     assert kept_bytes(lambda: joint("eager"), *operands) >= 3 * batch * heads * tokens**2 * 4
 
 
@@ -198,7 +184,7 @@ def test_everything_but_triton_works_without_triton() -> None:
         "import torch\n"
         "from dbscale.kernels import attention_kl, kd_loss, sdpa_with_attention_kl\n"
         "x = torch.randn(2, 2, 5, 4, requires_grad=True)\n"
-        "for backend in ('auto', 'chunked', 'sdpa', 'eager'):\n"
+        "for backend in ('auto', 'eager'):\n"
         "    kd_loss(x[0, 0], x[1, 1], torch.zeros(5).long(), alpha=.5, temperature=2., backend=backend).loss.backward()\n"
         "    attention_kl(x, x, x, x, backend=backend).backward()\n"
         "    sdpa_with_attention_kl(x, x, x, x, x, backend=backend).kl.backward()\n"
@@ -212,6 +198,5 @@ def test_everything_but_triton_works_without_triton() -> None:
 
 def test_what_auto_means(monkeypatch) -> None:
     for function in ("kd_loss", "attention_kl", "sdpa_with_attention_kl"):
-        assert resolve_backend("auto", function, "cpu") in ("chunked", "eager", "sdpa")
-        assert resolve_backend("auto", function, "cuda") == "triton"
-        assert resolve_backend("auto", function, "mps") == "chunked"
+        devices = ("cpu", "mps", "cuda")
+        assert [resolve_backend("auto", function, each) for each in devices] == ["eager", "eager", "triton"]

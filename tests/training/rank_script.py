@@ -23,8 +23,7 @@ from accelerate import Accelerator  # noqa: E402
 
 from dbscale.study.resources import Resources, StopRequest  # noqa: E402
 from dbscale.study.store import Store  # noqa: E402
-from dbscale.training import checkpoint, loop, run  # noqa: E402
-from dbscale.training import evaluate as evaluation  # noqa: E402
+from dbscale.training import checkpoint, loop, results, run  # noqa: E402
 from tests.training.end_state import end_hash  # noqa: E402
 
 torch.set_num_threads(1)
@@ -34,7 +33,7 @@ TRAPS = {
     "micro-batch": (Accelerator, "backward"),
     "between the parts of a checkpoint": (checkpoint, "rank_file"),
     "checksum": (checkpoint, "_checksum"),
-    "evaluation": (evaluation, "_judge"),
+    "evaluation": (results, "_judge"),
 }
 """Functions at whose n-th call a rank can be killed."""
 
@@ -53,13 +52,13 @@ class StopAt(StopRequest):
         return self.at is not None and self.looks >= self.at and is_last
 
 
-def note_end(results: dict[str, Any]) -> None:
+def note_end(noted: dict[str, Any]) -> None:
     """Hash optimizer state and EMA of this rank when training ends; in the store too, should it be killed later."""
     original = run.finish_training
 
     def noting(finished: loop.Run, spec: Any, store: Store) -> Any:
-        results["end"] = end_hash(finished)
-        (store.root / f"end-{os.environ['RANK']}").write_text(results["end"])
+        noted["end"] = end_hash(finished)
+        (store.root / f"end-{os.environ['RANK']}").write_text(noted["end"])
         return original(finished, spec, store)
 
     run.finish_training = noting
@@ -84,7 +83,7 @@ def run_out_of_memory() -> None:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    rank, results = os.environ["RANK"], []
+    rank, ended = os.environ["RANK"], []
     for each in job["runs"]:
         if each.get("kill_rank") == int(rank):
             trap(each["kill_where"], each["kill_call"], lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -99,10 +98,10 @@ def main() -> None:
             resources=Resources(**each["resources"]),
             stop=StopAt(at=each.get("stop_at")),
         )
-        results.append({"status": outcome.status, "reason": outcome.reason, **result})
+        ended.append({"status": outcome.status, "reason": outcome.reason, **result})
         if outcome.status == "failed":
             break  # and end, as a worker does: its peers may wait for it
-    Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(results))
+    Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(ended))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from timm.utils.metrics import accuracy
 from dbscale.data import make_eval_loader, make_transform, open_dataset
 from dbscale.study.cost import num_params
 from dbscale.study.recipe import Budget, TimmModel
-from dbscale.training.evaluate import evaluate
 from dbscale.training.models import restore_model, timm_arguments
+from dbscale.training.results import evaluate
 
 
 def test_weights_load_into_plain_timm(bench):

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbscale.errors import TrainingError
 from dbscale.study.recipe import Budget, Data, DeiT, Optim, Recipe, TimmModel, Training
-from dbscale.training.accelerators import make_batching
 from dbscale.training.models import freeze_backbone, make_model
 from dbscale.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 
@@ -71,15 +69,3 @@ def test_linear_probe_optimizes_the_head_alone():
     freeze_backbone(model)
     groups = make_optimizer(model, Optim(lr=1e-3)).param_groups
     assert sum(each.numel() for group in groups for each in group["params"]) == 5 * 512 + 5
-
-
-@given(a_rank=st.integers(1, 300), world=st.integers(1, 8), micro=st.one_of(st.none(), st.integers(1, 300)))
-def test_micro_batches_are_equal_and_fit(a_rank, world, micro):
-    batching = make_batching(a_rank * world, world, micro)
-    assert batching.micro_batch * batching.accumulation == a_rank
-    assert batching.micro_batch <= (micro or a_rank)
-
-
-def test_a_world_that_does_not_divide_is_refused_with_those_that_do():
-    with pytest.raises(TrainingError, match=r"5 processes do not divide the global batch 12; valid: 1, 2, 3, 4, 6, 12"):
-        make_batching(12, 5, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import RidgeClassifier
 
 from dbscale.study.recipe import Budget
-from dbscale.training.probes import RIDGES, fit_linear_probe, transrate
+from dbscale.training.probes import RIDGES, linear_probe_error, transrate
 
 
 def clusters(seed, num, dim, num_classes, gap):
@@ -39,33 +41,44 @@ def test_transrate_grows_with_the_distance_of_the_classes():
     assert found[0] < found[1] < found[2]
 
 
-@pytest.mark.parametrize(("num", "dim"), [(60, 10), (20, 50)], ids=["more samples", "more features"])
-def test_linear_probe_is_ridge_regression(num, dim):
-    features, labels = clusters(3, num, dim, 3, 0.7)
-    test, _ = clusters(4, 500, dim, 3, 0.7)
-    probe = fit_linear_probe(features, labels, 3)
-    scaled, scaled_test = ((each - features.mean(0)) / features.std(0, correction=0) for each in (features, test))
-    reference = RidgeClassifier(alpha=probe.ridge * num).fit(scaled.numpy(), labels.numpy())
-    assert probe(test).numpy().tolist() == reference.predict(scaled_test.numpy()).tolist()
+def test_transrate_by_hand():
+    """One class along each axis: log(1 + 1/(2ε)) with all samples, ½·log(1 + 1/ε) within a class."""
+    features = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]], dtype=torch.float64)
+    expected = math.log(51) - 0.5 * math.log(101)
+    assert transrate(features, torch.tensor([0, 0, 1, 1]), eps=0.01) == pytest.approx(expected)
 
 
-def test_ridge_is_the_one_with_the_least_cross_validated_error():
-    features, labels = clusters(5, 50, 30, 3, 0.5)
-    x = ((features - features.mean(0)) / features.std(0, correction=0)).numpy()
-    one_hot = np.eye(3)[labels.numpy()]
-    y = one_hot - one_hot.mean(0)
+def test_the_linear_probe_learns_what_a_line_can_tell():
+    """Far apart: no error. All in one place: chance. A feature decides, however small it is beside another."""
+    features, labels = clusters(3, 120, 10, 3, 4.0)
+    test, truth = clusters(3, 120, 10, 3, 4.0)
+    assert linear_probe_error(features, labels, test + 0.1, truth) == 0
+    assert 0.5 < linear_probe_error(*clusters(3, 120, 10, 3, 0.0), *clusters(4, 120, 10, 3, 0.0)) < 0.8
+    wide = torch.cat([features * 1e-6, 1e3 * torch.randn(120, 1, dtype=torch.float64)], 1)
+    assert linear_probe_error(wide, labels, wide, truth) == 0
 
-    def gcv(ridge):
-        hat = x @ np.linalg.inv(x.T @ x + ridge * 50 * np.eye(30)) @ x.T
-        return ((y - hat @ y) ** 2).sum() / (49 - np.trace(hat)) ** 2
 
-    assert fit_linear_probe(features, labels, 3).ridge == min(RIDGES, key=gcv)
+def test_the_ridge_is_the_one_with_the_least_error_when_each_sample_is_left_out():
+    features, labels = clusters(5, 50, 30, 2, 0.5)
+    test, truth = clusters(6, 400, 30, 2, 0.5)
+    scaled, scaled_test = ((x - features.mean(0)) / features.std(0, correction=0) for x in (features, test))
+    y = 2.0 * labels.double() - 1
+
+    def left_out(ridge):
+        centred, target = scaled - scaled.mean(0), y - y.mean()
+        hat = centred @ torch.linalg.inv(centred.T @ centred + ridge * 50 * torch.eye(30)) @ centred.T + 1 / 50
+        return float((((target - (hat - 1 / 50) @ target) / (1 - hat.diagonal())) ** 2).mean())
+
+    reference = RidgeClassifier(alpha=50 * min(RIDGES, key=left_out)).fit(scaled.numpy(), labels.numpy())
+    expected = float((reference.predict(scaled_test.numpy()) != truth.numpy()).mean())
+    assert linear_probe_error(features, labels, test, truth) == expected
 
 
 def test_constant_features_and_absent_classes_are_no_error():
     features, labels = torch.ones(10, 4, dtype=torch.float64), torch.tensor([0, 2] * 5)
     assert transrate(features, labels) == 0
-    assert set(fit_linear_probe(features, labels, 5)(features).tolist()) <= {0, 2}
+    assert linear_probe_error(features, labels, features, labels) == 0.5
+    assert linear_probe_error(features, labels * 0, features, labels) == 0.5
 
 
 def test_rows_of_finetunes_carry_their_checkpoints_probe(bench):

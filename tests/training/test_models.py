@@ -12,8 +12,7 @@ import torch
 from dbscale.errors import FileError
 from dbscale.study.recipe import DeiT, TimmModel
 from dbscale.training import models
-from dbscale.training.models import make_model
-from dbscale.training.weights import sha256_of, write_weights
+from dbscale.training.models import make_model, sha256_of, write_weights
 
 MODELS = {
     "vit": DeiT(heads=2, head_width=8, depth=2, patch_size=4),

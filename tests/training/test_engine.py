@@ -1,16 +1,26 @@
-"""Two real processes under every engine: they agree, resume bitwise, and go on with another number of processes."""
+"""Several processes under every engine: they agree, resume bitwise, go on with another number of processes, and end
+together; what `accelerate launch` is told works or is refused."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import random
+import socket
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dbscale.errors import TrainingError
 from dbscale.study.recipe import Distill
 from dbscale.study.resources import Resources
 from dbscale.training import run
+from dbscale.training.engine import DEEPSPEED_CONFIGS, make_batching
 
 ENGINES = {"ddp": None, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -219,3 +229,140 @@ def _launch(bench, data_dir, config, world_size):
     row = bench.store.read_row(cell.key)
     assert row.resources["engine"] == ("plain" if config in ("single", "ddp") else config)
     assert row.timing.num_devices == world_size
+
+
+OPTIONS = {"families": 4, "num_train": 48, "num_test": 12, "image_size": 16}
+LIMIT_S = 120
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A dataset with one sample per shard, the 21st of each split missing."""
+    from shards.pack import pack
+    from shards.sources import make_source
+
+    pack(make_source("fractals", **OPTIONS), tmp_path / "shards" / "up", shard_samples=1, progress=False)
+    (tmp_path / "shards" / "up" / "train-000020.tar").unlink()
+    return tmp_path / "shards" / "up"
+
+
+def read_in_lockstep(rank: int, port: int, folder: Path, pipe: Connection) -> None:
+    """Send the number of batches this rank got, the kind of its error and what it says."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    import torch
+    from accelerate import Accelerator
+
+    from dbscale.data import make_eval_loader, make_loader, open_dataset
+    from dbscale.training.engine import lockstep
+
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    test = make_eval_loader(open_dataset(folder, "test", tier="raw").subset(), batch_size=5, rank=rank, world_size=2)
+    assert len(list(lockstep(iter(test), accelerator))) == len(test)
+    subset = open_dataset(folder, tier="raw").subset()
+    loader = make_loader(subset, global_batch=4, rank=rank, world_size=2, seed=0)
+    try:
+        for _ in lockstep(loader, accelerator):
+            pass
+    except ValueError as error:
+        pipe.send((loader.consumed, type(error).__name__, str(error)))
+
+
+def test_an_error_of_one_rank_is_raised_by_all(folder: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    processes = [
+        context.Process(target=read_in_lockstep, args=(rank, port, folder, pipe[1])) for rank, pipe in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        assert all(pipe[0].poll(LIMIT_S) for pipe in pipes), "a rank waits for ever"
+        found = sorted([pipe[0].recv() for pipe in pipes], key=lambda each: each[1])
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    (_, kind, own), (_, other_kind, other) = found
+    assert (kind, other_kind) == ("DataError", "TrainingError")
+    mend = f"run `dbscale shards pack up --data {folder.parent.parent}`"
+    assert own.startswith(f"{folder / 'train-000020.tar'}: shard is missing; {mend}")
+    assert other in {f"rank 0: {own}", f"rank 1: {own}"}
+
+
+@given(a_rank=st.integers(1, 300), world=st.integers(1, 8), micro=st.one_of(st.none(), st.integers(1, 300)))
+def test_micro_batches_are_equal_and_fit(a_rank, world, micro):
+    batching = make_batching(a_rank * world, world, micro)
+    assert batching.micro_batch * batching.accumulation == a_rank
+    assert batching.micro_batch <= (micro or a_rank)
+
+
+def test_a_world_that_does_not_divide_is_refused_with_those_that_do():
+    with pytest.raises(TrainingError, match=r"5 processes do not divide the global batch 12; valid: 1, 2, 3, 4, 6, 12"):
+        make_batching(12, 5, None)
+
+
+LAUNCHED = {
+    "mixed_precision": ("bf16", "this cell can have fp32 or no: it is part of the recipe"),
+    "gradient_accumulation_steps": ("4", "it follows from the global batch and resources.micro_batch"),
+    "gradient_clipping": ("0.5", "it is part of the recipe"),
+    "deepspeed_offload_param_device": ("nvme", "configs/deepspeed/zero<N>.json"),
+    "use_fsdp": ("true", "DDP and DeepSpeed ZeRO 0 to 3"),
+    "use_megatron_lm": ("true", "DDP and DeepSpeed ZeRO 0 to 3"),
+    "dynamo_backend": ("cudagraphs", "inductor or not at all"),
+    "dynamo_mode": ("max-autotune", "resources.compile"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_launch_options_that_cannot_be_honoured_are_refused_before_any_step(name, bench, monkeypatch):
+    value, words = LAUNCHED[name]
+    monkeypatch.setenv(f"ACCELERATE_{name.upper()}", value)
+    cell = bench.cell()
+    outcome = bench.run(cell)
+    assert outcome.status == "failed" and f"accelerate launch sets {name} to {value!r}" in outcome.reason
+    assert words in outcome.reason
+    assert not (bench.store.cell_dir(cell.key) / "metrics.jsonl").exists()
+
+
+def test_launch_options_that_say_what_the_cell_has_anyway_change_nothing(bench_of, monkeypatch):
+    plain, told = bench_of("plain"), bench_of("told")
+    cell, how = plain.cell(precision="bf16"), Resources(zero_stage=None, threads=1, micro_batch=8)
+    told.cell(precision="bf16")
+    expected = plain.run(cell, how).row
+    options = {"mixed_precision": "bf16", "gradient_accumulation_steps": "2", "dynamo_backend": "NO", "use_cpu": "true"}
+    for name, value in options.items():
+        monkeypatch.setenv(f"ACCELERATE_{name.upper()}", value)
+    row = told.run(cell, how).row
+    assert row.weights_sha256 == expected.weights_sha256 and row.resources == expected.resources
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16", "what was there comes back"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the tracer's
+def test_a_compiled_student_exports_weights_under_their_own_names(bench, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    cell = bench.cell()
+    outcome = bench.run(cell)
+    assert outcome.status == "done", outcome.reason
+    assert outcome.row.resources["compile"] is True
+    assert "cls_token" in bench.weights(cell) and not any("_orig_mod" in name for name in bench.weights(cell))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({}, None), ({"train_batch_size": 16, "bf16": {"enabled": "auto"}}, None),
+     ({"bf16": {"enabled": True}}, "sets bf16.enabled to True"),
+     ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer")],
+)  # fmt: skip
+def test_deepspeed_configs_that_ask_for_more_than_a_stage_are_refused(change, words, bench, monkeypatch, tmp_path):
+    config = json.loads((DEEPSPEED_CONFIGS / "zero1.json").read_text()) | change
+    (tmp_path / "own.json").write_text(json.dumps(config))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "own.json"))
+    outcome = bench.run(bench.cell(), Resources(zero_stage=1, threads=1))
+    assert outcome.status == ("done" if words is None else "failed"), outcome.reason
+    assert words is None or words in outcome.reason

@@ -11,7 +11,7 @@ import pytest
 from dbscale.study.recipe import Budget
 from dbscale.study.resources import Resources
 from dbscale.training import loop, progress
-from dbscale.training.trackers import RUN_FILE, open_tracker
+from dbscale.training.progress import RUN_FILE, open_tracker
 
 
 class Recorder:

@@ -1,0 +1,246 @@
+"""Teachers guide by the formulas, in every kind of distillation, and with no weight not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dbscale.study.recipe import Attention, Augment, Budget, DeiT, Distill, TimmModel
+from dbscale.study.resources import Resources
+from dbscale.training import losses, prepare
+from dbscale.training.losses import CachedTeacher
+
+SMALL, LARGE = DeiT(heads=1, head_width=8, depth=2, patch_size=4), DeiT(heads=3, head_width=8, depth=3, patch_size=4)
+
+
+@pytest.mark.parametrize("attention", [None, Attention(beta=0.0)])
+def test_distilling_with_no_weight_is_plain_bitwise(attention, bench):
+    teacher = bench.cell(model=SMALL)
+    plain = bench.cell()
+    idle = bench.cell("distill", teacher=teacher, distill=Distill(alpha=0.0, attention=attention))
+    rows = [bench.run(cell).row for cell in (teacher, plain, idle)]
+    assert rows[1].weights_sha256 == rows[2].weights_sha256
+    assert rows[1].train_loss == rows[2].train_loss
+
+
+@pytest.mark.parametrize(
+    ("teacher_model", "distill", "terms"),
+    [
+        (SMALL, Distill(alpha=0.5), {"kl"}),
+        (LARGE, Distill(alpha=1.0), {"kl"}),
+        (SMALL, Distill(alpha=0.5, target="hard"), {"hard"}),
+        (SMALL, Distill(alpha=0.5, target="mixed"), {"kl", "hard"}),
+        (SMALL, Distill(alpha=0.5, attention=Attention(layers="all", head_map="repeat")), {"kl", "attention_kl"}),
+        (LARGE, Distill(alpha=0.5, attention=Attention(layers=(0, -1), head_map="matrix")), {"kl", "attention_kl"}),
+        (LARGE, Distill(alpha=0.0, attention=Attention(head_map="mean")), {"attention_kl"}),
+    ],
+    ids=["smaller", "larger", "hard", "mixed", "all layers", "matrix", "maps only"],
+)
+def test_each_kind_of_distillation_trains_and_reports_its_terms(teacher_model, distill, terms, bench):
+    options = {"augment": Augment(mixup=0.8), "budget": Budget(steps=10)}
+    teacher = bench.cell(model=teacher_model, **options)
+    cell = bench.cell("distill", teacher=teacher, distill=distill, **options)
+    bench.run(teacher)
+    before = bench.weights(teacher)
+    outcome = bench.run(cell)
+    assert outcome.status == "done", outcome.reason
+    line = bench.fingerprint(cell)["metrics"][-1]
+    assert line.keys() - {"step", "lr", "loss", "ce"} == terms
+    expected = (1 - distill.alpha) * line["ce"]
+    soft, hard = distill.temperature**2 * line.get("kl", 0), line.get("hard", 0)
+    expected += distill.alpha * ((soft + hard) / 2 if distill.target == "mixed" else soft + hard)
+    expected += line.get("attention_kl", 0) * (distill.attention.beta if distill.attention else 0)
+    assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert outcome.row.arm == "distilled" and outcome.row.teacher == teacher.key
+    assert all(torch.equal(before[name], value) for name, value in bench.weights(teacher).items())
+
+
+def test_losses_match_their_formulas():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    from dbscale.data import MixTarget
+
+    mixed = MixTarget(labels, labels.flip(0), 0.3)
+    found = losses._cross_entropy(logits, mixed, 0.1)
+    dense = mixed.dense(5, smoothing=0.1)
+    assert found == pytest.approx(float(torch.nn.functional.cross_entropy(logits, dense)), rel=1e-6)
+
+
+def _soft_term(student, teacher, temperature):
+    p_t, log_p_s = (teacher / temperature).softmax(1), (student / temperature).log_softmax(1)
+    return temperature**2 * (p_t * (p_t.log() - log_p_s)).sum(1).mean()
+
+
+@pytest.mark.parametrize("target", ["soft", "hard", "mixed"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed labels"])
+def test_distillation_is_its_formula_in_value_and_gradient(target, mixed):
+    """loss = (1-α)·CE + α·T²·KL; hard: α·CE to the teacher's decision, which is not smoothed
+    (DeiT); mixed: half of each."""
+    from dbscale.data import MixTarget
+
+    torch.manual_seed(1)
+    labels, teacher_logits = torch.randint(0, 7, (9,)), 3 * torch.randn(9, 7)
+    wanted = MixTarget(labels, labels.flip(0), 0.3) if mixed else labels
+    settings = Distill(alpha=0.4, temperature=2.5, target=target)
+    found, expected = (torch.randn(9, 7).requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        expected.copy_(found)
+
+    objective = losses._DistillObjective(settings, 0.1, lambda _: teacher_logits, None, "auto")
+    terms = objective(lambda _: found, torch.empty(0), wanted)
+
+    dense = wanted.dense(7, smoothing=0.1) if mixed else labels
+    smoothing = 0.0 if mixed else 0.1
+    ce = torch.nn.functional.cross_entropy(expected, dense, label_smoothing=smoothing)
+    soft = _soft_term(expected, teacher_logits, 2.5)
+    hard = torch.nn.functional.cross_entropy(expected, teacher_logits.argmax(1))
+    guided = {"soft": soft, "hard": hard, "mixed": (soft + hard) / 2}[target]
+    loss = 0.6 * ce + 0.4 * guided
+    terms.loss.backward()
+    loss.backward()
+    assert terms.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert terms.ce.item() == pytest.approx(ce.item(), rel=1e-5)
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_distilled_deit_learns_from_a_plain_teacher_with_other_tokens(bench):
+    """Two prefix tokens against one, two heads of the classifier, three attention heads against two."""
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 4}
+    student = TimmModel(kind="timm", name="deit_tiny_distilled_patch16_224", kwargs=sizes)
+    teacher = bench.cell()
+    settings = Distill(alpha=0.5, attention=Attention(layers="all", head_map="matrix"))
+    cell = bench.cell("distill", teacher=teacher, model=student, distill=settings)
+    bench.run(teacher)
+    outcome = bench.run(cell)
+    assert outcome.status == "done", outcome.reason
+    child = bench.cell("finetune", init=cell, model=student)
+    outcome = bench.run(child)
+    assert outcome.status == "done", outcome.reason
+    assert outcome.row.arm == "distilled"
+    weights = bench.weights(child)
+    assert weights["head.weight"].shape == weights["head_dist.weight"].shape == (3, 24)
+
+
+TERMS = ("loss", "ce", "kl", "attention_kl")
+LOGITS_AND_MAPS = Distill(alpha=0.5, temperature=3.0, attention=Attention(beta=20.0, layers="all", head_map="repeat"))
+
+
+def distilled(bench: Any, backend: str) -> tuple[Any, list[dict[str, Any]]]:
+    """Row and metrics of a student of two heads that a teacher of one has taught, logits and maps."""
+    teacher = bench.cell(model=DeiT(heads=1, head_width=8, depth=2, patch_size=4))
+    student = bench.cell("distill", teacher=teacher, distill=LOGITS_AND_MAPS)
+    resources = Resources(zero_stage=None, threads=1, kd_backend=backend)  # pyright: ignore[reportArgumentType]
+    for cell in (teacher, student):
+        outcome = bench.run(cell, resources)
+        assert outcome.status == "done", outcome.reason
+    return outcome.row, bench.fingerprint(student)["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)  # the tracer's
+def test_the_backend_changes_a_run_by_rounding_alone(bench_of):
+    row, metrics = distilled(bench_of("auto"), "auto")
+    assert (row.kd_backend, row.resources["attention_backend"]) == ("eager", "eager") and row.teacher is not None
+    other_row, other_metrics = distilled(bench_of("compile"), "compile")
+    assert (other_row.kd_backend, other_row.resources["attention_backend"]) == ("compile", "compile")
+    assert other_row.weights_sha256 != row.weights_sha256, "the two did run different code"
+    assert len(metrics) == len(other_metrics) > 0
+    for line, other in zip(metrics, other_metrics, strict=True):
+        for name in TERMS:
+            # Maps of a fresh student differ by a KL of 6e-6, of which the textbook form has few digits.
+            assert other[name] == pytest.approx(line[name], rel=1e-4, abs=1e-7), name
+    assert other_row.train_loss == pytest.approx(row.train_loss, rel=1e-4)
+
+
+def test_the_row_says_what_computed_the_losses(bench):
+    row, _ = distilled(bench, "eager")
+    assert (row.kd_backend, row.resources["attention_backend"]) == ("eager", "eager")
+
+
+def test_a_run_without_a_teacher_names_no_backend(bench):
+    row = bench.run(bench.cell()).row
+    assert row.kd_backend is None and "attention_backend" not in row.resources
+
+
+CACHED = Resources(zero_stage=None, threads=1, teacher_cache=True)
+MIXED = {"augment": Augment(crop_padding=1, hflip=0.5, mixup=0.8, cutmix=1.0)}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often a teacher was really asked."""
+    calls: list[int] = []
+    original = prepare.load_teacher
+
+    def counting(*arguments, **keywords):
+        teacher = original(*arguments, **keywords)
+        if teacher is not None:
+            teacher.register_forward_pre_hook(lambda *_: calls.append(1))
+        return teacher
+
+    monkeypatch.setattr(prepare, "load_teacher", counting)
+    return calls
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_results_are_bitwise_those_without_a_cache(precision, bench_of, asked, stop_after):
+    found = {}
+    for name, resources in (("without", Resources(zero_stage=None, threads=1)), ("with", CACHED)):
+        bench = bench_of(name)
+        teacher = bench.cell(seed=1, precision=precision, **MIXED)
+        cell = bench.cell("distill", teacher=teacher, precision=precision, **MIXED)
+        bench.run(teacher)
+        assert bench.run(cell, resources, stop_after(5)).status == "interrupted"
+        assert bench.run(cell, resources).status == "done"
+        found[name] = bench.fingerprint(cell)
+    assert found["with"] == found["without"]
+    assert len(asked) == 24
+
+
+def test_students_that_share_a_stream_ask_once_and_others_anew(bench, asked):
+    teacher = bench.cell(seed=1, **MIXED)
+    bench.run(teacher)
+    students = [DeiT(heads=heads, head_width=8, depth=2, patch_size=4) for heads in (2, 3)]
+    for model in students:
+        assert bench.run(bench.cell("distill", teacher=teacher, model=model, **MIXED), CACHED).status == "done"
+    assert len(asked) == 12, "the second student saw the same pixels"
+    for other in ({"augment": Augment(crop_padding=1)}, {**MIXED, "seed": 7}):
+        before = len(asked)
+        assert bench.run(bench.cell("distill", teacher=teacher, **other), CACHED).status == "done"
+        assert len(asked) == before + 12, "other pixels, other answers"
+    retrained = bench.cell(seed=2, **MIXED)
+    bench.run(retrained)
+    before = len(asked)
+    bench.run(bench.cell("distill", teacher=retrained, **MIXED), CACHED)
+    assert len(asked) == before + 12, "another teacher"
+
+
+def test_maps_are_always_asked_for(bench, asked):
+    teacher = bench.cell(seed=1)
+    bench.run(teacher)
+    guided = Distill(alpha=0.5, attention=Attention())
+    for model in (None, DeiT(heads=3, head_width=8, depth=2, patch_size=4)):
+        assert bench.run(bench.cell("distill", teacher=teacher, distill=guided, model=model), CACHED).status == "done"
+    assert not (bench.store.root / losses.CACHE_FOLDER).exists()
+
+
+def test_the_last_bit_of_a_pixel_is_another_question_and_damage_is_asked_again(tmp_path):
+    network, calls = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), []
+    network.register_forward_pre_hook(lambda *_: calls.append(1))
+    teacher, images = CachedTeacher(network, tmp_path / "kept"), torch.rand(2, 3, 2, 2)
+    with torch.no_grad():
+        first = teacher(images)
+        assert torch.equal(teacher(images.clone()), first) and len(calls) == 1
+        changed = images.clone()
+        changed.view(-1).view(torch.int32)[5] ^= 1
+        teacher(changed)
+        teacher(images.reshape(2, 3, 4, 1))
+        assert len(calls) == 3
+        for path in (tmp_path / "kept").iterdir():
+            path.write_bytes(path.read_bytes()[:-5])
+        assert torch.equal(teacher(images), first) and len(calls) == 4
