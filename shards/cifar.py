@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dbscale.data.manifest import Encoding
 from dbscale.errors import DataError
-from shards.source import FileSource, Listing
+from shards.source import FileSource, Listing, one_line
 
 _PIXELS = 3 * 32 * 32
 
@@ -110,7 +110,7 @@ def _from_archive(path: Path) -> tuple[Layout, dict[str, bytes]]:
                 if all(name in members for name in names):
                     return layout, {name: archive.extractfile(members[name]).read() for name in names}  # type: ignore[union-attr]
     except Exception as error:  # of tarfile and of each kind of compression
-        raise DataError(f"{path}: damaged archive ({error}); fetch it again") from error
+        raise DataError(f"{path}: damaged archive ({one_line(error)}); fetch it again") from error
     raise DataError(f"{path}: not one of CIFAR's archives: a layout's files are missing")
 
 
@@ -157,7 +157,7 @@ def _unpickle(data: bytes, path: Path) -> dict[str, Any]:
     try:
         loaded = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:
-        raise DataError(f"{path}: refused to unpickle: {error}") from error
+        raise DataError(f"{path}: refused to unpickle: {one_line(error)}") from error
     if not isinstance(loaded, dict):
         raise DataError(f"{path}: expected a dictionary, found {type(loaded).__name__}")
     return {

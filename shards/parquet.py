@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dbscale.data.read import Descriptor
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder
-from shards.source import ArchiveSource, Part, Patterns, TestPatterns, printable
+from shards.source import ArchiveSource, Part, Patterns, TestPatterns, one_line, printable
 
 
 class Parquet(ArchiveSource):
@@ -49,7 +49,9 @@ class Parquet(ArchiveSource):
         except DataError:
             raise
         except Exception as error:  # pyarrow raises its own kinds on damaged files
-            raise DataError(f"{path}: column {self.label_column!r} cannot be read ({error}); fetch it again") from error
+            raise DataError(
+                f"{path}: column {self.label_column!r} cannot be read ({one_line(error)}); fetch it again"
+            ) from error
         names = [f"{path.relative_to(self.root)}:{row}" for row in range(len(labels))]
         return Part(names, labels, self._class_names(file, path))
 
@@ -60,7 +62,7 @@ class Parquet(ArchiveSource):
             file = parquet.ParquetFile(path)
             columns = file.schema_arrow.names
         except Exception as error:
-            raise DataError(f"{path}: not a readable parquet file ({error}); fetch it again") from error
+            raise DataError(f"{path}: not a readable parquet file ({one_line(error)}); fetch it again") from error
         missing = [name for name in (self.image_column, self.label_column) if name not in columns]
         if missing:
             raise DataError(
@@ -138,7 +140,9 @@ class Parquet(ArchiveSource):
             for batch in file.iter_batches(batch_size=256, columns=[self.image_column]):
                 yield from batch.column(0).to_pylist()
         except Exception as error:
-            raise DataError(f"{path}: column {self.image_column!r} cannot be read ({error}); fetch it again") from error
+            raise DataError(
+                f"{path}: column {self.image_column!r} cannot be read ({one_line(error)}); fetch it again"
+            ) from error
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[bytes]:
         for name in names:

@@ -379,6 +379,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\\udc", "\\x")
 
 
+def one_line(error: Exception) -> str:
+    """What a library said of a damaged file, for the middle of a sentence."""
+    return " ".join(printable(str(error)).split()) or type(error).__name__
+
+
 def listing_digest(classes: Sequence[str], listings: Mapping[str, Listing]) -> str:
     """Hash of a source's classes, names and labels: what changes when files come, go or move."""
     digest = hashlib.sha256("\0".join(classes).encode())

@@ -12,8 +12,8 @@ import json
 import lzma
 import os
 import posixpath
-import shutil
 import tarfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -27,7 +27,7 @@ from dbscale.data.read import Descriptor
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder
 from shards.imagefolder import IMAGE_SUFFIXES
-from shards.source import ArchiveSource, Part, Patterns, TestPatterns, Unused, parse_label, printable
+from shards.source import ArchiveSource, Part, Patterns, TestPatterns, Unused, one_line, parse_label, printable
 
 _PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}
 _LABEL_SUFFIXES = ("cls", "class", "label", "json", "txt")
@@ -137,7 +137,8 @@ class WebDatasetTars(ArchiveSource):
             return
         make_folder(target.parent)
         with open_tar(path) as packed, atomic_open(target) as out:
-            shutil.copyfileobj(packed, out, 1 << 22)
+            for chunk in _chunks(packed, path):
+                out.write(chunk)
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[bytes]:
         for name in names:
@@ -207,7 +208,7 @@ def _json(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: its JSON cannot be read ({error})") from error
+        raise DataError(f"{where}: its JSON cannot be read ({one_line(error)})") from error
     return value if isinstance(value, dict) else {"label": value}
 
 
@@ -229,6 +230,14 @@ def _opener(path: Path) -> Any:
 def open_tar(path: Path) -> IO[bytes]:
     """The bytes of a tar, unpacked where it is compressed."""
     return _opener(path)(path, "rb")
+
+
+def _chunks(packed: IO[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        while chunk := packed.read(1 << 22):
+            yield chunk
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be unpacked ({one_line(error)}); fetch it again") from error
 
 
 class _Header(tarfile.TarInfo):
@@ -270,9 +279,9 @@ def walk_tar(path: Path, remedy: str = "fetch it again") -> Iterator[Member]:
     except tarfile.ReadError as error:
         cut = any(word in str(error) for word in ("unexpected end", "empty", "truncated"))
         what = "truncated" if cut else "corrupt tar header"
-        raise DataError(f"{path}: {what} ({error}); {remedy}") from error
+        raise DataError(f"{path}: {what} ({one_line(error)}); {remedy}") from error
     except Exception as error:  # on damaged input, tarfile and the kinds of compression raise many others
-        raise DataError(f"{path}: corrupt tar ({type(error).__name__}: {error}); {remedy}") from error
+        raise DataError(f"{path}: corrupt tar ({one_line(error)}); {remedy}") from error
     for name, target in links:
         yield places[target]._replace(name=name) if target in places else Member(name, 0, -1)
 

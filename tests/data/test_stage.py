@@ -73,7 +73,7 @@ def test_copies_that_differ_from_what_was_packed_are_made_again(folder: Path, tm
     for name in names:
         path = staged.dataset.folder / name
         content = bytearray(path.read_bytes())
-        content[4 * 512 + 512 + 60] ^= 4  # in a sample of a tar
+        content[512 + 60 if name.endswith(".tar") else len(content) // 3] ^= 4  # in a sample of the tars
         other = staged.dataset.folder / names[names.index(name) - 1]
         path.write_bytes({"bit": bytes(content), "cut": content[:-9], "empty": b"", "swap": other.read_bytes()}[damage])
         again = stage_subset(subset, tmp_path)
