@@ -23,6 +23,8 @@ from dbscale.report.words import AXES, COMPONENTS, axis_of, count, is_rate, metr
 Rows = list[dict[str, Any]]
 DATA = alt.NamedData(name="rows")
 """Rows stay out of Altair, which would copy them with every step of a declaration."""
+HIDDEN = alt.param(name="hidden", value=[])
+"""Arms switched off. The page's script sets it when a legend is clicked: Vega-Lite binds no legend of panels."""
 ARMS = ("plain", "distilled", "teacher", "scratch")
 """In the order of the theme's colours; no figure has more than three."""
 SHAPES = ("circle", "diamond", "square", "triangle-up")
@@ -106,10 +108,12 @@ def panelled(layers: Sequence[tuple[str, Any]], rows: Rows, panels: Sequence[str
     present = {row["part"] for row in rows}
     *drawn, top = [layer for name, layer in layers if name in present]
     chart = alt.layer(*drawn, top.add_params(zoom)).properties(width=wide * PAPER_WIDTH, height=height)
+    switches = [HIDDEN] if "run" in present else []
     if len(panels) == 1:
-        return chart.properties(data=DATA)
+        return chart.properties(data=DATA).add_params(*switches)
     order = alt.Facet("panel:N", title=None, sort=list(panels))
-    return chart.facet(order, columns=min(len(panels), 3), data=DATA).resolve_axis(x="independent")
+    chart = chart.facet(order, columns=min(len(panels), 3), data=DATA)
+    return chart.resolve_axis(x="independent").add_params(*switches)
 
 
 def part(name: str) -> Any:
@@ -265,13 +269,11 @@ def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | No
 
 
 def _arm_layers(x: alt.X, title: str, metric: str, rows: Rows) -> list[tuple[str, Any]]:
-    """Laws and runs by arm; a click on the legend hides an arm and shows it again."""
+    """Laws and runs by arm; arms that the parameter `hidden` lists are not shown."""
     ticks = log_ticks(row[name] for row in rows for name in ("y", "low", "high") if row.get(name))
     axis = alt.Axis(format=".1~%" if is_rate(metric) else ".2~f", values=ticks)
     y = alt.Y("y:Q", title=title, axis=axis, scale=alt.Scale(type="log", nice=False, padding=8))
     arms = [arm for arm in ARMS if any(row.get("arm") == arm for row in rows)]
-    shown = alt.selection_point(name="arms", fields=["arm"], bind="legend", toggle="true", empty=False,
-                                value=[{"arm": arm} for arm in arms])  # fmt: skip
     color, shape = (channel("arm:N", title=None, scale=alt.Scale(domain=arms)) for channel in (alt.Color, alt.Shape))
     tooltip = [
         alt.Tooltip("arm:N"), alt.Tooltip("x:Q", title=x["title"], format=",.4~g"),
@@ -280,11 +282,11 @@ def _arm_layers(x: alt.X, title: str, metric: str, rows: Rows) -> list[tuple[str
     ]  # fmt: skip
 
     def opacity(value: float) -> Any:
-        return alt.when(shown).then(alt.value(value)).otherwise(alt.value(0))
+        return alt.when("indexof(hidden, datum.arm) < 0").then(alt.value(value)).otherwise(alt.value(0))
 
     level = part("level").mark_rule(strokeDash=[2, 3])
     area, line = part("law").mark_area(), part("law").mark_line(strokeWidth=1.8)
-    mark = part("run").mark_point(filled=True, size=42).encode(shape=shape, tooltip=tooltip).add_params(shown)
+    mark = part("run").mark_point(filled=True, size=42).encode(shape=shape, tooltip=tooltip)
     return [
         ("level", level.encode(y=y, color=color, opacity=opacity(0.7), tooltip=tooltip)),
         ("law", area.encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q", color=color, opacity=opacity(0.16))),
