@@ -6,7 +6,7 @@ drawn by the Vega that the page carries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ def write_report(store: Store, grid_name: str) -> Path:
     return write_page(table, findings, of_grid(store, load_plan(store, grid_name), table), store.grid_dir(grid_name))
 
 
-def write_table_report(path: Path, folder: Path) -> Path:
+def write_table_report(path: Path, folder: Path, columns: Mapping[str, str] | None = None) -> Path:
     """The same from a table alone, with laws.json and boundary.json beside it; returns the page's path."""
-    table, findings = refresh_table(path, folder)
+    table, findings = refresh_table(path, folder, columns=columns)
     return write_page(table, findings, of_table(path, table), folder)
 
 
@@ -45,9 +45,9 @@ def export_figures(store: Store, grid_name: str, folder: Path) -> list[Path]:
     return export(study_figures(table, findings.laws, findings.boundary).values(), folder)
 
 
-def export_table_figures(path: Path, folder: Path) -> list[Path]:
+def export_table_figures(path: Path, folder: Path, columns: Mapping[str, str] | None = None) -> list[Path]:
     """The same from a table alone."""
-    table, findings = refresh_table(path, folder)
+    table, findings = refresh_table(path, folder, columns=columns)
     return export(study_figures(table, findings.laws, findings.boundary).values(), folder)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.files import atomic_open
-from launch.commands.results import grid_name
+from launch.commands.results import add_table, columns_of, grid_name
 from launch.options import AddCommand, add_data, add_grid, add_store, store_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_commands(add: AddCommand) -> None:
     for name, what in (("dp", "upstream samples"), ("df", "downstream samples"), ("params", "student's parameters")):
         parser.add_argument(f"--{name}", required=True, metavar="COUNT", help=f"{what}: 2000, 200k, 22M")
     parser.add_argument("--dataset", help="one downstream set; default: all")
-    parser.add_argument("--table", type=Path, help="a rows.csv instead of the grid's own rows")
+    add_table(parser)
     add_grid(parser)
     add_store(parser)
     add_data(parser)
@@ -237,9 +237,11 @@ def advise(arguments: argparse.Namespace) -> int:
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     store = store_of(arguments)
     if arguments.table is not None:
-        table, wrong = read_table(arguments.table), None
+        table, wrong = read_table(arguments.table, columns_of(arguments)), None
     else:
         table = collect(store, load_plan(store, grid_name(arguments)))
         wrong = load_mistakes(store, {run.key for run in table})
     print("\n\n".join(advice.text() for advice in ask(table, *point, dataset=arguments.dataset, wrong=wrong)))
+    for note in table.warnings:
+        print(f"  warning: {note}")
     return 0
