@@ -16,7 +16,7 @@ import altair as alt
 
 from dbscale.files import write_atomic
 from dbscale.laws import Verdict
-from dbscale.report.schema import AxisName, Band, BoundaryFile, ContrastRecord, LawsFile
+from dbscale.report.schema import AxisName, Band, BoundaryFile, ContrastRecord, LawsFile, OfSetting
 from dbscale.report.table import RunTable, Setting
 from dbscale.report.words import AXES, COMPONENTS, axis_of, count, is_rate, metric_of, side_of, stratum, where
 
@@ -211,15 +211,19 @@ def error_figure(
     if axis == "upstream_samples":
         rows += _scratch_rows(runs.scratch, panel_of, metric)
     panels = list(dict.fromkeys(row["panel"] for row in rows if row["part"] == "run"))
-    for curve in laws.curves:
-        if (curve.dataset, curve.variant, curve.metric, curve.axis) == (setting.dataset, setting.variant, metric, axis):
-            rows += [
-                {"panel": panel_of(curve), "part": "law", "arm": curve.arm, **row} for row in band_rows(curve.band)
-            ]
+    rows += [
+        {"panel": panel_of(curve), "part": "law", "arm": curve.arm, **row}
+        for curve in laws.curves if (setting_of(curve), curve.metric, curve.axis) == (setting, metric, axis)
+        for row in band_rows(curve.band)
+    ]  # fmt: skip
     rows = [row for row in rows if row["panel"] in panels]
     layers = _arm_layers(log_x(AXES[axis], own.values(axis)), metric_of(metric), metric, rows)
     told = f"{metric_of(metric)} over {AXES[axis]}, {setting.dataset}"
     return Figure(name, panelled(layers, rows, panels, 190), rows, told)
+
+
+def setting_of(record: OfSetting) -> Setting:
+    return Setting(record.variant, record.upstream_dataset, record.dataset)
 
 
 def _panel_names(axis: AxisName) -> Any:
@@ -305,7 +309,7 @@ def predicted_figure(name: str, laws: LawsFile, setting: Setting) -> Figure | No
         {"panel": panels[each.held_out], "part": "run", "arm": each.arm, "x": each.measured, "y": each.predicted,
          "seed": str(each.seed), "run": each.key}
         for each in laws.predictions
-        if each.predicted and each.measured > 0 and Setting(each.variant, each.upstream_dataset, each.dataset) == setting
+        if each.predicted and each.measured > 0 and setting_of(each) == setting
     ]  # fmt: skip
     if not rows:
         return None

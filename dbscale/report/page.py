@@ -90,7 +90,7 @@ def _tiles(table: RunTable, findings: Findings, background: Background) -> list[
     if main is not None:
         tiles.append((words.count(main.num_seeds), "seeds behind the main verdict"))
         tiles.append((f"± {words.size_text(main.min_effect, 'error_rate')}", "differences below this do not matter"))
-    time = sum(stage.device_time_s for stage in background.stages)
+    time = sum(cost.device_time_s for cost in background.costs)
     return [*tiles, *([(words.duration(time), "device time of the finished cells")] if time else [])]
 
 

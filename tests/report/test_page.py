@@ -128,7 +128,7 @@ def test_any_contrast_has_the_same_kind_of_page(tmp_path: Path):
 def test_a_tables_cost_counts_every_upstream_run_once():
     table = read_table(STUDY / "rows.csv")
     background = of_table(STUDY / "rows.csv", table)
-    assert {stage.stage: stage.num_cells for stage in background.stages} == {
+    assert {stage["stage"]: stage["num_cells"] for stage in background.stages} == {
         "pretrain": 30,
         "distill": 20,
         "finetune": 280,
