@@ -153,8 +153,7 @@ def variable_columns(variables: Sequence[Variable], given: Sequence[str], sheet:
     known = {name: each.name for each in variables for name in (*each.aliases, each.symbol, each.name)}
     columns = dict(assigned(each, known, sheet) for each in given)
     for each in variables:
-        found = next((name for name in (each.name, each.symbol, *each.aliases) if name in sheet.columns), None)
-        if columns.setdefault(each.name, found or "") == "":
+        if columns.setdefault(each.name, each.found_in(sheet.columns) or "") == "":
             raise ConfigError(f"{sheet.name}: no column for the law's {each.name} ({each.symbol}); write "
                               f"--x {each.name}=COLUMN; {closest(each.name, sheet.columns)}")  # fmt: skip
     return columns
