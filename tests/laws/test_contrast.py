@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from dbscale.laws import LawError, NotEnoughData, Pairs, delta_curves, delta_points, make_pairs
-from dbscale.laws.contrast import image_variance, moderated_variances
+from dbscale.laws.contrast import CORRELATIONS, _noises, image_variance, moderated_variances, seed_table
 
 TWO = {"x": [1.0, 1.0, 1.0, 2.0, 2.0, 2.0], "delta": [0.1, 0.2, 0.3, -0.1, 0.0, 0.1], "seed": [0, 1, 2, 0, 1, 2]}
 
@@ -214,6 +214,16 @@ def test_noise_that_a_seed_carries_along_x_moves_the_whole_curve() -> None:
     )
     apart, together = (np.corrcoef(delta_curves(table(v)).drawn[:, [0, -1]].T)[0, 1] for v in (own, shared))
     assert together > 0.3 > apart
+
+
+def test_the_seeds_deviations_weigh_their_correlation_along_x() -> None:
+    """Two seeds, two x, sd 1 each: log weights are those of their difference / √2 under a normal law."""
+    table = seed_table(make_pairs([1, 2, 1, 2], [0.7, 0.7, -0.7, -0.7], seed=[0, 0, 1, 1]))
+    _, scores = _noises(table)
+    unit = table.values[0] / table.variance**0.5 * 2**0.5
+    laws = [stats.multivariate_normal(cov=[[1, r], [r, 1]]).logpdf(unit) for r in CORRELATIONS]
+    assert np.diff(scores[: len(CORRELATIONS)]) == pytest.approx(np.diff(laws), rel=1e-5)
+    assert scores.reshape(-1, len(CORRELATIONS)).std(axis=0).max() == 0
 
 
 # Coverage, on worlds with unequal variances and heavy tails.
