@@ -98,7 +98,8 @@ def of_table(path: Path, table: RunTable) -> Background:
                  num_attempts=run.num_attempts)
         for run in table if run.device_time_s is not None
     ]  # fmt: skip
-    return Background(f"Made from the table {path.name} alone", tuple(costs), _cost_text(costs, len(costs), 0.0))
+    text = _cost_text(costs, len(costs), 0.0) or say("no_cost", count=len(table))
+    return Background(f"Made from the table {path.name} alone", tuple(costs), text)
 
 
 def _speed(samples: float | None, seconds: float | None) -> float | None:
@@ -164,7 +165,7 @@ def answered_checklist(
     table: RunTable, laws: LawsFile, boundary: BoundaryFile, specs: Sequence[CellSpec]
 ) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     """The reproducibility checklist of arXiv 2502.18969, filled in from the study's own files."""
-    fitted = [law for law in laws.laws if not law.reason]
+    fitted = [law for law in laws.laws if not law.reason and law.metric == "error_rate"]
     verdicts = [record.verdict for record in boundary.contrasts if record.verdict is not None]
     shares = [run.upstream_samples_seen / run.upstream_samples for run in table.pretrained if run.upstream_samples_seen]
     sizes = sorted({run.num_test_samples for run in table if run.num_test_samples})

@@ -205,7 +205,7 @@ def error_figure(
     panel_of, own = _panel_names(axis), _worth_drawing(runs.pretrained.where(setting=setting), axis)
     rows: Rows = [
         {"panel": panel_of(run), "part": "run", "arm": run.arm, "x": getattr(run, axis), "y": getattr(run, metric),
-         "seed": str(run.seed), "run": run.key}
+         "seed": str(run.seed)}
         for run in own
     ]  # fmt: skip
     if axis == "upstream_samples":
@@ -248,10 +248,9 @@ def _worth_drawing(runs: RunTable, axis: AxisName) -> RunTable:
 def _scratch_rows(runs: RunTable, panel_of: Any, metric: str) -> Rows:
     """Runs without upstream data, which have no place on a log axis: a level each."""
     return [
-        {"panel": panel_of(run), "part": "level", "arm": run.arm, "y": getattr(run, metric), "seed": str(run.seed),
-         "run": run.key}
+        {"panel": panel_of(run), "part": "level", "arm": run.arm, "y": getattr(run, metric), "seed": str(run.seed)}
         for run in runs
-    ]  # fmt: skip
+    ]
 
 
 def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | None:
@@ -262,7 +261,7 @@ def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | No
             for arm, error in ((run.arm, run.upstream_error_rate), ("teacher", run.teacher_error_rate)):
                 if error is not None:
                     row = {"panel": run.student, "arm": arm, "x": run.upstream_samples, "seed": str(run.seed)}
-                    runs[tuple(row.values())] = row | {"part": "run", "y": error, "run": run.upstream_key}
+                    runs[tuple(row.values())] = row | {"part": "run", "y": error}
     if not runs:
         return None
     rows = list(runs.values())
@@ -282,7 +281,6 @@ def _arm_layers(x: alt.X, title: str, metric: str, rows: Rows) -> list[tuple[str
     tooltip = [
         alt.Tooltip("arm:N"), alt.Tooltip("x:Q", title=x["title"], format=",.4~g"),
         alt.Tooltip("y:Q", title=title, format=".2%" if is_rate(metric) else ".4f"), alt.Tooltip("seed:N"),
-        alt.Tooltip("run:N"),
     ]  # fmt: skip
 
     def opacity(value: float) -> Any:
@@ -307,7 +305,7 @@ def predicted_figure(name: str, laws: LawsFile, setting: Setting) -> Figure | No
     panels = ("laws fitted to all runs", "largest D_p held out")
     rows: Rows = [
         {"panel": panels[each.held_out], "part": "run", "arm": each.arm, "x": each.measured, "y": each.predicted,
-         "seed": str(each.seed), "run": each.key}
+         "seed": str(each.seed)}
         for each in laws.predictions
         if each.predicted and each.measured > 0 and setting_of(each) == setting
     ]  # fmt: skip
@@ -334,7 +332,8 @@ def noise_figure(name: str, contrasts: Sequence[ContrastRecord]) -> Figure | Non
         return None
     bars, sources = (list(dict.fromkeys(row[name] for row in rows)) for name in ("contrast", "source"))
     chart = alt.Chart(DATA).mark_bar(height=16).encode(
-        x=alt.X("share:Q", title="share of the variance of one difference", axis=alt.Axis(format="%", tickCount=5)),
+        x=alt.X("share:Q", title="share of the variance of one difference", axis=alt.Axis(format="%", tickCount=5),
+                scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("contrast:N", title=None, sort=bars, axis=alt.Axis(labelLimit=260)),
         color=alt.Color("source:N", title=None, scale=alt.Scale(domain=sources, scheme="tableau10"),
                         legend=alt.Legend(columns=3, labelLimit=240)),

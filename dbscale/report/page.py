@@ -6,6 +6,9 @@ drawn by the Vega that the page carries.
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -116,7 +119,7 @@ def render(
         title=title, question=question, contrasts=contrasts, main=next((r for r in contrasts if r.main), None),
         groups=groups, figures=figures, open_notes=notes[:MOST_NOTES], more_notes=notes[MOST_NOTES:],
         family=words.family_text(contrasts), footer=f"dbscale {__version__}. {origin}; page written {day()}.",
-        specs={name: figure.spec() for name, figure in figures.items()},
+        specs=packed({name: figure.spec() for name, figure in figures.items()}),
         themes={name: config(**colors) for name, colors in THEMES.items()},
         vega=Markup(_vega()), css=parts["css"], javascript=parts["js"],
         study=study or None, **study,
@@ -125,9 +128,14 @@ def render(
 
 WORDS = (
     "about", "answer", "brief", "count", "duration", "effect", "evidence", "is_rate", "metric_of",
-    "noise_text", "param_text", "percent", "sentences", "size_text", "stratum", "symbols", "value_text", "where",
+    "noise_text", "param_text", "percent", "sentences", "size_text", "stratum", "symbols", "where",
 )  # fmt: skip
 """Functions of `words` that the template uses as filters."""
+
+
+def packed(value: object) -> str:
+    """JSON, compressed (a tenth of its size) and as text that any page may hold; report.js unpacks it."""
+    return base64.b64encode(gzip.compress(json.dumps(value, allow_nan=False).encode(), mtime=0)).decode()
 
 
 @cache

@@ -1,7 +1,8 @@
 "use strict";
 // Draws the figures that the page holds as Vega-Lite, each when it first comes into view, as wide as the page allows and in its colours.
 (() => {
-  const specs = JSON.parse(document.getElementById("specs").textContent);
+  const packed = Uint8Array.from(atob(document.getElementById("specs").textContent), (c) => c.charCodeAt(0));
+  const unpacked = new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   const themes = JSON.parse(document.getElementById("themes").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const drawn = new Map();
@@ -49,7 +50,7 @@
     drawn.get(element.id)?.finalize();
     // Nothing leaves the page: no editor to open; expressions are interpreted, so that the page may forbid eval.
     const options = { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", ast: true, patch: withSwitches, tooltip: { theme: dark.matches ? "dark" : "light" } };
-    const made = await vegaEmbed(element, fitted(specs[element.id], width), options);
+    const made = await vegaEmbed(element, fitted((await unpacked)[element.id], width), options);
     if (hasSwitches(made.vgSpec)) listen(made.view);
     drawn.set(element.id, made);
   }
@@ -80,5 +81,5 @@
     });
   }));
 
-  window.dbscaleReport = { specs, drawn, drawAll };
+  window.dbscaleReport = { drawn, drawAll };
 })();
