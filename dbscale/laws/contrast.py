@@ -309,16 +309,14 @@ def delta_curves(
     """Posterior draws of the smooth curve of Δ along log x; several strata or draws are pooled first.
 
     A Gaussian process with constant, slope and bend. Its hyperparameters, the scale of the noise and the noise that the
-    x of one seed have in common are drawn, not plugged in. The grid, where none is given, has sixteen points an octave
-    over the measured range (32 to 400 in all), and every measured x. Raises NotEnoughData for one x, and where no x has
-    two seeds.
+    x of one seed have in common are drawn, not plugged in. The grid, where none is given, runs over the measured range
+    with sixteen steps an octave, 32 in all at least, and holds every measured x. Raises NotEnoughData for one x, and
+    where no x has two seeds.
     """
     table = seed_table(pairs)
     if len(table.x) < 2:
         raise NotEnoughData(f"every pair lies at x = {table.x[0]:g}: what changes along x needs two x or more")
-    if grid is None:
-        steps = int(np.clip(16 * np.log2(table.x[-1] / table.x[0]), 32, 400))
-        grid = np.union1d(np.geomspace(table.x[0], table.x[-1], steps + 1)[1:-1], table.x)
+    grid = _grid(table.x) if grid is None else grid
     basis, basis_grid = _bases(table, grid)  # [h, K, q], [h, g, q]
     noise, score = _noises(table)  # [c, K, K], [c]
     total = (basis @ basis.transpose(0, 2, 1))[:, None] + noise  # [h, c, K, K]
@@ -335,6 +333,14 @@ def delta_curves(
     missed = table.mean - error - np.einsum("skq,sq->sk", basis[h], weight)
     weight += np.einsum("skq,skl,sl->sq", basis[h], inverse[h, c], missed, optimize=True)
     return DeltaCurves(grid, best, np.concatenate([weight[h == k] @ basis_grid[k].T for k in range(len(basis))]))
+
+
+def _grid(x: np.ndarray) -> np.ndarray:
+    octaves = np.diff(np.log2(x))
+    steps = np.ceil(octaves * max(16.0, 32.0 / octaves.sum()) - 1e-9).astype(int)
+    return np.append(
+        np.concatenate([np.geomspace(a, b, n + 1)[:-1] for a, b, n in zip(x, x[1:], steps, strict=False)]), x[-1]
+    )
 
 
 def _bases(table: SeedTable, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -364,16 +364,15 @@ def _scaled(kind: str, value: float | None, factor: float, shift: float) -> floa
 
 
 def make_problem(form: Form, x: Mapping, y: np.ndarray, units: Mapping, loss: Loss, box: tuple) -> Problem:
-    """The scaled problem. Huber's corner under linear losses follows the size of y, whatever y was divided by."""
-    target = y / units["y"]
+    """The scaled problem, rounded to twelve digits, so that no unit leaves a trace by which a start leads elsewhere.
+
+    Huber's corner under linear losses follows the size of y, whatever y was divided by.
+    """
+    scaled = {n: np.exp(np.round(np.log(x[n] / units[n]), 12)) for n in form.variable_names}
+    target = np.round(np.log(y / units["y"]) if loss.is_log else y / units["y"], 12)
     if not loss.is_log:
         loss = replace(loss, delta=loss.delta * geometric_mean(target))
-    return Problem(form, {n: x[n] / units[n] for n in form.variable_names}, scaled_target(y, units, loss), loss, *box)
-
-
-def scaled_target(y: np.ndarray, units: Mapping, loss: Loss) -> np.ndarray:
-    """y in the loss's space, scaled."""
-    return np.log(y / units["y"]) if loss.is_log else y / units["y"]
+    return Problem(form, scaled, target, loss, *box)
 
 
 def spread_starts(problem: Problem, count: int, seed: int) -> np.ndarray:

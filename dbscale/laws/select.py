@@ -270,8 +270,8 @@ class Selection:
     """Names of the variables that vary in the table; ("x",) where one array was given."""
     calibration: Calibration
     resampling: Resampling
-    without_last: Callable[[], tuple[Selection, np.ndarray]]
-    """The same selection from the rows below the largest level of the first column, and a mask [n] of those rows."""
+    without_last: Callable[[], Selection]
+    """Makes the same selection from the rows below the largest level of the first column."""
 
     @property
     def best(self) -> LawFit:
@@ -396,13 +396,13 @@ class Selection:
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Predicted and measured y of the rows at the largest level of the first column, by the average of laws that
         did NOT see them, in the table's order. nan predictions where no law could be fitted without them."""
-        last = ~self.without_last()[1]
+        first = next(iter(self.best.x.values()))
+        last = first == first.max()
         x = {name: column[last] for name, column in zip(self.columns, self.best.x.values(), strict=True)}
-        measured = self.best.y[last]
         try:
-            return self.without_last()[0].predict(x), measured
+            return self.without_last().predict(x), self.best.y[last]
         except LawError:
-            return np.full(len(measured), np.nan), measured
+            return np.full(int(last.sum()), np.nan), self.best.y[last]
 
     def report(self) -> str:
         """Scores of every law as text, and the best law's parameters."""
@@ -483,13 +483,12 @@ def select_law(
         raise failures[0][1]
     how = Resampling.make(len(fits[0].y), num_resamples, clusters, within, stderr, seed)
 
-    def without_last() -> tuple[Selection, np.ndarray]:
+    def without_last() -> Selection:
         first = next(iter(columns.values()))
         seen = first < first.max()
-        part = [None if c is None else np.asarray(c)[seen] for c in (y, weights, clusters, within)]
-        few = select_law({n: c[seen] for n, c in columns.items()}, part[0], laws=forms, weights=part[1],
-                         clusters=part[2], within=part[3], loss=loss, bounds=bounds, ceiling=ceiling, seed=seed)  # fmt: skip
-        return few, seen
+        own, w = (None if c is None else np.asarray(c)[seen] for c in (y, weights))
+        return select_law({n: c[seen] for n, c in columns.items()}, own, laws=forms, weights=w, loss=loss,
+                          bounds=bounds, ceiling=ceiling, seed=seed)  # fmt: skip
 
     return make_selection(fits, failures, tuple(columns), how, without_last)
 

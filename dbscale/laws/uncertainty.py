@@ -200,17 +200,16 @@ def intervals_of(
             found[name] = None
         else:
             at_bound = name in fit.at_bound or pressed.get(name, False)
-            ends = profile_interval(fit, name, level) if at_bound else (float(low[k]), float(high[k]))
-            found[name] = (
-                None if says_nothing(ends, is_log=bool(fit.form.is_log[k]), box=(box[0][k], box[1][k])) else ends
-            )
+            both = profile_interval(fit, name, level) if at_bound else (float(low[k]), float(high[k]))
+            empty = says_nothing(both, is_log=bool(fit.form.is_log[k]), box=(float(box[0][k]), float(box[1][k])))
+            found[name] = None if empty else both
     return found
 
 
 def says_nothing(ends: tuple[float, float], *, is_log: bool, box: tuple[float, float]) -> bool:
     """Whether an interval is as wide as the law allows, or spans a factor of a million and more."""
     if is_log:
-        return ends[1] == np.inf or 0 < ends[0] * np.exp(2 * LOST) < ends[1]
+        return ends[1] == np.inf or bool(0 < ends[0] * np.exp(2 * LOST) < ends[1])
     return ends[0] <= box[0] and ends[1] >= box[1]
 
 

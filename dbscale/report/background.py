@@ -6,7 +6,7 @@ From a grid's store, or from a table alone, which knows less. Reads; the page dr
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,78 +36,69 @@ class CellCost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """Finished cells of one stage on one device of one host."""
-
-    stage: str
-    device: str
-    host: str
-    num_cells: int
-    device_time_s: float
-    longest_s: float
-    images_per_s: float | None
-    """Median over cells."""
-    data_wait_share: float | None
-    """Mean over cells."""
-    num_attempts: int | None
-
-
-@dataclass(frozen=True)
-class LostCell:
-    """A cell without a result and how many points its absence costs."""
-
-    key: str
-    state: str
-    reason: str
-    log: str
-    points_lost: int
-
-
-@dataclass(frozen=True)
 class Background:
-    """Where the runs came from."""
+    """Where the runs came from; the mappings are lines of the page's tables."""
 
     origin: str
     """A sentence for the footer."""
-    stages: tuple[StageCost, ...]
+    costs: tuple[CellCost, ...]
     cost: str
     """Actual device time against the planned one, said; empty where unknown."""
-    missing: tuple[LostCell, ...] = ()
+    missing: tuple[dict[str, Any], ...] = ()
+    """Cells without a result: key, state, reason, log, and points_lost by their absence."""
     cells: tuple[dict[str, Any], ...] = ()
-    """One mapping a cell, unfinished ones first."""
+    """Unfinished ones first."""
     specs: tuple[CellSpec, ...] = ()
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """Costs by stage, device and host, in the order cells run."""
+        groups: dict[tuple[str, str, str], list[CellCost]] = {}
+        for cost in self.costs:
+            groups.setdefault(cost[:3], []).append(cost)
+        ordered = sorted(groups.items(), key=lambda item: (STAGES.index(item[0][0]), item[0]))
+        return [dict(zip(("stage", "device", "host"), place, strict=True)) | _sums(cells) for place, cells in ordered]
+
+
+def _sums(cells: Sequence[CellCost]) -> dict[str, Any]:
+    def over(function: Any, name: str) -> Any:
+        known = [getattr(cell, name) for cell in cells if getattr(cell, name) is not None]
+        return function(known).item() if known else None
+
+    return {
+        "num_cells": len(cells), "device_time_s": over(np.sum, "device_time_s"), "longest_s": over(np.max, "device_time_s"),
+        "images_per_s": over(np.median, "images_per_s"), "data_wait_share": over(np.mean, "data_wait_share"),
+        "num_attempts": over(np.sum, "num_attempts"),
+    }  # fmt: skip
 
 
 def of_grid(store: Store, plan: PlanRecord, table: RunTable) -> Background:
     """All that the store holds of a planned grid."""
     rows = {key: store.read_row(key) for key in plan.cells}
     specs = [store.read_spec(key) for key in plan.cells if (store.cell_dir(key) / "recipe.json").exists()]
-    costs = [_cost_of_row(row) for row in rows.values() if row is not None]
+    costs = tuple(_cost_of_row(row) for row in rows.values() if row is not None)
     entries = [_entry(store, key, row) for key, row in rows.items()]
     return Background(
-        origin=f"Planned {day(plan.created)}", stages=stages_of(costs),
-        cost=_cost_text(costs, len(plan.cells), plan.predicted_device_s), missing=tuple(lost_cells(table, store, plan)),
-        cells=tuple(sorted(entries, key=lambda entry: entry["state"] == "done")), specs=tuple(specs),
+        f"Planned {day(plan.created)}", costs, _cost_text(costs, len(plan.cells), plan.predicted_device_s),
+        tuple(_lost_cells(table, store, plan)), tuple(sorted(entries, key=lambda entry: entry["state"] == "done")),
+        tuple(specs),
     )  # fmt: skip
 
 
 def of_table(path: Path, table: RunTable) -> Background:
     """What a table of runs tells of itself; every upstream run that it names counts once."""
-    costs = [_upstream_cost(run) for run in {run.upstream_key: run for run in table if run.upstream_key}.values()]
-    costs += [
+    upstream = {run.upstream_key: run for run in table if run.upstream_key and run.upstream_device_time_s is not None}
+    costs = [
+        CellCost(run.upstream_stage or "pretrain", run.device, run.host, run.upstream_device_time_s or 0.0,
+                 _speed(run.upstream_samples_seen, run.upstream_device_time_s))
+        for run in upstream.values()
+    ] + [
         CellCost("finetune", run.device, run.host, run.device_time_s, _speed(run.samples_seen, run.train_time_s),
                  num_attempts=run.num_attempts)
         for run in table if run.device_time_s is not None
     ]  # fmt: skip
-    known = [cost for cost in costs if cost is not None]
-    return Background(f"Made from the table {path.name} alone", stages_of(known), _cost_text(known, len(known), 0.0))
-
-
-def _upstream_cost(run: Any) -> CellCost | None:
-    if run.upstream_device_time_s is None:
-        return None
-    speed = _speed(run.upstream_samples_seen, run.upstream_device_time_s)
-    return CellCost(run.upstream_stage or "pretrain", run.device, run.host, run.upstream_device_time_s, speed)
+    text = _cost_text(costs, len(costs), 0.0) or say("no_cost", count=len(table))
+    return Background(f"Made from the table {path.name} alone", tuple(costs), text)
 
 
 def _speed(samples: float | None, seconds: float | None) -> float | None:
@@ -120,28 +111,6 @@ def _cost_of_row(row: Row) -> CellCost:
                     timing.data_wait_share, timing.num_attempts)  # fmt: skip
 
 
-def stages_of(costs: Sequence[CellCost]) -> tuple[StageCost, ...]:
-    """Cells by stage, device and host, in the order they run."""
-    groups: dict[tuple[str, str, str], list[CellCost]] = {}
-    for cost in costs:
-        groups.setdefault(cost[:3], []).append(cost)
-    ordered = sorted(groups.items(), key=lambda item: (STAGES.index(item[0][0]), item[0]))
-    return tuple(
-        StageCost(
-            *place, len(cells), sum(cell.device_time_s for cell in cells), max(cell.device_time_s for cell in cells),
-            _over(np.median, (cell.images_per_s for cell in cells)),
-            _over(np.mean, (cell.data_wait_share for cell in cells)),
-            _over(np.sum, (cell.num_attempts for cell in cells)),
-        )
-        for place, cells in ordered
-    )  # fmt: skip
-
-
-def _over(function: Any, values: Iterable[float | None]) -> Any:
-    known = [value for value in values if value is not None]
-    return function(known).item() if known else None
-
-
 def _cost_text(costs: Sequence[CellCost], num_cells: int, predicted_s: float) -> str:
     """Actual against predicted, said."""
     if not costs:
@@ -150,12 +119,11 @@ def _cost_text(costs: Sequence[CellCost], num_cells: int, predicted_s: float) ->
     text = say("cost", done=len(costs), cells=num_cells, time=duration(actual))
     if predicted_s <= 0:
         return text + say("end")
-    if len(costs) < num_cells:
-        return text + say("cost_so_far", predicted=duration(predicted_s))
-    return text + say("cost_share", share=actual / predicted_s, predicted=duration(predicted_s))
+    code = "cost_so_far" if len(costs) < num_cells else "cost_share"
+    return text + say(code, share=actual / predicted_s, predicted=duration(predicted_s))
 
 
-def lost_cells(table: RunTable, store: Store, plan: PlanRecord) -> list[LostCell]:
+def _lost_cells(table: RunTable, store: Store, plan: PlanRecord) -> list[dict[str, Any]]:
     """Cells without a row, failed ones first, then by how many points they stand in the way of."""
     found: dict[str, list[MissingPoint]] = {}
     for point in table.missing:
@@ -164,12 +132,13 @@ def lost_cells(table: RunTable, store: Store, plan: PlanRecord) -> list[LostCell
             found.setdefault(point.key, []).append(point)
     lost = []
     for key in (key for key in plan.cells if key in found):
-        points, attempt = found[key], store.last_attempt(key)
-        own = points[0].culprit == key
-        reason = points[0].reason if own else (attempt.reason if attempt and attempt.reason else "blocked")
-        log = points[0].log if own else (attempt.log if attempt and attempt.log else "")
-        lost.append(LostCell(key, store.state(key), reason, log, len({(p.variant, p.key) for p in points})))
-    return sorted(lost, key=lambda cell: (cell.state != "failed", -cell.points_lost))
+        point, attempt = found[key][0], store.last_attempt(key)
+        told = point if point.culprit == key else attempt
+        lost.append({
+            "key": key, "state": store.state(key), "reason": (told and told.reason) or "blocked",
+            "log": (told and told.log) or "", "points_lost": len({(p.variant, p.key) for p in found[key]}),
+        })  # fmt: skip
+    return sorted(lost, key=lambda cell: (cell["state"] != "failed", -cell["points_lost"]))
 
 
 def _entry(store: Store, key: str, row: Row | None) -> dict[str, Any]:
@@ -195,7 +164,7 @@ def answered_checklist(
     table: RunTable, laws: LawsFile, boundary: BoundaryFile, specs: Sequence[CellSpec]
 ) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     """The reproducibility checklist of arXiv 2502.18969, filled in from the study's own files."""
-    fitted = [law for law in laws.laws if not law.reason]
+    fitted = [law for law in laws.laws if not law.reason and law.metric == "error_rate"]
     verdicts = [record.verdict for record in boundary.contrasts if record.verdict is not None]
     shares = [run.upstream_samples_seen / run.upstream_samples for run in table.pretrained if run.upstream_samples_seen]
     sizes = sorted({run.num_test_samples for run in table if run.num_test_samples})

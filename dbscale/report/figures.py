@@ -16,13 +16,15 @@ import altair as alt
 
 from dbscale.files import write_atomic
 from dbscale.laws import Verdict
-from dbscale.report.schema import AxisName, Band, BoundaryFile, ContrastRecord, LawsFile
+from dbscale.report.schema import AxisName, Band, BoundaryFile, ContrastRecord, LawsFile, OfSetting
 from dbscale.report.table import RunTable, Setting
 from dbscale.report.words import AXES, COMPONENTS, axis_of, count, is_rate, metric_of, side_of, stratum, where
 
 Rows = list[dict[str, Any]]
 DATA = alt.NamedData(name="rows")
 """Rows stay out of Altair, which would copy them with every step of a declaration."""
+HIDDEN = alt.param(name="hidden", value=[])
+"""Arms switched off. The page's script sets it when a legend is clicked: Vega-Lite binds no legend of panels."""
 ARMS = ("plain", "distilled", "teacher", "scratch")
 """In the order of the theme's colours; no figure has more than three."""
 SHAPES = ("circle", "diamond", "square", "triangle-up")
@@ -106,10 +108,12 @@ def panelled(layers: Sequence[tuple[str, Any]], rows: Rows, panels: Sequence[str
     present = {row["part"] for row in rows}
     *drawn, top = [layer for name, layer in layers if name in present]
     chart = alt.layer(*drawn, top.add_params(zoom)).properties(width=wide * PAPER_WIDTH, height=height)
+    switches = [HIDDEN] if "run" in present else []
     if len(panels) == 1:
-        return chart.properties(data=DATA)
+        return chart.properties(data=DATA).add_params(*switches)
     order = alt.Facet("panel:N", title=None, sort=list(panels))
-    return chart.facet(order, columns=min(len(panels), 3), data=DATA).resolve_axis(x="independent")
+    chart = chart.facet(order, columns=min(len(panels), 3), data=DATA)
+    return chart.resolve_axis(x="independent").add_params(*switches)
 
 
 def part(name: str) -> Any:
@@ -201,21 +205,25 @@ def error_figure(
     panel_of, own = _panel_names(axis), _worth_drawing(runs.pretrained.where(setting=setting), axis)
     rows: Rows = [
         {"panel": panel_of(run), "part": "run", "arm": run.arm, "x": getattr(run, axis), "y": getattr(run, metric),
-         "seed": str(run.seed), "run": run.key}
+         "seed": str(run.seed)}
         for run in own
     ]  # fmt: skip
     if axis == "upstream_samples":
         rows += _scratch_rows(runs.scratch, panel_of, metric)
     panels = list(dict.fromkeys(row["panel"] for row in rows if row["part"] == "run"))
-    for curve in laws.curves:
-        if (curve.dataset, curve.variant, curve.metric, curve.axis) == (setting.dataset, setting.variant, metric, axis):
-            rows += [
-                {"panel": panel_of(curve), "part": "law", "arm": curve.arm, **row} for row in band_rows(curve.band)
-            ]
+    rows += [
+        {"panel": panel_of(curve), "part": "law", "arm": curve.arm, **row}
+        for curve in laws.curves if (setting_of(curve), curve.metric, curve.axis) == (setting, metric, axis)
+        for row in band_rows(curve.band)
+    ]  # fmt: skip
     rows = [row for row in rows if row["panel"] in panels]
     layers = _arm_layers(log_x(AXES[axis], own.values(axis)), metric_of(metric), metric, rows)
     told = f"{metric_of(metric)} over {AXES[axis]}, {setting.dataset}"
     return Figure(name, panelled(layers, rows, panels, 190), rows, told)
+
+
+def setting_of(record: OfSetting) -> Setting:
+    return Setting(record.variant, record.upstream_dataset, record.dataset)
 
 
 def _panel_names(axis: AxisName) -> Any:
@@ -240,10 +248,9 @@ def _worth_drawing(runs: RunTable, axis: AxisName) -> RunTable:
 def _scratch_rows(runs: RunTable, panel_of: Any, metric: str) -> Rows:
     """Runs without upstream data, which have no place on a log axis: a level each."""
     return [
-        {"panel": panel_of(run), "part": "level", "arm": run.arm, "y": getattr(run, metric), "seed": str(run.seed),
-         "run": run.key}
+        {"panel": panel_of(run), "part": "level", "arm": run.arm, "y": getattr(run, metric), "seed": str(run.seed)}
         for run in runs
-    ]  # fmt: skip
+    ]
 
 
 def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | None:
@@ -254,7 +261,7 @@ def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | No
             for arm, error in ((run.arm, run.upstream_error_rate), ("teacher", run.teacher_error_rate)):
                 if error is not None:
                     row = {"panel": run.student, "arm": arm, "x": run.upstream_samples, "seed": str(run.seed)}
-                    runs[tuple(row.values())] = row | {"part": "run", "y": error, "run": run.upstream_key}
+                    runs[tuple(row.values())] = row | {"part": "run", "y": error}
     if not runs:
         return None
     rows = list(runs.values())
@@ -265,26 +272,23 @@ def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | No
 
 
 def _arm_layers(x: alt.X, title: str, metric: str, rows: Rows) -> list[tuple[str, Any]]:
-    """Laws and runs by arm; a click on the legend hides an arm and shows it again."""
+    """Laws and runs by arm; arms that the parameter `hidden` lists are not shown."""
     ticks = log_ticks(row[name] for row in rows for name in ("y", "low", "high") if row.get(name))
     axis = alt.Axis(format=".1~%" if is_rate(metric) else ".2~f", values=ticks)
     y = alt.Y("y:Q", title=title, axis=axis, scale=alt.Scale(type="log", nice=False, padding=8))
     arms = [arm for arm in ARMS if any(row.get("arm") == arm for row in rows)]
-    shown = alt.selection_point(name="arms", fields=["arm"], bind="legend", toggle="true", empty=False,
-                                value=[{"arm": arm} for arm in arms])  # fmt: skip
     color, shape = (channel("arm:N", title=None, scale=alt.Scale(domain=arms)) for channel in (alt.Color, alt.Shape))
     tooltip = [
         alt.Tooltip("arm:N"), alt.Tooltip("x:Q", title=x["title"], format=",.4~g"),
         alt.Tooltip("y:Q", title=title, format=".2%" if is_rate(metric) else ".4f"), alt.Tooltip("seed:N"),
-        alt.Tooltip("run:N"),
     ]  # fmt: skip
 
     def opacity(value: float) -> Any:
-        return alt.when(shown).then(alt.value(value)).otherwise(alt.value(0))
+        return alt.when("indexof(hidden, datum.arm) < 0").then(alt.value(value)).otherwise(alt.value(0))
 
     level = part("level").mark_rule(strokeDash=[2, 3])
     area, line = part("law").mark_area(), part("law").mark_line(strokeWidth=1.8)
-    mark = part("run").mark_point(filled=True, size=42).encode(shape=shape, tooltip=tooltip).add_params(shown)
+    mark = part("run").mark_point(filled=True, size=42).encode(shape=shape, tooltip=tooltip)
     return [
         ("level", level.encode(y=y, color=color, opacity=opacity(0.7), tooltip=tooltip)),
         ("law", area.encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q", color=color, opacity=opacity(0.16))),
@@ -301,9 +305,9 @@ def predicted_figure(name: str, laws: LawsFile, setting: Setting) -> Figure | No
     panels = ("laws fitted to all runs", "largest D_p held out")
     rows: Rows = [
         {"panel": panels[each.held_out], "part": "run", "arm": each.arm, "x": each.measured, "y": each.predicted,
-         "seed": str(each.seed), "run": each.key}
+         "seed": str(each.seed)}
         for each in laws.predictions
-        if each.predicted and each.measured > 0 and Setting(each.variant, each.upstream_dataset, each.dataset) == setting
+        if each.predicted and each.measured > 0 and setting_of(each) == setting
     ]  # fmt: skip
     if not rows:
         return None
@@ -328,7 +332,8 @@ def noise_figure(name: str, contrasts: Sequence[ContrastRecord]) -> Figure | Non
         return None
     bars, sources = (list(dict.fromkeys(row[name] for row in rows)) for name in ("contrast", "source"))
     chart = alt.Chart(DATA).mark_bar(height=16).encode(
-        x=alt.X("share:Q", title="share of the variance of one difference", axis=alt.Axis(format="%", tickCount=5)),
+        x=alt.X("share:Q", title="share of the variance of one difference", axis=alt.Axis(format="%", tickCount=5),
+                scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("contrast:N", title=None, sort=bars, axis=alt.Axis(labelLimit=260)),
         color=alt.Color("source:N", title=None, scale=alt.Scale(domain=sources, scheme="tableau10"),
                         legend=alt.Legend(columns=3, labelLimit=240)),

@@ -63,11 +63,16 @@ def refresh(store: Store, grid_name: str, options: Options | None = None) -> tup
     return table, _current(table, store.grid_dir(grid_name), options, lambda: load_mistakes(store, keys))
 
 
-def refresh_table(path: Path, folder: Path, options: Options | None = None) -> tuple[RunTable, Findings]:
-    """The same from a table alone, anyone's: laws.json and boundary.json in `folder` are current then."""
+def refresh_table(
+    path: Path, folder: Path, options: Options | None = None, columns: Mapping[str, str] | None = None
+) -> tuple[RunTable, Findings]:
+    """The same from a table alone, anyone's: laws.json and boundary.json in `folder` are current then.
+
+    `columns` says where a column of ours stands (`error_rate` -> `top1_err`).
+    """
     path = path.resolve()
     name = path.parent.name if path.stem == "rows" else path.stem
-    table = replace(read_table(path), grid=name, question=QUESTION)
+    table = replace(read_table(path, columns), grid=name, question=QUESTION)
     return table, _current(table, folder, options, dict)
 
 

@@ -6,7 +6,10 @@ drawn by the Vega that the page carries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import gzip
+import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,9 +36,9 @@ def write_report(store: Store, grid_name: str) -> Path:
     return write_page(table, findings, of_grid(store, load_plan(store, grid_name), table), store.grid_dir(grid_name))
 
 
-def write_table_report(path: Path, folder: Path) -> Path:
+def write_table_report(path: Path, folder: Path, columns: Mapping[str, str] | None = None) -> Path:
     """The same from a table alone, with laws.json and boundary.json beside it; returns the page's path."""
-    table, findings = refresh_table(path, folder)
+    table, findings = refresh_table(path, folder, columns=columns)
     return write_page(table, findings, of_table(path, table), folder)
 
 
@@ -45,9 +48,9 @@ def export_figures(store: Store, grid_name: str, folder: Path) -> list[Path]:
     return export(study_figures(table, findings.laws, findings.boundary).values(), folder)
 
 
-def export_table_figures(path: Path, folder: Path) -> list[Path]:
+def export_table_figures(path: Path, folder: Path, columns: Mapping[str, str] | None = None) -> list[Path]:
     """The same from a table alone."""
-    table, findings = refresh_table(path, folder)
+    table, findings = refresh_table(path, folder, columns=columns)
     return export(study_figures(table, findings.laws, findings.boundary).values(), folder)
 
 
@@ -90,7 +93,7 @@ def _tiles(table: RunTable, findings: Findings, background: Background) -> list[
     if main is not None:
         tiles.append((words.count(main.num_seeds), "seeds behind the main verdict"))
         tiles.append((f"± {words.size_text(main.min_effect, 'error_rate')}", "differences below this do not matter"))
-    time = sum(stage.device_time_s for stage in background.stages)
+    time = sum(cost.device_time_s for cost in background.costs)
     return [*tiles, *([(words.duration(time), "device time of the finished cells")] if time else [])]
 
 
@@ -116,7 +119,7 @@ def render(
         title=title, question=question, contrasts=contrasts, main=next((r for r in contrasts if r.main), None),
         groups=groups, figures=figures, open_notes=notes[:MOST_NOTES], more_notes=notes[MOST_NOTES:],
         family=words.family_text(contrasts), footer=f"dbscale {__version__}. {origin}; page written {day()}.",
-        specs={name: figure.spec() for name, figure in figures.items()},
+        specs=packed({name: figure.spec() for name, figure in figures.items()}),
         themes={name: config(**colors) for name, colors in THEMES.items()},
         vega=Markup(_vega()), css=parts["css"], javascript=parts["js"],
         study=study or None, **study,
@@ -125,9 +128,14 @@ def render(
 
 WORDS = (
     "about", "answer", "brief", "count", "duration", "effect", "evidence", "is_rate", "metric_of",
-    "noise_text", "param_text", "percent", "sentences", "size_text", "stratum", "symbols", "value_text", "where",
+    "noise_text", "param_text", "percent", "sentences", "size_text", "stratum", "symbols", "where",
 )  # fmt: skip
 """Functions of `words` that the template uses as filters."""
+
+
+def packed(value: object) -> str:
+    """JSON, compressed (a tenth of its size) and as text that any page may hold; report.js unpacks it."""
+    return base64.b64encode(gzip.compress(json.dumps(value, allow_nan=False).encode(), mtime=0)).decode()
 
 
 @cache

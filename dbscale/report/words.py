@@ -71,6 +71,7 @@ SENTENCES = {
     "brief_harm": "{b} at most {delta} higher",
     "brief_gain": "{b} at most {delta} lower",
     "brief_undecided": "undecided",
+    "brief_partly": "undecided; {winner} lower at {xs}",
     # What stands beside a verdict.
     "measured": "Measured differences{unit} ({pooling}, {seeds:seeds}): {values} {axis}.",
     "family": "The main verdict answers the study’s one question. The other {count} share one family: all their "
@@ -126,6 +127,7 @@ SENTENCES = {
     "outside_axis": "{value:about} {axis} are {side} the measured {low:about} to {high:about}",
     "laws_alone": "  (each arm’s laws alone; the verdict rests on pairs, which tell the arms apart more finely)",
     # What it cost.
+    "no_cost": "The table does not say what its {count:count} runs cost.",
     "cost": "{done:count} of {cells:count} cells took {time} of device time",
     "cost_so_far": "; the plan predicts {predicted} for all of them.",
     "cost_share": ", {share:percent0} of the {predicted} that the plan predicted.",
@@ -173,7 +175,8 @@ CHECKLIST = (
          "misfit; of differences from t intervals with moderated variances"),
         ("How was it validated?", "the largest D_p held out: root mean square log error {held_out}"),
         ("How many questions were asked?", "{verdicts} verdicts; the main one is judged alone, the others share one family"),
-        ("Is any claim extrapolated?", "no: verdicts speak of measured points only"),
+        ("Is any claim extrapolated?", "no verdict is; what twice of a lever would do is, and is left out where the laws "
+         "foretell poorly"),
     )),
 )  # fmt: skip
 """Part, then question and answer, worded anew after the survey of arXiv 2502.18969."""
@@ -249,10 +252,6 @@ def effect(value: float, metric: str) -> str:
     """A difference with its sign."""
     text = f"{100 * value:+.1f}" if is_rate(metric) else f"{value:+.3g}"
     return text.replace("-", "−")
-
-
-def value_text(value: float, metric: str) -> str:
-    return percent(value) if is_rate(metric) else f"{value:.3g}"
 
 
 def symbols(text: str) -> str:
@@ -377,6 +376,8 @@ def brief(record: ContrastRecord, verdict: Verdict | None = None) -> str:
     if verdict.kind == "crossing":
         code = "brief_several" if turns_again(verdict) else "brief_crossing"
         return say(code, **values, **_root(verdict.root, verdict.interval))
+    if verdict.kind == "undecided" and verdict.better:
+        return say("brief_partly", **values, xs=listed(map(count, established(verdict, verdict.better))))
     if verdict.kind in ("one_sign", "undecided"):
         return say(f"brief_{verdict.kind}", **values)
     excluded = excludes(verdict)

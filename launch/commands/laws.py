@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.files import atomic_open
-from launch.commands.results import grid_name
+from launch.commands.results import add_table, columns_of, grid_name
 from launch.study import AddCommand, add_data, add_grid, add_store, store_of
 
 if TYPE_CHECKING:
+    from dbscale.laws import LawFit, Selection
     from dbscale.laws.form import Variable
     from dbscale.report.sheet import Sheet
 
@@ -21,14 +22,21 @@ if TYPE_CHECKING:
 def add_commands(add: AddCommand) -> None:
     parser = add("fit", fit, "fit a law to any table: CSV, JSON lines, Parquet or Arrow")
     parser.add_argument("table", type=Path, help="rows.csv, or any table with a header")
-    parser.add_argument("--law", required=True, help="name of the law; an unknown one is answered with all of them")
+    parser.add_argument("--law", required=True, help="name of the law, or auto: all that the columns allow, averaged; "
+                        "an unknown name is answered with all of them")  # fmt: skip
     parser.add_argument("--x", action="append", default=[], metavar="COLUMN | VARIABLE=COLUMN",
                         help="where the law's variable stands; repeat for laws of several")  # fmt: skip
     parser.add_argument("--y", required=True, metavar="COLUMN", help="what the law predicts")
     parser.add_argument(
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
     )
-    parser.add_argument("--loss", default="huber_log", help="huber_log, least_squares_log, huber or least_squares")
+    parser.add_argument("--weights", metavar="COLUMN", help="relative inverse variances of the rows")
+    parser.add_argument("--cluster", metavar="COLUMN", help="rows that are drawn together, such as one run's: prints "
+                        "90 % intervals from resampling them")  # fmt: skip
+    parser.add_argument("--ceiling", type=float, help="largest value that y can take: 1 for error rates")
+    parser.add_argument(
+        "--loss", help="huber_log (default), least_squares_log (default of auto), huber or least_squares"
+    )
     parser.add_argument("--bound", action="append", default=[], metavar="PARAM=LOW:HIGH",
                         help="limits of a parameter, either end may be left out or inf; repeatable")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
@@ -38,7 +46,7 @@ def add_commands(add: AddCommand) -> None:
     for name, what in (("dp", "upstream samples"), ("df", "downstream samples"), ("params", "student's parameters")):
         parser.add_argument(f"--{name}", required=True, metavar="COUNT", help=f"{what}: 2000, 200k, 22M")
     parser.add_argument("--dataset", help="one downstream set; default: all")
-    parser.add_argument("--table", type=Path, help="a rows.csv instead of the grid's own rows")
+    add_table(parser)
     add_grid(parser)
     add_store(parser)
     add_data(parser)
@@ -67,25 +75,75 @@ def add_compare(add: AddCommand) -> None:
 
 
 def fit(arguments: argparse.Namespace) -> int:
-    from dbscale.laws import find_form, fit_law
+    from dbscale.laws.forms import GRID, find_form
     from dbscale.report.reader import read_sheet
 
     sheet = read_sheet(arguments.table).where(arguments.where)
-    names = variable_columns(find_form(arguments.law).variables, arguments.x, sheet)
+    is_auto = arguments.law == "auto"
+    variables = auto_variables(GRID, arguments.x, sheet) if is_auto else find_form(arguments.law).variables
+    names = variable_columns(variables, arguments.x, sheet)
     x = {variable: sheet.measured(column) for variable, column in names.items()}
-    y = sheet.measured(arguments.y)
-    limits = bounds(arguments.bound)
-    found = fit_law(arguments.law, x, y, loss=arguments.loss, bounds=limits or None, seed=arguments.seed)
-    print(found.report())
+    found, intervals = fitted(x, sheet.measured(arguments.y), sheet, arguments)
+    print("\n".join([found.report(), *interval_lines(intervals)]))
     for note in sheet.notes:
         print(f"  warning: {note}")
-    for column, values in mixed(sheet, {*names.values(), arguments.y}).items():
+    used = {*names.values(), arguments.y, arguments.weights, arguments.cluster} - {None}
+    for column, values in mixed(sheet, used).items():
         print(f"  warning: fitted as one although {column} differs ({', '.join(values[:6])}"
               f"{', …' if len(values) > 6 else ''}); --where {column}={values[0]} keeps one")  # fmt: skip
     if arguments.out:
         with atomic_open(arguments.out, "w") as file:
             json.dump(found.to_dict(), file, indent=1)
     return 0
+
+
+def fitted(
+    x: Mapping[str, Sequence[float]], y: Sequence[float], sheet: Sheet, arguments: argparse.Namespace
+) -> tuple[LawFit | Selection, Mapping[str, tuple[float, float] | None]]:
+    """The law or the selection that was asked for, and intervals of its parameters where rows are resampled."""
+    from dbscale.laws import bootstrap, fit_law, select_law
+
+    is_auto = arguments.law == "auto"
+    limits = bounds(arguments.bound)
+    if is_auto and limits:
+        raise ConfigError("--bound limits one law's parameters; name the law instead of --law auto")
+    weights = sheet.measured(arguments.weights) if arguments.weights else None
+    clusters = [str(cell) for cell in sheet.cells(arguments.cluster)] if arguments.cluster else None
+    loss = arguments.loss or ("least_squares_log" if is_auto else "huber_log")
+    if is_auto:
+        found = select_law(x, y, weights=weights, clusters=clusters, loss=loss, ceiling=arguments.ceiling,
+                           seed=arguments.seed)  # fmt: skip
+        return found, found.bootstrap.interval() if clusters else {}
+    law = fit_law(arguments.law, x, y, weights=weights, loss=loss, bounds=limits or None, ceiling=arguments.ceiling,
+                  seed=arguments.seed)  # fmt: skip
+    return law, bootstrap(law, clusters=clusters, seed=arguments.seed).interval() if clusters else {}
+
+
+def interval_lines(intervals: Mapping[str, tuple[float, float] | None]) -> list[str]:
+    """One line a parameter, for a terminal."""
+    said = {
+        n: "not determined by the table" if e is None else f"{e[0]:.6g} to {e[1]:.6g}" for n, e in intervals.items()
+    }
+    return [*(["  90 % intervals, clusters resampled:"] if said else []), *(f"  {n:10s} {e}" for n, e in said.items())]
+
+
+def auto_variables(grid: Sequence[tuple[Variable, str, str]], given: Sequence[str], sheet: Sheet) -> list[Variable]:
+    """The variables of `--law auto`: those of a study's grid that the table has or `--x` names, else the one `--x`."""
+    known = [each for each, _, _ in grid]
+    named = [each for each in known if any(text.partition("=")[0].strip() in
+             (each.name, each.symbol, *each.aliases) for text in given)]  # fmt: skip
+    if named and len(named) == len(given):
+        return named
+    if len(given) == 1:
+        from dbscale.laws.forms import ANY
+
+        return [ANY]
+    found = [each for each in known if each.found_in(sheet.columns)]
+    if given or not found:
+        raise ConfigError(
+            f"--law auto takes one --x COLUMN, or a study's variables: {', '.join(v.name for v in known)}"
+        )
+    return found
 
 
 def variable_columns(variables: Sequence[Variable], given: Sequence[str], sheet: Sheet) -> dict[str, str]:
@@ -95,8 +153,7 @@ def variable_columns(variables: Sequence[Variable], given: Sequence[str], sheet:
     known = {name: each.name for each in variables for name in (*each.aliases, each.symbol, each.name)}
     columns = dict(assigned(each, known, sheet) for each in given)
     for each in variables:
-        found = next((name for name in (each.name, each.symbol, *each.aliases) if name in sheet.columns), None)
-        if columns.setdefault(each.name, found or "") == "":
+        if columns.setdefault(each.name, each.found_in(sheet.columns) or "") == "":
             raise ConfigError(f"{sheet.name}: no column for the law's {each.name} ({each.symbol}); write "
                               f"--x {each.name}=COLUMN; {closest(each.name, sheet.columns)}")  # fmt: skip
     return columns
@@ -179,9 +236,11 @@ def advise(arguments: argparse.Namespace) -> int:
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     store = store_of(arguments)
     if arguments.table is not None:
-        table, wrong = read_table(arguments.table), None
+        table, wrong = read_table(arguments.table, columns_of(arguments)), None
     else:
         table = collect(store, load_plan(store, grid_name(arguments)))
         wrong = load_mistakes(store, {run.key for run in table})
     print("\n\n".join(advice.text() for advice in ask(table, *point, dataset=arguments.dataset, wrong=wrong)))
+    for note in table.warnings:
+        print(f"  warning: {note}")
     return 0

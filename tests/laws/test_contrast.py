@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from dbscale.laws import LawError, NotEnoughData, Pairs, delta_curves, delta_points, make_pairs
-from dbscale.laws.contrast import image_variance, moderated_variances
+from dbscale.laws.contrast import CORRELATIONS, _noises, image_variance, moderated_variances, seed_table
 
 TWO = {"x": [1.0, 1.0, 1.0, 2.0, 2.0, 2.0], "delta": [0.1, 0.2, 0.3, -0.1, 0.0, 0.1], "seed": [0, 1, 2, 0, 1, 2]}
 
@@ -187,11 +187,13 @@ def test_with_little_noise_the_curve_goes_through_the_means() -> None:
     values = np.array([0.05, 0.03, -0.01, -0.02]) + 1e-5 * np.array([[1], [-1]])
     curves = delta_curves(table(values, x))
     at = np.searchsorted(curves.grid, x)
-    assert curves.grid[at] == pytest.approx(x) and (curves.grid[0], curves.grid[-1]) == (1e3, 1.6e4)
+    assert curves.grid[at].tolist() == x.tolist() and len(curves.grid) == 16 + 32 + 16 + 1
     assert curves.best[at] == pytest.approx(values.mean(axis=0), abs=5e-4)
     assert curves.drawn.shape == (1000, len(curves.grid)) and curves.drawn[:, at].std(axis=0).max() < 5e-4
     assert curves.drawn.std(axis=0).max() > 1e-3  # between measured x it does not pretend to know
-    assert np.diff(np.log2(curves.grid)).max() <= 1 / 16 + 1e-9
+    assert np.diff(np.log2(curves.grid)) == pytest.approx(1 / 16)
+    narrow = delta_curves(table(values[:, :2], np.array([100.0, 110.0])), num_draws=1)
+    assert len(narrow.grid) == 33
 
 
 def test_every_argument_of_the_curve_counts() -> None:
@@ -214,6 +216,16 @@ def test_noise_that_a_seed_carries_along_x_moves_the_whole_curve() -> None:
     )
     apart, together = (np.corrcoef(delta_curves(table(v)).drawn[:, [0, -1]].T)[0, 1] for v in (own, shared))
     assert together > 0.3 > apart
+
+
+def test_the_seeds_deviations_weigh_their_correlation_along_x() -> None:
+    """Two seeds, two x, sd 1 each: log weights are those of their difference / √2 under a normal law."""
+    table = seed_table(make_pairs([1, 2, 1, 2], [0.7, 0.7, -0.7, -0.7], seed=[0, 0, 1, 1]))
+    _, scores = _noises(table)
+    unit = table.values[0] / table.variance**0.5 * 2**0.5
+    laws = [stats.multivariate_normal(cov=[[1, r], [r, 1]]).logpdf(unit) for r in CORRELATIONS]
+    assert np.diff(scores[: len(CORRELATIONS)]) == pytest.approx(np.diff(laws), rel=1e-5)
+    assert np.ptp(scores.reshape(-1, len(CORRELATIONS)), axis=0).max() < 1e-12  # the same at every scale
 
 
 # Coverage, on worlds with unequal variances and heavy tails.

@@ -131,13 +131,15 @@ def test_errors_are_drawn_run_by_run_with_the_laws_of_their_own_panel():
     assert [row["y"] for row in rows_of(loss, "run")] == [0.7]
 
 
-def test_a_click_on_the_legend_hides_an_arm_of_those_that_are_there():
+def test_arms_can_be_hidden_and_only_those_that_are_there_have_an_entry():
     table = RunTable((run("plain", 1000, 0.3), run("distilled", 1000, 0.25)))
     spec = error_figure("error", table, laws_file(), SETTING).spec()
-    (arms,) = [each for each in spec["params"] if each["name"] == "arms"]
-    assert arms["bind"] == "legend" and arms["select"]["toggle"] == "true"
-    assert arms["value"] == [{"arm": "plain"}, {"arm": "distilled"}]
-    assert layers_of(spec)[-1]["encoding"]["color"]["scale"]["domain"] == ["plain", "distilled"]
+    assert {"name": "hidden", "value": []} in spec["params"]
+    marks = layers_of(spec)[-1]["encoding"]
+    assert marks["opacity"] == {
+        "condition": [{"test": "indexof(hidden, datum.arm) < 0", "value": 0.85}], "value": 0
+    }  # fmt: skip
+    assert marks["color"]["scale"]["domain"] == ["plain", "distilled"]
 
 
 def test_over_labels_only_the_ends_of_the_other_axis_are_drawn():

@@ -329,7 +329,7 @@ def test_compare_judges_any_two_values_of_any_column(tmp_path: Path, capsys: pyt
     verdict = record["verdict"]
     assert (record["a"], record["b"], record["along"], record["metric"]) == ("x", "y", "flops", "loss")
     assert verdict["kind"] == "crossing" and verdict["direction"] == "a_to_b"
-    assert 400 < verdict["root"]["value"] < 2500
+    assert 400 < verdict["root"] < 2500
     assert verdict["level"] == 0.9 and verdict["min_effect"] == 0.005
     assert main(["compare", str(path), *options]) == 0
     assert capsys.readouterr().out.startswith("Model x gives the lower loss up to about ")

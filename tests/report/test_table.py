@@ -85,7 +85,7 @@ def test_what_stands_for_nothing(text: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("200k", 2e5), ("22M", 22e6), ("1,281,167", 1281167), ("2e5", 2e5), (" 7 ", 7)]
+    ("text", "value"), [("200k", 2e5), ("22M", 22e6), ("1,281,167", 1281167), ("2e5", 2e5), (" 7 ", 7), ("0.5", 0.5)]
 )
 def test_counts_on_the_command_line_are_read_as_in_tables(text: str, value: float):
     assert parse_count(text) == value
@@ -376,6 +376,16 @@ def test_words_that_blanks_keep_apart_are_refused():
     with pytest.raises(TableError, match=message):
         sheet_of("name,y\nbirds,1\nbirds ,2\n").texts("name")
     assert sheet_of("name,y\nbirds  ,1\nfish   ,2\n birds  ,3\n").texts("name") == ["birds", "fish", "birds"]
+
+
+def test_of_many_names_the_nearest_are_shown():
+    header = ",".join([*(f"metric {n} of {'x' * n}" for n in range(100)), "error_rat", "y" * 300])
+    with pytest.raises(TableError, match="no column 'error_rate'; did you mean 'error_rat'") as caught:
+        parse_sheet(f"{header}\n{'1,' * 101}1\n".encode(), "t.csv").numbers("error_rate")
+    known = str(caught.value).partition("known: ")[2].split(", ")
+    assert len(known) == 20 and known[0] == "error_rat"
+    assert refusal(f"x,{'y' * 300}\n1,2\n", "error_rate").endswith(f"known: x, {'y' * 39}…")
+    assert "known: x, y" in refusal("x,y\n1,2\n", "error_rate")
 
 
 def test_spellings_near_each_other_are_pointed_out():

@@ -87,6 +87,7 @@ BRIEF = [
     (NO_HARM, "distillation at most 0.5 points higher"),
     (mirrored(NO_HARM), "distillation at most 0.5 points lower"),
     (OPEN, "undecided"),
+    (OPEN_SOME_GAIN, "undecided; distillation lower at 1,000"),
 ]
 
 
@@ -223,14 +224,13 @@ def test_counts_are_said_with_two_digits(value, expected):
 
 
 @pytest.mark.parametrize(
-    ("value", "metric", "size", "signed", "level"),
-    [(-0.0123, "error_rate", "1.2 points", "−1.2", "-1.2 %"), (0.0123, "test_loss", "0.012", "+0.0123", "0.0123"),
-     (0.3, "upstream_error_rate", "30 points", "+30.0", "30.0 %")],
+    ("value", "metric", "size", "signed"),
+    [(-0.0123, "error_rate", "1.2 points", "−1.2"), (0.0123, "test_loss", "0.012", "+0.0123"),
+     (0.3, "upstream_error_rate", "30 points", "+30.0")],
 )  # fmt: skip
-def test_shares_are_said_in_points_and_losses_in_their_own_unit(value, metric, size, signed, level):
+def test_shares_are_said_in_points_and_losses_in_their_own_unit(value, metric, size, signed):
     assert words.size_text(value, metric) == size
     assert words.effect(value, metric) == signed
-    assert words.value_text(value, metric) == level
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 "use strict";
 // Draws the figures that the page holds as Vega-Lite, each when it first comes into view, as wide as the page allows and in its colours.
 (() => {
-  const specs = JSON.parse(document.getElementById("specs").textContent);
+  const packed = Uint8Array.from(atob(document.getElementById("specs").textContent), (c) => c.charCodeAt(0));
+  const unpacked = new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   const themes = JSON.parse(document.getElementById("themes").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const drawn = new Map();
@@ -23,13 +24,35 @@
     return own;
   }
 
+  // A click on a legend's entry hides an arm and shows it again.
+  const isEntry = (item) => item && /^legend-(symbol|label)$/.test(item.mark.role);
+  const hasSwitches = (vega) => (vega.signals || []).some((signal) => signal.name === "hidden");
+  function withSwitches(vega) {
+    if (!hasSwitches(vega)) return vega;
+    for (const legend of vega.legends || []) for (const part of ["symbols", "labels"]) {
+      const encode = { ...(legend.encode || {})[part], interactive: true };
+      encode.update = { ...encode.update, opacity: { signal: "indexof(hidden, datum.value) < 0 ? 1 : 0.3" }, cursor: { value: "pointer" } };
+      legend.encode = { ...legend.encode, [part]: encode };
+    }
+    return vega;
+  }
+  function listen(view) {
+    view.addEventListener("click", (_, item) => {
+      if (!isEntry(item)) return;
+      const hidden = view.signal("hidden"), arm = item.datum.value;
+      view.signal("hidden", hidden.includes(arm) ? hidden.filter((each) => each !== arm) : [...hidden, arm]).runAsync();
+    });
+  }
+
   async function draw(element) {
     const width = element.clientWidth;
     if (!width) return;
     drawn.get(element.id)?.finalize();
     // Nothing leaves the page: no editor to open; expressions are interpreted, so that the page may forbid eval.
-    const options = { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", ast: true, tooltip: { theme: dark.matches ? "dark" : "light" } };
-    drawn.set(element.id, await vegaEmbed(element, fitted(specs[element.id], width), options));
+    const options = { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", ast: true, patch: withSwitches, tooltip: { theme: dark.matches ? "dark" : "light" } };
+    const made = await vegaEmbed(element, fitted((await unpacked)[element.id], width), options);
+    if (hasSwitches(made.vgSpec)) listen(made.view);
+    drawn.set(element.id, made);
   }
 
   const plots = [...document.querySelectorAll(".plot")];
@@ -58,5 +81,5 @@
     });
   }));
 
-  window.dbscaleReport = { specs, drawn, drawAll };
+  window.dbscaleReport = { drawn, drawAll };
 })();
