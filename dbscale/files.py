@@ -218,7 +218,7 @@ class Holder:
 def driver_lock(store_root: Path, command: str, grid: str) -> Iterator[None]:
     """Hold the store for one submit of `grid`; raises FileError naming command, pid and host of another holder.
 
-    Where the file system has no locks the command goes on without: each cell has its own lock besides.
+    Where the file system has no locks, the command continues without one: each cell has its own lock as well.
     """
     with _open_lock(store_root / LOCK_NAME) as file:
         if not _acquire(file):

@@ -127,6 +127,32 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+def load_extended(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """As `load_yaml`; `extends: other.yaml` (relative to this file) fills in what the file leaves out, mapping by mapping.
+
+    The other file may itself extend one; `below` holds the files on the way here.
+    """
+    data = load_yaml(path)
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: `extends` takes the path of one YAML file, found {base!r}")
+    base_path, below = (path.parent / base).resolve(), (*below, path.resolve())
+    if base_path in below:
+        raise ConfigError(f"{path}: a grid cannot extend itself, and {base} comes back to {base_path.name}")
+    return _merge(load_extended(path.parent / base, below), data)
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merge(base[key], own[key])
+        for key in base.keys() & own.keys()
+        if isinstance(base[key], dict) and isinstance(own[key], dict)
+    }
+    return {**base, **own, **both}
+
+
 def parse_yaml(text: str, *, where: str) -> Any:
     """Plain data from YAML text; errors begin with `where`."""
     try:

@@ -1,7 +1,7 @@
 """`dbscale`: parses the command line and calls `launch.commands`.
 
 Exit codes: 0 done, 1 what the user gave cannot be used (one line on stderr), 2 usage, 3 some cells failed, 130 stopped
-by a signal with everything saved.  Start-up stays below a second: no torch, scipy or plotly before a command needs it.
+by a signal with everything saved.  Start-up stays below a second: no torch, scipy or altair before a command needs it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MEMORY_PER_WORKER_BYTES = 1.5e9
 """A process with torch, a small model and its data, on CPU."""
 WEIGHT: Mapping[Stage, int] = {"finetune": 0, "pretrain": 1, "distill": 2}
-"""Of the stages in one bundle, the heaviest gives the job its resources."""
+"""The heaviest stage in a bundle gives the job its resources."""
 REDUCER = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 2, "memory_gb": 8.0, "time_limit_min": 60}
 
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:&|*@%+\[\]()=-]*$", max_length=256)]

@@ -1,7 +1,8 @@
-"""Run a plan on this machine, at most `workers` bundles at once: which starts next, what is left of one that died.
+"""Run a plan on this machine, at most `workers` bundles at once.
 
-The driver stays until all is done and shows how far it is; if it dies, its workers notice, save and stop. What a bundle
-does is `launch.worker`'s; starting its processes is submitit's.
+Decides which bundle starts next and what is left of one whose process died, and shows how far everything is. The driver
+stays until all is done; if it dies, its workers notice, save and stop. `launch.worker` holds what a bundle does, submitit
+starts its processes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from launch import worker
 from launch.cluster import Cluster, Task, visible_gpus
 from launch.status import Running, describe, look_at
 from launch.submitit_names import environment_variables
-from launch.worker import SETTLED, Rank, Result
+from launch.worker import SETTLED, Rank
 
 TICK_S, REFRESH_S, LINE_INTERVAL_S = 0.25, 1.0, 30.0
 MAX_CELL_LINES = 8
@@ -59,7 +60,7 @@ def rest_after_crash(task: Task, states: Mapping[str, CellState], parents: Mappi
 
 @dataclass(frozen=True)
 class LocalBundle:
-    """A job of this machine: ids and paths, never objects that know how to do things."""
+    """What submitit runs on this machine: ids and paths, never objects that know how to do things."""
 
     keys: tuple[str, ...]
     store: str
@@ -71,7 +72,7 @@ class LocalBundle:
     staging: str | None = None
 
     def __call__(self) -> None:
-        """Run the cells; what became of them stands in the store."""
+        """Run the cells. The store then says what became of them."""
         stop, store, alone = StopRequest(), Store(Path(self.store)), self.resources.num_processes == 1
         with worker.stop_on_signals(stop):
             worker.watch(worker.stop_without(stop, self.driver, ProcessMark.of(os.getppid())))
@@ -83,17 +84,12 @@ class LocalBundle:
                 )  # fmt: skip
 
 
-def run_inline(
-    tasks: Sequence[Task], store: Store, data_dir: Path, cluster: Cluster, stop: StopRequest
-) -> dict[str, Result]:
-    """Run a plan in this process, cell after cell, inside `stop_on_signals(stop)`; what became of each cell."""
-    results: dict[str, Result] = {}
+def run_inline(tasks: Sequence[Task], store: Store, data_dir: Path, cluster: Cluster, stop: StopRequest) -> None:
+    """Run a plan in this process, cell after cell; call it inside `stop_on_signals(stop)`."""
     for task in tasks:
         if stop.requested:
-            break
-        done = worker.run_bundle(task.keys, store, data_dir, cluster.shape(task.stage).resources, stop)
-        results.update({result.key: result for result in done})
-    return results
+            return
+        worker.run_bundle(task.keys, store, data_dir, cluster.shape(task.stage).resources, stop)
 
 
 @dataclass(frozen=True)
@@ -107,23 +103,23 @@ class Started:
 
 @dataclass
 class LocalRun:
-    """One driver's work: start what is ready, worker.watch, start again what died."""
+    """The work of one driver: start what is ready, watch it, start again what died."""
 
     store: Store
     data_dir: Path
     cluster: Cluster
     job_folder: Path
-    """A new one per driver, for job ids are pids and pids come again."""
+    """A new one for each driver, because job ids are pids and pids come again."""
     stop: StopRequest
     display: Display
     waiting: list[Task]
     parents: Mapping[str, tuple[str, ...]]
-    """Of every cell that may run."""
+    """Parents of every cell that may run, by key."""
     running: list[Started] = field(default_factory=list)
-    results: dict[str, Result] = field(default_factory=dict)
+    settled: dict[str, CellState] = field(default_factory=dict)
 
-    def run(self) -> dict[str, Result]:
-        """What became of each cell that was started. Returns early when asked to stop, after all workers have."""
+    def run(self) -> None:
+        """Return when everything has had its turn, or, when asked to stop, once all workers have stopped."""
         asked = False
         while self.running or (self.waiting and not self.stop.requested):
             if self.stop.requested and not asked:
@@ -133,9 +129,8 @@ class LocalRun:
                 self.running.remove(started)
                 self._finish(started)
             self._start_ready()
-            self.display.update([started.task for started in self.running], self.results)
+            self.display.update([started.task for started in self.running], self.settled)
             time.sleep(TICK_S)
-        return self.results
 
     def _ask_workers_to_stop(self) -> None:
         self.display.say(f"{self.stop.reason}: workers save their progress and stop (Ctrl-C again kills them)")
@@ -175,27 +170,21 @@ class LocalRun:
         task, log = started.task, str(started.job.paths.stdout)
         for path in started.job.paths.folder.glob(f"{started.job.job_id}*.pkl"):
             path.unlink(missing_ok=True)
-        states: dict[str, CellState] = {}
-        for key in task.keys:
-            standing = self.store.standing(key)
-            reason = standing.attempt.reason if standing.attempt is not None else None
-            if standing.state == "running":
-                self.results[key] = Result(key, "busy", "another process runs it")
-                continue
-            states[key] = standing.state
-            if standing.state in SETTLED:
-                self.results[key] = Result(key, standing.state, reason)
-        rest = None if self.stop.requested else rest_after_crash(task, states, self.parents)
+        states: dict[str, CellState] = {key: self.store.state(key) for key in task.keys}
+        self.settled.update({key: state for key, state in states.items() if state in SETTLED})
+        ours: dict[str, CellState] = {key: state for key, state in states.items() if state != "running"}
+        rest = None if self.stop.requested else rest_after_crash(task, ours, self.parents)
         if rest is None:
             return
-        if rest.restarts > self.cluster.requeue_limit:
-            reason = f"its process died {rest.restarts} times (out of memory? killed?)"
-            for key in rest.keys:
-                worker.record_death(self.store, key, reason, log)
-                self.results[key] = Result(key, "failed", reason)
+        if rest.restarts <= self.cluster.requeue_limit:
+            self.display.say(f"a worker died; its {len(rest.keys)} unfinished cells start again (log {log})")
+            self.waiting.insert(0, rest)
             return
-        self.display.say(f"a worker died; its {len(rest.keys)} unfinished cells start again (log {log})")
-        self.waiting.insert(0, rest)
+        for key in rest.keys:
+            worker.record_death(
+                self.store, key, f"its process died {rest.restarts} times (out of memory? killed?)", log
+            )
+            self.settled[key] = "failed"
 
 
 def import_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -245,8 +234,8 @@ class Display:
         """A line that stays, above the bars."""
         tqdm.write(text, file=sys.stderr)
 
-    def update(self, tasks: Sequence[Task], results: Mapping[str, Result]) -> None:
-        """Called often; looks at the store once a second."""
+    def update(self, tasks: Sequence[Task], settled: Mapping[str, CellState]) -> None:
+        """Show how far `tasks` are; called often, looks at the store once a second."""
         now = time.monotonic()
         if now - self._last < REFRESH_S:
             return
@@ -254,8 +243,8 @@ class Display:
         states = {key: self.store.state(key) for task in tasks for key in task.keys}
         running = [look_at(self.store, key) for key, state in states.items() if state == "running"]
         finished = {key for key, state in states.items() if state == "done"}
-        finished |= {key for key, result in results.items() if result.status == "done"}
-        failed = sum(result.status in ("failed", "blocked") for result in results.values())
+        finished |= {key for key, state in settled.items() if state == "done"}
+        failed = sum(state != "done" for state in settled.values())
         note = f"{len(running)} running" + (f", {failed} failed" if failed else "")
         note += f", {duration(self._remaining(finished, running, now))} left"
         if self.interactive:

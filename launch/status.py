@@ -22,7 +22,7 @@ from dbscale.study.grid import load_grid
 from dbscale.study.plan import PlanRecord, read_plan, record
 from dbscale.study.recipe import Stage
 from dbscale.study.store import CellState, Standing, Store
-from launch.slurm.queue import SlurmView, read_records, read_view
+from launch.slurm.queue import Queued, SlurmError, read_queued, read_records
 from launch.study import AddCommand, add_data, add_grid, add_store, corrected, plan_study, store_of, study_of
 
 State = CellState | Literal["queued"]
@@ -120,15 +120,19 @@ def look_once(store: Store, plan: PlanRecord, wait_s: float) -> Status:
     """SLURM is asked while the store is read; a grid it was never given, or that is done, needs no answer."""
     records = read_records(store, plan.grid)
     with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(read_view, store, records, wait_s) if records else None
-        found = store.standings(plan.cells)
-        undone = any(standing.state != "done" for standing in found.values())
-        return read_status(store, plan, found, answer.result() if answer is not None and undone else None)
+        answer = thread.submit(read_queued, store, plan.grid, wait_s) if records else None
+        found, queued = store.standings(plan.cells), None
+        if answer is not None and any(standing.state != "done" for standing in found.values()):
+            try:
+                queued = answer.result()
+            except SlurmError as error:
+                queued = Queued(store, records, error=str(error))
+        return read_status(store, plan, found, queued)
 
 
-def read_status(store: Store, plan: PlanRecord, found: Mapping[str, Standing], view: SlurmView | None) -> Status:
+def read_status(store: Store, plan: PlanRecord, found: Mapping[str, Standing], queued: Queued | None) -> Status:
     """`found` says how the plan's cells stand in the store; how far they are and what they used is read here."""
-    states: dict[str, State] = {key: state_of(key, standing, view) for key, standing in found.items()}
+    states: dict[str, State] = {key: state_of(key, standing, queued) for key, standing in found.items()}
     used = {key: device_seconds(store, key, found[key], state) for key, state in states.items()}
     running = tuple(look_at(store, key) for key, state in states.items() if state == "running")
     attempts = (found[cell.key].attempt for cell in running)
@@ -139,18 +143,18 @@ def read_status(store: Store, plan: PlanRecord, found: Mapping[str, Standing], v
         counts=Counter((places[key], state) for key, state in states.items()),
         running=running,
         num_devices=sum(1 if attempt is None else attempt.num_devices for attempt in attempts),
-        troubles=tuple(troubles(found, states, view)),
+        troubles=tuple(troubles(found, states, queued)),
         device_s=sum(used.values()),
         left_s=time_left(plan, states, used, running),
-        scheduler=None if view is None else view.headline,
+        scheduler=None if queued is None else queued.headline,
     )
 
 
-def state_of(key: str, standing: Standing, view: SlurmView | None) -> State:
+def state_of(key: str, standing: Standing, queued: Queued | None) -> State:
     """The store's word, and the scheduler's on whether a job still lives."""
-    if standing.state == "done" or view is None or view.error is not None:
+    if standing.state == "done" or queued is None or queued.error is not None:
         return standing.state
-    element = view.active.get(key)
+    element = queued.cells.get(key)
     if element is not None:
         return "running" if standing.state == "running" and element.running else "queued"
     return corrected(standing, is_active=False).state
@@ -195,7 +199,7 @@ def time_left(
     return scale * sum(rest)
 
 
-def troubles(found: Mapping[str, Standing], states: Mapping[str, State], view: SlurmView | None) -> list[Trouble]:
+def troubles(found: Mapping[str, Standing], states: Mapping[str, State], queued: Queued | None) -> list[Trouble]:
     """Failed, blocked and damaged cells, and those whose job ended without a word."""
     named = []
     for key, state in states.items():
@@ -203,8 +207,8 @@ def troubles(found: Mapping[str, Standing], states: Mapping[str, State], view: S
             attempt = found[key].attempt
             log = attempt.log if attempt is not None and state == "failed" else None
             named.append(Trouble(key, state, found[key].reason, log))
-    if view is not None:
-        gone = view.lost({key for key, state in states.items() if state in ("new", "interrupted")})
+    if queued is not None:
+        gone = queued.lost({key for key, state in states.items() if state in ("new", "interrupted")})
         named += [Trouble(key, "lost", reason, log) for key, (reason, log) in gone.items()]
     return named
 
@@ -250,7 +254,7 @@ def headline(status: Status, store: Store) -> list[str]:
         finish = time.time() + status.left_s / status.num_devices
         text += f"; at the present pace it ends about {time.strftime('%a %H:%M', time.localtime(finish))}"
     other = holder(store.root)
-    driver = "nobody works on it (`dbscale submit` goes on)"
+    driver = "nobody works on it (`dbscale submit` resumes it)"
     if other is not None and other.grid == status.grid and is_held(store.root):
         driver = f"driven by pid {other.process.pid} on {other.process.host}"
     return [text, status.scheduler or driver]

@@ -207,7 +207,7 @@ def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Pla
 
 
 def standings_of(store: Store, keys: Sequence[str], active: Collection[str] | None) -> Mapping[str, Standing]:
-    """As the store says; but whether a scheduler's job still lives, the scheduler knows better than a heartbeat."""
+    """How cells stand in the store, corrected by the scheduler, which knows better than a heartbeat what still lives."""
     found = store.standings(keys)
     if active is None:
         return found
@@ -225,7 +225,7 @@ def corrected(standing: Standing, is_active: bool) -> Standing:
 
 
 def base_cost(study: Study) -> CostModel:
-    """Of the cluster's kind of device, or as `dbscale plan --calibrate` measured it."""
+    """The cost on the cluster's kind of device, or as `dbscale plan --calibrate` measured it."""
     cost, calibration = study.cluster.cost_model(), read_calibration(study.store)
     return cost.probed(calibration) if calibration is not None and calibration.fits(cost.device.name) else cost
 

@@ -64,7 +64,7 @@ class Rank:
 
     @classmethod
     def of_job(cls) -> Rank:
-        """Of this process of a submitit job."""
+        """The rank that submitit gave this process."""
         from submitit import JobEnvironment
 
         job = JobEnvironment()
@@ -97,7 +97,7 @@ def thread_environment(resources: Resources) -> dict[str, str]:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: StopRequest) -> Iterator[None]:
-    """Inside, stop signals ask `stop`; afterwards the earlier handlers are back. Main thread only."""
+    """Let stop signals ask `stop` inside the block; afterwards the earlier handlers are back. Main thread only."""
     earlier = {each: signal.getsignal(each) for each in STOP_SIGNALS}
     install_handlers(stop)
     try:
@@ -108,8 +108,8 @@ def stop_on_signals(stop: StopRequest) -> Iterator[None]:
 
 
 def install_handlers(stop: StopRequest) -> None:
-    """Every stop signal asks `stop` and does nothing else, a second SIGINT kills; the training loop obeys at its next
-    step. Call again after imports that install handlers of their own."""
+    """Let every stop signal ask `stop` and do nothing else; the training loop obeys at its next step. A second SIGINT
+    kills. Call this again after imports that install handlers of their own."""
     interrupts = 0
 
     def ask(signum: int, frame: FrameType | None) -> None:
@@ -135,7 +135,7 @@ def watch(*checks: Callable[[], object], interval_s: float = 1.0) -> None:
 
 
 def stop_without(stop: StopRequest, *processes: ProcessMark) -> Callable[[], bool]:
-    """A check for `watch`: asks `stop` once one of `processes` is gone, for a killed driver cannot tell its workers."""
+    """Make a check for `watch` that asks `stop` once one of `processes` is gone: a killed driver cannot tell its workers."""
 
     def check() -> bool:
         for process in processes:
@@ -156,7 +156,7 @@ def end_with_peers(run_one: RunOne, key: str) -> Result:
 
 
 def job_log() -> str:
-    """Path of the log that submitit writes for this process."""
+    """The path of the log that submitit writes for this process."""
     from submitit import JobEnvironment
 
     return str(JobEnvironment().paths.stdout)
@@ -180,7 +180,7 @@ def run_bundle(
         try:
             outcome = run_cell(store, key, data_dir=data_dir, resources=resources, stop=stop, job=job, log=log)
             result = Result(key, outcome.status, outcome.reason, outcome.failure)
-        except (FileError, OSError) as error:  # so early that not even an attempt was opened
+        except (FileError, OSError) as error:  # before an attempt was opened
             result = Result(key, "failed", str(error), failure_of(error))
             if not failure_of(error).passes:
                 record_death(store, key, str(error), log, failure_of(error))
@@ -217,7 +217,7 @@ def parents_done(store: Store, key: str) -> bool:
 def record_death(store: Store, key: str, reason: str, log: str | None, failure: Failure = Failure.LOST) -> None:
     """Close the attempt that a dead process left open, or write one for a cell whose process never came that far.
 
-    What the store refuses to take is left to `dbscale status` to find out."""
+    Where the store cannot be written, `dbscale status` shows the cell as interrupted."""
     last, now = store.last_attempt(key), time.time()
     if last is None or last.status != "running":
         number = 1 + (last.number if last else 0)

@@ -6,18 +6,18 @@ The python layout is a pickle; it is read by an unpickler that knows NumPy array
 import io
 import pickle
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dbscale.data.manifest import Encoding
 from dbscale.errors import DataError
-from shards.source import FieldSource, Listing
+from shards.source import FileSource, Listing, one_line
 
 _PIXELS = 3 * 32 * 32
 
@@ -45,43 +45,50 @@ LAYOUTS = (
 )
 
 
-@dataclass(frozen=True)
-class Cifar(FieldSource):
+class Cifar(FileSource):
     """One of the four published forms, found below `path` by its files."""
 
-    path: Path
-
-    @property
-    def default_encoding(self) -> Encoding:
-        return "raw"
+    default_encoding: ClassVar[Encoding] = "raw"
 
     @cached_property
     def _located(self) -> tuple[Layout, dict[str, bytes]]:
         """The layout and its files, by name."""
-        if self.path.is_file():
-            return _from_archive(self.path)
-        for layout in LAYOUTS:
-            for folder in (self.path, self.path / layout.folder):
-                names = (*layout.train, layout.test, layout.classes)
-                if all((folder / name).is_file() for name in names):
-                    return layout, {name: (folder / name).read_bytes() for name in names}
-        expected = ", ".join(layout.folder for layout in LAYOUTS)
-        raise DataError(f"{self.path}: no complete CIFAR folder or archive; expected one of {expected} in or at it")
+        if self.root.is_file():
+            return _from_archive(self.root)
+        layout, folder = self._folder
+        names = (*layout.train, layout.test, layout.classes)
+        return layout, {name: (folder / name).read_bytes() for name in names}
 
     @cached_property
+    def _folder(self) -> tuple[Layout, Path]:
+        for layout in LAYOUTS:
+            for folder in (self.root, self.root / layout.folder):
+                if all((folder / name).is_file() for name in (*layout.train, layout.test, layout.classes)):
+                    return layout, folder
+        expected = ", ".join(layout.folder for layout in LAYOUTS)
+        raise DataError(f"{self.root}: no complete CIFAR folder or archive; expected one of {expected} in or at it")
+
+    def watched(self) -> Iterable[Path]:
+        """The archive, or the files of the layout."""
+        if self.root.is_file():
+            return (self.root,)
+        layout, folder = self._folder
+        return tuple(folder / name for name in (*layout.train, layout.test, layout.classes))
+
+    @property
     def classes(self) -> tuple[str, ...]:
         layout, files = self._located
-        data = files[layout.classes]
+        data, path = files[layout.classes], self.root / layout.classes
         if layout.label_bytes:
-            return tuple(data.decode().split())
-        return tuple(str(name) for name in _unpickle(data, self.path / layout.classes)[layout.names_key])
+            return tuple(data.decode(errors="backslashreplace").split())
+        return tuple(str(name) for name in _entry(_unpickle(data, path), layout.names_key, list, path))
 
     @cached_property
     def _splits(self) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         layout, files = self._located
-        parts = [_parse(files[name], layout, self.path / name) for name in layout.train]
+        parts = [_parse(files[name], layout, self.root / name) for name in layout.train]
         train = np.concatenate([pixels for pixels, _ in parts]), np.concatenate([labels for _, labels in parts])
-        return {"train": train, "test": _parse(files[layout.test], layout, self.path / layout.test)}
+        return {"train": train, "test": _parse(files[layout.test], layout, self.root / layout.test)}
 
     def listings(self) -> dict[str, Listing]:
         return {
@@ -102,21 +109,31 @@ def _from_archive(path: Path) -> tuple[Layout, dict[str, bytes]]:
                 names = (*layout.train, layout.test, layout.classes)
                 if all(name in members for name in names):
                     return layout, {name: archive.extractfile(members[name]).read() for name in names}  # type: ignore[union-attr]
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path}: damaged archive ({error}); fetch it again") from error
+    except Exception as error:  # of tarfile and of each kind of compression
+        raise DataError(f"{path}: damaged archive ({one_line(error)}); fetch it again") from error
     raise DataError(f"{path}: not one of CIFAR's archives: a layout's files are missing")
 
 
 def _parse(data: bytes, layout: Layout, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Pixels [n, 3072] and labels [n]."""
-    if not layout.label_bytes:
-        batch = _unpickle(data, path)
-        return np.asarray(batch["data"], np.uint8), np.asarray(batch[layout.label_key], np.int64)
-    record = layout.label_bytes + _PIXELS
-    if len(data) % record or not data:
-        raise DataError(f"{path}: {len(data):,} bytes is no multiple of the {record}-byte record; fetch it again")
-    records = np.frombuffer(data, np.uint8).reshape(-1, record)
-    return records[:, layout.label_bytes :], records[:, layout.label_bytes - 1].astype(np.int64)
+    if layout.label_bytes:
+        record = layout.label_bytes + _PIXELS
+        if len(data) % record or not data:
+            raise DataError(f"{path}: {len(data):,} bytes is no multiple of the {record}-byte record; fetch it again")
+        records = np.frombuffer(data, np.uint8).reshape(-1, record)
+        return records[:, layout.label_bytes :], records[:, layout.label_bytes - 1].astype(np.int64)
+    batch = _unpickle(data, path)
+    pixels, labels = _entry(batch, "data", np.ndarray, path), _entry(batch, layout.label_key, list, path)
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS) or not all(type(x) is int for x in labels):
+        raise DataError(f"{path}: {len(labels)} labels and pixels {pixels.shape} of {pixels.dtype}; fetch it again")
+    return pixels, np.array(labels, np.int64)
+
+
+def _entry(content: dict[str, Any], name: str, kind: type, path: Path) -> Any:
+    value = content.get(name)
+    if not isinstance(value, kind):
+        raise DataError(f"{path}: {name!r} is missing or no {kind.__name__}, as CIFAR's files have it; fetch it again")
+    return value
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -140,7 +157,7 @@ def _unpickle(data: bytes, path: Path) -> dict[str, Any]:
     try:
         loaded = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:
-        raise DataError(f"{path}: refused to unpickle: {error}") from error
+        raise DataError(f"{path}: refused to unpickle: {one_line(error)}") from error
     if not isinstance(loaded, dict):
         raise DataError(f"{path}: expected a dictionary, found {type(loaded).__name__}")
     return {
@@ -150,4 +167,4 @@ def _unpickle(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value

@@ -1,99 +1,290 @@
-"""Source `imagefolder`: <path>/<split>/<class>/**/<image>, the layout of torchvision's ImageFolder and of ImageNet."""
+"""Sources `imagefolder` and `tinyimagenet`: one file per image, its class told by a folder or by an annotation file.
 
+`imagefolder` is <path>/<split>/<class>/**/<image>, the layout of torchvision's ImageFolder and of ImageNet; with
+`test: 0.2` also <path>/<class>/**/<image>, which is then split. `tinyimagenet` is TinyImageNet as unzipped.
+"""
+
+import fnmatch
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator
 
-from dbscale.data.manifest import Encoding
-from dbscale.errors import DataError
-from shards.source import FieldSource, Listing
+from dbscale.errors import DataError, nearest
+from shards.source import FileSource, Listing, Local, TestFolder, Unused, class_names, printable, split_off
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(
+            "jpg",
+            "jpeg",
+            "jpe",
+            "jfif",
+            "png",
+            "ppm",
+            "pgm",
+            "pbm",
+            "pnm",
+            "pfm",
+            "webp",
+            "bmp",
+            "dib",
+            "gif",
+            "tif",
+            "tiff",
+        ),
+        *("avif", "jp2", "j2k", "jpf", "jpx", "ico", "cur", "icns", "tga", "qoi", "pcx", "sgi", "psd", "dds"),
+    )
+)
+"""By which names are taken for images; what a file holds is told from its bytes."""
+_LITTER = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 
 
-@dataclass(frozen=True)
-class ImageFolder(FieldSource):
-    """Every file below a class folder is a sample, hidden files excepted."""
+class _OneFileEach(FileSource):
+    """What both layouts share: names are files below `path`."""
 
-    path: Path
-    train: str = "train"
-    """Folder of the training split."""
-    test: str | None = "test"
-    """Folder of the test split; None packs no test split."""
-    class_list: tuple[str, ...] | None = None
-    """Class folders to take, in label order; None takes all, sorted."""
-    exclude: frozenset[str] = frozenset()
-    """Files to leave out, relative to `path`."""
-    remedy: ClassVar[str] = "mend or remove such files (or list them under the source's `exclude`)"
-
-    @property
-    def default_encoding(self) -> Encoding:
-        return "original"
-
-    @cached_property
-    def classes(self) -> tuple[str, ...]:
-        found = self._class_folders(self.train)
-        if self.class_list is None:
-            return tuple(found)
-        missing = sorted(set(self.class_list) - set(found))
-        if missing:
-            raise DataError(
-                f"{self.path / self.train}: {len(missing)} classes of the class list have no folder, among them "
-                f"{', '.join(missing[:5])}"
-            )
-        return self.class_list
-
-    def _class_folders(self, split: str) -> list[str]:
-        folder = self.path / split
-        if not folder.is_dir():
-            there = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
-            hint = f"{self.path} holds: {', '.join(there[:10])}" if there else f"{self.path} does not exist or is empty"
-            raise DataError(f"{folder}: no such folder ({hint}); set `path`, `train` and `test` of the source")
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-        if not names:
-            raise DataError(f"{folder}: holds no class folders; expected <class>/<image> below it")
-        return names
-
-    def listings(self) -> dict[str, Listing]:
-        splits = {"train": self.train} if self.test is None else {"train": self.train, "test": self.test}
-        return {name: self._listing(folder) for name, folder in splits.items()}
-
-    def _listing(self, split: str) -> Listing:
-        labels: list[int] = []
-        names: list[str] = []
-        surplus = set(self._class_folders(split)) - set(self.classes)
-        if surplus and self.class_list is None:
-            raise DataError(f"{self.path / split}: classes without training images: {', '.join(sorted(surplus)[:5])}")
-        for label, name in enumerate(self.classes):
-            files = sorted(self._files(f"{split}/{name}"))
-            if not files:
-                raise DataError(
-                    f"{self.path / split / name}: class folder is empty or missing; add images, or leave the class "
-                    "out with a class list"
-                )
-            labels += [label] * len(files)
-            names += files
-        return Listing(np.array(labels, np.int64), names)
-
-    def _files(self, folder: str) -> Iterator[str]:
-        root = self.path / folder
-        if not root.is_dir():
-            return
-        for entry in os.scandir(root):
-            relative = f"{folder}/{entry.name}"
-            if entry.name.startswith(".") or relative in self.exclude:
-                continue
-            if entry.is_dir():
-                yield from self._files(relative)
-            else:
-                yield relative
+    def file_of(self, name: str) -> Path:
+        return self.root / name
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[bytes]:
         return map(self._read_file, names)  # unlike a generator, it goes on after a file that cannot be read
 
     def _read_file(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        return (self.root / name).read_bytes()
+
+    @property
+    @abstractmethod
+    def _class_folders(self) -> Iterable[Path]:
+        """Folders in which files come and go."""
+
+    def watched(self) -> Iterable[Path]:
+        return self._class_folders
+
+
+def _class_list(value: Any) -> Any:
+    return value if value is None or isinstance(value, str) else class_names(value)
+
+
+class ImageFolder(_OneFileEach):
+    """Every file below a class folder is a sample, except hidden ones and those that are excluded."""
+
+    train: Local = "train"
+    """Folder of the training split."""
+    test: TestFolder = "test"
+    class_list: Annotated[tuple[str, ...] | str | None, BeforeValidator(_class_list)] = None
+    """Class folders to take, in label order, or a text file with one name at the start of each line; None: all, sorted."""
+    exclude: tuple[str, ...] = ()
+    """Files and folders to leave out, relative to `path`; `*` stands for any text."""
+    remedy: ClassVar[str] = "mend or remove such files (or list them under the source's `exclude`)"
+
+    @cached_property
+    def _splits(self) -> dict[str, str]:
+        """Folder of each split, below `path`."""
+        if isinstance(self.test, str):
+            return {"train": self.train, "test": self.test}
+        unsplit = self.test is not None and not (self.root / self.train).is_dir()
+        return {"train": "." if unsplit else self.train}
+
+    @cached_property
+    def _folders(self) -> tuple[str, ...]:
+        """The class folders, in label order."""
+        found = self._folders_in(self._splits["train"])
+        if self.class_list is None:
+            return tuple(found)
+        wanted = self.class_list if isinstance(self.class_list, tuple) else _names_in(self._data_dir / self.class_list)
+        missing = sorted(set(wanted) - set(found))
+        if missing:
+            raise DataError(
+                f"{self.root / self._splits['train']}: {len(missing)} classes of the class list have no folder, among "
+                f"them {', '.join(missing[:5])}; {nearest(missing[0], found[:20])}"
+            )
+        return wanted
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(printable(name) for name in self._folders)
+
+    def _folders_in(self, split: str) -> list[str]:
+        folder = self.root / split
+        if not folder.is_dir():
+            there = sorted(entry.name for entry in self.root.iterdir()) if self.root.is_dir() else []
+            hint = (
+                f"{self.root} holds: {printable(', '.join(there[:10]))}; set `path`, `train` and `test` of the source, or "
+                "`test: 0.2` to split off a share" if there else f"{self.root} does not exist or is empty; set `path`"
+            )  # fmt: skip
+            raise DataError(f"{folder}: no such folder ({hint})")
+        names = sorted(
+            entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and not _is_hidden(entry.name)
+        )
+        names = [name for name in names if not self._is_excluded(os.path.normpath(f"{split}/{name}"))]
+        if not names:
+            raise DataError(f"{folder}: holds no class folders; expected <class>/<image> below it")
+        return names
+
+    @property
+    def _class_folders(self) -> Iterable[Path]:
+        folders = [self.root / split for split in self._splits.values()]
+        return (*folders, *(folder / name for folder in folders for name in self._folders))
+
+    def listings(self) -> dict[str, Listing]:
+        listings = {name: self._listing(folder) for name, folder in self._splits.items()}
+        unmatched = [pattern for pattern, matched in self._matched.items() if not matched]
+        if unmatched:
+            raise DataError(
+                f"{self.root}: `exclude` names {unmatched[0]!r}, which matches no file below it; mend or remove it"
+            )
+        beside = {folder.split("/")[0] for folder in self._splits.values()}
+        if "." not in beside:
+            for name in sorted(entry.name for entry in self.root.iterdir() if entry.name not in beside):
+                listings["train"].unused.add("file or folder beside the splits", name, lost=False)
+        if isinstance(self.test, float):
+            return split_off(listings["train"], self.test, str(self.root))
+        return listings
+
+    def _listing(self, split: str) -> Listing:
+        found: dict[str, list[str]] = {name: [] for name in self._folders}
+        surplus = set(self._folders_in(split)) - found.keys()
+        if surplus and self.class_list is None:
+            raise DataError(f"{self.root / split}: classes without training images: {', '.join(sorted(surplus)[:5])}")
+        unused = Unused()
+        for name, folder, why in self._walk(split, (), None):
+            if why is None and folder in found:
+                found[folder].append(name)
+            elif why in ("excluded file", "litter"):
+                unused.add(why, name, lost=False)
+            elif why is not None or folder is None:
+                is_image = name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+                what = why or "outside the class folders"
+                unused.add(f"{'image' if is_image else 'file'} {what}", name, lost=is_image)
+            else:
+                unused.add("file in a class that is not in the class list", name, lost=False)
+        for name, files in found.items():
+            if not files:
+                raise DataError(
+                    f"{self.root / split / name}: class folder is empty or missing; add images, or leave the class "
+                    "out with a class list"
+                )
+        names = [file for files in found.values() for file in sorted(files)]
+        counts = [len(files) for files in found.values()]
+        return Listing(np.repeat(np.arange(len(counts)), counts), names, unused)
+
+    def _walk(
+        self, folder: str, above: tuple[tuple[int, int], ...], why: str | None, name: str | None = None
+    ) -> Iterator[tuple[str, str | None, str | None]]:
+        """(file, class folder, why it is left out) of every file below a split's folder."""
+        root = self.root / folder
+        status = root.stat()
+        if (status.st_dev, status.st_ino) in above:
+            raise DataError(f"{root}: a symbolic link that leads in a circle; remove it")
+        for entry in list(os.scandir(root)):
+            relative = entry.name if folder == "." else f"{folder}/{entry.name}"
+            reason = why or ("excluded file" if self._is_excluded(relative) else _hidden(entry.name))
+            if entry.is_dir():
+                yield from self._walk(relative, (*above, (status.st_dev, status.st_ino)), reason, name or entry.name)
+            elif reason is None and not entry.is_file() and not entry.is_symlink():
+                yield relative, name, "that is no regular file"
+            else:
+                yield relative, name, reason
+
+    @cached_property
+    def _matched(self) -> dict[str, bool]:
+        """Which patterns of `exclude` have matched anything."""
+        return dict.fromkeys(self.exclude, False)
+
+    def _is_excluded(self, relative: str) -> bool:
+        matching = [
+            pattern for pattern in self.exclude if relative == pattern or fnmatch.fnmatchcase(relative, pattern)
+        ]
+        self._matched.update(dict.fromkeys(matching, True))
+        return bool(matching)
+
+
+def _is_hidden(name: str) -> bool:
+    return _hidden(name) is not None
+
+
+def _hidden(name: str) -> str | None:
+    """Why a file or folder is passed over by its name: what systems leave behind, or a dot in front."""
+    if name in _LITTER or name.startswith("._") or name == ".DS_Store":
+        return "litter"
+    return "that is hidden" if name.startswith(".") else None
+
+
+def _names_in(path: Path) -> tuple[str, ...]:
+    """The names (say, WordNet ids) at the start of each line of a text file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: class list cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    names = tuple(line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise DataError(f"{path}: class list is empty or names a class twice: {', '.join(twice[:5])}")
+    return names
+
+
+class TinyImageNet(_OneFileEach):
+    """200 classes at 64 px; the official validation split serves as the test split."""
+
+    remedy: ClassVar[str] = "unzip the archive again, or remove such files"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        names = tuple(self._text("wnids.txt").split())
+        if len(set(names)) < len(names) or not names or any("/" in name or name.startswith(".") for name in names):
+            raise DataError(f"{self.root / 'wnids.txt'}: is empty, or names a class twice, or none; unzip it again")
+        return names
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.root / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            what = getattr(error, "strerror", None) or error
+            raise DataError(
+                f"{self.root / name}: cannot be read ({what}); point `path` at the unzipped tiny-imagenet-200"
+            ) from error
+
+    @property
+    def _class_folders(self) -> Iterable[Path]:
+        folders = (self.root / "train" / name / "images" for name in self.classes)
+        return (*folders, self.root / "val/images", self.root / "val/val_annotations.txt")
+
+    def listings(self) -> dict[str, Listing]:
+        label_of = {wordnet_id: label for label, wordnet_id in enumerate(self.classes)}
+        return {"train": self._train(label_of), "test": self._validation(label_of)}
+
+    def _train(self, label_of: Mapping[str, int]) -> Listing:
+        labels: list[int] = []
+        names: list[str] = []
+        unused = Unused()
+        for wordnet_id, label in label_of.items():
+            folder = self.root / "train" / wordnet_id / "images"
+            files = sorted(path.name for path in folder.glob("*"))
+            images = [name for name in files if name.endswith(".JPEG")]
+            if not images:
+                raise DataError(f"{folder}: class folder is empty or missing; unzip the archive again")
+            labels += [label] * len(images)
+            names += [f"train/{wordnet_id}/images/{name}" for name in images]
+            for name in set(files) - set(images):
+                unused.add(
+                    "file without the suffix .JPEG", name, lost=name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+                )
+        return Listing(np.array(labels, np.int64), names, unused)
+
+    def _validation(self, label_of: Mapping[str, int]) -> Listing:
+        rows = [line.split("\t") for line in self._text("val/val_annotations.txt").splitlines() if line]
+        for row in rows:
+            if len(row) < 2 or row[1] not in label_of or not re.fullmatch(r"[\w-]+\.JPEG", row[0]):
+                raise DataError(f"{self.root / 'val/val_annotations.txt'}: unknown class or file in line {row!r}")
+        unused = Unused()
+        for name in {path.name for path in (self.root / "val/images").glob("*")} - {row[0] for row in rows}:
+            unused.add("validation image without annotation", name, lost=True)
+        labels = np.array([label_of[row[1]] for row in rows], np.int64)
+        return Listing(labels, [f"val/images/{row[0]}" for row in rows], unused)

@@ -1,20 +1,20 @@
-"""Pick a source by kind and check its options: `make_source("fractals", families=64)`."""
+"""Pick the kind of source that a grid's dataset entry names, and check its options; needs neither torch nor pyarrow."""
 
-import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbscale.errors import DataError
+from dbscale.data.manifest import MANIFEST_NAME, load_manifest
+from dbscale.errors import ConfigError, nearest
+from dbscale.strict import validate
 from shards.cifar import Cifar
-from shards.digits import Digits
-from shards.fractals import Fractals
-from shards.imagefolder import ImageFolder
+from shards.generated import Digits, Fractals
+from shards.imagefolder import ImageFolder, TinyImageNet
 from shards.parquet import Parquet
-from shards.source import Source, refuse_remote
-from shards.tinyimagenet import TinyImageNet
+from shards.source import Source, listing_digest
 from shards.webdataset import WebDatasetTars
 
-KINDS: dict[str, Any] = {
+KINDS: dict[str, type[Source]] = {
     "imagefolder": ImageFolder,
     "cifar": Cifar,
     "tinyimagenet": TinyImageNet,
@@ -25,49 +25,49 @@ KINDS: dict[str, Any] = {
 }
 
 
-def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Source:
-    """A source of one kind.
+def source_of(name: str, entry: Mapping[str, Any], data_dir: str | Path = ".") -> Source:
+    """The source that a grid's dataset entry `{source: <kind>, <option>: …}` describes; nothing is read yet.
 
-    Args:
-        kind: one of `KINDS`.
-        data_dir: what a relative `path` is relative to.
-        options: fields of the kind's class.
+    Relative paths of the entry are below `data_dir`.
 
     Raises:
-        DataError: unknown kind or option, or an option that is missing or impossible.
+        ConfigError: unknown kind or option, or an option that is missing, of the wrong type or impossible.
     """
-    if kind not in KINDS:
-        raise DataError(f"source kind {kind!r} is unknown; known: {', '.join(KINDS)}")
-    allowed = inspect.signature(KINDS[kind]).parameters
-    unknown = options.keys() - allowed.keys()
-    if unknown:
-        raise DataError(f"source {kind!r} has no option {sorted(unknown)[0]!r}; it has: {', '.join(allowed)}")
-    missing = [name for name, field in allowed.items() if field.default is field.empty and name not in options]
-    if missing:
-        raise DataError(f"source {kind!r} needs the option {missing[0]!r}")
-    return KINDS[kind](**{name: _convert(name, value, Path(data_dir)) for name, value in options.items()})
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in entry.items() if key != "source"}
+    kind = entry.get("source")
+    if not isinstance(kind, str) or kind not in KINDS:
+        what = "names no `source`" if kind is None else f"has the unknown source {kind!r}"
+        raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, KINDS)}")
+    return validate(KINDS[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
 
 
-def _convert(name: str, value: Any, data_dir: Path) -> Any:
-    if name == "path":
-        refuse_remote(str(value))
-        return data_dir / value
-    if name == "class_list":
-        return _class_list(value, data_dir)
-    return frozenset(value) if name == "exclude" else value
+def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Source:
+    """`source_of` for options given by name: `make_source("fractals", families=64)`."""
+    return source_of(kind, {"source": kind, **options}, data_dir)
 
 
-def _class_list(value: Any, data_dir: Path) -> tuple[str, ...] | None:
-    """A list of names, or a text file with one name (say, a WordNet id) at the start of each line."""
-    if value is None or not isinstance(value, str):
-        return None if value is None else tuple(value)
-    path = data_dir / value
+def source_change(folder: Path, data_dir: str | Path, *, quick: bool = True) -> str | None:
+    """A sentence when the source of the dataset packed in `folder` holds other samples now, else None.
+
+    Quick looks at the times of a few files and folders, and lists the source again only where one is newer than the
+    pack. A source that is gone cannot have changed.
+    """
+    manifest = load_manifest(folder)
+    source = source_of(manifest.name, manifest.source, data_dir)
+    packed_at = (folder / MANIFEST_NAME).stat().st_mtime_ns
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: class list cannot be read ({error.strerror})") from error
-    names = tuple(line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise DataError(f"{path}: class list is empty or names a class twice: {', '.join(twice[:5])}")
-    return names
+        if not any(path.stat().st_mtime_ns >= packed_at for path in source.watched()) and quick:
+            return None
+        listings = source.listings()
+    except (OSError, ValueError) as error:
+        return None if not getattr(source, "root", folder).exists() else f"its source cannot be listed again: {error}"
+    if listing_digest(source.classes, listings) == manifest.extra.get("listing"):
+        return None
+    counts = ", ".join(
+        f"{len(listing.names):,} {split} samples, {manifest.splits[split].num_samples:,} are packed"
+        for split, listing in listings.items()
+        if split in manifest.splits
+    )
+    return (
+        f"its source now holds other files ({counts}); results keep to what is packed: remove {folder} to pack it anew"
+    )

@@ -1,9 +1,14 @@
-"""Check every sample of a packed dataset: files, tar headers, checksums, labels, and that each image decodes."""
+"""Look at packed datasets: check every sample (files, tar headers, checksums, labels, decoding), describe them, and
+compare them with what their source holds now."""
 
+import os
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -12,12 +17,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dbscale.data.decode import DecodeError, decode_image
-from dbscale.data.index import checksum, mend, open_index, split_fingerprint
-from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
+from dbscale.data.manifest import MANIFEST_NAME, Manifest, SplitInfo, load_manifest, mend
+from dbscale.data.read import checksum, open_index, split_fingerprint
 from dbscale.errors import DataError
-from shards.jobs import default_processes
-from shards.repair import index_is_damaged
-from shards.walk import Member, walk_tar
+from shards.pack import WORK_FOLDER, ShardJob, default_processes, encode, index_is_damaged, make_plan, plan_jobs
+from shards.source import Source
+from shards.sources import source_change, source_of
+from shards.webdataset import Member, walk_tar
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,7 @@ class Problem:
 def verify(folder: str | Path, *, jobs: int | None = None, progress: bool = False) -> list[Problem]:
     """All problems of a dataset, in stored order; empty when every sample is good.
 
-    Args:
-        folder: of the dataset.
-        jobs: processes; None takes one per core where that pays.
-        progress: show a bar.
+    `jobs` is the number of processes; None takes one per core where that pays. `progress` shows a bar.
 
     Raises:
         DataError: there is no readable manifest.
@@ -76,11 +79,7 @@ def _index_problems(folder: Path, split: SplitInfo, manifest: Manifest) -> Itera
     if index_is_damaged(folder, split):
         yield Problem(split.index, None, f"missing or changed; {mend(folder)}")
         return
-    try:
-        index = open_index(folder, split)
-    except DataError as error:
-        yield Problem(split.index, None, str(error))
-        return
+    index = np.load(folder / split.index, mmap_mode="r", allow_pickle=False)
     if split_fingerprint(index) != split.fingerprint:
         foreign = "does not have the fingerprint of the manifest; remove the dataset's folder and pack it again"
         yield Problem(split.index, None, foreign)
@@ -102,18 +101,17 @@ def verify_shard(folder: Path, split_name: str, shard: int) -> list[Problem]:
     if path.stat().st_size != info.num_bytes:
         sizes = f"has {path.stat().st_size:,} bytes, expected {info.num_bytes:,}"
         return [Problem(info.name, None, f"{sizes}; {mend(folder)}")]
-    index = open_index(folder, split)
     remedy = f"remove {info.name} and {mend(folder)}"  # of the right size, it would be taken for sound
     try:
         members = {member.name: member for member in walk_tar(path, remedy)}
     except DataError as error:
         return [Problem(info.name, None, str(error).removeprefix(f"{path}: "))]
     first = sum(other.num_samples for other in split.shards[:shard])
-    rows = index[first : first + info.num_samples]
+    index = np.load(folder / split.index, mmap_mode="r", allow_pickle=False)
     content = np.memmap(path, np.uint8, "r")
-    by_place = {(member.offset, member.size): member.key for member in members.values()}
+    by_place = {(member.offset, member.size): member.key("first") for member in members.values()}
     problems = []
-    for row in rows:
+    for row in index[first : first + info.num_samples]:
         key = bytes(row["key"]).decode()
         changes = list(_changes(key, row, content, by_place, members))
         problems += [Problem(info.name, key, f"{what}; {remedy}") for what in changes]
@@ -153,3 +151,112 @@ def _faults_of_the_source(data: bytes) -> Iterator[str]:
         decode_image(data)
     except DecodeError as error:
         yield f"{error}; it came so from its source: training shows the next of its class instead"
+
+
+def describe(folder: str | Path, *, classes: bool = False) -> str:
+    """Sizes, balance, encoding and fingerprint; with `classes` also the count of every class.
+
+    Raises:
+        DataError: there is no readable manifest.
+    """
+    manifest = load_manifest(folder)
+    image = manifest.image
+    side = f"{image.max_side}" if image.min_side == image.max_side else f"{image.min_side}…{image.max_side}"
+    lines = [
+        f"{manifest.name}: {manifest.num_classes} classes, {image.encoding} images of {side} px",
+        f"  fingerprint {manifest.fingerprint}",
+    ]
+    for name, split in manifest.splits.items():
+        lines += _describe_split(name, split)
+    return "\n".join([*lines, *describe_unused(manifest), *(_class_lines(manifest) if classes else ())])
+
+
+def _describe_split(name: str, split: SplitInfo) -> list[str]:
+    counts = np.array(split.class_counts)
+    num_bytes = sum(shard.num_bytes for shard in split.shards)
+    return [
+        f"  {name}: {split.num_samples:,} samples in {len(split.shards)} shards, {num_bytes / 1e6:,.1f} MB",
+        f"    {counts.min():,} to {counts.max():,} samples a class; every prefix is class-balanced within one up to "
+        f"{split.balanced_up_to:,} samples ({counts.min():,} a class)",
+        f"    fingerprint {split.fingerprint}",
+    ]
+
+
+def describe_unused(manifest: Manifest) -> list[str]:
+    """One line for each reason for which something of the source was not packed, with its count."""
+    unused = manifest.extra.get("unused")
+    return [
+        f"  {split}: not used: {count:,} × {reason}"
+        for split, reasons in (unused.items() if isinstance(unused, dict) else ())
+        for reason, count in (reasons.items() if isinstance(reasons, dict) else ())
+    ]
+
+
+def _class_lines(manifest: Manifest) -> list[str]:
+    """One line a class, one column a split."""
+    counts = zip(*(split.class_counts for split in manifest.splits.values()), strict=True)
+    rows = [("label", "class", *manifest.splits)]
+    rows += [
+        (str(label), name, *(f"{count:,}" for count in held))
+        for label, (name, held) in enumerate(zip(manifest.classes, counts, strict=True))
+    ]
+    label_width, name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        "  ".join([f"  {label:>{label_width}}", f"{name:<{name_width}}", *map(str.rjust, held, widths)])
+        for label, name, *held in rows
+    ]
+
+
+def exact_source_change(folder: Path, data_dir: str | Path) -> str | None:
+    """As `source_change`, but the source is listed again in any case, and files newer than the pack are compared.
+
+    Where nothing changed the manifest's time is renewed, so that those files need not be read the next time.
+    """
+    change = source_change(folder, data_dir, quick=False)
+    manifest = load_manifest(folder)
+    source = source_of(manifest.name, manifest.source, data_dir)
+    try:
+        listings = {} if change or not list(source.watched()) else source.listings()
+    except (OSError, ValueError):  # it is gone
+        return None
+    is_newer = partial(_is_newer, source, (folder / MANIFEST_NAME).stat().st_mtime_ns, {})
+    other: list[str] = []
+    for job in plan_jobs(folder, listings, make_plan(source, listings, manifest.name, manifest.source)):
+        slots = [slot for slot, name in enumerate(job.names) if is_newer(name)]
+        if slots:
+            some = replace(job, numbers=job.numbers[slots], names=[job.names[slot] for slot in slots])
+            packed = open_index(folder, manifest.split(job.split))["checksum"][job.first_position + np.array(slots)]
+            other += _differing(source.prepare(folder / WORK_FOLDER), some, packed.tolist())
+    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    if other:
+        return (
+            f"its source now holds other images in place of {len(other):,} packed ones, the first "
+            f"{source.origin(other[0])}; results keep to what is packed: remove {folder} to pack it anew"
+        )
+    if listings:
+        with suppress(OSError):
+            os.utime(folder / MANIFEST_NAME)
+    return change
+
+
+def _is_newer(source: Source, packed_at: int, known: dict[Path | None, bool], name: str) -> bool:
+    """Whether the file of a sample (or, where samples have none, any of the source) changed since packing."""
+    path = source.file_of(name)
+    if path not in known:
+        times = [
+            max(each.stat().st_mtime_ns, each.stat().st_ctime_ns) for each in ([path] if path else source.watched())
+        ]
+        known[path] = max(times) >= packed_at
+    return known[path]
+
+
+def _differing(source: Source, job: ShardJob, packed: Sequence[int]) -> Iterator[str]:
+    """Names of the samples that would not be packed with these checksums today."""
+    contents = source.read(job.split, job.numbers, job.names)
+    for name, expected in zip(job.names, packed, strict=True):
+        try:
+            found = checksum(encode(next(contents), job.encoding, job.raw_size)[1])
+        except (OSError, DataError, StopIteration):
+            found = None
+        if found != expected:
+            yield name

@@ -100,13 +100,26 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
+def test_no_two_folders_import_each_other() -> None:
+    """A folder and the one it lies in may; `launch/commands` and `launch/slurm` may not."""
+    graph: dict[str, set[str]] = {}
+    for path in source_files():
+        here = ".".join(path.relative_to(ROOT).parts[:-1])
+        for name in imports(path):
+            there = name if (ROOT / name.replace(".", "/")).is_dir() else name.rpartition(".")[0]
+            nested = f"{here}.".startswith(f"{there}.") or f"{there}.".startswith(f"{here}.")
+            if name.split(".")[0] in PACKAGES and not nested:
+                graph.setdefault(here, set()).add(there)
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
 @pytest.mark.parametrize("command", [["--help"], ["plan", "--help"], ["status", "--help"]])
 def test_the_command_starts_without_heavy_packages(command: list[str]) -> None:
     code = (
         "import sys, contextlib\n"
         "from launch.cli import main\n"
         f"with contextlib.suppress(SystemExit): main({command!r})\n"
-        "heavy = {'torch', 'scipy', 'sklearn', 'plotly', 'matplotlib', 'pyarrow', 'deepspeed'} & set(sys.modules)\n"
+        "heavy = {'torch', 'scipy', 'sklearn', 'altair', 'vl_convert', 'pyarrow', 'deepspeed'} & set(sys.modules)\n"
         "sys.exit(f'imported at start-up: {sorted(heavy)}' if heavy else 0)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -12,10 +12,10 @@ from dbscale.data.manifest import Manifest, load_manifest
 from dbscale.errors import DataError
 
 if TYPE_CHECKING:
+    from dbscale.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform, make_transform
     from dbscale.data.dataset import Dataset, Subset, open_dataset
     from dbscale.data.loader import Batch, EvalLoader, TrainLoader, make_eval_loader, make_loader
     from dbscale.data.mix import MixTarget, mix_batch
-    from dbscale.data.transform import IMAGENET_MEAN, IMAGENET_STD, Transform, make_transform
 
 _HOME = {
     "Dataset": "dataset",
@@ -28,10 +28,10 @@ _HOME = {
     "make_loader": "loader",
     "MixTarget": "mix",
     "mix_batch": "mix",
-    "IMAGENET_MEAN": "transform",
-    "IMAGENET_STD": "transform",
-    "Transform": "transform",
-    "make_transform": "transform",
+    "IMAGENET_MEAN": "augment",
+    "IMAGENET_STD": "augment",
+    "Transform": "augment",
+    "make_transform": "augment",
 }
 
 __all__ = [

@@ -1,18 +1,20 @@
 """Turn the bytes of one image file into uint8 RGB [H, W, 3].
 
-JPEG goes through simplejpeg (libjpeg-turbo), everything else, and what simplejpeg refuses (CMYK), through Pillow. The
-format is told from the bytes, never from the file's name: ImageNet holds PNG files named .JPEG. Damage is reported as
-`DecodeError`; what to do about it is the loader's decision.
+JPEG goes through simplejpeg (libjpeg-turbo: 923 against 585 crops/s of a 500 × 375 px photograph), everything else, and
+what simplejpeg refuses (CMYK), through Pillow. The format is told from the bytes, never from the file's name: ImageNet
+holds PNG files named .JPEG. Damage is reported as `DecodeError`; what to do about it is the loader's decision.
 """
 
 import io
+import re
 import struct
 import warnings
+from functools import cache
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dbscale.errors import DataError
 
@@ -28,9 +30,16 @@ _SUFFIXES = (
     (b"II*\x00", "tif"),
     (b"MM\x00*", "tif"),
 )
-
-
+"""The formats that nearly all images have, told without opening them; Pillow tells the others."""
 _PNG_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_PILLOW_SUFFIXES = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
+_PILLOW_FORMATS = (
+    *("JPEG", "PNG", "PPM", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "ICO", "CUR", "ICNS", "QOI"),
+    *("PCX", "DCX", "SGI", "SUN", "MSP", "XBM", "XPM", "PSD", "DDS", "IM", "SPIDER", "TGA"),
+)
+"""What is opened at all: never EPS, which runs Ghostscript, nor what other programs would have to decode. TGA comes
+last, because it has no mark of its own."""
+_WHITE = 255
 
 
 class DecodeError(DataError):
@@ -38,45 +47,56 @@ class DecodeError(DataError):
 
 
 def image_suffix(data: bytes) -> str:
-    """File suffix (jpg, png, ppm, webp …) by the leading bytes. Raises DecodeError where no format is known."""
+    """File suffix (jpg, png, ppm, webp …) by the bytes. Raises DecodeError where no format is known."""
     for magic, suffix in _SUFFIXES:
         if data.startswith(magic):
             return suffix
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    raise DecodeError(f"not an image: {len(data)} bytes that begin with {data[:8]!r}")
+    with _open_pillow(data) as image:
+        name = image.format or ""
+        return _PILLOW_SUFFIXES.get(name, name.lower())
 
 
 def image_shape(data: bytes) -> tuple[int, int]:
     """(height, width) from the header alone. Raises DecodeError."""
     if data.startswith(b"\xff\xd8\xff"):
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError as error:
-            raise DecodeError(f"damaged JPEG header: {error}") from error
-        return int(height), int(width)
-    if data.startswith(_PNG_HEADER) and len(data) >= 24:
+        height, width, _ = _jpeg_header(data)
+    elif data.startswith(_PNG_HEADER) and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])
-        return height, width
-    image_suffix(data)
-    with _open_pillow(data) as image:
-        return image.height, image.width
+    else:
+        with _open_pillow(data) as image:
+            height, width = image.height, image.width
+    _check_pixels(height, width)
+    return height, width
 
 
 def _check_pixels(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
         raise DecodeError(f"{width}×{height} px is more than {MAX_PIXELS:,} pixels: refused as a decompression bomb")
+    if not height * width:
+        raise DecodeError(f"{width}×{height} px: an image without pixels")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this build of Pillow can open."""
+    Image.init()
+    return tuple(name for name in _PILLOW_FORMATS if name in Image.OPEN)
 
 
 def _open_pillow(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and an error
-            image = Image.open(io.BytesIO(data))
+            warnings.simplefilter("ignore")  # of bombs: our own limit is lower, and an error
+            image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise DecodeError(f"refused as a decompression bomb: {error}") from error
     except Exception as error:  # Pillow's plugins raise many kinds on damaged input
-        raise DecodeError(f"damaged {image_suffix(data)} header: {error}") from error
+        known = [suffix for magic, suffix in _SUFFIXES if data.startswith(magic)]
+        if known and isinstance(error, UnidentifiedImageError):
+            raise DecodeError(f"damaged {known[0]} header") from error
+        if known:
+            raise DecodeError(f"damaged {known[0]} header: {error}") from error
+        raise DecodeError(f"not an image: {len(data)} bytes that begin with {data[:8]!r}") from error
     _check_pixels(image.height, image.width)
     return image
 
@@ -87,16 +107,21 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         return _decode_ppm(data)
     if data.startswith(b"\xff\xd8\xff"):
         return _decode_jpeg(data)
-    image_suffix(data)
     return _decode_pillow(data)
 
 
-def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+def _jpeg_header(data: bytes) -> tuple[int, int, str]:
+    """(height, width, colour space)."""
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         raise DecodeError(f"damaged JPEG header: {error}") from error
-    _check_pixels(int(height), int(width))
+    return int(height), int(width), str(color_space)
+
+
+def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+    height, width, color_space = _jpeg_header(data)
+    _check_pixels(height, width)
     if color_space in ("CMYK", "YCCK"):
         return _decode_pillow(data)
     try:
@@ -108,17 +133,31 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
 
 
 def _decode_pillow(data: bytes) -> NDArray[np.uint8]:
-    try:
-        with _open_pillow(data) as image:
-            if image.mode.startswith("I"):
-                # Pillow's own convert() clips 16-bit values at 255 instead of scaling them.
-                grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
+    with _open_pillow(data) as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd metadata; damage is an error
+        try:
+            if image.mode.startswith("I") or image.mode == "F":
+                return np.repeat(_grey_levels(image)[..., None], 3, axis=2)
             return np.asarray(image.convert("RGB"))
-    except DecodeError:
-        raise
-    except Exception as error:
-        raise DecodeError(f"damaged {image_suffix(data)}: {error}") from error
+        except DecodeError:
+            raise
+        except Exception as error:
+            raise DecodeError(f"damaged {image_suffix(data)}: {error}") from error
+
+
+def _grey_levels(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 [H, W] of greys with more than 8 bits; Pillow's own convert() would clip 16 bits at 255."""
+    values = np.asarray(image)
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # which hold at most 16 bits
+        return (values.astype(np.uint32) >> 8).clip(0, _WHITE).astype(np.uint8)
+    low, high = float(values.min()), float(values.max())
+    # What white is, 32-bit files do not say. Pillow reads them as 0…255; others mean 0…1, 0…65,535 or more.
+    if not (low >= 0 and high <= _WHITE) or (image.mode == "F" and 0 < high <= 1):
+        raise DecodeError(
+            f"grey values of 32 bits from {low:g} to {high:g}, of which only 0…255 has an agreed meaning; "
+            "save it with 8 or 16 bits"
+        )
+    return np.rint(values).astype(np.uint8)
 
 
 PPM_HEADER = b"P6\n%d %d\n255\n"
@@ -136,12 +175,11 @@ def ppm_header_size(height: int, width: int) -> int:
 
 
 def _decode_ppm(data: bytes) -> NDArray[np.uint8]:
-    try:
-        size, rest = data[3:].split(b"\n255\n", 1)
-        width, height = (int(part) for part in size.split(b" "))
-        return np.frombuffer(rest, np.uint8).reshape(height, width, 3)
-    except ValueError:
-        return _decode_pillow(data)  # a PPM by another program: comments, other whitespace
+    header = re.match(rb"P6\n([1-9]\d{0,8}) ([1-9]\d{0,8})\n255\n", data)
+    size = int(header[1]) * int(header[2]) * 3 if header else -1
+    if header is None or size > 3 * MAX_PIXELS or len(data) != header.end() + size:
+        return _decode_pillow(data)  # a PPM by another program, with comments or other whitespace; or a damaged one
+    return np.frombuffer(data, np.uint8, offset=header.end()).reshape(int(header[2]), int(header[1]), 3)
 
 
 def resize_short(pixels_HWC: NDArray[np.uint8], short: int) -> NDArray[np.uint8]:

@@ -1,68 +1,70 @@
 """What a packed dataset holds: `manifest.json`, the last file a packer writes.
 
 A dataset is packed exactly when its manifest exists. Paths and times never enter it, so that the same source and
-seed give the same bytes. Knows nothing of pixels: where each sample lies is `index`, how it decodes is `decode`.
+seed give the same bytes. It carries a checksum of itself and those of the index files, which carry one of each sample:
+so every byte that training reads is checked. Where each sample lies is `read`, how it decodes is `decode`.
 """
 
 import hashlib
+import json
+import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from dbscale.errors import DataError
 from dbscale.files import write_atomic
+from dbscale.strict import Strict
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 Encoding = Literal["original", "jpeg256", "raw"]
+Count = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+"""A file inside the dataset's folder: a manifest cannot make anyone read or write elsewhere."""
 
 
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ShardInfo(Frozen):
+class ShardInfo(Strict):
     """One tar."""
 
-    name: str
-    """File name inside the dataset's folder."""
-    num_samples: int
-    num_bytes: int
+    name: FileName
+    num_samples: Count
+    num_bytes: Count
     """Exact size of the tar, by which a truncated or changed one is found."""
 
 
-class SplitInfo(Frozen):
+class SplitInfo(Strict):
     """One split (train, test)."""
 
-    num_samples: int
-    class_counts: tuple[int, ...]
+    num_samples: Count
+    class_counts: tuple[Count, ...]
     """Samples of each class, by label."""
-    balanced_up_to: int
+    balanced_up_to: Count
     """Every prefix up to this size holds each class equally often, within one."""
     fingerprint: str
     """Hash of the labels and checksums of all samples, in order."""
-    index: str
-    """File name of the sidecar index."""
+    index: FileName
+    """The sidecar index."""
     index_checksum: str
     """xxh3_128 of the index file's bytes."""
     shards: tuple[ShardInfo, ...]
 
 
-class ImageInfo(Frozen):
+class ImageInfo(Strict):
     """What the members of the tars are."""
 
     encoding: Encoding
     """The source's `original` bytes, `jpeg256` (short side of at most 256), or `raw` (PPM of uint8 pixels)."""
-    min_side: int
+    min_side: Count
     """Smallest height or width in px over all splits."""
-    max_side: int
+    max_side: Count
     """Largest height or width in px over all splits."""
     square: bool
     """Whether all images are square (then they all have `max_side` px if `min_side` equals it)."""
 
 
-class Manifest(Frozen):
+class Manifest(Strict):
     """A packed dataset."""
 
     format_version: int = FORMAT_VERSION
@@ -77,6 +79,8 @@ class Manifest(Frozen):
     fingerprint: str
     """Hash over classes, encoding and the fingerprints of all splits."""
     extra: dict[str, JsonValue] = Field(default_factory=dict)
+    checksum: str | None = None
+    """Hash of everything above; None in manifests of releases that did not write it."""
 
     @property
     def num_classes(self) -> int:
@@ -97,7 +101,7 @@ def make_fingerprint(classes: tuple[str, ...], encoding: str, splits: dict[str, 
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read `<folder>/manifest.json`.
+    """Read and check `<folder>/manifest.json`.
 
     Raises:
         DataError: nothing is packed there, or the file is damaged or of another version.
@@ -105,28 +109,51 @@ def load_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) / MANIFEST_NAME
     try:
         text = path.read_bytes()
+        manifest = Manifest.model_validate_json(text)
     except FileNotFoundError as error:
         hint = "the folder does not exist" if not path.parent.is_dir() else "the folder holds no finished dataset"
         raise DataError(
             f"{path}: no manifest ({hint}); pack the dataset with `dbscale shards pack`, which also finishes "
             "a pack that was interrupted"
         ) from error
-    try:
-        manifest = Manifest.model_validate_json(text)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(
-            f"{path}: damaged or foreign manifest ({where}: {first['msg']}); remove the folder and "
-            "pack again with `dbscale shards pack`"
-        ) from error
+        raise _damaged(path, f"{where}: {first['msg']}") from error
     if manifest.format_version != FORMAT_VERSION:
         raise DataError(
             f"{path}: format version {manifest.format_version}, this release reads {FORMAT_VERSION}; pack again"
         )
+    found = _checksum(json.loads(text))
+    if manifest.checksum not in (None, found):
+        raise _damaged(path, f"checksum {found}, expected {manifest.checksum}: it changed since packing")
     return manifest
 
 
-def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest atomically; its existence declares the dataset packed."""
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(
+        f"{path}: damaged or foreign manifest ({what}); remove the folder and pack again with `dbscale shards pack`"
+    )
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    kept = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest with its checksum, atomically; its existence declares the dataset packed. Returns it."""
+    content = manifest.model_dump(mode="json")
+    manifest = manifest.model_copy(update={"checksum": _checksum(content)})
     write_atomic(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+    return manifest
+
+
+def mend(folder: Path) -> str:
+    """What to do about a dataset's missing, cut or resized files, and the command for it."""
+    if folder.parent.name != "shards":
+        return "pack it again with the same options, which rewrites only what is damaged (remove a staged copy)"
+    command = shlex.join(["dbscale", "shards", "pack", folder.name, "--data", str(folder.parent.parent)])
+    return f"run `{command}`, which rewrites only what is damaged"

@@ -1,9 +1,12 @@
-"""Fetch samples of one split by position: encoded files with one `pread` each, or raw pixels from mapped tars.
+"""Fetch samples of one split by position: the sidecar index says where each lies, one `pread` or a mapped tar gives it.
 
-Every fetch is checked against the index: a shard that is missing, cut short or foreign stops the run with the command
-that mends it; a single sample whose bytes changed or do not decode is reported as bad and left to the loader.
+The index is an .npy of fixed-size records in stored order, opened as a memory map: 14M samples open at once, and all
+workers share its pages; `shards.pack` writes it. Every fetch is checked against it: a shard that is missing, cut short
+or foreign stops the run with the command that mends it; a single sample whose bytes changed or do not decode is
+reported as bad and left to the loader.
 """
 
+import hashlib
 import mmap
 import os
 from functools import lru_cache
@@ -11,12 +14,101 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, decode_image, ppm_header_size
-from dbscale.data.index import checksum, mend
-from dbscale.data.manifest import ShardInfo, SplitInfo
+from dbscale.data.manifest import ShardInfo, SplitInfo, mend
 from dbscale.errors import DataError
+from dbscale.files import atomic_open
+
+
+def index_dtype(key_bytes: int) -> np.dtype:
+    """Record layout; `key_bytes` is the longest key's length."""
+    return np.dtype(
+        [
+            ("shard", "<u4"),
+            ("size", "<u4"),  # bytes of the image member
+            ("offset", "<u8"),  # of the image member's data in its tar
+            ("checksum", "<u8"),  # xxh3_64 of the image member's data
+            ("label", "<i4"),
+            ("height", "<u2"),  # px, 0 where unknown
+            ("width", "<u2"),
+            ("key", f"S{max(key_bytes, 1)}"),
+        ]
+    )
+
+
+def checksum(data: bytes | memoryview | NDArray[np.uint8]) -> int:
+    """xxh3_64, at memory speed: it finds damage, it does not stop forgery."""
+    return xxhash.xxh3_64_intdigest(data)  # type: ignore[arg-type]
+
+
+def split_fingerprint(index: NDArray[np.void]) -> str:
+    """sha256 over labels and checksums in order: how samples are cut into shards and named does not reach it."""
+    digest = hashlib.sha256(np.ascontiguousarray(index["label"]).tobytes())
+    digest.update(np.ascontiguousarray(index["checksum"]).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def save_index(path: Path, index: NDArray[np.void]) -> str:
+    """Write the index atomically and return its checksum."""
+    with atomic_open(path) as file:
+        np.save(file, index, allow_pickle=False)
+    return file_checksum(path)
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3_128 of a whole file."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def open_index(folder: Path, split: SplitInfo) -> NDArray[np.void]:
+    """Memory-map a split's index, after checking every byte of it against the manifest, once per process.
+
+    Raises:
+        DataError: the file is missing, damaged, or does not belong to the manifest, or its labels are out of range.
+    """
+    path = folder / split.index
+    try:
+        status = path.stat()
+        problem = _index_problem(path, split.model_dump_json(), (status.st_ino, status.st_size, status.st_mtime_ns))
+    except OSError as error:
+        problem = f"index missing or unreadable ({error.strerror}); {mend(folder)}"
+    if problem is not None:
+        raise DataError(f"{path}: {problem}")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+@lru_cache(maxsize=256)
+def _index_problem(path: Path, split_json: str, _status: tuple[int, int, int]) -> str | None:
+    """What is wrong with an index file; one that changes meanwhile is looked at again.
+
+    On a map of its own, whose pages do not stay with the process.
+    """
+    split = SplitInfo.model_validate_json(split_json)
+    found = file_checksum(path)
+    if found != split.index_checksum:
+        return (
+            f"index damaged or of another dataset (checksum {found}, the manifest expects {split.index_checksum}); "
+            f"{mend(path.parent)}"
+        )
+    index = np.load(path, mmap_mode="r", allow_pickle=False)
+    again = f"it was written wrongly: remove {path.parent} and pack it again"
+    if index.dtype.names != index_dtype(1).names or len(index) != split.num_samples:
+        return f"{len(index)} records of {index.dtype.names}, the manifest expects {split.num_samples}; {again}"
+    for field, limit in (("label", len(split.class_counts)), ("shard", len(split.shards))):
+        values = np.array(index[field])
+        for place in (values.argmin(), values.argmax()) if len(values) else ():
+            if not 0 <= values[place] < limit:
+                key = bytes(index["key"][place]).decode(errors="replace")
+                return f"sample {key!r} has {field} {values[place]}, expected 0…{limit - 1}; {again}"
+    return None
+
 
 Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
 """One array [b, 3, H, W] where all images have one size, else a list of [H, W, 3]."""
@@ -30,14 +122,33 @@ class Reader(Protocol):
         ...
 
 
+class Descriptor:
+    """A file opened for reading by offset, closed with its last reference. Raises DataError where it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.number = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
+
+    def __del__(self) -> None:
+        number = getattr(self, "number", None)
+        if number is not None:
+            os.close(number)
+
+
 class ShardFiles:
     """The open tars of one split, each checked when first touched."""
 
     def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
         self.folder, self.split, self.index = folder, split, index
-        self._descriptor = lru_cache(maxsize=256)(lambda shard: _Descriptor(folder, split.shards[shard]))
+        self._descriptor = lru_cache(maxsize=256)(self._open)
 
-    def open(self, shard: int) -> "_Descriptor":
+    def _open(self, shard: int) -> Descriptor:
+        check_shard_size(self.folder, self.split.shards[shard])
+        return Descriptor(self.folder / self.split.shards[shard].name)
+
+    def open(self, shard: int) -> Descriptor:
         """The shard's descriptor. Raises DataError when the tar is not the one that was packed."""
         return self._descriptor(shard)
 
@@ -59,23 +170,6 @@ class ShardFiles:
         record = self.index[position]
         name = self.split.shards[int(record["shard"])].name
         return f"{self.folder / name}, sample {bytes(record['key']).decode()!r}"
-
-
-class _Descriptor:
-    """A file descriptor of a sound tar, closed with its last reference."""
-
-    def __init__(self, folder: Path, shard: ShardInfo) -> None:
-        check_shard_size(folder, shard)
-        path = folder / shard.name
-        try:
-            self.number = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{path}: shard cannot be opened ({error.strerror})") from error
-
-    def __del__(self) -> None:
-        number = getattr(self, "number", None)
-        if number is not None:
-            os.close(number)
 
 
 def check_shard_size(folder: Path, shard: ShardInfo) -> None:

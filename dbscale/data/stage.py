@@ -1,6 +1,7 @@
 """Copy the shards a subset needs to a node's own disk, once per node, and read them there.
 
 Jobs that race for the same shard wait for the one that copies it; a copy that was cut off goes on at the next shard.
+Each copy is read back once and compared with the checksums of manifest and index; a note beside it records that.
 Locks are taken on the node's disk only, never on the network filesystem the dataset lives on. A folder in use is
 locked as long as the process lives, so that `remove_unused` can tell.
 """
@@ -9,20 +10,22 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 
 from dbscale.data.dataset import Dataset, Subset
-from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
-from dbscale.data.read import check_shard_size
+from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
+from dbscale.data.read import check_shard_size, checksum, file_checksum
 from dbscale.errors import DataError, FileError
-from dbscale.files import atomic_open, cannot_write, make_folder
+from dbscale.files import atomic_open, cannot_write, make_folder, write_atomic
 
 _USERS = ".users"
 _REMOVED = ".removed"
@@ -40,11 +43,12 @@ def stage_subset(subset: Subset, staging: str | Path) -> Subset:
     local = Path(staging) / _folder_name(dataset.manifest)
     hold(local)
     try:
-        for name in (dataset.split.index, MANIFEST_NAME):
-            if not (local / name).exists():
-                _copy(dataset.folder / name, local / name)
-        for shard in needed_shards(subset):
-            _stage_shard(dataset.folder, local, shard)
+        _stage_file(dataset.folder, local, MANIFEST_NAME, lambda: load_manifest(local) == dataset.manifest)
+        index, expected = dataset.split.index, dataset.split.index_checksum
+        _stage_file(dataset.folder, local, index, lambda: file_checksum(local / index) == expected)
+        for number in needed_shards(subset):
+            shard, is_whole = dataset.split.shards[number], partial(_is_whole, dataset, local, number)
+            _stage_file(dataset.folder, local, shard.name, is_whole, shard)
     except BaseException:
         let_go(local)
         raise
@@ -56,16 +60,15 @@ def stage_subset(subset: Subset, staging: str | Path) -> Subset:
 def _folder_name(manifest: Manifest) -> str:
     """Keyed by the whole manifest: the same samples cut into other shards share a fingerprint, but not their tars."""
     digest = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:12]
-    return f"{manifest.name}-{digest}"
+    # A manifest may come from anywhere: its name must not lead out of the staging folder.
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', manifest.name)}-{digest}"
 
 
-def needed_shards(subset: Subset) -> list[ShardInfo]:
-    """Shards that hold samples of the subset; all of them for the resident tier, which decodes the whole split."""
-    shards = subset.dataset.split.shards
+def needed_shards(subset: Subset) -> list[int]:
+    """Numbers of the shards that hold samples of the subset; all for the resident tier, which decodes the whole split."""
     if subset.dataset.tier == "resident":
-        return list(shards)
-    numbers = np.unique(subset.dataset.index["shard"][subset.indices])
-    return [shards[number] for number in numbers.tolist()]
+        return list(range(len(subset.dataset.split.shards)))
+    return np.unique(subset.dataset.index["shard"][subset.indices]).tolist()
 
 
 def remove_unused(staging: str | Path) -> list[Path]:
@@ -120,18 +123,55 @@ def hold(local: Path) -> None:
         os.close(descriptor)
 
 
-def _stage_shard(source: Path, local: Path, shard: ShardInfo) -> None:
-    target = local / shard.name
-    if _is_whole(target, shard):
+def _stage_file(
+    source: Path, local: Path, name: str, is_sound: Callable[[], bool], shard: ShardInfo | None = None
+) -> None:
+    """Copy a file that is missing or not sound; one process at a time.
+
+    Raises:
+        DataError: the `shard` is damaged at its source, or the copy is not sound either.
+    """
+    if _holds(is_sound):
         return
-    with _only_one(local / f".{shard.name}.lock"):
-        if not _is_whole(target, shard):  # another process may have copied it while this one waited
+    with _only_one(local / f".{name}.lock"):
+        if _holds(is_sound):  # another process may have copied it while this one waited
+            return
+        if shard is not None:
             check_shard_size(source, shard)
-            _copy(source / shard.name, target)
+        _copy(source / name, local / name)
+        if not _holds(is_sound):
+            raise DataError(
+                f"{local / name}: the copy is not what was packed; look at this node's disk, and let "
+                f"`dbscale shards verify {source}` look at the original"
+            )
 
 
-def _is_whole(path: Path, shard: ShardInfo) -> bool:
-    return path.exists() and path.stat().st_size == shard.num_bytes
+def _holds(is_sound: Callable[[], bool]) -> bool:
+    try:
+        return is_sound()
+    except (DataError, OSError):
+        return False
+
+
+def _is_whole(dataset: Dataset, local: Path, number: int) -> bool:
+    """Whether every sample of a copied tar has the bytes that were packed, or else those that its source has now."""
+    shard = dataset.split.shards[number]
+    path, note = local / shard.name, local / f".{shard.name}.checked"
+    status = path.stat()
+    stamp = f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    if note.exists() and note.read_text() == stamp:
+        return True
+    if status.st_size != shard.num_bytes:
+        return False
+    first = sum(other.num_samples for other in dataset.split.shards[:number])
+    with open(path, "rb") as copy, open(dataset.folder / shard.name, "rb") as original:
+        for _, size, offset, expected, *_ in dataset.index[first : first + shard.num_samples].tolist():
+            data = os.pread(copy.fileno(), size, offset)
+            # A sample that is bad at its source too is the loader's to replace and to count.
+            if checksum(data) != expected and data != os.pread(original.fileno(), size, offset):
+                return False
+    write_atomic(note, stamp.encode())
+    return True
 
 
 @contextmanager

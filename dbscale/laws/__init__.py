@@ -10,75 +10,84 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dbscale.errors import LawError, NotEnoughData
-    from dbscale.laws.advice import Advice, advise
-    from dbscale.laws.allocation import Allocation, allocate
-    from dbscale.laws.boundary import Boundary, find_boundary
-    from dbscale.laws.cost import Prices
-    from dbscale.laws.delta_curve import PairedDelta
-    from dbscale.laws.fit import fit_law
+    from dbscale.laws.allocation import (
+        Allocation,
+        Prices,
+        TransferGap,
+        allocate,
+        exchange_rates,
+        transfer_gap,
+    )
+    from dbscale.laws.boundary import Power, Verdict, judge, power
+    from dbscale.laws.contrast import DeltaCurves, DeltaPoint, Pairs, delta_curves, delta_points, make_pairs
+    from dbscale.laws.fit import LawFit, fit_law
     from dbscale.laws.form import Form
     from dbscale.laws.forms import FORMS, find_form
-    from dbscale.laws.law_fit import LawFit
-    from dbscale.laws.losses import LOSSES, Loss
-    from dbscale.laws.profile import profile_interval
-    from dbscale.laws.resample import Bootstrap, bootstrap
-    from dbscale.laws.select import Candidate, Selection, select_law
-    from dbscale.laws.surface import boundaries_by_group, boundary_surface
-    from dbscale.laws.transfer import TransferGap, effective_data_transferred, transfer_gap, transfer_gaps
-    from dbscale.laws.weights import error_weights, seed_spread
+    from dbscale.laws.noise import NOISE_TABLES, Component, NoiseModel, fit_noise, noise_of
+    from dbscale.laws.select import Candidate, Selection, prediction_interval, select_law
+    from dbscale.laws.solver import LOSSES, Loss
+    from dbscale.laws.table import error_weights, seed_spread
+    from dbscale.laws.uncertainty import Bootstrap, bootstrap, parameter_intervals, profile_interval
 
 _MEMBERS = {
-    "advice": ("Advice", "advise"),
-    "allocation": ("Allocation", "allocate"),
-    "boundary": ("Boundary", "find_boundary"),
-    "surface": ("boundaries_by_group", "boundary_surface"),
-    "cost": ("Prices",),
-    "delta_curve": ("PairedDelta",),
-    "fit": ("fit_law",),
+    "allocation": (
+        *("Allocation", "Prices", "TransferGap"),
+        *("allocate", "exchange_rates", "transfer_gap"),
+    ),
+    "boundary": ("Power", "Verdict", "judge", "power"),
+    "contrast": ("DeltaCurves", "DeltaPoint", "Pairs", "delta_curves", "delta_points", "make_pairs"),
+    "noise": ("NOISE_TABLES", "Component", "NoiseModel", "fit_noise", "noise_of"),
+    "fit": ("LawFit", "fit_law"),
     "form": ("Form",),
     "forms": ("FORMS", "find_form"),
-    "law_fit": ("LawFit",),
-    "losses": ("LOSSES", "Loss"),
-    "profile": ("profile_interval",),
-    "resample": ("Bootstrap", "bootstrap"),
-    "select": ("Candidate", "Selection", "select_law"),
-    "transfer": ("TransferGap", "effective_data_transferred", "transfer_gap", "transfer_gaps"),
-    "weights": ("error_weights", "seed_spread"),
+    "select": ("Candidate", "Selection", "prediction_interval", "select_law"),
+    "solver": ("LOSSES", "Loss"),
+    "table": ("error_weights", "seed_spread"),
+    "uncertainty": ("Bootstrap", "bootstrap", "parameter_intervals", "profile_interval"),
 }
 _HOME = {name: f"dbscale.laws.{module}" for module, names in _MEMBERS.items() for name in names}
 _HOME |= {"LawError": "dbscale.errors", "NotEnoughData": "dbscale.errors"}
 __all__ = [
     "FORMS",
     "LOSSES",
-    "Advice",
+    "NOISE_TABLES",
     "Allocation",
     "Bootstrap",
-    "Boundary",
     "Candidate",
+    "Component",
+    "DeltaCurves",
+    "DeltaPoint",
     "Form",
     "LawError",
     "LawFit",
     "Loss",
+    "NoiseModel",
     "NotEnoughData",
-    "PairedDelta",
+    "Pairs",
+    "Power",
     "Prices",
     "Selection",
     "TransferGap",
-    "advise",
+    "Verdict",
     "allocate",
     "bootstrap",
-    "boundaries_by_group",
-    "boundary_surface",
-    "effective_data_transferred",
+    "delta_curves",
+    "delta_points",
     "error_weights",
-    "find_boundary",
+    "exchange_rates",
     "find_form",
     "fit_law",
+    "fit_noise",
+    "judge",
+    "make_pairs",
+    "noise_of",
+    "parameter_intervals",
+    "power",
+    "prediction_interval",
     "profile_interval",
     "seed_spread",
     "select_law",
     "transfer_gap",
-    "transfer_gaps",
 ]
 
 

@@ -1,229 +1,364 @@
-"""The distillation boundary: the D_p* where ΔE = E_plain − E_distilled turns from positive to negative.
+"""The verdict of a contrast and the power of a design: what runs establish, and what they could establish.
 
-Two roads to it: from two fitted laws, and free of any law from paired measurements (`delta_curve`). Both give curves of
-ΔE drawn from their uncertainty; this module reads roots off the curves and says what they mean. "No crossing" and
-"extrapolated" are answers. The surface over model size and D_f is in `surface`.
+Signs come from simultaneous intervals at the measured x (`contrast`). Once both signs are established the smooth curve
+gives the root; laws may sharpen that root, never claim one. Words are the report's.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from dbscale.errors import LawError
-from dbscale.laws.boundary_words import explain
-from dbscale.laws.delta_curve import DeltaCurves, PairedDelta, gaussian_process_curves, isotonic_curves
-from dbscale.laws.law_fit import LawFit
-from dbscale.laws.resample import Bootstrap
+from dbscale.laws.contrast import PRIOR_DEGREES, DeltaCurves, DeltaPoint, Pairs, delta_curves, delta_points
+from dbscale.laws.noise import NoiseModel
 
-SCHEMA = "dbscale.laws/boundary/1"
-CERTAIN_ENOUGH = 0.95
-"""A crossing is reported when at least this share of the drawn curves has one."""
-SURE_OF_SIGN = 0.975
-"""… and when at one D_p below it this share of them is positive, at one above it negative: arms that only become
-equal wander through zero too.
-"""
-GRID = 161
+Kind = Literal["crossing", "excluded", "one_sign", "undecided"]
+Arm = Literal["a", "b"]
+Direction = Literal["b_to_a", "a_to_b"]
+WANTED_POWER = 0.8
+MOST_SEEDS = 1000
+"""More seeds than these are nobody's plan."""
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """Where distilling stops paying, with its uncertainty."""
+class Verdict:
+    """How a contrast ended."""
 
-    status: str
-    """`crossing` (inside the measured range), `extrapolated` (outside it) or `no_crossing`."""
-    root: float | None
-    """D_p*, in samples; None without a crossing."""
-    interval: tuple[float, float] | None
-    """At `level`, over the drawn curves that cross; None without a crossing."""
-    level: float
-    crossing_probability: float
-    """Share of drawn curves that turn from positive to negative somewhere on the grid."""
-    inside_probability: float
-    """Share of drawn curves that do so inside the measured range."""
-    direction: str
-    """`positive_to_negative`, `negative_to_positive`, `always_positive`, `always_negative` or `within_noise`."""
-    method: str
-    """`laws`, `gaussian_process` or `isotonic`."""
-    measured_range: tuple[float, float]
-    at: dict[str, float]
-    """The other variables' values, for boundaries from laws."""
+    kind: Kind
+    better: Arm | None
+    """Who has the lower y: throughout for `one_sign`; somewhere, for `excluded` and `undecided`, if that is established
+    for one of them; None for `crossing`.
+    """
+    points: tuple[DeltaPoint, ...]
     curve: dict[str, list[float]]
-    """upstream_samples, delta (best curve), lower and upper at `level`: for plots."""
-    diagnostics: tuple[str, ...]
+    """x, delta, low, high: the smooth curve with its simultaneous band, for figures."""
+    doubt: float
+    """Octaves of wrong advice: the integral over log2 x of min(P(Δ > 0), P(Δ ≤ 0))."""
+    level: float
+    family: int
+    min_effect: float
+    num_seeds: int
+    """Median over x."""
+    smallest_effect: float
+    """Smallest |Δ| whose sign this design establishes with probability .8, at its typical x."""
+    more_seeds: int | None
+    """Undecided only: seeds in all that would decide, four times in five given what is known; None beyond 1,000."""
+    direction: Direction | None = None
+    """Crossing only: `b_to_a` is Δ positive, then negative (the distillation boundary)."""
+    root: float | None = None
+    interval: tuple[float, float] | None = None
+    """Crossing only, at `level`; within the bracket."""
+    bracket: tuple[float, float] | None = None
+    """Crossing only: last x with the one sign established, first x with the other."""
+    law_root: float | None = None
+    law_interval: tuple[float, float] | None = None
+    law_name: str | None = None
+    notes: tuple[str, ...] = ()
+    """Codes: `incomplete_pairs` (an (x, seed) was not pooled because a stratum is missing), `single_seed_points`,
+    `within_min_effect` (a sign is established, but nothing beyond δ), `several_crossings` (the last from positive to
+    negative is given), `laws_do_not_cross`, `laws_disagree`.
+    """
 
-    def to_dict(self) -> dict:
-        return {"schema": SCHEMA, **asdict(self)}
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), allow_nan=False)
-
-    @classmethod
-    def from_dict(cls, data: Mapping) -> Boundary:
-        if data.get("schema") != SCHEMA:
-            raise LawError(f"not a boundary: schema {data.get('schema')!r}, expected {SCHEMA!r}")
-        values = {f.name: data[f.name] for f in fields(cls)}
-        for name in ("interval", "measured_range", "diagnostics"):
-            values[name] = tuple(values[name]) if values[name] is not None else None
-        return cls(**values)
-
-    @classmethod
-    def from_json(cls, text: str) -> Boundary:
-        return cls.from_dict(json.loads(text))
-
-
-def find_boundary(
-    plain: LawFit | Bootstrap | PairedDelta,
-    distilled: LawFit | Bootstrap | None = None,
+def judge(
+    pairs: Pairs,
     *,
-    at: Mapping[str, float] | None = None,
-    measured_range: tuple[float, float] | None = None,
+    min_effect: float = 0.005,
     level: float = 0.9,
-    reach: float = 8.0,
+    family: int = 1,
     num_draws: int = 1000,
-    method: str = "gaussian_process",
     seed: int = 0,
-) -> Boundary:
-    """The boundary from two fits, `find_boundary(plain, distilled, at={...})`, or from pairs,
-    `find_boundary(PairedDelta(...))`.
+    law_curves: DeltaCurves | None = None,
+) -> Verdict:
+    """The verdict of the pairs; several strata or draws are pooled first.
 
-    `at` fixes the laws' other variables (num_params, downstream_samples); the variable sought is upstream_samples, or
-    x in laws of one variable. Two Bootstraps made with the same seed and clusters stay paired. `reach` says how many
-    times beyond the measured range to look; without a law it is at most 4. `method` (pairs only): gaussian_process or
-    isotonic. Raises LawError for a missing arm, a missing `at`, or fewer than 3 distinct D_p.
+    Signs count where the simultaneous interval excludes 0, "beyond δ" where it excludes ±`min_effect`; `family` is the
+    number of verdicts read together. `law_curves` must span the bracket. Raises NotEnoughData for one seed or one x,
+    LawError for options out of range.
     """
-    if isinstance(plain, PairedDelta):
-        make = {"gaussian_process": gaussian_process_curves, "isotonic": isotonic_curves}
-        if method not in make:
-            raise LawError(f"method {method!r}: use {' or '.join(make)}")
-        curves = make[method](plain, num_draws=num_draws, grid=_grid(plain.measured_range, min(reach, 4.0)), seed=seed)
-        return read_boundary(curves, level=level, method=method, at={}, measured=plain.measured_range)
-    if distilled is None:
-        raise LawError("find_boundary needs both arms' fits, or one PairedDelta")
-    measured = measured_range or shared_range(law_of(plain), law_of(distilled))
-    curves = law_curves(plain, distilled, dict(at or {}), _grid(measured, reach), num_draws, seed)
-    return read_boundary(curves, level=level, method="laws", at=dict(at or {}), measured=measured)
-
-
-def law_of(arm: LawFit | Bootstrap) -> LawFit:
-    return arm.fit if isinstance(arm, Bootstrap) else arm
-
-
-def _grid(measured: tuple[float, float], reach: float) -> np.ndarray:
-    return np.geomspace(measured[0] / reach, measured[1] * reach, GRID)
-
-
-def sought_variable(fit: LawFit) -> str:
-    """upstream_samples, or the only variable."""
-    names = fit.form.variable_names
-    if "upstream_samples" in names:
-        return "upstream_samples"
-    if len(names) == 1:
-        return names[0]
-    raise LawError(f"{fit.name} has no variable upstream_samples; it has {', '.join(names)}")
-
-
-def shared_range(plain: LawFit, distilled: LawFit) -> tuple[float, float]:
-    """The D_p range that both arms measured."""
-    a, b = plain.x[sought_variable(plain)], distilled.x[sought_variable(distilled)]
-    return float(max(a.min(), b.min())), float(min(a.max(), b.max()))
-
-
-def law_curves(
-    plain: LawFit | Bootstrap, distilled: LawFit | Bootstrap, at: dict, grid: np.ndarray, num_draws: int, seed: int
-) -> DeltaCurves:
-    """ΔE curves from two laws and their uncertainty. Bootstraps are used draw by draw; plain fits by normal draws."""
-    arms = []
-    for number, arm in enumerate((plain, distilled)):
-        fit = law_of(arm)
-        theta = arm.theta[:num_draws] if isinstance(arm, Bootstrap) else fit.draws(num_draws, seed + 7919 * number)
-        arms.append((fit, law_columns(fit, grid, at), theta))
-    count = min(len(theta) for _, _, theta in arms)
-    best = [fit.predict(x) for fit, x, _ in arms]
-    drawn = [fit.predict_draws(x, theta[:count]) for fit, x, theta in arms]
-    delta = drawn[0] - drawn[1]
-    return DeltaCurves(grid, best[0] - best[1], delta[np.isfinite(delta).all(axis=1)])
-
-
-def law_columns(fit: LawFit, grid: np.ndarray, at: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Columns of a law along D_p with the other variables held; names the one that is missing."""
-    sought = sought_variable(fit)
-    missing = [n for n in fit.form.variable_names if n != sought and n not in at]
-    if missing:
-        raise LawError(f"find_boundary: at={{...}} lacks {', '.join(missing)} for the law {fit.name}")
-    return {n: grid if n == sought else np.full(len(grid), float(at[n])) for n in fit.form.variable_names}
-
-
-def downward_roots(grid: np.ndarray, curves: np.ndarray) -> np.ndarray:
-    """Where each curve [S, n] last turns from positive to negative, interpolated in log D_p; nan where it never
-    does.
-    """
-    turns = (curves[:, :-1] > 0) & (curves[:, 1:] <= 0)
-    last = curves.shape[1] - 2 - np.argmax(turns[:, ::-1], axis=1)
-    rows, logs = np.arange(len(curves)), np.log(grid)
-    before, after = curves[rows, last], curves[rows, last + 1]
-    with np.errstate(all="ignore"):
-        roots = np.exp(logs[last] + (logs[last + 1] - logs[last]) * before / (before - after))
-    return np.where(turns.any(axis=1), roots, np.nan)
-
-
-def read_boundary(
-    curves: DeltaCurves, *, level: float, method: str, at: dict, measured: tuple[float, float]
-) -> Boundary:
-    """Roots, probabilities and words from curves of ΔE."""
-    low, high = measured
-    roots = downward_roots(curves.grid, curves.drawn)
-    crossed = np.isfinite(roots)
-    inside = crossed & (roots >= low) & (roots <= high)
-    probability = float(crossed.mean())
-    status, root, interval = "no_crossing", None, None
-    likely = float(np.exp(np.median(np.log(roots[crossed])))) if probability >= CERTAIN_ENOUGH else None
-    if likely is not None and has_both_signs(curves, likely):
-        root = likely
-        status = "crossing" if low <= root <= high else "extrapolated"
-        ends = np.quantile(roots[crossed], [0.5 - level / 2, 0.5 + level / 2])
-        interval = (float(ends[0]), float(ends[1]))
-    lower, upper = np.quantile(curves.drawn, [0.5 - level / 2, 0.5 + level / 2], axis=0)
-    within = (curves.grid >= low * 0.999) & (curves.grid <= high * 1.001)
-    direction = read_direction(curves.best[within], lower[within], upper[within], status)
-    return Boundary(
-        status=status,
-        root=root,
-        interval=interval,
+    check_options(min_effect, level, family)
+    pooled = pairs.pooled()
+    points = delta_points(pooled, level=level, family=family)
+    curves = delta_curves(pooled, num_draws=num_draws, seed=seed)
+    low, high = (np.array([getattr(p, end) for p in points]) for end in ("low_all", "high_all"))
+    positive, negative = low > 0, high < 0
+    kind = str(decide(low, high, min_effect))
+    beyond = (low > min_effect) | (high < -min_effect)
+    notes = {
+        "incomplete_pairs": pooled.left_out > 0,
+        "single_seed_points": min(p.num_seeds for p in points) < 2,
+        "within_min_effect": (positive | negative).any() and not beyond.any(),
+    }
+    found: dict[str, Any] = {}
+    if kind == "crossing":
+        found, more = _crossing(curves, law_curves, points, positive, negative, level)
+        notes |= more
+    return Verdict(
+        kind=cast(Kind, kind),
+        better=None if kind == "crossing" else "b" if positive.any() else "a" if negative.any() else None,
+        points=points,
+        curve=_band(curves, level ** (1 / family)),
+        doubt=_doubt(curves),
         level=level,
-        crossing_probability=probability,
-        inside_probability=float(inside.mean()),
-        direction=direction,
-        method=method,
-        measured_range=(float(low), float(high)),
-        at={k: float(v) for k, v in at.items()},
-        curve={
-            "upstream_samples": curves.grid.tolist(),
-            "delta": curves.best.tolist(),
-            "lower": lower.tolist(),
-            "upper": upper.tolist(),
-        },
-        diagnostics=tuple(explain(status, direction, probability, root, measured, curves.best[within])),
+        family=family,
+        min_effect=min_effect,
+        num_seeds=int(np.median([p.num_seeds for p in points])),
+        smallest_effect=_smallest_effect(points, level, family),
+        more_seeds=_more_seeds(points, curves, min_effect, level, family) if kind == "undecided" else None,
+        notes=tuple(name for name, true in notes.items() if true),
+        **found,
     )
 
 
-def has_both_signs(curves: DeltaCurves, root: float) -> bool:
-    """Whether ΔE is surely positive somewhere below the root and surely negative somewhere above it."""
-    positive = np.mean(curves.drawn > 0, axis=0)
-    below, above = positive[curves.grid <= root], 1 - positive[curves.grid >= root]
-    return bool(min(below.max(initial=0.0), above.max(initial=0.0)) >= SURE_OF_SIGN)
+def check_options(min_effect: float, level: float, family: int) -> None:
+    for name, value, allowed, wanted in (
+        ("min_effect", min_effect, 0 <= min_effect < np.inf, "finite and not negative"),
+        ("level", level, 0 < level < 1, "between 0 and 1"),
+        ("family", family, family >= 1, "at least 1"),
+    ):
+        if not allowed:
+            raise LawError(f"{name} is {value!r}; it must be {wanted}")
 
 
-def read_direction(best: np.ndarray, lower: np.ndarray, upper: np.ndarray, status: str) -> str:
-    """How ΔE behaves over the measured range: a sign counts where its interval excludes 0."""
-    positive, negative = np.flatnonzero(lower > 0), np.flatnonzero(upper < 0)
-    if status == "crossing" or (positive.size and negative.size and positive[0] < negative[-1]):
-        return "positive_to_negative"
-    if positive.size and negative.size:
-        return "negative_to_positive"
-    if positive.size:
-        return "always_positive"
-    return "always_negative" if negative.size else "within_noise"
+def decide(low: np.ndarray, high: np.ndarray, min_effect: float) -> np.ndarray:
+    """Kind [...] of the verdict on simultaneous intervals [..., K] at the measured x."""
+    positive, negative = (low > 0).any(axis=-1), (high < 0).any(axis=-1)
+    no_harm, no_gain = (low > -min_effect).all(axis=-1), (high < min_effect).all(axis=-1)
+    one_sign = (no_harm & (low > min_effect).any(axis=-1)) | (no_gain & (high < -min_effect).any(axis=-1))
+    cases = {"crossing": positive & negative, "one_sign": one_sign, "excluded": no_harm | no_gain}
+    return np.select(list(cases.values()), list(cases), "undecided")
+
+
+def _crossing(
+    curves: DeltaCurves,
+    laws: DeltaCurves | None,
+    points: Sequence[DeltaPoint],
+    positive: np.ndarray,
+    negative: np.ndarray,
+    level: float,
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Fields of a crossing's verdict, and notes."""
+    direction, bracket, several = _bracket(np.array([p.x for p in points]), positive, negative)
+    root, interval = _root(_roots(curves, bracket, direction), level)
+    found = {"direction": direction, "bracket": bracket, "root": root, "interval": interval}
+    notes = {"several_crossings": several}
+    if laws is None:
+        return found, notes
+    _, drawn = _signed(laws, bracket, direction)
+    law_root, law_interval = _root(_roots(laws, bracket, direction), level)
+    # a law sharpens what the points support: its curves must cross here, and not elsewhere than the points say
+    notes["laws_do_not_cross"] = bool(np.mean((drawn[:, 0] > 0) & (drawn[:, -1] < 0)) < level)
+    apart = law_interval[0] > interval[1] or law_interval[1] < interval[0]
+    notes["laws_disagree"] = apart and not notes["laws_do_not_cross"]
+    if not (notes["laws_do_not_cross"] or apart):
+        found |= {"law_root": law_root, "law_interval": law_interval, "law_name": laws.name}
+    return found, notes
+
+
+def _bracket(x: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple[Direction, tuple[float, float], bool]:
+    """Direction and bracket of the crossing, and whether there are several.
+
+    Of several changes of sign the last from positive to negative counts: beyond it distilling no longer pays. Where
+    there is none, the last from negative to positive.
+    """
+    established = np.flatnonzero(positive | negative)
+    changes = [(j, k) for j, k in pairwise(established) if positive[j] != positive[k]]
+    last = max(changes, key=lambda change: (positive[change[0]], change))
+    return "b_to_a" if positive[last[0]] else "a_to_b", (float(x[last[0]]), float(x[last[1]])), len(changes) > 1
+
+
+def _signed(curves: DeltaCurves, bracket: tuple[float, float], direction: Direction) -> tuple[np.ndarray, np.ndarray]:
+    """Log x across the bracket [65], and the drawn curves there [S, 65], turned so that they fall through 0."""
+    at, known = np.log(np.geomspace(*bracket, num=65)), np.log(curves.grid)
+    if known[0] > at[0] + 1e-9 or known[-1] < at[-1] - 1e-9:
+        raise LawError(
+            f"law_curves run from x = {curves.grid[0]:g} to {curves.grid[-1]:g}; they must span the bracket {bracket}"
+        )
+    left = np.clip(np.searchsorted(known, at, side="right") - 1, 0, len(known) - 2)
+    part = (at - known[left]) / (known[left + 1] - known[left])
+    drawn = curves.drawn[:, left] * (1 - part) + curves.drawn[:, left + 1] * part
+    return at, drawn if direction == "b_to_a" else -drawn
+
+
+def _roots(curves: DeltaCurves, bracket: tuple[float, float], direction: Direction) -> np.ndarray:
+    """Log root of each drawn curve within the bracket [S]: how far the first sign reaches, in all.
+
+    For a curve that crosses once that is its root; one that wanders through 0 gives the middle of its wandering.
+    """
+    at, drawn = _signed(curves, bracket, direction)
+    ahead, size = np.maximum(drawn, 0.0), np.abs(drawn)
+    share = (ahead[:, :-1] + ahead[:, 1:]) / np.maximum(size[:, :-1] + size[:, 1:], 1e-300)  # of each piece, linear
+    return at[0] + (at[1] - at[0]) * share.sum(axis=1)
+
+
+def _root(roots: np.ndarray, level: float) -> tuple[float, tuple[float, float]]:
+    low, root, high = np.exp(np.quantile(roots, [0.5 - level / 2, 0.5, 0.5 + level / 2]))
+    return float(root), (float(low), float(high))
+
+
+def _band(curves: DeltaCurves, level: float) -> dict[str, list[float]]:
+    """The best curve and the band that holds a share `level` of the drawn curves throughout."""
+    sd = np.maximum(curves.drawn.std(axis=0), 1e-300)
+    half = sd * np.quantile((np.abs(curves.drawn - curves.best) / sd).max(axis=1), level)
+    rows = (curves.grid, curves.best, curves.best - half, curves.best + half)
+    return dict(zip(("x", "delta", "low", "high"), (row.tolist() for row in rows), strict=True))
+
+
+def _doubt(curves: DeltaCurves) -> float:
+    positive = (curves.drawn > 0).mean(axis=0)
+    return float(np.trapezoid(np.minimum(positive, 1 - positive), np.log2(curves.grid)))
+
+
+def _critical(degrees: np.ndarray | float, num_x: int, level: float, family: int) -> np.ndarray:
+    """Simultaneous half-width in standard errors, as `delta_points` has it."""
+    from scipy.special import stdtrit
+
+    return stdtrit(degrees, 0.5 + level ** (1 / (num_x * family)) / 2)
+
+
+def _smallest_effect(points: Sequence[DeltaPoint], level: float, family: int) -> float:
+    stderr, degrees = (float(np.median([getattr(p, name) for p in points])) for name in ("stderr", "degrees"))
+    return detectable(stderr, degrees, len(points), level, family)
+
+
+def detectable(stderr: float, degrees: float, num_x: int, level: float, family: int) -> float:
+    """|Δ| whose sign is established with probability WANTED_POWER: noncentral t, simultaneous critical value."""
+    from scipy.special import nctdtrinc
+
+    return stderr * float(nctdtrinc(degrees, 1 - WANTED_POWER, float(_critical(degrees, num_x, level, family))))
+
+
+def _degrees(num_x: int, num_seeds: int) -> float:
+    """Degrees of freedom of the moderated variance in a complete table."""
+    return min(PRIOR_DEGREES + num_seeds - 1, num_x * (num_seeds - 1.0))
+
+
+def _more_seeds(
+    points: Sequence[DeltaPoint], curves: DeltaCurves, min_effect: float, level: float, family: int
+) -> int | None:
+    """Fewest seeds in all that decide with probability WANTED_POWER: truths drawn from the curve, new seeds about them.
+
+    What is measured already stays in the means. The truth is not known, so a study with no effect needs many.
+    """
+    from scipy.special import chdtri
+
+    delta, sd, have = (
+        np.array(each)
+        for each in zip(*((p.delta, p.stderr * p.num_seeds**0.5, p.num_seeds) for p in points), strict=True)
+    )
+    every = max(1, len(curves.drawn) // 250)
+    truth = curves.drawn[::every, np.searchsorted(curves.grid, [p.x for p in points])]
+    rng = np.random.default_rng(0)
+    error, quantile = rng.standard_normal(truth.shape), rng.random((len(truth), 1))
+
+    def decides(num_seeds: int) -> bool:
+        new, degrees = num_seeds - have, _degrees(len(points), num_seeds)
+        mean = (have * delta + new * truth + np.sqrt(new) * sd * error) / num_seeds
+        half = _critical(degrees, len(points), level, family) * sd / num_seeds**0.5
+        half = half * np.sqrt(chdtri(degrees, quantile) / degrees)  # that study will have to estimate its noise, too
+        return float(np.mean(decide(mean - half, mean + half, min_effect) != "undecided")) >= WANTED_POWER
+
+    counts = range(int(have.max()) + 1, MOST_SEEDS + 1)
+    found = bisect_left(counts, True, key=decides)
+    return counts[found] if found < len(counts) else None
+
+
+@dataclass(frozen=True)
+class Power:
+    """What a design can tell apart, and what would halve that."""
+
+    smallest_effect: float
+    """Smallest |Δ| at one x whose sign is established with probability .8."""
+    width_octaves: float | None
+    """Expected width of the boundary's interval; None without a slope."""
+    chance_of_crossing: float | None
+    """Probability that a straight crossing in the middle of the range is established; None without a slope."""
+    seeds_for_half: int | None
+    """Seeds that halve `smallest_effect`; None beyond 1,000."""
+    finetunes_for_half: int | None
+    """Finetune draws per upstream run that halve it; None where 64 do not."""
+    cost_of_seeds: float | None
+    """Cost of the design with `seeds_for_half`, relative to this one."""
+    cost_of_finetunes: float | None
+    """The same for `finetunes_for_half`; None without costs."""
+    best_finetunes: int | None
+    """Finetune draws per upstream run with the smallest variance per cost; None without costs."""
+
+
+def power(
+    noise: NoiseModel,
+    *,
+    num_x: int,
+    num_seeds: int,
+    finetunes: int = 1,
+    num_students: int = 1,
+    num_labels: int = 1,
+    level: float = 0.9,
+    family: int = 1,
+    slope: float | None = None,
+    step_octaves: float = 1.0,
+    cost_upstream: float | None = None,
+    cost_finetune: float | None = None,
+) -> Power:
+    """Power of `num_seeds` seeds at `num_x` points, pooled over students and labels.
+
+    `slope` is the change of Δ per octave of x at the boundary, `step_octaves` the distance of the points. Costs, in one
+    unit, are those of one upstream run and of one finetune draw at all its labels. Raises LawError for fewer than 2
+    seeds or 2 x.
+    """
+    check_options(0.0, level, family)
+    if num_seeds < 2 or num_x < 2:
+        raise LawError(f"power of {num_seeds} seed(s) at {num_x} x: a verdict needs two of each or more")
+
+    def effect(seeds: int, draws: int) -> float:
+        variance = noise.variance_of_mean(seeds, draws, num_students=num_students, num_labels=num_labels)
+        return detectable(variance**0.5, _degrees(num_x, seeds), num_x, level, family)
+
+    now = effect(num_seeds, finetunes)
+    more = range(num_seeds, MOST_SEEDS + 1)
+    seeds = bisect_left(more, True, key=lambda n: effect(n, finetunes) <= now / 2)
+    draws = next((r for r in range(finetunes, 65) if effect(num_seeds, r) <= now / 2), None)
+    dearer = best = None
+    if cost_upstream is not None and cost_finetune is not None:
+        best = noise.best_finetunes(cost_upstream, cost_finetune)
+        if draws is not None:
+            dearer = (cost_upstream + draws * cost_finetune) / (cost_upstream + finetunes * cost_finetune)
+    stderr = noise.variance_of_mean(num_seeds, finetunes, num_students=num_students, num_labels=num_labels) ** 0.5
+    along = noise.variance("seed") / num_seeds / max(stderr**2, 1e-300)  # share of the noise that all x of a seed share
+    degrees = _degrees(num_x, num_seeds)
+    return Power(
+        smallest_effect=now,
+        width_octaves=None if slope is None else _width(stderr, degrees, num_x, along, level, slope),
+        chance_of_crossing=None
+        if slope is None
+        else _chance(stderr, degrees, num_x, along, level, family, abs(slope) * step_octaves),
+        seeds_for_half=more[seeds] if seeds < len(more) else None,
+        finetunes_for_half=draws,
+        cost_of_seeds=more[seeds] / num_seeds if seeds < len(more) else None,
+        cost_of_finetunes=dearer,
+        best_finetunes=best,
+    )
+
+
+def _width(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
+    """Octaves: the curve's interval at the root, read off along its slope. The root leans on the four x about it."""
+    from scipy.special import stdtrit
+
+    at_root = stderr * np.sqrt(along + (1 - along) / min(num_x, 4))
+    return float(2 * stdtrit(degrees, 0.5 + level / 2) * at_root / abs(slope))
+
+
+def _chance(stderr: float, degrees: float, num_x: int, along: float, level: float, family: int, step: float) -> float:
+    """Share of 4,000 simulated studies of a straight crossing, `step` between neighbours, that establish both signs."""
+    rng = np.random.default_rng(0)
+    truth = -step * (np.arange(num_x) - (num_x - 1) / 2)
+    shared, own = rng.standard_normal((4000, 1)), rng.standard_normal((4000, num_x))
+    mean = truth + stderr * (np.sqrt(along) * shared + np.sqrt(1 - along) * own)
+    half = stderr * np.sqrt(rng.chisquare(degrees, (4000, 1)) / degrees) * _critical(degrees, num_x, level, family)
+    return float(np.mean((mean > half).any(axis=1) & (mean < -half).any(axis=1)))

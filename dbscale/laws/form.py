@@ -1,8 +1,8 @@
 """What a law's form is: its equation as a pure function, its parameters, their scaling, and the laws it contains.
 
-The optimiser works in *coordinates*: logarithms of amplitudes and the plain values of exponents, over variables
-divided by their geometric mean. A form states how amplitudes move when a variable's unit changes (`scaling`); nothing
-else about the optimiser is known here. Fitting is left to `fit`, the list of forms to `forms`.
+The optimiser works in *coordinates*: logarithms of amplitudes and the plain values of exponents and offsets, over
+variables and y divided by their geometric means. A form states how its parameters move when a unit changes (`scaling`).
+The laws themselves are in `forms`, fitting is left to `fit`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dbscale.errors import LawError, nearest
 Columns = Mapping[str, np.ndarray]
 Values = Mapping[str, np.ndarray]
 LOG_FLOOR, LOG_CEILING = 1e-60, 1e60
+"""Amplitudes below the floor count as 0."""
 STEP = 1e-30  # complex step: exact to rounding, so any tiny number does
 
 
@@ -32,6 +33,10 @@ class Variable:
     scaled: bool = True
     """False for columns that enter the law in absolute terms, as a teacher's loss does."""
 
+    def found_in(self, x: Mapping[str, object]) -> str | None:
+        """The name under which a table holds this variable."""
+        return next((name for name in (self.name, self.symbol, *self.aliases) if name in x), None)
+
 
 @dataclass(frozen=True)
 class Param:
@@ -45,18 +50,26 @@ class Param:
     upper: float = np.inf
     unit: str = ""
     """'' (absolute) or the level of y that `start` multiplies: 'y_low', 'y_mid', 'y_high'."""
-    rate_ceiling: bool = False
-    """True for a level that no error rate exceeds: bounded at 1 when no y exceeds 1, and the fit says so."""
+    is_ceiling: bool = False
+    """True for a level that y approaches from below: bounded by the largest value that y can take, where it has one."""
 
     def __post_init__(self) -> None:
         if self.kind == "log" and not np.isfinite([self.lower, self.upper]).all():
             object.__setattr__(self, "lower", max(self.lower, LOG_FLOOR))
             object.__setattr__(self, "upper", min(self.upper, LOG_CEILING))
 
+    @property
+    def in_units_of_y(self) -> bool:
+        """Offsets move with the unit of y as they are; amplitudes by the form's rules."""
+        return self.kind == "linear" and self.unit != ""
+
 
 @dataclass(frozen=True)
 class Scaling:
-    """`log amplitude = log scaled amplitude + sign * exponent * log(unit of variable)`; exponent 1 when unnamed."""
+    """`log amplitude = log scaled amplitude + sign * exponent * log(unit of variable)`; exponent 1 when unnamed.
+
+    The variable is a column, or "y".
+    """
 
     amplitude: str
     variable: str
@@ -76,9 +89,9 @@ class Contains:
 class Form:
     """A functional form.
 
-    `value(x, p)` is the equation: columns of shape [n] (or broadcastable) and parameters of shape [..., 1] give y of
-    shape [..., n]; it must accept complex parameters, from which Jacobians follow. `gradient(x, p)` may give the same
-    derivatives by hand, y and one ∂y/∂parameter per name, where speed matters; a test holds the two together.
+    `value(x, p)` is the equation: columns [n] (or broadcastable) and parameters [..., 1] give y [..., n]; it must accept
+    complex parameters, from which Jacobians follow. `gradient(x, p)` may give the same derivatives by hand, y and one
+    ∂y/∂parameter per name, where speed matters; a test holds the two together.
     """
 
     name: str
@@ -106,22 +119,20 @@ class Form:
     def is_log(self) -> np.ndarray:
         return np.array([p.kind == "log" for p in self.params])
 
+    @property
+    def scales_with_y(self) -> bool:
+        """Whether the law keeps its form when the unit of y changes."""
+        return any(rule.variable == "y" for rule in self.scaling)
+
     def natural(self, theta: np.ndarray) -> dict[str, np.ndarray]:
         """Coordinates [..., p] to parameters, each [..., 1] so that they broadcast against columns [n]."""
-        return {
-            p.name: np.exp(theta[..., k, None]) if p.kind == "log" else theta[..., k, None]
-            for k, p in enumerate(self.params)
-        }
+        columns = {p.name: theta[..., k, None] for k, p in enumerate(self.params)}
+        return {p.name: np.exp(columns[p.name]) if p.kind == "log" else columns[p.name] for p in self.params}
 
     def coordinates(self, params: Mapping[str, float]) -> np.ndarray:
         """Parameters to coordinates [p]; amplitudes below the floor are lifted to it."""
-        return np.array(
-            [
-                np.log(np.clip(params[p.name], LOG_FLOOR, LOG_CEILING)) if p.kind == "log" else params[p.name]
-                for p in self.params
-            ],
-            dtype=float,
-        )
+        values = np.array([params[name] for name in self.param_names], dtype=float)
+        return np.where(self.is_log, np.log(np.clip(values, LOG_FLOOR, LOG_CEILING)), values)
 
     def evaluate(self, x: Columns, theta: np.ndarray) -> np.ndarray:
         """y [..., n] at coordinates [..., p]; values outside the domain are nan or inf, without warnings."""
@@ -147,16 +158,18 @@ class Form:
             steps.append(np.imag(self.evaluate(x, moved)) / STEP)
         return np.stack(np.broadcast_arrays(*steps), axis=-2)
 
-    def unscaling(self, units: Mapping[str, float]) -> np.ndarray:
-        """Matrix [p, p + 1]: coordinates for scaled variables to coordinates for the table's units (last column:
-        shift).
-        """
+    def unscaling(self, units: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+        """Matrix [p, p] and shift [p] that take scaled coordinates to those of the table's units."""
         place = {p.name: k for k, p in enumerate(self.params)}
-        matrix = np.eye(len(self.params), len(self.params) + 1)
+        matrix = np.diag([units.get("y", 1.0) if p.in_units_of_y else 1.0 for p in self.params])
+        shift = np.zeros(len(self.params))
         for rule in self.scaling:
-            column = len(self.params) if rule.exponent is None else place[rule.exponent]
-            matrix[place[rule.amplitude], column] += rule.sign * np.log(units[rule.variable])
-        return matrix
+            size = rule.sign * np.log(units.get(rule.variable, 1.0))
+            if rule.exponent is None:
+                shift[place[rule.amplitude]] += size
+            else:
+                matrix[place[rule.amplitude], place[rule.exponent]] += size
+        return matrix, shift
 
     def columns(self, x: Mapping[str, object] | object) -> dict[str, np.ndarray]:
         """The table's columns under this form's names; names, symbols and aliases are understood, others refused."""
@@ -169,14 +182,14 @@ class Form:
         return {v.name: self._column(v, x) for v in self.variables}
 
     def _column(self, variable: Variable, x: Mapping[str, object]) -> np.ndarray:
-        for name in (variable.name, variable.symbol, *variable.aliases):
-            if name in x:
-                return as_numbers(name, x[name])
-        raise LawError(f"{self.name}: column {variable.name!r} is missing; {nearest(variable.name, x)}")
+        name = variable.found_in(x)
+        if name is None:
+            raise LawError(f"{self.name}: column {variable.name!r} is missing; {nearest(variable.name, x)}")
+        return as_numbers(name, x[name])
 
 
 def as_numbers(name: str, column: object) -> np.ndarray:
-    """A float array, or a message that names the column and its first value that is no number."""
+    """A float array, or a LawError that names the column and its first value that is no number."""
     try:
         return np.asarray(column, dtype=float)
     except (TypeError, ValueError):

@@ -1,12 +1,11 @@
 """Check a table before it is fitted: what cannot be fitted raises LawError, what can but should not be trusted warns.
 
-Knows rows and columns, nothing of optimisation.
+Knows rows, columns and weights, nothing of optimisation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,37 +17,29 @@ HUGE = 1e100
 """Beyond this, or below its inverse, a column is refused: its unit is wrong, or it is no measurement."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """Checked columns [n], positive y [n] (in log losses), weights [n] with mean 1, and what was noticed."""
+def check_table(
+    form: Form, x: Mapping[str, object] | object, y: object, weights: object, notes: list[str], *, is_log: bool
+) -> tuple[Form, dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """The form over the variables that vary, its columns [n], y [n] and weights [n]; appends what was noticed.
 
-    form: Form
-    x: dict[str, np.ndarray]
-    y: np.ndarray
-    weights: np.ndarray
-    warnings: tuple[str, ...]
-
-    @property
-    def num_distinct(self) -> int:
-        """Number of distinct points of the variables."""
-        return len(np.unique(np.stack(list(self.x.values())), axis=1).T)
-
-
-def make_table(form: Form, x: Mapping[str, object] | object, y: object, weights: object, *, log_loss: bool) -> Table:
-    """The table a fit sees. Raises LawError for missing, unequal, non-numeric, NaN or non-positive input."""
+    Raises LawError for missing, unequal, non-numeric, NaN or non-positive input.
+    """
+    if form.restrict is not None and isinstance(x, Mapping):
+        present = tuple(v.name for v in form.variables if v.found_in(x))
+        form = form.restrict(present) if present and len(present) < len(form.variables) else form
     columns = {name: np.atleast_1d(column) for name, column in form.columns(x).items()}
     y = np.atleast_1d(as_numbers("y", y))
     _check_lengths(columns, y)
     for name, column in columns.items():
         _check_values(name, column, positive=True)
     _check_values("y", y, positive=False)
-    notes: list[str] = []
-    y = _lift_zeros(y, notes) if log_loss else y
-    weights = _make_weights(weights, len(y))
+    y = _lift_zeros(y, notes) if is_log else y
+    w = _check_weights(weights, len(y))
     form, columns = _drop_constant(form, columns, notes)
-    _check_y(y, columns)
-    notes += _look(columns, y)
-    return Table(form, columns, y, weights, tuple(notes))
+    if len(y) > 1 and np.all(y == y[0]):
+        raise LawError(f"y is {y[0]:g} in every row: no law can be told from a constant")
+    _look(columns, y, notes)
+    return form, columns, y, w
 
 
 def _check_lengths(columns: Mapping[str, np.ndarray], y: np.ndarray) -> None:
@@ -64,40 +55,37 @@ def _check_lengths(columns: Mapping[str, np.ndarray], y: np.ndarray) -> None:
 def _check_values(name: str, column: np.ndarray, *, positive: bool) -> None:
     """Refuse values that no law can take, naming the rows."""
     size = np.abs(column)
-    apart = "a power law has no value there; keep those rows (such as 'from scratch') apart"
-    _refuse(name, column, ~np.isfinite(column), "not a finite number", "drop those rows or repair them")
-    if positive:
-        _refuse(name, column, column <= 0, "not above 0", apart)
     absurd = (size > HUGE) | (size < 1 / HUGE) & (size > 0)
-    _refuse(name, column, absurd, f"beyond {HUGE:g} or below its inverse", "change the column's unit")
-
-
-def _refuse(name: str, column: np.ndarray, wrong: np.ndarray, what: str, fix: str) -> None:
-    rows = np.flatnonzero(wrong)
-    if rows.size:
-        shown = ", ".join(str(r) for r in rows[:5]) + (" …" if rows.size > 5 else "")
-        raise LawError(f"{name}: {rows.size} value(s) {what} (row index {shown}: {float(column[rows[0]])!r}); {fix}")
+    apart = "a power law has no value there; keep those rows (such as 'from scratch') apart"
+    for wrong, what, fix in (
+        (~np.isfinite(column), "not a finite number", "drop those rows or repair them"),
+        (positive & (column <= 0), "not above 0", apart),
+        (absurd, f"beyond {HUGE:g} or below its inverse", "change the column's unit"),
+    ):
+        rows = np.flatnonzero(wrong)
+        if rows.size:
+            shown = ", ".join(str(r) for r in rows[:5]) + (" …" if rows.size > 5 else "")
+            raise LawError(
+                f"{name}: {rows.size} value(s) {what} (row index {shown}: {float(column[rows[0]])!r}); {fix}"
+            )
 
 
 def _lift_zeros(y: np.ndarray, notes: list[str]) -> np.ndarray:
     """A measured error of 0 has no logarithm: it stands for 'below the smallest error seen'."""
     if np.any(y < 0):
-        rows = np.flatnonzero(y < 0)
-        raise LawError(
-            f"y: {rows.size} negative value(s) (row index {rows[0]}: {float(y[rows[0]]):g}); use loss='least_squares'"
-        )
-    if not np.any(y == 0):
-        return y
+        row = np.flatnonzero(y < 0)
+        raise LawError(f"y: {row.size} negative value(s) (row index {row[0]}: {y[row[0]]:g}); use loss='least_squares'")
     if not np.any(y > 0):
         raise LawError("y is 0 in every row: nothing to fit")
     floor = 0.5 * y[y > 0].min()
-    notes.append(
-        f"{np.sum(y == 0)} row(s) with y = 0 were taken as {floor:.3g}, half the smallest y above 0 (log loss)"
-    )
+    if np.any(y == 0):
+        notes.append(
+            f"{np.sum(y == 0)} row(s) with y = 0 were taken as {floor:.3g}, half the smallest y above 0 (log loss)"
+        )
     return np.where(y == 0, floor, y)
 
 
-def _make_weights(weights: object, n: int) -> np.ndarray:
+def _check_weights(weights: object, n: int) -> np.ndarray:
     if weights is None:
         return np.ones(n)
     w = np.atleast_1d(as_numbers("weights", weights))
@@ -113,34 +101,20 @@ def _drop_constant(form: Form, columns: dict[str, np.ndarray], notes: list[str])
     constant = [name for name, c in columns.items() if np.all(c == c[0])]
     if not constant:
         return form, columns
-    if len(constant) == len(columns):
-        name = constant[0]
-        raise LawError(f"{name} has one distinct value ({columns[name][0]:g}); a law needs at least three or four")
-    if form.restrict is None:
-        raise LawError(
-            f"{form.name} needs {constant[0]} to vary; it has one distinct value ({columns[constant[0]][0]:g})"
-        )
-    notes.append(
-        f"{', '.join(constant)} has one distinct value: its term was dropped, its effect is in the other constants"
-    )
+    shown = ", ".join(f"{name} ({columns[name][0]:g})" for name in constant)
+    if len(constant) == len(columns) or form.restrict is None:
+        raise LawError(f"{form.name} needs its variables to vary; one distinct value of {shown}")
+    notes.append(f"one distinct value of {shown}: its term was dropped, its effect is in the other constants")
     kept = tuple(n for n in form.variable_names if n not in constant)
     return form.restrict(kept), {n: columns[n] for n in kept}
 
 
-def _check_y(y: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-    if len(y) > 1 and np.all(y == y[0]):
-        raise LawError(f"y is {y[0]:g} in every row: no law can be told from a constant")
-
-
-def _look(columns: dict[str, np.ndarray], y: np.ndarray) -> list[str]:
+def _look(columns: dict[str, np.ndarray], y: np.ndarray, notes: list[str]) -> None:
     """Warnings about tables that can be fitted but mislead."""
-    notes = []
     rows = np.column_stack([*columns.values(), y])
     num_copies = len(rows) - len(np.unique(rows, axis=0))
     if num_copies:
-        notes.append(
-            f"{num_copies} row(s) repeat another exactly; they count in the fit, not in the information criteria"
-        )
+        notes.append(f"{num_copies} row(s) repeat another exactly; they count in the fit")
     names = list(columns)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
@@ -151,9 +125,6 @@ def _look(columns: dict[str, np.ndarray], y: np.ndarray) -> list[str]:
                 )
     if len(names) == 1 and _correlation(np.log(columns[names[0]]), y) > 0.5:
         notes.append(f"y rises with {names[0]}: these laws are made for errors and losses that fall")
-    if np.any(y == 1) and np.all(y <= 1):
-        notes.append(f"{np.sum(y == 1)} row(s) with y = 1: at chance or ceiling, where power laws do not hold")
-    return notes
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -161,3 +132,35 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a - a.mean(), b - b.mean()
     size = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / size if size > 0 else 0.0
+
+
+def error_weights(error_rate: object, num_test: object, *, seed_stderr: object = 0.0, space: str = "log") -> np.ndarray:
+    """Weights [n] = 1/variance with mean 1, for error rates measured on `num_test` samples each.
+
+    The variance of an error rate p is p(1 − p)/num_test (binomial, p drawn in by half a sample from 0 and 1) plus
+    `seed_stderr`² (from `seed_spread`, in units of the error rate); under a log loss it is divided by p².
+    """
+    errors, count = as_numbers("error_rate", error_rate), as_numbers("num_test", num_test)
+    if np.any((errors < 0) | (errors > 1)):
+        raise LawError("error_rate must lie between 0 and 1; these weights are for error rates")
+    if np.any(count < 1):
+        raise LawError("num_test must be at least 1")
+    drawn_in = (errors * count + 0.5) / (count + 1)
+    variance = drawn_in * (1 - drawn_in) / count + as_numbers("seed_stderr", seed_stderr) ** 2
+    weights = 1 / (variance / drawn_in**2 if space == "log" else variance)
+    return weights / weights.mean()
+
+
+def seed_spread(error_rate: object, points: Sequence[object] | np.ndarray) -> np.ndarray:
+    """Relative standard deviation between seeds, pooled over all points, times each error rate: [n].
+
+    `points` labels the rows that differ in nothing but their seed. Pooling the relative spread is steadier than a
+    spread per point from two or three seeds. 0 when no point was repeated.
+    """
+    errors = as_numbers("error_rate", error_rate)
+    labels = np.unique(np.asarray(points), return_inverse=True, axis=0)[1].ravel()
+    logs = np.log(np.maximum(errors, 1e-12))
+    counts = np.bincount(labels)
+    centred = logs - (np.bincount(labels, logs) / counts)[labels]
+    spare = int(np.sum(counts - 1))
+    return errors * (np.sqrt(float(np.sum(centred**2)) / spare) if spare else 0.0)

@@ -1,43 +1,57 @@
-"""Distill or not, for one planned study: the chosen law of every downstream set asked at one point.
+"""Distill or not, for one planned study: the verdicts of the study asked at one point, and what the laws expect there.
 
-Fits as `fits` does; the comparison and its sentence are `dbscale.laws.advice`'s.
+The advice follows from the same verdicts as the page; laws add expected errors, never a decision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from dbscale.errors import TableError, nearest
-from dbscale.laws import Advice as LawAdvice
-from dbscale.laws import Bootstrap
-from dbscale.laws import advise as advise_from_laws
-from dbscale.report.fits import Options, fit_laws
+from dbscale.errors import LawError, TableError, nearest
+from dbscale.laws import NOISE_TABLES, NoiseModel, fit_noise, power
+from dbscale.report.findings import Question, family_of, study_questions
+from dbscale.report.law_findings import AXIS_NAMES, ArmLaws, Options, arm_laws
+from dbscale.report.pairing import pair_arms
+from dbscale.report.schema import AxisName, ContrastRecord, Estimate
 from dbscale.report.table import RunTable, Setting
+from dbscale.report.words import AXES, advice, answer, percent, power_lines, say, stratum
+
+ASSUMED_SLOPE = 0.02
+"""ΔE per octave at a boundary that plans suppose: as steep as those of the paper's curves and of this project's studies."""
+USUAL_NOISE = "cifar10_fashion"
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What the laws of one downstream set say about one point."""
+    """What the study says of one point on one downstream set."""
 
     label: str
     """The downstream set, and whatever else tells the settings of the table apart."""
-    law: str
-    student: str | None
-    """The measured student whose law was asked, for laws without a size term."""
-    from_laws: LawAdvice
+    record: ContrastRecord
+    """The contrast that the advice rests on."""
+    upstream_samples: float
+    outside: tuple[str, ...]
+    """Every axis on which the point lies outside what was measured, said."""
+    expected: Mapping[str, Estimate]
+    """Error at the point by the laws of each arm; empty without laws."""
 
     @property
     def sentence(self) -> str:
-        asked = f" (law of {self.student}, the nearest in size)" if self.student else ""
-        return f"{self.label}{asked}: {self.from_laws.sentence}"
+        return f"{self.label}: {advice(self.record, self.upstream_samples, self.outside)}"
 
     def text(self) -> str:
-        """The sentence and a small table, for a terminal."""
-        basis = f"{self.law} law; intervals hold {self.from_laws.level:.0%} of refits."
-        return f"{self.sentence}\n\n{self.from_laws.table()}\n{basis}"
+        """The advice, the verdict behind it and the laws' expectation, for a terminal."""
+        return "\n".join([self.sentence, *self._basis()])
+
+    def _basis(self) -> Iterator[str]:
+        yield f"  verdict ({stratum(self.record)}): {answer(self.record)}"
+        for arm, error in self.expected.items():
+            yield f"  {arm} by its laws: {percent(error.value)} ({percent(error.low)} to {percent(error.high)})"
+        if len({error.value < self.expected["plain"].value for error in self.expected.values()}) > 1:
+            yield say("laws_alone")
 
 
 def advise(
@@ -48,58 +62,107 @@ def advise(
     settings = [setting for setting in table.settings if dataset in (None, setting.dataset)]
     if not settings:
         known = table.pretrained.values("dataset")
-        raise TableError(
-            f"no runs on {dataset!r}; {nearest(str(dataset), known)}"
-            if known
-            else "the table has no runs with upstream data"
-        )
+        told = f"no runs on {dataset!r}; {nearest(str(dataset), known)}"
+        raise TableError(told if known else "the table has no runs with upstream data")
     if "distilled" not in table.arms or "plain" not in table.arms:
         raise TableError(f"advice compares a plain and a distilled arm; the table has {', '.join(table.arms)} only")
-    point = {
-        "upstream_samples": upstream_samples,
-        "downstream_samples": downstream_samples,
-        "num_params": num_params,
-    }
+    point = dict(zip(AXIS_NAMES, (upstream_samples, num_params, downstream_samples), strict=True))
     for name, value in point.items():
         if not (np.isfinite(value) and value > 0):
             raise TableError(f"{name} is {value:g}; it must be above 0")
-    return tuple(_advice(table, setting, point, dict(wrong or {}), options or Options()) for setting in settings)
+    options = options or Options()
+    arms = arm_laws(table, options, metrics=("error_rate",))
+    questions = study_questions(table, wrong or {}, options)
+    return tuple(_advice(arms, setting, point, questions, options) for setting in settings)
 
 
 def _advice(
-    table: RunTable,
-    setting: Setting,
-    point: Mapping[str, float],
-    wrong: dict[str, np.ndarray],
-    options: Options,
+    arms: ArmLaws, setting: Setting, point: Mapping[AxisName, float], questions: list[Question], options: Options
 ) -> Advice:
-    runs = table.pretrained.where(setting=setting)
-    _, chosen = fit_laws(runs, setting, wrong, options)
-    if chosen is None or len(chosen.usable) < 2:
-        raise TableError(f"no law fits both arms on {setting.label(table)}: `dbscale report` says why")
-    student = None
-    if None not in chosen.arms["plain"].fits:
-        student = min(runs.students, key=lambda name: abs(np.log(runs.params(name) / point["num_params"])))
-    fits = {arm: fit.of(student or runs.students[0]) for arm, fit in chosen.arms.items()}
-    return Advice(setting.label(table), chosen.law, student, _ask(fits, point, options.level))
+    own = [each for each in questions if each.setting == setting and each.metric == "error_rate"]
+    family = family_of(questions)
+    record = own[0].record(arms, options, family)
+    single = _nearest(arms.table, own[1:], point)
+    if single is not None:
+        closer = single.record(arms, options, family)
+        decided = closer.verdict is not None and closer.verdict.kind != "undecided"
+        record = closer if decided else record
+    if record.verdict is None:
+        raise TableError(f"{setting.label(arms.table)}: {record.reason}")
+    return Advice(
+        setting.label(arms.table), record, point["upstream_samples"],
+        tuple(_outside(arms.table, setting, point)), _expected(arms, setting, point, options.level),
+    )  # fmt: skip
 
 
-def _ask(fits: Mapping[str, Bootstrap], point: Mapping[str, float], level: float) -> LawAdvice:
-    upstream, labels, params = (point[name] for name in ("upstream_samples", "downstream_samples", "num_params"))
-    return advise_from_laws(fits, upstream_samples=upstream, downstream_samples=labels, num_params=params, level=level)
+def _nearest(table: RunTable, questions: list[Question], point: Mapping[AxisName, float]) -> Question | None:
+    """The student and D_f nearest to the point, as ratios."""
+
+    def distance(question: Question) -> float:
+        size, labels = table.params(str(question.student)), question.labels or point["downstream_samples"]
+        return float(np.hypot(np.log(size / point["num_params"]), np.log(labels / point["downstream_samples"])))
+
+    return min(questions, key=distance, default=None)
 
 
-UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
+def _outside(table: RunTable, setting: Setting, point: Mapping[AxisName, float]) -> Iterator[str]:
+    """Axes on which the point lies outside what both arms measured."""
+    runs = table.both_arms.pretrained.where(setting=setting)
+    for axis, value in point.items():
+        low, high = runs.values(axis)[0], runs.values(axis)[-1]
+        if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
+            side = "below" if value < low else "above"
+            yield say("outside_axis", value=value, axis=AXES[axis], side=side, low=low, high=high)
 
 
-def parse_count(text: str) -> float:
-    """`200k`, `22M`, `1_281_167` or `2e5` as a number. Raises TableError."""
-    plain = text.strip().replace("_", "").replace(",", "")
-    scale = UNITS.get(plain[-1:].lower(), 1.0)
+def _expected(arms: ArmLaws, setting: Setting, point: Mapping[AxisName, float], level: float) -> dict[str, Estimate]:
+    """Error at the point by the laws of both arms; empty where an arm has none."""
+    at = {name: np.array([value]) for name, value in point.items()}
+    found: dict[str, Estimate] = {}
+    for arm in ("plain", "distilled"):
+        law = arms.of(setting, "error_rate", arm)
+        if law is None:
+            return {}
+        low, high = law.curve_interval(at, level)
+        found[arm] = Estimate(value=float(law.predict(at)[0]), low=float(low[0]), high=float(high[0]))
+    return found
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a grid plans to measure of its main contrast."""
+
+    num_x: int
+    num_seeds: int
+    num_students: int
+    num_labels: int
+    finetunes: int
+    """Draws of each finetune."""
+    step_octaves: float
+    """Mean distance of neighbouring D_p."""
+    cost_upstream: float
+    cost_finetune: float
+    """Device-seconds of one upstream run, and of one draw of its finetunes at all D_f."""
+
+
+def plan_power(design: Design, table: RunTable | None, noise_table: str = "") -> list[str]:
+    """Lines for `dbscale plan`: what the design can tell apart, by the noise of rows at hand or of a default table.
+
+    `table` holds the rows that the grid has already, a pilot perhaps; `noise_table` names one of
+    `dbscale.laws.NOISE_TABLES`, an unknown name stands for the usual one.
+    """
+    noise, source = (_noise_at_hand(table) if table is not None else None), "the rows at hand"
+    if noise is None:
+        name = noise_table if noise_table in NOISE_TABLES else USUAL_NOISE
+        noise, source = NOISE_TABLES[name], f"the default table {name}"
     try:
-        value = float(plain[:-1] if scale > 1 else plain) * scale
-    except ValueError:
-        raise TableError(f"{text!r} is not a count; write 2000, 200k, 22M or 1.3G") from None
-    if not (np.isfinite(value) and value > 0):
-        raise TableError(f"{text!r} must be above 0")
-    return value
+        found = power(noise, slope=ASSUMED_SLOPE, **asdict(design))
+    except LawError as error:
+        return [say("plan_nothing", reason=str(error))]
+    return power_lines(found, source, ASSUMED_SLOPE)
+
+
+def _noise_at_hand(table: RunTable) -> NoiseModel | None:
+    """Noise of the main contrast in rows that are there; None without two seeds of a pair."""
+    pairs = pair_arms(table, table.settings[0])[0] if table.settings else None
+    return fit_noise(pairs) if pairs is not None else None

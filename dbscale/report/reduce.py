@@ -1,18 +1,19 @@
 """From a grid's plan and its cells' rows to one table: `rows.csv` and `rows.parquet`.
 
-Reads plan.json, row.json and attempts; says which points are missing and why. Fitting is `fits`'s.
+Reads plan.json, row.json and attempts; says which points are missing and why. Columns and checks are `table`'s.
 """
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
 
 from dbscale.errors import TableError, nearest
-from dbscale.files import atomic_open
-from dbscale.report.csv_rows import checked, from_records, to_csv
-from dbscale.report.table import COLUMNS, KINDS, MissingPoint, Run, RunTable
+from dbscale.files import atomic_open, write_atomic
+from dbscale.report.table import COLUMNS, KINDS, MissingPoint, Run, RunTable, checked, to_csv
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
 from dbscale.study.store import Row, Store
 
@@ -21,8 +22,7 @@ def reduce_grid(store: Store, grid_name: str) -> RunTable:
     """Collect what finished and write it beside the plan. Raises TableError when the grid was never planned."""
     table = collect(store, load_plan(store, grid_name))
     folder = store.grid_dir(grid_name)
-    with atomic_open(folder / "rows.csv", "w") as file:
-        file.write(to_csv(table))
+    write_atomic(folder / "rows.csv", to_csv(table).encode())
     write_parquet(folder / "rows.parquet", table)
     return table
 
@@ -50,14 +50,13 @@ def collect(store: Store, plan: PlanRecord) -> RunTable:
         else:
             runs.append(_run(point, row, rows))
     table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question)
-    return checked(table, where=f"grid {plan.grid}")
+    return checked(table, [f"grid {plan.grid}, cell {run.key}" for run in runs])
 
 
 def _run(point: PointRecord, row: Row, rows: dict[str, Row | None]) -> Run:
     upstream, teacher = rows.get(point.upstream_cell or ""), rows.get(point.teacher_cell or "")
-    own = row.model_dump(include=set(COLUMNS))
+    asked, measured = (record.model_dump(include=set(COLUMNS)) for record in (point, row))
     found = {
-        "variant": point.variant, "arm": point.arm, "student": point.student,
         "upstream_dataset": point.upstream_dataset or "", "upstream_samples": point.upstream_num_samples,
         "downstream_samples": row.num_samples, "upstream_key": point.upstream_cell or "",
         "teacher_key": point.teacher_cell or "",
@@ -65,7 +64,7 @@ def _run(point: PointRecord, row: Row, rows: dict[str, Row | None]) -> Run:
     }  # fmt: skip
     if teacher is not None:
         found |= {"teacher_params": teacher.num_params, "teacher_error_rate": teacher.error_rate}
-    return Run(**{**own, **found})
+    return Run(**{**measured, **asked, **found})
 
 
 def _timing(row: Row) -> dict[str, Any]:
@@ -84,6 +83,7 @@ def _upstream(row: Row, upstream: Row | None) -> dict[str, Any]:
         }  # fmt: skip
     if upstream is not None:
         found |= {
+            "upstream_test_loss": upstream.test_loss,
             "upstream_samples_seen": upstream.samples_seen, "upstream_train_flops": upstream.train_flops,
             "upstream_device_time_s": upstream.timing.device_time_s,
         }  # fmt: skip
@@ -123,28 +123,15 @@ def _members(name: str) -> tuple[Any, ...]:
     return getattr(KINDS[name], "__args__", (KINDS[name],))
 
 
-def read_table(path: Path) -> RunTable:
-    """A table from rows.csv or rows.parquet, ours or anyone's with these columns. Raises TableError."""
-    records, header = read_records(path)
-    return from_records(records, header, where=str(path))
+def read_mistakes(path: Path) -> np.ndarray:
+    """Which test samples a cell got wrong, booleans over those that could be decoded, from its correct.npz.
 
-
-def read_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and header of any CSV or parquet file, values as they stand there. Raises TableError for other files."""
-    if not path.exists():
-        raise TableError(f"no table at {path}")
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
-            raise TableError(f"{path} is not a parquet file: {error}") from None
-        return table.to_pylist(), list(table.column_names)
+    Raises TableError where the file is damaged.
+    """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            return list(reader), list(reader.fieldnames or ())
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise TableError(f"{path} is not a CSV table in UTF-8 ({error}); save it as such, or as parquet") from None
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            count = int(file["num_samples"])
+            correct, counted = (np.unpackbits(file[name], count=count).astype(bool) for name in ("correct", "counted"))
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
+        raise TableError(f"{path} cannot be read ({error}); remove the cell's folder to run it again") from error
+    return ~correct[counted]

@@ -1,6 +1,7 @@
-"""`laws.json` and `boundary.json`: what the fits found, as files that others read.  Documented in docs/schemas.md.
+"""`boundary.json` and `laws.json`: what a study found, as files that others read.  Documented in docs/schemas.md.
 
-Everything a page or a figure draws is here or in rows.csv; drawing never fits anything.
+`findings` fills them, `words` says them, `figures` draws them; whatever a page shows is here or in rows.csv. Verdicts,
+noise and power are the laws' own types.
 """
 
 from __future__ import annotations
@@ -11,204 +12,100 @@ from typing import Any, Literal, TypeVar
 
 from dbscale.errors import TableError
 from dbscale.files import atomic_open, read_json
+from dbscale.laws import NoiseModel, Power, Verdict
 from dbscale.strict import Strict, validate
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 AxisName = Literal["upstream_samples", "downstream_samples", "num_params"]
-BoundaryStatus = Literal["crossing", "extrapolated", "no_crossing", "not_enough_data"]
-Direction = Literal[
-    "positive_to_negative", "negative_to_positive", "always_positive", "always_negative", "within_noise"
-]
 
 
 class Estimate(Strict):
-    """A value with the interval that `level` of bootstrap fits fall in; None where it is unbounded or unknown."""
+    """A value with its interval; a bound is null where the interval is open or unknown."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
 
-class FitRecord(Strict):
-    """One law fitted to one arm of one setting."""
+class Band(Strict):
+    """A curve with its band: equally long lists."""
 
-    law: str
-    variant: str
-    upstream_dataset: str
-    dataset: str
-    arm: str
-    student: str | None
-    """None: all students together; transfer_gap has no size term and is fitted to each student."""
-    status: Literal["fitted", "not_enough_data", "failed"]
-    reason: str = ""
-    """Why there is no fit."""
-    chosen: bool = False
-    """The law that curves and boundaries of this setting use."""
-    equation: str = ""
-    variables: tuple[str, ...] = ()
-    """Those that vary; a variable with one value has no term."""
-    num_runs: int = 0
-    params: dict[str, Estimate] = {}
-    at_bound: tuple[str, ...] = ()
-    """Parameters that ended where they may go no further: an E_inf of 0, a vanished amplitude."""
-    rmsd_log: float | None = None
-    """Root mean square of log(predicted / measured) over the fitted runs: 0.05 is about 5 %."""
-    held_out_rmsd_log: float | None = None
-    """The same over the largest D_p, predicted from the smaller ones."""
-    coverage: float | None = None
-    """Share of rolling-origin points that fell into their 90 % prediction interval; of the chosen law."""
-    noise_log: float | None = None
-    """The spread of repeated seeds on the same scale: what no law can explain."""
-    warnings: tuple[str, ...] = ()
-    """What the fit itself is wary of: weak parameters, repeated rows."""
-    law_fit: dict[str, Any] | None = None
-    """The fit itself, as `dbscale.laws` writes and reads it; of the chosen law only."""
-
-
-class Curve(Strict):
-    """A fitted curve with its band over one axis, the other axes fixed."""
-
-    variant: str
-    upstream_dataset: str
-    dataset: str
-    arm: str
-    """plain or distilled; `delta` for E_plain − E_distilled."""
-    law: str | None
-    """None: through the paired runs, no law assumed."""
-    axis: AxisName
-    student: str | None
-    upstream_samples: int | None
-    downstream_samples: int | None
     x: tuple[float, ...]
     y: tuple[float | None, ...]
     low: tuple[float | None, ...]
     high: tuple[float | None, ...]
 
 
-class Prediction(Strict):
-    """Measured against predicted error of one run."""
+class HalfRecord(Strict):
+    """The same contrast judged on one half of the seeds; the verdict has no curve."""
 
-    key: str
-    arm: str
-    variant: str
-    upstream_dataset: str
+    seeds: tuple[str, ...]
+    verdict: Verdict
+
+
+class OfSetting(Strict):
+    """What every record names: a variant of the grid, where the models were pretrained, and where they were tested."""
+
+    variant: str = ""
+    upstream_dataset: str = ""
     dataset: str
-    student: str
-    upstream_samples: int
-    downstream_samples: int
-    seed: int
-    measured: float
-    predicted: float | None
-    held_out: bool
-    """The law did not see this D_p."""
 
 
-class TransferRecord(Strict):
-    """What `transfer_gap` says of one student and arm: E = (A·D_p^-α + G)·D_f^-β + E∞."""
+class ContrastRecord(OfSetting):
+    """Two procedures compared along an axis, and how that ended."""
 
-    variant: str
-    upstream_dataset: str
-    dataset: str
-    arm: str
-    student: str
-    gap: Estimate
-    """G, with its bootstrap interval."""
-    gap_error: float
-    """The gap as an error rate at the largest D_f: G·D_f^-β."""
-    share: float
-    """G over A·D_p^-α + G at the largest D_p: near 1, more upstream data of this kind no longer helps."""
-    worth: float | None
-    """Labels that training from scratch would need beyond the middle D_f to match the largest D_p; None: unknown."""
-
-
-class LeverRecord(Strict):
-    """What twice as much of each lever would do at the largest point measured, by the chosen law of one arm."""
-
-    variant: str
-    upstream_dataset: str
-    dataset: str
-    arm: str
-    law: str
-    student: str
-    upstream_samples: int
-    downstream_samples: int
-    error: Estimate
-    """At that point."""
-    doubled: dict[AxisName, Estimate]
-    """Error with twice as much of one lever, the others as they are; levers that the law does not have are left out."""
-    images_per_label: Estimate | None
-    """Upstream images that lower the error as much as one more label does."""
-
-
-class LawsFile(Strict):
-    """`laws.json`."""
-
-    schema_version: int = SCHEMA_VERSION
-    grid: str
-    source: str
-    """Digest of the rows, gaps and options that this was made from; a mark for re-use, nothing to read."""
-    level: float
-    """Of every interval."""
-    num_bootstraps: int
-    seed: int
-    fits: tuple[FitRecord, ...]
-    curves: tuple[Curve, ...]
-    predictions: tuple[Prediction, ...]
-    transfer: tuple[TransferRecord, ...]
-    levers: tuple[LeverRecord, ...]
-    notes: tuple[str, ...]
-    """What a reader must know: curves that do not fall, poor fits, missing cells."""
-
-
-class DeltaPoint(Strict):
-    """Measured ΔE = E_plain − E_distilled at one D_p, mean over paired seeds."""
-
-    variant: str
-    upstream_dataset: str
-    dataset: str
-    student: str | None
-    """None: mean over all students and D_f."""
-    num_params: int | None
-    upstream_samples: int
-    downstream_samples: int | None
-    delta: Estimate
-    num_seeds: int
-    by_seed: tuple[float, ...]
-
-
-class BoundaryRecord(Strict):
-    """Where distillation stops paying, for one student and D_f, or pooled."""
-
-    variant: str
-    upstream_dataset: str
-    dataset: str
-    student: str | None
-    """None: pooled over students."""
-    num_params: int | None
-    downstream_samples: int | None
-    """None: pooled over D_f."""
-    seed: int | None = None
-    """None: all seeds together."""
-    method: Literal["law", "law_free"]
-    law: str | None = None
-    status: BoundaryStatus
-    """crossing lies inside the measured range, extrapolated outside it."""
-    direction: Direction | None = None
-    """What ΔE does over the measured range, where its sign is clear."""
-    upstream_samples: Estimate | None = None
-    """D_p*, with its interval; a bound is None where the interval is open."""
-    probability: float | None = None
-    """Share of drawn ΔE curves that turn from positive to negative within reach."""
-    probability_inside: float | None = None
-    """The same inside the measured range."""
-    measured_range: tuple[float, float]
-    words: tuple[str, ...] = ()
-    """What the numbers mean and what to do about them."""
+    column: str = "arm"
+    """Whose values `a` and `b` are."""
+    a: str
+    b: str
+    along: str
+    """The axis: a column."""
+    metric: str
+    """The column compared; lower is better."""
+    student: str | None = None
+    downstream_samples: int | None = None
+    """Both null: pooled over students and D_f."""
+    main: bool = False
+    """The study's one question; all other contrasts of a page share one family."""
+    num_incomplete: int = 0
+    """(x, seed) left out of the pooled means because a student or D_f lacks its pair there."""
+    reason: str = ""
+    """Why there is no verdict."""
+    verdict: Verdict | None = None
+    noise: NoiseModel | None = None
+    power: Power | None = None
+    """What more runs of the same design would buy."""
+    halves: tuple[HalfRecord, ...] = ()
+    """Of disjoint halves of the seeds; empty with fewer than four."""
+    held: float | None = None
+    """Share of one half's intervals, widened for the other's own noise, that hold the other's means."""
 
     @property
     def pooled(self) -> bool:
-        """Over students, D_f and seeds."""
-        return self.student is None and self.seed is None
+        return self.student is None and self.downstream_samples is None
+
+
+# Readings of a verdict.
+
+
+def established(verdict: Verdict, side: str | None, beyond: float = 0.0) -> list[float]:
+    """Measured x where `side` is established to have the lower y, by more than `beyond`."""
+    lowest = {p.x: p.low_all if side == "b" else -p.high_all for p in verdict.points}
+    return [x for x, size in lowest.items() if side and size > beyond]
+
+
+def excludes(verdict: Verdict) -> frozenset[str]:
+    """`harm`: B's y exceeds A's by δ at no measured x; `gain`: it is below A's by δ at none; both, or neither."""
+    harm = all(point.low_all > -verdict.min_effect for point in verdict.points)
+    gain = all(point.high_all < verdict.min_effect for point in verdict.points)
+    return frozenset(name for name, holds in (("harm", harm), ("gain", gain)) if holds)
+
+
+class Note(Strict):
+    """Something that a reader must know before relying on the results."""
+
+    code: str
+    text: str
 
 
 class BoundaryFile(Strict):
@@ -217,14 +114,145 @@ class BoundaryFile(Strict):
     schema_version: int = SCHEMA_VERSION
     grid: str
     source: str
+    """Digest of the rows, gaps and options that this was made from; a mark for re-use, nothing to read."""
     level: float
+    min_effect: float
     answers: tuple[str, ...]
-    """The study's result, a sentence or two for each setting."""
-    boundaries: tuple[BoundaryRecord, ...]
-    points: tuple[DeltaPoint, ...]
-    curves: tuple[Curve, ...]
-    notes: tuple[str, ...]
-    """The signs of failure, in words."""
+    """The verdicts on the pooled contrasts in words, the main one first."""
+    contrasts: tuple[ContrastRecord, ...]
+    notes: tuple[Note, ...]
+
+
+class ParamRecord(Strict):
+    """A parameter of a law."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    status: Literal["determined", "at_bound", "not_determined"]
+    """at_bound: it ended where it may go no further; not_determined: the table leaves it open."""
+
+
+class CandidateRecord(Strict):
+    """A law that was tried; residuals are root mean squares of log(predicted / measured): 0.05 is about 5 %."""
+
+    law: str
+    weight: float
+    """Its share of the average that predicts."""
+    in_sample: float | None = None
+    held_out: float | None = None
+    """Over rows just beyond those that the law had seen."""
+    reason: str = ""
+    """Why there is no fit."""
+
+
+class LawRecord(OfSetting):
+    """What the laws say of one arm: the average that predicts, and the law that is named where one must be."""
+
+    metric: str
+    arm: str
+    num_runs: int
+    reason: str = ""
+    """Why no law could be fitted."""
+    law: str = ""
+    equation: str = ""
+    params: dict[str, ParamRecord] = {}
+    candidates: tuple[CandidateRecord, ...] = ()
+    """Best first."""
+    residual: float | None = None
+    """Of the average, over the fitted runs."""
+    held_out: float | None = None
+    """Of the average of laws that did not see the largest D_p, over it."""
+    coverage: float | None = None
+    """Share of held-out rows inside the average's 90 % interval."""
+    noise: float | None = None
+    """The spread of repeated seeds on the same scale: what no law can explain."""
+    no_extrapolation: tuple[AxisName, ...] = ()
+    """Axes along which the laws must not be read beyond the measured values."""
+
+
+class LawCurve(OfSetting):
+    """The average of the laws along one axis, the other axes fixed."""
+
+    metric: str
+    arm: str
+    axis: AxisName
+    student: str | None
+    upstream_samples: int | None
+    downstream_samples: int | None
+    band: Band
+
+
+class Prediction(OfSetting):
+    """Measured against predicted error of one run."""
+
+    key: str
+    arm: str
+    student: str
+    upstream_samples: int
+    downstream_samples: int
+    seed: int
+    measured: float
+    predicted: float | None
+    held_out: bool
+    """By laws that never saw this D_p."""
+
+
+class TransferRecord(OfSetting):
+    """What `transfer_gap` says of one student and arm: E = (A·D_p^-α + G)·D_f^-β + E∞."""
+
+    arm: str
+    student: str
+    gap: Estimate
+    """G, with its profile-likelihood interval."""
+    gap_error: float
+    """The gap as an error rate at the largest D_f: G·D_f^-β."""
+    share: float
+    """G over A·D_p^-α + G at the largest D_p: near 1, more upstream data of this kind no longer helps."""
+
+
+class LeverRecord(OfSetting):
+    """What twice as much of each lever would do at the largest point measured, by the laws of one arm."""
+
+    arm: str
+    student: str
+    upstream_samples: int
+    downstream_samples: int
+    error: Estimate
+    """At that point."""
+    doubled: dict[AxisName, Estimate]
+    """Error with twice as much of one lever; left out are levers that must not be read beyond what was measured."""
+    images_per_label: Estimate | None
+    """Upstream images that lower the error as much as one more label does."""
+
+
+class PredictorRecord(Strict):
+    """Spearman's ρ between something measured on upstream checkpoints and the finetuned error."""
+
+    dataset: str
+    downstream_samples: int
+    predictor: str
+    num_checkpoints: int
+    rho: Estimate
+
+
+class LawsFile(Strict):
+    """`laws.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    grid: str
+    source: str
+    level: float
+    """Of every interval."""
+    num_draws: int
+    seed: int
+    laws: tuple[LawRecord, ...]
+    curves: tuple[LawCurve, ...]
+    predictions: tuple[Prediction, ...]
+    transfer: tuple[TransferRecord, ...]
+    levers: tuple[LeverRecord, ...]
+    predictors: tuple[PredictorRecord, ...]
+    notes: tuple[Note, ...]
 
 
 File = TypeVar("File", LawsFile, BoundaryFile)
@@ -246,7 +274,7 @@ def _block(field: Any) -> str:
 
 
 def read(kind: type[File], path: Path) -> File:
-    """Raises TableError where the file is missing."""
+    """Raises TableError where the file is missing, ConfigError where it is not what this version writes."""
     if not path.exists():
         raise TableError(f"no {path.name} in {path.parent}; `dbscale reduce` writes it")
     return validate(kind, read_json(path), where=str(path))

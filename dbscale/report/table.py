@@ -1,14 +1,22 @@
-"""The run table: one row per finished finetune, all a law needs to be fitted again.
+"""The run table: one row per finished finetune, all a law needs to be fitted again; read from anyone's file, checked.
 
-Holds the columns of `rows.csv` and selection; files are `reduce`'s and `csv_rows`'s, fitting is `fits`'s.
+`Run` is the one definition of the columns: of `rows.csv` and `rows.parquet`, of their order and types, and of
+docs/schemas.md. Files are opened by `reader`, a grid's own rows collected by `reduce`, pairs made by `pairing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
+
+from dbscale.errors import TableError, nearest
+from dbscale.report.reader import read_sheet
+from dbscale.report.sheet import Sheet, closest, near_spellings, shown
 
 SCRATCH = 0
 """`upstream_samples` of a run that saw no upstream data; such runs are shown, never fitted."""
@@ -38,6 +46,7 @@ class Place(NamedTuple):
     upstream_samples: int
     downstream_samples: int
     seed: int
+    finetune: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,8 @@ class Run:
     downstream_samples: int
     """D_f."""
     seed: int
+    finetune: int = 0
+    """Draw of labels, head and order: several cheap finetunes of one upstream run."""
     error_rate: float
     test_loss: float | None = None
     top5_error_rate: float | None = None
@@ -71,6 +82,7 @@ class Run:
     train_flops: float | None = None
     upstream_stage: str = ""
     upstream_error_rate: float | None = None
+    upstream_test_loss: float | None = None
     upstream_samples_seen: int | None = None
     """D_p times epochs: laws in unique samples hold only at a stated schedule."""
     upstream_train_flops: float | None = None
@@ -97,12 +109,18 @@ class Run:
 
     @property
     def place(self) -> Place:
-        return Place(self.student, self.upstream_samples, self.downstream_samples, self.seed)
+        return Place(self.student, self.upstream_samples, self.downstream_samples, self.seed, self.finetune)
 
 
 KINDS: dict[str, Any] = get_type_hints(Run)
 COLUMNS = tuple(field.name for field in fields(Run))
-REQUIRED = tuple(field.name for field in fields(Run) if field.default is MISSING)
+REQUIRED = tuple(
+    field.name for field in fields(Run) if field.default is MISSING and field.name not in ("variant", "student")
+)
+"""What a table of one's own must have; `variant` is `base` and `student` is named after its size when absent."""
+POSITIVE = ("num_params", "downstream_samples")
+SHARES = ("error_rate", "top5_error_rate", "upstream_error_rate", "linear_probe_error", "teacher_error_rate")
+ARMS = ("plain", "distilled", "scratch")
 
 
 @dataclass(frozen=True)
@@ -196,3 +214,128 @@ class RunTable:
     def scratch_of(self, setting: Setting) -> RunTable:
         """Runs without upstream data that a setting may be compared with."""
         return self.scratch.where(variant=setting.variant, dataset=setting.dataset)
+
+
+def read_table(path: Path, columns: Mapping[str, str] | None = None) -> RunTable:
+    """Runs from any table with these columns; `columns` says where a name of ours stands (`error_rate` -> `top1_err`).
+
+    Raises TableError, with line, column, value and remedy, for what is no table of runs.
+    """
+    return runs_of(read_sheet(path), columns)
+
+
+def runs_of(sheet: Sheet, columns: Mapping[str, str] | None = None) -> RunTable:
+    """The same from a sheet. Columns that no run has are left out with a note."""
+    columns = dict(columns or {})
+    for name in columns:
+        if name not in COLUMNS:
+            raise TableError(f"{name}={columns[name]}: runs have no {name!r}; {nearest(name, COLUMNS)}")
+    given = {name: columns.get(name, name) for name in COLUMNS if columns.get(name, name) in sheet.columns}
+    absent = [columns.get(name, name) for name in (*columns, *REQUIRED) if name not in given]
+    if absent:
+        raise TableError(f"{sheet.name}: no column {absent[0]!r}; {closest(absent[0], sheet.columns)}")
+    cells = {name: _cells(sheet, column, KINDS[name]) for name, column in given.items()}
+    runs = [_run(sheet, row, {name: cells[name][row] for name in given}) for row in range(len(sheet))]
+    unknown = [column for column in sheet.columns if column not in given.values()]
+    notes = [f"{sheet.name}: columns that dbscale does not know were left out: {', '.join(unknown)}"] if unknown else []
+    return checked(
+        RunTable(tuple(runs), warnings=(*sheet.notes, *notes)), [sheet.place(row) for row in range(len(sheet))]
+    )
+
+
+def _cells(sheet: Sheet, column: str, kind: Any) -> Sequence[Any]:
+    if kind is str:
+        return sheet.texts(column)
+    values = sheet.numbers(column)
+    if kind in (float, float | None):
+        return [None if value is None else float(value) for value in values]
+    for row, value in enumerate(values):
+        if value is not None and value != int(value):
+            raise TableError(f"{sheet.place(row)}: {column} is {shown(sheet.cells(column)[row])}, not a whole number; "
+                             "write 86.57M for a count in millions")  # fmt: skip
+    return [None if value is None else int(value) for value in values]
+
+
+def _run(sheet: Sheet, row: int, values: dict[str, Any]) -> Run:
+    present = {name: value for name, value in values.items() if value not in (None, "")}
+    empty = [name for name in REQUIRED if name not in present]
+    if empty:
+        raise TableError(f"{sheet.place(row)}: {empty[0]!r} is empty; fill it in or remove the row")
+    return Run(**{"variant": "base", "student": student_of_size(present["num_params"]), **present})
+
+
+def student_of_size(num_params: int) -> str:
+    """What a student is called where no column names it."""
+    return f"{num_params:,} parameters"
+
+
+def to_csv(runs: Iterable[Run]) -> str:
+    """Header and one line a run; missing values are empty, floats exact."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for run in runs:
+        values = [getattr(run, name) for name in COLUMNS]
+        writer.writerow([repr(value) if isinstance(value, float) else value for value in values])
+    return text.getvalue()
+
+
+def checked(table: RunTable, places: Sequence[str]) -> RunTable:
+    """Refuse values that cannot be, merge repeated rows, and note what looks odd; `places` says where each run stands."""
+    for run, place in zip(table.runs, places, strict=True):
+        _check_values(run, place)
+    unique, notes = _without_repeats(table, places)
+    table = replace(table, runs=unique)
+    return replace(table, warnings=(*table.warnings, *notes, *_oddities(table)))
+
+
+def _check_values(run: Run, place: str) -> None:
+    if run.arm not in ARMS:
+        raise TableError(f"{place}: arm is {run.arm!r}; {nearest(run.arm, ARMS)}")
+    if run.upstream_samples < 0:
+        raise TableError(f"{place}: upstream_samples is {run.upstream_samples}; counts start at 0 (from scratch)")
+    for name in POSITIVE:
+        if getattr(run, name) <= 0:
+            raise TableError(f"{place}: {name} is {getattr(run, name)}; it must be above 0")
+    for name in SHARES:
+        share = getattr(run, name)
+        if share is not None and not 0 <= share <= 1:
+            raise TableError(f"{place}: {name} is {share:g}; error rates are shares between 0 and 1, or written with %")
+    if (run.arm == "scratch") != (run.upstream_samples == 0):
+        raise TableError(f"{place}: arm {run.arm!r} with upstream_samples {run.upstream_samples}; 0 goes with scratch")
+
+
+def _without_repeats(table: RunTable, places: Sequence[str]) -> tuple[tuple[Run, ...], list[str]]:
+    seen: dict[tuple[Setting, str, Place], tuple[Run, str]] = {}
+    repeats = 0
+    for run, place in zip(table.runs, places, strict=True):
+        first, where = seen.setdefault((run.setting, run.arm, run.place), (run, place))
+        repeats += first is not run
+        if first.error_rate != run.error_rate:
+            raise TableError(
+                f"{place}: the same point ({run.arm}, {run.student}, D_p {run.upstream_samples}, {run.dataset}, "
+                f"D_f {run.downstream_samples}, seed {run.seed}) has error_rate {run.error_rate:g}, but "
+                f"{first.error_rate:g} at {where}; remove one, or tell them apart by `variant` or `finetune`"
+            )
+    notes = [f"{repeats} repeated rows were counted once"] if repeats else []
+    return tuple(run for run, _ in seen.values()), notes
+
+
+def _oddities(table: RunTable) -> list[str]:
+    notes = []
+    for name in ("variant", "student", "upstream_dataset", "dataset"):
+        notes += [f"{name}: {each}" for each in near_spellings(table.values(name))]
+    for dataset in table.values("dataset"):
+        part = table.where(dataset=dataset)
+        for name, what in (("num_classes", "class counts"), ("num_test_samples", "test set sizes")):
+            found = sorted({value for value in part.column(name) if value is not None})
+            if len(found) > 1:
+                notes.append(
+                    f"{dataset} appears with several {what} ({', '.join(map(str, found))}): are two studies mixed?"
+                )
+        extreme = sum(run.error_rate in (0.0, 1.0) for run in part)
+        if extreme:
+            notes.append(
+                f"{extreme} runs on {dataset} have an error of exactly 0 or 1: too small a test set to resolve them"
+            )
+    return notes

@@ -110,11 +110,11 @@ class CostModel:
         return scale * (steps_s + self.cell_overhead_s)
 
     def step_seconds(self, flops: float) -> float:
-        """Of one optimizer step, before scaling."""
+        """Predicted seconds of one optimizer step, before scaling."""
         return flops / self.device.flops_per_s + self.device.step_overhead_s
 
     def probed(self, calibration: Calibration) -> CostModel:
-        """What a probe of the machine measured, in place of what is assumed of its kind."""
+        """The same model with what a probe of this machine measured."""
         device = Device(self.device.name, calibration.flops_per_s, 1.0, calibration.step_overhead_s)
         return CostModel(device, calibration.cell_overhead_s, 1.0, calibration.stage_scale)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from dbscale.errors import ConfigError, nearest
-from dbscale.strict import Strict, load_yaml, override, set_path, validate
+from dbscale.strict import Strict, load_extended, override, set_path, validate
 from dbscale.study.cell import Arm, Cell
 from dbscale.study.recipe import SEEDS, Data, Distill, Model, Positive, Recipe, Stage, Tier, Training, draw_seed
 
@@ -51,7 +51,7 @@ class Grid(Strict):
     image_size: Positive
     tier: Tier = "resident"
     tiers: dict[Name, Tier] = {}
-    """Of datasets that are packed in another encoding: dataset → tier."""
+    """The tier of each dataset that is packed in another encoding."""
     block_size: Positive | None = None
     models: dict[Name, Model]
     students: Annotated[tuple[Name, ...], Field(min_length=1)]
@@ -122,32 +122,7 @@ class Point:
 
 def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     """Read, override, validate. Raises ConfigError naming file, key, value and what is allowed."""
-    return validate(Grid, override(_with_base(load_yaml(path), path), overrides), where=str(path))
-
-
-def _with_base(data: dict[str, Any], path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """`extends: other.yaml` (relative to this file) fills in what this file leaves out, mapping by mapping.
-
-    The other file may itself extend one; `below` holds the files on the way here.
-    """
-    base = data.pop("extends", None)
-    if base is None:
-        return data
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: `extends` takes the path of one YAML file, found {base!r}")
-    base_path, below = (path.parent / base).resolve(), (*below, path.resolve())
-    if base_path in below:
-        raise ConfigError(f"{path}: a grid cannot extend itself, and {base} comes back to {base_path.name}")
-    return _merge(_with_base(load_yaml(path.parent / base), path.parent / base, below), data)
-
-
-def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        key: _merge(base[key], own[key])
-        for key in base.keys() & own.keys()
-        if isinstance(base[key], dict) and isinstance(own[key], dict)
-    }
-    return {**base, **own, **both}
+    return validate(Grid, override(load_extended(path), overrides), where=str(path))
 
 
 def variants_of(grid: Grid) -> list[tuple[str, Grid]]:
@@ -210,14 +185,16 @@ class _Expansion:
         sizes: tuple[int, ...] = ((0,) if self.grid.scratch else ()) + self.grid.upstream.num_samples
         for seed, size, student in itertools.product(self.grid.seeds, sizes, self.grid.students):
             for init in self._upstream_cells(student, size, seed):
-                for axis, downstream_size, draw in self._downstream():
-                    cell = self._finetune(student, axis.dataset, downstream_size, seed, draw, init)
+                for dataset, labels, draw in self._downstream():
+                    # A draw of one size and seed is the same labels in both arms.
+                    cell = self._cell(
+                        "finetune", student, dataset, labels, seed, self.grid.finetune, init=init, draw=draw
+                    )
                     yield Point(cell, self.variant, student, size, seed, draw)
 
-    def _downstream(self) -> Iterator[tuple[DataAxis, int, int]]:
-        """Every (axis, size, draw); a draw of one size and seed is the same labels in both arms."""
+    def _downstream(self) -> Iterator[tuple[str, int, int]]:
         draws = range(self.grid.finetunes)
-        return ((axis, size, draw) for axis in self.grid.downstream for size in axis.num_samples for draw in draws)
+        return ((a.dataset, size, draw) for a in self.grid.downstream for size in a.num_samples for draw in draws)
 
     def _upstream_cells(self, student: str, size: int, seed: int) -> Iterator[Cell | None]:
         if size == 0:
@@ -237,9 +214,6 @@ class _Expansion:
         teacher = self._pretrain(grid.teachers[student], size, seed)
         training = grid.distill_training or grid.pretrain
         return self._cell("distill", student, grid.upstream.dataset, size, seed, training, teacher=teacher)
-
-    def _finetune(self, student: str, dataset: str, size: int, seed: int, draw: int, init: Cell | None) -> Cell:
-        return self._cell("finetune", student, dataset, size, seed, self.grid.finetune, init=init, draw=draw)
 
     def _cell(
         self, stage: Stage, model: str, dataset: str, size: int, seed: int, training: Training,

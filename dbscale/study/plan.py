@@ -91,9 +91,9 @@ class PlanRecord(Strict):
     cells: tuple[str, ...]
     """Keys, parents first."""
     predicted_device_s: float
-    """Of all cells, finished ones included."""
+    """Device time of all cells, finished ones included."""
     predicted_s: tuple[float, ...] = ()
-    """Of each cell, in the order of `cells`."""
+    """Device time of each cell, in the order of `cells`."""
     min_effect: float = 0.005
     """Difference of error rates that matters, as the grid says."""
 

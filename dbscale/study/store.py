@@ -28,7 +28,7 @@ HEARTBEAT_LIMIT_S = 120.0
 """A run on another machine whose last sign of life is older than this, or as far in the future, is taken for dead."""
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN})
 Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Failure(StrEnum):
@@ -78,17 +78,17 @@ class Upstream(Strict):
 class Timing(Strict):
     """Measured, hence left out when two rows are compared for equality."""
 
-    train_time_s: Positive
-    eval_time_s: Positive
-    step_time_s: Positive
-    images_per_s: Positive
-    data_wait_share: Positive
-    device_time_s: Positive
+    train_time_s: Amount
+    eval_time_s: Amount
+    step_time_s: Amount
+    images_per_s: Amount
+    data_wait_share: Amount
+    device_time_s: Amount
     """Wall time of all attempts times the number of devices."""
     peak_memory_bytes: Count
     mfu: float | None = None
     """Model FLOP utilisation, where the device's peak is known."""
-    energy_j: Positive | None = None
+    energy_j: Amount | None = None
     num_attempts: Count = 1
     num_devices: Count = 1
     device: str
@@ -113,7 +113,7 @@ class Row(Strict):
     num_classes: Count
     num_steps: Count
     samples_seen: Count
-    train_flops: Positive
+    train_flops: Amount
     """Forward and backward of the student, forward of the teacher, over all steps."""
     error_rate: Share
     top5_error_rate: Share | None = None
@@ -123,7 +123,7 @@ class Row(Strict):
     train_loss: float = Field(allow_inf_nan=False)
     """Mean over the last tenth of the run."""
     weights_sha256: str
-    """Of model.safetensors: two rows with equal hashes come from bitwise equal runs."""
+    """The hash of model.safetensors: two rows with equal hashes come from bitwise equal runs."""
     replaced_samples: Count = 0
     """Undecodable training images that another of their class stood in for."""
     upstream: Upstream | None = None
@@ -153,7 +153,7 @@ class Attempt(Strict):
     """Path of the log that a person would read."""
     reason: str | None = None
     failure: Failure | None = None
-    """Of a failed attempt."""
+    """The kind, where the attempt failed."""
     signal: str | None = None
     resumed_from_step: int | None = None
     versions: dict[str, str] = {}

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from dbscale.errors import ConfigError
-from dbscale.files import holder, hostname, is_held
+from dbscale.files import holder, is_held
 from dbscale.study.grid import load_grid
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
@@ -46,7 +46,7 @@ def add_commands(add: AddCommand) -> None:
     add_tracker(parser)
     parser = add("logs", logs, "show the log of a cell's last attempt")
     parser.add_argument("cell", help="the cell's key, or its 12-digit id")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until interrupted")
+    parser.add_argument("-f", "--follow", action="store_true", help="keep printing as the log grows, until interrupted")
     add_store(parser)
     parser = add("cancel", cancel, "stop a grid's jobs, and only those; they save their progress")
     add_cluster(parser, "local")
@@ -116,7 +116,7 @@ def cancel(arguments: argparse.Namespace) -> int:
     """Ask a local driver to stop, as Ctrl-C would; cancel what SLURM holds of the grid, and nothing else."""
     store, name = store_of(arguments), load_grid(arguments.grid, arguments.overrides).name
     stopped = stop_driver(store, name) + cancel_in_slurm(store, name)
-    print("\n".join(stopped) if stopped else f"nothing of grid {name} waits or runs on {store.root}")
+    print("\n".join(stopped) if stopped else f"grid {name} has nothing waiting or running on {store.root}")
     return 0
 
 
@@ -125,22 +125,20 @@ def stop_driver(store: Store, grid: str) -> list[str]:
     other = holder(store.root)
     if other is None or other.grid != grid or not is_held(store.root):
         return []
-    process = other.process
-    if process.host != hostname():
-        raise ConfigError(f"{store.root} is driven by pid {process.pid} on {process.host}; cancel it there")
-    if not process.alive:
-        return []
-    os.kill(process.pid, signal.SIGTERM)
-    return [f"asked pid {process.pid} to save and stop"]
+    pid = other.process.pid
+    if not other.process.alive:  # not to be seen from this machine, or from this container
+        raise ConfigError(f"{store.root} is driven by pid {pid} on {other.process.host}; cancel it there")
+    os.kill(pid, signal.SIGTERM)
+    return [f"asked pid {pid} to save and stop"]
 
 
 def cancel_in_slurm(store: Store, grid: str) -> list[str]:
-    from launch.slurm.queue import active_jobs, cancel_cut_off, cancel_jobs, read_queue, read_records
+    from launch.slurm.queue import cancel_cut_off, cancel_jobs, read_queued, read_records
 
     records = read_records(store, grid)
     if not records:
         return []
     cancel_cut_off(store, records)
-    jobs = sorted(active_jobs(records, read_queue()))
+    jobs = sorted(read_queued(store, grid).jobs)
     cancel_jobs(jobs)
     return [f"cancelled job {job}" for job in jobs]

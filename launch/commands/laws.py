@@ -1,57 +1,94 @@
-"""`dbscale fit|advise`: a law for anyone's table, and whether to distill."""
+"""`dbscale fit|compare|advise`: a law for anyone's table, which of two procedures is better, and whether to distill."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.files import atomic_open
-from launch.commands.results import grid_name
+from launch.commands.results import add_table, columns_of, grid_name
 from launch.study import AddCommand, add_data, add_grid, add_store, store_of
+
+if TYPE_CHECKING:
+    from dbscale.laws import LawFit, Selection
+    from dbscale.laws.form import Variable
+    from dbscale.report.sheet import Sheet
 
 
 def add_commands(add: AddCommand) -> None:
-    parser = add("fit", fit, "fit a law to any CSV or parquet table")
+    parser = add("fit", fit, "fit a law to any table: CSV, JSON lines, Parquet or Arrow")
     parser.add_argument("table", type=Path, help="rows.csv, or any table with a header")
-    parser.add_argument("--law", required=True, help="name of the law; an unknown one is answered with all of them")
+    parser.add_argument("--law", required=True, help="name of the law, or auto: all that the columns allow, averaged; "
+                        "an unknown name is answered with all of them")  # fmt: skip
     parser.add_argument("--x", action="append", default=[], metavar="COLUMN | VARIABLE=COLUMN",
                         help="where the law's variable stands; repeat for laws of several")  # fmt: skip
     parser.add_argument("--y", required=True, metavar="COLUMN", help="what the law predicts")
     parser.add_argument(
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
     )
-    parser.add_argument("--loss", default="huber_log", help="huber_log, least_squares_log, huber or least_squares")
+    parser.add_argument("--weights", metavar="COLUMN", help="relative inverse variances of the rows")
+    parser.add_argument("--cluster", metavar="COLUMN", help="rows that are drawn together, such as one run's: prints "
+                        "90 % intervals from resampling them")  # fmt: skip
+    parser.add_argument("--ceiling", type=float, help="largest value that y can take: 1 for error rates")
+    parser.add_argument(
+        "--loss", help="huber_log (default), least_squares_log (default of auto), huber or least_squares"
+    )
     parser.add_argument("--bound", action="append", default=[], metavar="PARAM=LOW:HIGH",
                         help="limits of a parameter, either end may be left out or inf; repeatable")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the fit as JSON")
+    add_compare(add)
     parser = add("advise", advise, "distill or not, for one planned study, from a grid's rows or a table")
     for name, what in (("dp", "upstream samples"), ("df", "downstream samples"), ("params", "student's parameters")):
         parser.add_argument(f"--{name}", required=True, metavar="COUNT", help=f"{what}: 2000, 200k, 22M")
     parser.add_argument("--dataset", help="one downstream set; default: all")
-    parser.add_argument("--table", type=Path, help="a rows.csv instead of the grid's own rows")
+    add_table(parser)
     add_grid(parser)
     add_store(parser)
     add_data(parser)
 
 
-def fit(arguments: argparse.Namespace) -> int:
-    from dbscale.laws import find_form, fit_law
+def add_compare(add: AddCommand) -> None:
+    parser = add("compare", compare, "which of two procedures is better, along any column of any table")
+    parser.add_argument("table", type=Path, help="any table with a header")
+    for side in "ab":
+        parser.add_argument(f"--{side}", action="append", required=True, metavar="COLUMN=VALUE",
+                            help="the rows of this side; repeatable")  # fmt: skip
+    parser.add_argument("--along", required=True, metavar="COLUMN", help="the axis, such as flops or upstream_samples")
+    parser.add_argument("--metric", required=True, metavar="COLUMN", help="what is compared; lower is better")
+    parser.add_argument("--pair", default="seed", metavar="COLUMN[,COLUMN…]",
+                        help="columns in which pairs agree: the repetition, then strata (default: seed)")  # fmt: skip
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
+    )
+    parser.add_argument("--level", type=float, default=0.9, help="of all intervals (default: 0.9)")
+    parser.add_argument(
+        "--min-effect", type=float, default=0.005, help="smallest difference that matters (default: 0.005)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn curves")
+    parser.add_argument("--json", action="store_true", help="print the verdict as boundary.json would hold it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write a page with the figures: DIR/compare.html")
 
-    rows = select(read_rows(arguments.table), arguments.where)
-    law = find_form(arguments.law)
-    names = variable_columns(law.variable_names, arguments.x)
-    x = {variable: numbers(rows, column, arguments.table) for variable, column in names.items()}
-    y = numbers(rows, arguments.y, arguments.table)
-    limits = bounds(arguments.bound)
-    found = fit_law(arguments.law, x, y, loss=arguments.loss, bounds=limits or None, seed=arguments.seed)
-    print(found.report())
-    for column, values in mixed(rows, {*names.values(), arguments.y}).items():
+
+def fit(arguments: argparse.Namespace) -> int:
+    from dbscale.laws.forms import GRID, find_form
+    from dbscale.report.reader import read_sheet
+
+    sheet = read_sheet(arguments.table).where(arguments.where)
+    is_auto = arguments.law == "auto"
+    variables = auto_variables(GRID, arguments.x, sheet) if is_auto else find_form(arguments.law).variables
+    names = variable_columns(variables, arguments.x, sheet)
+    x = {variable: sheet.measured(column) for variable, column in names.items()}
+    found, intervals = fitted(x, sheet.measured(arguments.y), sheet, arguments)
+    print("\n".join([found.report(), *interval_lines(intervals)]))
+    for note in sheet.notes:
+        print(f"  warning: {note}")
+    used = {*names.values(), arguments.y, arguments.weights, arguments.cluster} - {None}
+    for column, values in mixed(sheet, used).items():
         print(f"  warning: fitted as one although {column} differs ({', '.join(values[:6])}"
               f"{', …' if len(values) > 6 else ''}); --where {column}={values[0]} keeps one")  # fmt: skip
     if arguments.out:
@@ -60,42 +97,78 @@ def fit(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The table's rows by column name. Raises TableError for what is no table, ConfigError when it has no rows."""
-    from dbscale.report.reduce import read_records
+def fitted(
+    x: Mapping[str, Sequence[float]], y: Sequence[float], sheet: Sheet, arguments: argparse.Namespace
+) -> tuple[LawFit | Selection, Mapping[str, tuple[float, float] | None]]:
+    """The law or the selection that was asked for, and intervals of its parameters where rows are resampled."""
+    from dbscale.laws import bootstrap, fit_law, select_law
 
-    rows, _ = read_records(path)
-    if not rows:
-        raise ConfigError(f"{path} has no rows")
-    return rows
+    is_auto = arguments.law == "auto"
+    limits = bounds(arguments.bound)
+    if is_auto and limits:
+        raise ConfigError("--bound limits one law's parameters; name the law instead of --law auto")
+    weights = sheet.measured(arguments.weights) if arguments.weights else None
+    clusters = [str(cell) for cell in sheet.cells(arguments.cluster)] if arguments.cluster else None
+    loss = arguments.loss or ("least_squares_log" if is_auto else "huber_log")
+    if is_auto:
+        found = select_law(x, y, weights=weights, clusters=clusters, loss=loss, ceiling=arguments.ceiling,
+                           seed=arguments.seed)  # fmt: skip
+        return found, found.bootstrap.interval() if clusters else {}
+    law = fit_law(arguments.law, x, y, weights=weights, loss=loss, bounds=limits or None, ceiling=arguments.ceiling,
+                  seed=arguments.seed)  # fmt: skip
+    return law, bootstrap(law, clusters=clusters, seed=arguments.seed).interval() if clusters else {}
 
 
-def select(rows: Sequence[Mapping[str, Any]], conditions: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Rows that meet every COLUMN=VALUE, compared as text."""
-    found = list(rows)
-    for condition in conditions:
-        column, equals, value = condition.partition("=")
-        if not equals or column not in rows[0]:
-            raise ConfigError(f"--where {condition!r}: write COLUMN=VALUE; {nearest(column, list(rows[0]))}")
-        found = [row for row in found if str(row[column]) == value]
-    if not found:
-        raise ConfigError(f"no row meets {' and '.join(conditions)}")
+def interval_lines(intervals: Mapping[str, tuple[float, float] | None]) -> list[str]:
+    """One line a parameter, for a terminal."""
+    said = {
+        n: "not determined by the table" if e is None else f"{e[0]:.6g} to {e[1]:.6g}" for n, e in intervals.items()
+    }
+    return [*(["  90 % intervals, clusters resampled:"] if said else []), *(f"  {n:10s} {e}" for n, e in said.items())]
+
+
+def auto_variables(grid: Sequence[tuple[Variable, str, str]], given: Sequence[str], sheet: Sheet) -> list[Variable]:
+    """The variables of `--law auto`: those of a study's grid that the table has or `--x` names, else the one `--x`."""
+    known = [each for each, _, _ in grid]
+    named = [each for each in known if any(text.partition("=")[0].strip() in
+             (each.name, each.symbol, *each.aliases) for text in given)]  # fmt: skip
+    if named and len(named) == len(given):
+        return named
+    if len(given) == 1:
+        from dbscale.laws.forms import ANY
+
+        return [ANY]
+    found = [each for each in known if each.found_in(sheet.columns)]
+    if given or not found:
+        raise ConfigError(
+            f"--law auto takes one --x COLUMN, or a study's variables: {', '.join(v.name for v in known)}"
+        )
     return found
 
 
-def variable_columns(variables: Sequence[str], given: Sequence[str]) -> dict[str, str]:
-    """The column of each variable: as given, otherwise the column of the variable's own name."""
-    columns = {variable: variable for variable in variables}
-    for each in given:
-        variable, equals, column = each.partition("=")
-        if not equals and len(variables) == 1:
-            variable, column = variables[0], each
-        elif not equals:
-            raise ConfigError(f"--x {each!r}: this law has {len(variables)} variables; write VARIABLE=COLUMN")
-        if variable not in columns:
-            raise ConfigError(f"--x {each!r}: no variable {variable!r}; {nearest(variable, list(variables))}")
-        columns[variable] = column
+def variable_columns(variables: Sequence[Variable], given: Sequence[str], sheet: Sheet) -> dict[str, str]:
+    """The column of each variable: as given, else the one with a name that the law knows it by or prints."""
+    from dbscale.report.sheet import closest
+
+    known = {name: each.name for each in variables for name in (*each.aliases, each.symbol, each.name)}
+    columns = dict(assigned(each, known, sheet) for each in given)
+    for each in variables:
+        if columns.setdefault(each.name, each.found_in(sheet.columns) or "") == "":
+            raise ConfigError(f"{sheet.name}: no column for the law's {each.name} ({each.symbol}); write "
+                              f"--x {each.name}=COLUMN; {closest(each.name, sheet.columns)}")  # fmt: skip
     return columns
+
+
+def assigned(text: str, known: Mapping[str, str], sheet: Sheet) -> tuple[str, str]:
+    """Variable and column of one `--x`. Only a variable is split from its column: names of columns may hold `=`."""
+    left, equals, right = (part.strip() for part in text.partition("="))
+    variables = list(dict.fromkeys(known.values()))
+    if equals and left in known and (right in sheet.columns or text not in sheet.columns):
+        return known[left], right
+    if len(variables) == 1:
+        return variables[0], text
+    raise ConfigError(f"--x {text!r}: write VARIABLE=COLUMN for one of the law's {len(variables)} variables; "
+                      f"{nearest(left, variables)}")  # fmt: skip
 
 
 def bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
@@ -113,54 +186,61 @@ def bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float | None]]
     return limits
 
 
-def mixed(rows: Sequence[Mapping[str, Any]], used: set[str]) -> dict[str, list[str]]:
+def mixed(sheet: Sheet, used: set[str]) -> dict[str, list[str]]:
     """Columns of words, unused by the law, that sort the rows into groups: perhaps studies that do not belong together."""
+    from dbscale.report.numerals import parse_numeral
+
     groups = {}
-    for column in rows[0].keys() - used:
-        values = sorted({str(row[column]) for row in rows})
-        if 1 < len(values) <= len(rows) // 3 and not any(is_number(value) for value in values):
+    for column in sheet.columns.keys() - used:
+        values = sorted({str(cell) for cell in sheet.columns[column]})
+        if 1 < len(values) <= len(sheet) // 3 and not any(map(parse_numeral, values)):
             groups[column] = values
     return dict(sorted(groups.items()))
 
 
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def compare(arguments: argparse.Namespace) -> int:
+    from dbscale.report.findings import Options, contrast
+    from dbscale.report.pairing import pair_rows
+    from dbscale.report.reader import read_sheet
+    from dbscale.report.words import answer, evidence
 
+    sheet = read_sheet(arguments.table).where(arguments.where)
+    sides = [dict(sheet.assignment(text, f"--{side}") for text in getattr(arguments, side)) for side in "ab"]
+    pair = [column.strip() for column in arguments.pair.split(",") if column.strip()]
+    pairs, notes = pair_rows(sheet, a=sides[0], b=sides[1], along=arguments.along, metric=arguments.metric, pair=pair)
+    names = {
+        "column": ", ".join(sides[0]), "a": ", ".join(sides[0].values()), "b": ", ".join(sides[1].values()),
+        "along": arguments.along, "dataset": arguments.table.stem,
+    }  # fmt: skip
+    options = Options(level=arguments.level, min_effect=arguments.min_effect, seed=arguments.seed)
+    record = contrast(pairs, names, arguments.metric, options)
+    if arguments.json:
+        print(record.model_dump_json(indent=1))
+    else:
+        text = answer(record)
+        print("\n".join([text[:1].upper() + text[1:], *evidence(record), *(f"  note: {note}" for note in notes)]))
+    if arguments.out is not None:
+        from dbscale.report.page import compare_page
 
-def numbers(rows: Sequence[Mapping[str, Any]], column: str, path: Path) -> list[float]:
-    """A column as numbers. Raises ConfigError naming the nearest column, or the row that is no number."""
-    if column not in rows[0]:
-        raise ConfigError(f"{path}: no column {column!r}; {nearest(column, list(rows[0]))}")
-    values = []
-    for number, row in enumerate(rows, start=1):
-        if row[column] in (None, ""):
-            raise ConfigError(f"{path}, row {number}: {column} is empty; fill it in or remove the row")
-        try:
-            value = float(row[column])
-        except (TypeError, ValueError):
-            raise ConfigError(f"{path}, row {number}: {column} is {row[column]!r}, not a number") from None
-        if not math.isfinite(value):
-            raise ConfigError(f"{path}, row {number}: {column} is {row[column]}; remove the row or repair it")
-        values.append(value)
-    return values
+        print(compare_page(record, arguments.out, notes=notes))
+    return 0
 
 
 def advise(arguments: argparse.Namespace) -> int:
     from dbscale.report.advise import advise as ask
-    from dbscale.report.advise import parse_count
-    from dbscale.report.mistakes import load_mistakes
-    from dbscale.report.reduce import collect, load_plan, read_table
+    from dbscale.report.findings import load_mistakes
+    from dbscale.report.numerals import parse_count
+    from dbscale.report.reduce import collect, load_plan
+    from dbscale.report.table import read_table
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     store = store_of(arguments)
     if arguments.table is not None:
-        table, wrong = read_table(arguments.table), None
+        table, wrong = read_table(arguments.table, columns_of(arguments)), None
     else:
         table = collect(store, load_plan(store, grid_name(arguments)))
-        wrong = load_mistakes(store, table)
+        wrong = load_mistakes(store, {run.key for run in table})
     print("\n\n".join(advice.text() for advice in ask(table, *point, dataset=arguments.dataset, wrong=wrong)))
+    for note in table.warnings:
+        print(f"  warning: {note}")
     return 0

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dbscale.errors import ConfigError
 from dbscale.files import hostname
@@ -22,8 +24,8 @@ from dbscale.study import cost as costs
 from dbscale.study.cell import Cell
 from dbscale.study.cost import STAGES, Calibration, CostModel, Measured, duration, step_flops
 from dbscale.study.grid import overlapping_draws
-from dbscale.study.plan import Plan
-from dbscale.study.recipe import Budget
+from dbscale.study.plan import Plan, read_plan
+from dbscale.study.recipe import Budget, Stage
 from dbscale.study.resources import StopRequest
 from dbscale.study.store import Row, Store
 from launch.status import states_table, table
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         costs.write_calibration(study.store, calibration)
         print(describe_calibration(calibration, study.cluster.cost_model().probed(calibration)) + "\n")
         plan, cost = plan_study(study)
-    print(describe(study, plan, cost))
+    print("\n".join([describe(study, plan, cost), *power_text(study, plan, cost)]))
     if arguments.cells:
         rows = [(cell.key, plan.states[cell.key], duration(cost.seconds(cell))) for cell in plan.cells]
         print("\n" + table(rows, header=("cell", "state", "predicted")))
@@ -88,6 +90,40 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
     return "\n".join(lines)
 
 
+def power_text(study: Study, plan: Plan, cost: CostModel) -> list[str]:
+    """What the design can tell apart, for grids that compare two arms."""
+    design = design_of(plan, cost)
+    if design is None:
+        return []
+    from dbscale.report.advise import Design, plan_power
+    from dbscale.report.reduce import collect
+
+    known = read_plan(study.store, plan.grid.name) if plan.count()["done"] else None
+    table = collect(study.store, known) if known is not None else None
+    return ["", *plan_power(Design(**design), table, f"{plan.grid.name}_{plan.grid.downstream[0].dataset}")]
+
+
+def design_of(plan: Plan, cost: CostModel) -> dict[str, Any] | None:
+    """Sizes and costs of the main contrast: the first downstream set, students with both arms; None without any."""
+    main = [point for point in plan.points if point.cell.recipe.data.dataset == plan.grid.downstream[0].dataset]
+    distilled = [point for point in main if point.arm == "distilled"]
+    sizes = sorted({point.upstream_num_samples for point in distilled})
+    if not sizes:
+        return None
+    students = {point.student for point in distilled}
+    runs = [point.cell for point in main if point.student in students and point.upstream_num_samples]
+    upstream = {cell.init.key: cell.init for cell in runs if cell.init is not None}
+    draws = Counter((cell.init.key, cell.recipe.data.num_samples) for cell in runs if cell.init is not None)
+    finetunes, finetune_s = max(draws.values()), sum(map(cost.seconds, runs))
+    return {
+        "num_x": len(sizes), "num_seeds": len(plan.grid.seeds), "num_students": len(students),
+        "num_labels": len({cell.recipe.data.num_samples for cell in runs}), "finetunes": finetunes,
+        "step_octaves": math.log2(sizes[-1] / sizes[0]) / max(len(sizes) - 1, 1),
+        "cost_upstream": sum(map(cost.seconds, upstream.values())) / len(upstream),
+        "cost_finetune": finetune_s / len(upstream) / finetunes,
+    }  # fmt: skip
+
+
 def device_time(study: Study, plan: Plan, cost: CostModel) -> str:
     """Predicted device time left, and what that means on this machine."""
     text = f"{duration(plan.predicted_s)} of {cost.device.name} time left"
@@ -110,36 +146,27 @@ def calibrate(study: Study, plan: Plan, *, seconds: float) -> Calibration:
     chosen, measured = extreme_cells(plan.cells), []
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="dbscale-calibrate-") as folder:
-        probe = _Probe(study, Store(Path(folder)))
         for number, cell in enumerate(chosen):
             share_s = (deadline - time.monotonic()) / (len(chosen) - number)
-            measured.append(probe.measure(cell, max(share_s, LEAST_SHARE_S)))
-    return summarize(measured, study.cluster.device)
+            measured.append(measure(study, Store(Path(folder)), cell, max(share_s, LEAST_SHARE_S)))
+    flops_per_s, overhead_s = costs.fit_step_times([(each.step_flops, each.step_time_s) for each in measured])
+    ratios: dict[Stage, list[float]] = {}
+    for each in measured:
+        ratios.setdefault(each.stage, []).append(each.step_time_s / (each.step_flops / flops_per_s + overhead_s))
+    return Calibration(
+        host=hostname(), device=study.cluster.device, created=time.time(), flops_per_s=flops_per_s,
+        step_overhead_s=overhead_s, cell_overhead_s=statistics.median(each.overhead_s for each in measured),
+        stage_scale={stage: statistics.fmean(found) for stage, found in ratios.items()}, measured=tuple(measured),
+    )  # fmt: skip
 
 
 def extreme_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """For each stage, the cell with the fewest operations a step and the one with the most."""
-    chosen = []
+    """For each stage, the cell with the fewest operations a step and the one with the most; one where all are alike."""
+    chosen: list[Cell] = []
     for stage in STAGES:
         found = sorted((cell for cell in cells if cell.recipe.stage == stage), key=step_flops)
-        chosen += found[:1] + (found[-1:] if step_flops(found[-1]) > step_flops(found[0]) else []) if found else []
+        chosen += {step_flops(cell): cell for cell in found[:1] + found[-1:]}.values()
     return chosen
-
-
-def summarize(measured: Sequence[Measured], device: str) -> Calibration:
-    """Speed and overheads that explain what was measured."""
-    flops_per_s, overhead_s = costs.fit_step_times([(each.step_flops, each.step_time_s) for each in measured])
-    scales = {}
-    for stage in STAGES:
-        ratios = [
-            each.step_time_s / (each.step_flops / flops_per_s + overhead_s) for each in measured if each.stage == stage
-        ]
-        scales |= {stage: statistics.fmean(ratios)} if ratios else {}
-    return Calibration(
-        host=hostname(), device=device, created=time.time(), flops_per_s=flops_per_s,
-        step_overhead_s=overhead_s, cell_overhead_s=statistics.median(each.overhead_s for each in measured),
-        stage_scale=scales, measured=tuple(measured),
-    )  # fmt: skip
 
 
 def describe_calibration(calibration: Calibration, cost: CostModel) -> str:
@@ -155,43 +182,32 @@ def describe_calibration(calibration: Calibration, cost: CostModel) -> str:
     return "\n".join(lines)
 
 
-class _Probe:
-    """Runs cut-off cells of a study in a store of its own."""
+def measure(study: Study, store: Store, cell: Cell, share_s: float) -> Measured:
+    """Train a copy of the cell in `store` for about `share_s`."""
+    warm, _ = _run(study, store, cell, WARMUP_STEPS)
+    num_steps = int(share_s / max(warm.timing.step_time_s, 1e-6))
+    row, wall_s = _run(study, store, cell, min(max(num_steps, FEWEST_STEPS), MOST_STEPS))
+    return Measured(
+        cell=cell.key, stage=cell.recipe.stage, num_steps=row.num_steps, step_flops=step_flops(cell),
+        step_time_s=row.timing.step_time_s, overhead_s=max(wall_s - row.timing.train_time_s, 0.0),
+    )  # fmt: skip
 
-    def __init__(self, study: Study, store: Store) -> None:
-        self.study, self.store = study, store
 
-    def measure(self, cell: Cell, share_s: float) -> Measured:
-        warm, _ = self._run(cell, WARMUP_STEPS)
-        num_steps = int(share_s / max(warm.timing.step_time_s, 1e-6))
-        row, wall_s = self._run(cell, min(max(num_steps, FEWEST_STEPS), MOST_STEPS))
-        return Measured(
-            cell=cell.key, stage=cell.recipe.stage, num_steps=row.num_steps, step_flops=step_flops(cell),
-            step_time_s=row.timing.step_time_s, overhead_s=max(wall_s - row.timing.train_time_s, 0.0),
-        )  # fmt: skip
+def _run(study: Study, store: Store, cell: Cell, num_steps: int) -> tuple[Row, float]:
+    """The row of `cell` after `num_steps`, and its wall time without that of its parents, which train for one step."""
+    from dbscale.training.run import run_cell
 
-    def _run(self, cell: Cell, num_steps: int) -> tuple[Row, float]:
-        """The row of `cell` after `num_steps`, its parents trained for one step, and its wall time."""
-        short = _cut(cell, num_steps)
-        for parent in short.parents:
-            for each in (*parent.parents, parent):
-                self._train(each)
-        started = time.perf_counter()
-        row = self._train(short)
-        return row, time.perf_counter() - started
-
-    def _train(self, cell: Cell) -> Row:
-        from dbscale.training.run import run_cell
-
-        self.store.write_spec(cell.spec())
-        resources = self.study.cluster.shape(cell.recipe.stage).resources.model_copy(update={"tracker": None})
-        with contextlib.redirect_stderr(io.StringIO()):
-            outcome = run_cell(
-                self.store, cell.key, data_dir=self.study.data_dir, resources=resources, stop=StopRequest()
-            )
-        if outcome.row is None:
-            raise ConfigError(f"the probe's copy of {cell.key} {outcome.status}: {outcome.reason}")
-        return outcome.row
+    short = _cut(cell, num_steps)
+    for parent in short.lineage[:-1]:
+        _run(study, store, parent, 1)
+    store.write_spec(short.spec())
+    resources = study.cluster.shape(cell.recipe.stage).resources.model_copy(update={"tracker": None})
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):
+        outcome = run_cell(store, short.key, data_dir=study.data_dir, resources=resources, stop=StopRequest())
+    if outcome.row is None:
+        raise ConfigError(f"the short copy of {cell.key} {outcome.status}: {outcome.reason}")
+    return outcome.row, time.perf_counter() - started
 
 
 def _cut(cell: Cell, num_steps: int) -> Cell:

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dbscale.errors import ConfigError
 from dbscale.study.grid import load_grid
 from dbscale.study.store import Store
 from launch.study import AddCommand, add_data, add_grid, add_store, find_cell, store_of
@@ -24,7 +25,7 @@ def add_commands(add: AddCommand) -> None:
         add_grid(parser, bare=name != "export")
         add_store(parser)
         add_data(parser)
-        parser.add_argument("--table", type=Path, help="a rows.csv (or parquet) instead of a grid's cells")
+        add_table(parser)
         if name == "export":
             parser.add_argument("cell", nargs="?", metavar="CELL",
                                 help="key or id of a finished cell: write its model instead of the figures")  # fmt: skip
@@ -34,18 +35,38 @@ def add_commands(add: AddCommand) -> None:
             parser.add_argument("--out", type=Path, help="with --table, where to write (default: beside the table)")
 
 
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """`--table`, and where in it the columns of runs stand."""
+    parser.add_argument(
+        "--table", type=Path, help="a table of runs instead of a grid's cells: CSV, JSON lines, Parquet or Arrow"
+    )
+    parser.add_argument("--column", action="append", default=[], metavar="NAME=COLUMN", dest="columns",
+                        help="with --table, where a column stands that has another name there, such as "
+                        "error_rate=top1_err; repeatable")  # fmt: skip
+
+
+def columns_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Name of ours -> column of the table. Raises ConfigError where `=` is missing."""
+    pairs = [(text, *(part.strip() for part in text.partition("="))) for text in arguments.columns]
+    for text, name, equals, column in pairs:
+        if not (name and equals and column):
+            raise ConfigError(f"--column {text!r}: write NAME=COLUMN, such as error_rate=top1_err")
+    return {name: column for _, name, _, column in pairs}
+
+
 def reduce(arguments: argparse.Namespace) -> int:
-    from dbscale.report.refresh import refresh, refresh_table
-    from dbscale.report.terminal import summary
+    from dbscale.report.findings import refresh, refresh_table
+    from dbscale.report.words import summary
 
     if arguments.table is not None:
         folder = table_folder(arguments)
-        table, findings = refresh_table(arguments.table, folder)
-        print(f"{summary(findings)}\n\n{len(table)} rows; wrote {folder / 'laws.json'} and {folder / 'boundary.json'}")
+        table, findings = refresh_table(arguments.table, folder, columns=columns_of(arguments))
+        print(summary(findings.laws, findings.boundary))
+        print(f"\n{len(table)} rows; wrote {folder / 'laws.json'} and {folder / 'boundary.json'}")
         return 0
     store, name = store_of(arguments), grid_name(arguments)
     table, findings = refresh(store, name)
-    print(summary(findings))
+    print(summary(findings.laws, findings.boundary))
     print(f"\n{len(table)} rows: {store.grid_dir(name) / 'rows.csv'}")
     return 0
 
@@ -54,7 +75,7 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.table is not None:
         from dbscale.report.page import write_table_report
 
-        path = write_table_report(arguments.table, table_folder(arguments))
+        path = write_table_report(arguments.table, table_folder(arguments), columns_of(arguments))
     else:
         path, _ = write_results(store_of(arguments), grid_name(arguments))
     print(path)
@@ -69,10 +90,11 @@ def table_folder(arguments: argparse.Namespace) -> Path:
 def export(arguments: argparse.Namespace) -> int:
     if arguments.cell is not None:
         return export_model(store_of(arguments), arguments.cell, arguments.out)
-    from dbscale.report.paper import export_figures, export_table_figures
+    from dbscale.report.page import export_figures, export_table_figures
 
     if arguments.table is not None:
-        paths = export_table_figures(arguments.table, arguments.out or arguments.table.parent / "figures")
+        folder = arguments.out or arguments.table.parent / "figures"
+        paths = export_table_figures(arguments.table, folder, columns_of(arguments))
     else:
         store, name = store_of(arguments), grid_name(arguments)
         paths = export_figures(store, name, arguments.out or store.grid_dir(name) / "figures")
@@ -95,8 +117,8 @@ def grid_name(arguments: argparse.Namespace) -> str:
 
 def write_results(store: Store, name: str) -> tuple[Path, Sequence[str]]:
     """Reduce, fit where rows changed, and write the page; returns where it is and the study's answers."""
+    from dbscale.report.findings import refresh
     from dbscale.report.page import write_report
-    from dbscale.report.refresh import refresh
 
     _, findings = refresh(store, name)
     return write_report(store, name), findings.boundary.answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,19 @@ def add_commands(add: AddCommand) -> None:
 
 
 def pack(arguments: argparse.Namespace) -> int:
+    from dbscale.data.manifest import MANIFEST_NAME, load_manifest
     from dbscale.study.grid import load_grid
     from shards.pack import ensure_packed
+    from shards.verify import describe_unused, exact_source_change
 
     grid = load_grid(arguments.grid, arguments.overrides)
     for name in arguments.datasets or datasets_in_use(grid):
+        was_packed = (arguments.data / "shards" / name / MANIFEST_NAME).exists()
         folder = ensure_packed(name, _entry(name, grid, arguments), arguments.data, jobs=arguments.jobs)
-        print(f"{name}: {folder}", flush=True)
+        print("\n".join([f"{name}: {folder}", *describe_unused(load_manifest(folder))]), flush=True)
+        change = exact_source_change(folder, arguments.data) if was_packed else None
+        if change is not None:
+            print(f"{name}: {change}", file=sys.stderr, flush=True)
     return 0
 
 
@@ -69,7 +76,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    from shards.info import describe
+    from shards.verify import describe
 
     folders = _folders(arguments)
     for folder in folders:

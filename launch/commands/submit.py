@@ -1,6 +1,6 @@
 """`dbscale submit` (make grid): pack what is missing, plan, run or queue, and at the end reduce and report.
 
-Typed again it goes on where it stopped; typed when all is done it says so. What it says at the end, and its exit code,
+The same command resumes a grid where it stopped, and says so when everything is done. Its last words and its exit code
 are computed from the rows in the store.
 """
 
@@ -31,7 +31,7 @@ WAIT_FOR_OTHERS_S = 120.0
 
 
 def add_commands(add: AddCommand) -> None:
-    parser = add("submit", run, "run a grid: pack, plan, train, reduce, report; type it again to resume")
+    parser = add("submit", run, "run a grid: pack, plan, train, reduce, report; run it again to resume")
     add_study(parser)
     add_tracker(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what would be started, start nothing")
@@ -77,14 +77,14 @@ def show_plan(plan: Plan, cost: CostModel, study: Study) -> int:
 
 def show_scripts(study: Study) -> int:
     """What `submit` would hand to SLURM now; on a machine without SLURM, to a cluster that holds nothing of the grid."""
-    from launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, SlurmError, max_array_size
-    from launch.slurm.submit import Queued, Submission, look_at_queue
+    from launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
+    from launch.slurm.submit import Submission
 
     try:
-        queued, max_size = look_at_queue(study), max_array_size()
+        queued, max_size = read_queued(study.store, study.grid.name), max_array_size()
     except SlurmError as error:
         print(f"{error}; shown is what an idle cluster with SLURM's own limits would get", file=sys.stderr)
-        queued, max_size = Queued(), DEFAULT_MAX_ARRAY_SIZE
+        queued, max_size = Queued(study.store), DEFAULT_MAX_ARRAY_SIZE
     plan, cost = plan_study(study, queued.cells)
     show_plan(plan, cost, study)
     if plan.waves:
@@ -208,7 +208,7 @@ def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
 def say_stopped(study: Study, plan: Plan, stop: StopRequest) -> int:
     done = len(plan.cells) - len(unfinished(study.store, plan))
     command = shlex.join(["dbscale", *sys.argv[1:]])
-    print(f"stopped ({stop.reason}) with {done}/{len(plan.cells)} cells done; unfinished cells go on from their last "
+    print(f"stopped ({stop.reason}) with {done}/{len(plan.cells)} cells done; unfinished cells resume from their last "
           f"checkpoint:\n  {command}", file=sys.stderr)  # fmt: skip
     return STOPPED
 

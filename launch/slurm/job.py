@@ -94,7 +94,7 @@ class JobIdentity:
         return cls(job.job_id, job.raw_job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
 
     def __str__(self) -> str:
-        """As attempts are signed."""
+        """The name that attempts of this start carry."""
         return f"{self.name}.{self.restart}"
 
 
@@ -121,16 +121,17 @@ class Fence:
             file.write(f"{self.job.restart}\n")
 
     def overtaken(self) -> str | None:
-        """Why this process must end, None while it may go on; what cannot be read says nothing."""
+        """Why this process must end; None while it may continue, or where a file cannot be read."""
         with contextlib.suppress(OSError, ValueError):
             if int(self.token.read_text()) > self.job.restart:
                 return f"superseded by a later start of this job (restart > {self.job.restart})"
-        last = self.store.last_attempt(self.key) if self.key is not None else None
-        if self.key is None or last is None or last.job == str(self.job) or last.pid == 0:
+        key = self.key  # the main thread may come to another cell meanwhile
+        last = self.store.last_attempt(key) if key is not None else None
+        if key is None or last is None or last.job == str(self.job) or last.pid == 0:
             return None
         # Before this job's own attempt is there, the last one is an older job's.
-        own = str(self.job) in [each.job for each in self.store.attempts(self.key)]
-        return f"cell {self.key} is in the hands of another job by now" if own else None
+        own = str(self.job) in [each.job for each in self.store.attempts(key)]
+        return f"cell {key} is in the hands of another job by now" if own else None
 
     def check(self) -> None:
         """End this process at once if it was overtaken: no handler runs, no buffer reaches the store."""
@@ -154,7 +155,7 @@ class SlurmBundle:
     """Path of this bundle's fencing token."""
 
     def __call__(self) -> None:
-        """Run the cells; what became of them stands in the store."""
+        """Run the cells. The store then says what became of them."""
         stop, job, rank, store = StopRequest(), JobIdentity.of_job(), Rank.of_job(), Store(Path(self.store))
         with worker.stop_on_signals(stop):
             clear_cut_off_result()
@@ -181,13 +182,13 @@ class SlurmBundle:
                 sys.exit(RETRY_EXIT)
 
     def checkpoint(self) -> SlurmBundle:
-        """For submitit: what a requeued job runs is what this one did; the store knows how far it came."""
+        """submitit asks what a requeued job runs: the same again, for the store knows how far this one came."""
         return self
 
 
 @dataclass(frozen=True)
 class CellRuns:
-    """Runs the cells of a job, and does what is needed about outcomes that are not the cell's own doing."""
+    """Runs the cells of a job and deals with outcomes that are not a cell's own doing."""
 
     store: Store
     rank: Rank

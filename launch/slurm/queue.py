@@ -102,7 +102,7 @@ def parse_ended(out: str) -> dict[tuple[int, int], str]:
 
 
 def max_array_size() -> int:
-    """Elements one array may have on this cluster. Raises SlurmError."""
+    """The number of elements that one array may have on this cluster. Raises SlurmError."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call(["scontrol", "show", "config"]), re.MULTILINE)
     return max(1, int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE)
 
@@ -166,19 +166,15 @@ def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
             record = read_model(SubmitRecord, path)
             if (record.uid, record.grid) != (path.stem, grid):
                 raise FileError(f"{path} is the record of {record.grid}/{record.uid}")
-        except (FileError, FileNotFoundError):
+        except FileNotFoundError:  # another process has just forgotten it
+            continue
+        except FileError:
             try:
                 record = SubmitRecord(uid=path.stem, grid=grid, kind="bundles", wave=0, created=0.0, elements=())
             except ValidationError:  # not a name of ours, so nothing was submitted under it
                 continue
         found.append(record)
     return tuple(found)
-
-
-def read_all_records(store: Store) -> tuple[SubmitRecord, ...]:
-    """Those of every grid of the store: grids share cells, and a cell that one has queued is queued for all."""
-    folders = sorted(store.root.glob("grids/*/submits"))
-    return tuple(record for folder in folders for record in read_records(store, folder.parent.name))
 
 
 def forget(store: Store, record: SubmitRecord) -> None:
@@ -193,53 +189,51 @@ def cancel_cut_off(store: Store, records: Iterable[SubmitRecord]) -> None:
             forget(store, record)
 
 
-def active_cells(records: Iterable[SubmitRecord], queue: Collection[Element]) -> dict[str, Element]:
-    """Each cell that waits or runs in SLURM, with the element that holds it."""
-    by_place: Mapping[tuple[int, int], Element] = {(element.array, element.index): element for element in queue}
-    active = {}
-    for record in records:
-        for index, keys in enumerate(record.elements):
-            element = by_place.get((record.job or -1, index))
-            if element is not None:
-                active.update(dict.fromkeys(keys, element))
-    return active
-
-
-def active_jobs(records: Iterable[SubmitRecord], queue: Collection[Element]) -> dict[int, SubmitRecord]:
-    """Arrays (and reducers) of which anything waits or runs, by SLURM's id."""
-    present = {element.array for element in queue}
-    return {record.job: record for record in records if record.job is not None and record.job in present}
-
-
 @dataclass(frozen=True)
-class SlurmView:
-    """What SLURM holds of a grid, for `status`."""
+class Queued:
+    """What SLURM holds of a grid."""
 
     store: Store
-    records: tuple[SubmitRecord, ...]
-    wait_s: float
+    records: tuple[SubmitRecord, ...] = ()
+    """What the grid itself submitted."""
+    elements: tuple[Element, ...] = ()
+    """The elements of the grid's own jobs that wait or run."""
+    cells: Mapping[str, Element] = field(default_factory=dict)
+    """Each cell that waits or runs, with the element that holds it, which may be another grid's."""
+    wait_s: float = TIMEOUT_S
     """How long SLURM has for an answer."""
-    queue: tuple[Element, ...] = ()
-    active: Mapping[str, Element] = field(default_factory=dict)
-    """Cells that wait or run, with the element that holds them; another grid's jobs among them."""
     error: str | None = None
     """Why SLURM could not be asked; the store alone then has to do."""
+
+    @property
+    def jobs(self) -> dict[int, SubmitRecord]:
+        """Arrays and reducers of the grid of which anything waits or runs, by SLURM's id."""
+        present = {element.array for element in self.elements}
+        return {record.job: record for record in self.records if record.job is not None and record.job in present}
+
+    @property
+    def reducers(self) -> list[int]:
+        return [job for job, record in self.jobs.items() if record.kind == "reduce"]
+
+    def will_be_reduced(self, keys: Collection[str]) -> bool:
+        """Whether a reducer comes after all of `keys` that wait or run; not so when a login node died before
+        submitting it."""
+        arrays = {self.cells[key].array for key in keys if key in self.cells}
+        return any(arrays <= set(self.jobs[job].after) for job in self.reducers)
 
     @property
     def headline(self) -> str:
         """One line for people."""
         if self.error is not None:
             return f"{self.error}; what follows is from the store alone (--wait gives SLURM longer)"
-        jobs = active_jobs(self.records, self.queue)
-        if not jobs:
-            return "nothing of it waits or runs in SLURM (`dbscale submit` goes on)"
-        running = sum(element.running for element in self.queue)
-        reducers = ", ".join(str(job) for job, record in jobs.items() if record.kind == "reduce")
-        text = f"{running} jobs run and {len(self.queue) - running} wait in SLURM"
-        return text + (f", the reducer is job {reducers}" if reducers else "")
+        if not self.elements:
+            return "it has nothing waiting or running in SLURM (`dbscale submit` resumes it)"
+        running = sum(element.running for element in self.elements)
+        text = f"{running} jobs run and {len(self.elements) - running} wait in SLURM"
+        return text + (f", the reducer is job {', '.join(map(str, self.reducers))}" if self.reducers else "")
 
     def lost(self, keys: Collection[str]) -> dict[str, tuple[str, str]]:
-        """Of `keys`, those whose job has ended without running them: (reason, log) in SLURM's words."""
+        """Those of `keys` whose job has ended without running them, each with (reason in SLURM's words, log)."""
         places = {
             key: (record, index)
             for record in self.records if record.job is not None
@@ -259,12 +253,16 @@ class SlurmView:
         return found
 
 
-def read_view(store: Store, records: tuple[SubmitRecord, ...], wait_s: float) -> SlurmView:
-    """What SLURM says, if it answers within `wait_s`."""
-    try:
-        everything = read_queue(wait_s)
-    except SlurmError as error:
-        return SlurmView(store, records, wait_s, error=str(error))
+def read_queued(store: Store, grid: str, wait_s: float = TIMEOUT_S) -> Queued:
+    """What SLURM holds of a grid of the store. Raises SlurmError where it does not answer within `wait_s`."""
+    everything = read_queue(wait_s)
+    by_place = {(element.array, element.index): element for element in everything}
+    records, cells = read_records(store, grid), {}
+    # Grids share cells: one that another grid has queued is queued for this one, too.
+    for folder in sorted(store.root.glob("grids/*/submits")):
+        for record in records if folder.parent.name == grid else read_records(store, folder.parent.name):
+            for index, keys in enumerate(record.elements):
+                if record.job is not None and (record.job, index) in by_place:
+                    cells.update(dict.fromkeys(keys, by_place[record.job, index]))
     jobs = {record.job for record in records}
-    queue = tuple(element for element in everything if element.array in jobs)
-    return SlurmView(store, records, wait_s, queue, active_cells(read_all_records(store), everything))
+    return Queued(store, records, tuple(each for each in everything if each.array in jobs), cells, wait_s)

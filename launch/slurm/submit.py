@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dbscale.study.plan import Plan
 from launch.cluster import Cluster, Shape, Task, tasks_of
 from launch.slurm import queue as slurm
 from launch.slurm.job import SlurmBundle, requeue_lines
-from launch.slurm.queue import Element, SlurmError, SubmitRecord
+from launch.slurm.queue import Queued, SlurmError, SubmitRecord
 from launch.study import Study
 from launch.submitit_names import FailedJobError, render
 from launch.worker import thread_environment
@@ -41,40 +41,13 @@ DECIDE_TRIES, DECIDE_WAIT_S = 50, 6
 """Five minutes, for slurmctld may be restarting."""
 
 
-@dataclass(frozen=True)
-class Queued:
-    """What SLURM holds before anything new is submitted."""
-
-    cells: Mapping[str, Element] = field(default_factory=dict)
-    """Of any grid of the store."""
-    jobs: Mapping[int, SubmitRecord] = field(default_factory=dict)
-    """Of this grid."""
-
-    @property
-    def reducers(self) -> list[int]:
-        return [job for job, record in self.jobs.items() if record.kind == "reduce"]
-
-    def will_be_reduced(self, keys: Collection[str]) -> bool:
-        """Whether a reducer comes after all of `keys` that wait or run; not so when a login node died before
-        submitting it."""
-        arrays = {self.cells[key].array for key in keys if key in self.cells}
-        return any(arrays <= set(self.jobs[job].after) for job in self.reducers)
-
-
-def look_at_queue(study: Study) -> Queued:
-    """What SLURM holds, changing nothing. Raises SlurmError."""
-    records, queue = slurm.read_all_records(study.store), slurm.read_queue()
-    own = [record for record in records if record.grid == study.grid.name]
-    return Queued(slurm.active_cells(records, queue), slurm.active_jobs(own, queue))
-
-
 def settle_queue(study: Study) -> Queued:
-    """What SLURM holds once no job is about to leave it: of one that ends with cells undone only its end shows whether
-    it was cancelled or comes back. Arrays whose submission was cut off are cancelled first."""
+    """What SLURM holds once no job is about to leave it: while a job ends with cells undone, nothing tells whether it
+    was cancelled or comes back. Arrays whose submission was cut off are cancelled first."""
     slurm.cancel_cut_off(study.store, slurm.read_records(study.store, study.grid.name))
     deadline, told = time.monotonic() + ENDING_WAIT_S, False
     while True:
-        queued = look_at_queue(study)
+        queued = slurm.read_queued(study.store, study.grid.name)
         ending = {key for key, element in queued.cells.items() if element.state == "COMPLETING"}
         undone = sum(standing.state != "done" for standing in study.store.standings(ending).values())
         if not undone or time.monotonic() > deadline:
@@ -87,7 +60,7 @@ def settle_queue(study: Study) -> Queued:
 
 @dataclass
 class Submission:
-    """Submits one plan; `job_of` grows as arrays are accepted."""
+    """The submission of one plan."""
 
     study: Study
     plan: Plan
@@ -154,7 +127,7 @@ class Submission:
                 slurm.cancel_cut_off(self.study.store, [record])
             said = str(error).strip().splitlines()[-1]
             raise SlurmError(
-                f"sbatch refused {len(work)} jobs for partition {values.get('partition')}: {said}; mend the cluster "
+                f"sbatch refused {len(work)} jobs for partition {values.get('partition')}: {said}; correct the cluster "
                 "file and submit again, what was accepted before stays queued"
             ) from None
         return int(jobs[0].job_id.partition("_")[0])
@@ -171,7 +144,7 @@ def arrays(tasks: Sequence[Task], cluster: Cluster, max_size: int) -> Iterator[t
 def parameters(
     shape: Shape, *, folder: Path, name: str, requeue_limit: int, after: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """For `submitit.SlurmExecutor.update_parameters`: one task per rank; logs in `folder`."""
+    """The values that `submitit.SlurmExecutor.update_parameters` takes: one task per rank, logs in `folder`."""
     wanted = shape.slurm
     extra: dict[str, Any] = {"requeue": True, "output": "/dev/null"}  # the log is the script's own business
     if wanted.reservation is not None:
@@ -195,7 +168,7 @@ def parameters(
 
 
 def setup_lines(shape: Shape, folder: Path, requeue_limit: int) -> list[str]:
-    """All that comes before `srun`; the cluster file's own lines may break in any way, so they come late."""
+    """The script's lines before `srun`. The cluster file's own lines may fail in any way, so they come last."""
     exports = {"PYTHONSAFEPATH": "1", **thread_environment(shape.resources)}
     return [
         *requeue_lines(requeue_limit),

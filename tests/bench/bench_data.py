@@ -34,8 +34,8 @@ def sections(work: Path, images: Path | None, *, quick: bool) -> dict[str, Calla
     def small() -> Path:
         folder = work / "small"
         if not folder.exists():
-            source = make_source("fractals", num_train=8192, num_test=64)
-            pack(source, folder, jobs=1, shard_samples=1024, progress=False)
+            source = make_source("fractals", num_train=8192, num_test=64, shard_samples=1024)
+            pack(source, folder, jobs=1, progress=False)
         return folder
 
     def photos() -> Path:

@@ -2,7 +2,7 @@
 
 Prints one markdown table: what was measured, the figure, and the goal. The tables are read from ../shared/data/laws (or
 $DBSCALE_SHARED/data/laws) and their README states the protocols; without the folder it says so and stops.
-`--simulate N` adds N simulated worlds for parameter coverage and the boundary. One core is enough.
+`--simulate N` adds N simulated worlds for parameter coverage; verdicts have `bench_verdicts.py`. One core is enough.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dbscale.laws import PairedDelta, Prices, allocate, bootstrap, find_boundary, fit_law, select_law
+from dbscale.laws import Prices, allocate, bootstrap, fit_law, select_law
 
 T = TypeVar("T")
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -168,30 +168,6 @@ def simulated_coverage(count: int) -> None:
         show(f"coverage of 90 % parameter intervals, {kind}, {count} draws", figure, ".85 to .95")
 
 
-def simulated_boundary(count: int) -> None:
-    levels, errors, covered, none, found = np.geomspace(1e3, 2.56e5, 7), [], [], [], 0
-    for seed in range(count):
-        rng = np.random.default_rng(seed)
-        root, slope, bend = np.exp(rng.uniform(np.log(3e3), np.log(8e4))), rng.uniform(0.025, 0.05), rng.uniform(0, 0.3)
-        level, size = rng.uniform(0.01, 0.04), np.sqrt(0.1 / 10_000)
-        d_p, labels = np.repeat(levels, 3), np.tile(np.arange(3), len(levels))
-        decade = np.log10(d_p / root)
-        crossing = -slope * (decade + bend * decade**2 / 2)
-        without = (np.full(len(d_p), level), level * (d_p / 1e3) ** -0.3, np.zeros(len(d_p)))[seed % 3]
-        noise = rng.normal(0, np.hypot(size, 0.004), (2, len(d_p)))
-        stderr = np.full(len(d_p), size)
-        seen = find_boundary(PairedDelta(d_p, crossing + noise[0], stderr, labels), num_draws=300)
-        none.append(find_boundary(PairedDelta(d_p, without + noise[1], stderr, labels), num_draws=300).status)
-        if seen.root is not None and seen.interval is not None:
-            found += 1
-            errors.append(abs(np.log2(seen.root / root)))
-            covered.append(seen.interval[0] <= root <= seen.interval[1])
-    show(f"boundary from pairs, {count} worlds: crossing reported", f"{found / count:.3f}")
-    show("… median absolute error of log2 D_p*", f"{np.median(errors):.3f}", "≤ .25")
-    show("… coverage of 90 % intervals", f"{np.mean(covered):.3f}", ".85 to .95")
-    show("… 'no crossing' reported where there is none", f"{np.mean(np.array(none) == 'no_crossing'):.3f}", "≥ .95")
-
-
 def allocation() -> None:
     axes = (np.geomspace(1e3, 2.56e5, 5), [2.5e6, 1e7, 3.8e7], [300.0, 1000.0, 3000.0])
     d_p, size, d_f = (c.ravel() for c in np.meshgrid(*axes))
@@ -208,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("--resamples", type=int, default=4000)
     parser.add_argument("--curves", type=int, default=None, help="only the first N curves of each domain")
-    parser.add_argument("--simulate", type=int, default=0, help="simulated worlds for coverage and the boundary")
+    parser.add_argument("--simulate", type=int, default=0, help="simulated worlds for coverage")
     options = parser.parse_args()
     folder = table_folder()
     print("| measured | figure | goal |\n|---|---|---|")
@@ -223,7 +199,6 @@ def main() -> None:
     allocation()
     if options.simulate:
         simulated_coverage(options.simulate)
-        simulated_boundary(options.simulate)
 
 
 if __name__ == "__main__":

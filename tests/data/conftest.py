@@ -2,8 +2,8 @@
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from PIL import Image
 
 from dbscale.data.manifest import Encoding
 from shards.pack import pack
-from shards.source import FieldSource, Listing
+from shards.source import Listing, Source
 from shards.sources import make_source
 
 # Under a deadline hypothesis fails tests on a busy machine.
@@ -21,20 +21,16 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
-@dataclass(frozen=True)
-class ArraySource(FieldSource):
+class ArraySource(Source):
     """Random pixels, a pure function of (split, number); class sizes as given."""
 
     class_counts: tuple[int, ...]
     size: int = 8
+    default_encoding: ClassVar[Encoding] = "raw"
 
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(f"class-{label}" for label in range(len(self.class_counts)))
-
-    @property
-    def default_encoding(self) -> Encoding:
-        return "raw"
 
     def listings(self) -> dict[str, Listing]:
         labels = np.repeat(np.arange(len(self.class_counts)), self.class_counts)
@@ -53,7 +49,8 @@ def make_folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 
     def make(class_counts: tuple[int, ...], *, size: int = 8, shard_samples: int = 7, seed: int = 0) -> Path:
         folder = tmp_path_factory.mktemp("dataset") / "arrays"
-        pack(ArraySource(class_counts, size), folder, seed=seed, shard_samples=shard_samples, progress=False)
+        source = ArraySource(class_counts=class_counts, size=size, pack_seed=seed, shard_samples=shard_samples)
+        pack(source, folder, progress=False)
         return folder
 
     return make
@@ -106,8 +103,8 @@ def jpeg_folder(jpeg_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     def get(encoding: Encoding) -> Path:
         if encoding not in packed:
             packed[encoding] = tmp_path_factory.mktemp("packed") / encoding
-            source = make_source("imagefolder", path=str(jpeg_tree))
-            pack(source, packed[encoding], encoding=encoding, shard_samples=5, progress=False)
+            source = make_source("imagefolder", path=str(jpeg_tree), encoding=encoding, shard_samples=5)
+            pack(source, packed[encoding], progress=False)
         return packed[encoding]
 
     return get

@@ -1,16 +1,37 @@
-"""Draws: keyed, distributed as the published recipes have it, and refused where they cannot be honoured."""
+"""Augmentation: keyed draws, geometry and colour against Pillow's and torchvision's, distributions against timm's."""
 
+import random
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance, ImageOps
+from scipy.stats import ks_2samp
+from timm.data.random_erasing import RandomErasing
 
-from dbscale.data import DataError, make_transform, mix_batch
-from dbscale.data.erase import erase_random
-from dbscale.data.jitter import color_jitter
-from dbscale.data.rand_augment import OPERATIONS, Policy, draw_operations, parse_policy, rand_augment
+from dbscale.data import DataError, augment, make_transform
+from dbscale.data.augment import (
+    COLOR_OPERATIONS,
+    OPERATIONS,
+    RESIZED_CROP_DRAWS,
+    Policy,
+    center_boxes,
+    color_jitter,
+    draw_operations,
+    erase_random,
+    parse_policy,
+    rand_augment,
+    resize_boxes,
+    resize_each,
+    resized_crop_boxes,
+    shift_flip,
+    shift_flip_gather,
+    warp_affine,
+    warp_matrix,
+)  # fmt: skip
 from dbscale.keyed import keyed_bits, keyed_uniform
 
 IDS = np.arange(64)
@@ -86,7 +107,9 @@ def test_stored_pixels_are_never_written_to() -> None:
 
 
 def test_unknown_and_contradictory_fields_are_refused() -> None:
-    with pytest.raises(DataError, match="unknown field 'flip'; known: color_jitter, crop_padding, cutmix"):
+    with pytest.raises(
+        DataError, match=r"unknown field 'flip'; did you mean 'hflip'\? known: color_jitter, crop_padding, cutmix"
+    ):
         make_transform(image_size=8, train=True, augment={"flip": 1})
     with pytest.raises(DataError, match="exclude each other"):
         make_transform(image_size=8, train=True, augment={"crop_padding": 2, "random_resized_crop": (0.1, 1)})
@@ -181,58 +204,220 @@ def test_erasing_follows_the_published_ranges() -> None:
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 
-def mixed(step: int, images: torch.Tensor, labels: torch.Tensor, **options: float):
-    return mix_batch(images, labels, num_classes=10, seed=1, step=step, **options)  # type: ignore[arg-type]
+@given(
+    b=st.integers(1, 6), height=st.integers(1, 9), width=st.integers(1, 9), padding=st.integers(0, 4), data=st.data()
+)
+def test_shift_and_flip_match_their_twin(b: int, height: int, width: int, padding: int, data: st.DataObject) -> None:
+    generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    images = torch.from_numpy(generator.integers(0, 256, (b, 3, height, width), dtype=np.uint8))
+    top, left = generator.integers(0, 2 * padding + 1, (2, b))
+    flip = generator.random(b) < 0.5
+    before = images.clone()
+    shifted = shift_flip(images, top, left, flip, padding)
+    assert torch.equal(shifted, shift_flip_gather(images, top, left, flip, padding))
+    assert torch.equal(images, before)
+    for slot in range(b):
+        image = images[slot].flip(2) if flip[slot] else images[slot]
+        padded = torch.nn.functional.pad(image, (padding,) * 4)
+        window = padded[:, top[slot] : top[slot] + height, left[slot] : left[slot] + width]
+        assert torch.equal(shifted[slot], window)
 
 
-@pytest.mark.parametrize("options", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
-def test_mixing_does_not_depend_on_the_world_size(options: dict[str, float]) -> None:
-    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
-    for step in range(12):
-        whole, target = mixed(step, images, labels, **options)
-        for parts in (2, 4):
-            halves = [
-                mixed(step, i, t, **options) for i, t in zip(images.chunk(parts), labels.chunk(parts), strict=True)
-            ]
-            assert torch.equal(whole, torch.cat([half[0] for half in halves]))
-            assert torch.equal(target.y_b, torch.cat([half[1].y_b for half in halves]))
-            assert {half[1].lam for half in halves} == {target.lam}
+def resized_by_pillow(image: Image.Image, box: list[int], size: int) -> np.ndarray:
+    top, left, height, width = box
+    cut = image.crop((left, top, left + width, top + height))
+    return np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def test_the_share_of_a_mix_is_what_the_pixels_say() -> None:
-    labels = torch.tensor([0, 1, 2, 3])
-    images = labels.float().view(4, 1, 1, 1).expand(4, 3, 16, 16).contiguous()
-    for step in range(40):
-        for options in ({"mixup": 0.8}, {"cutmix": 1.0}):
-            result, target = mixed(step, images, labels, **options)
-            expected = target.lam * images[:, 0, 0, 0] + (1 - target.lam) * images[target.y_b, 0, 0, 0]
-            torch.testing.assert_close(result.mean(dim=(1, 2, 3)), expected, rtol=1e-4, atol=1e-4)
-            dense = target.dense(10, smoothing=0.1)
-            torch.testing.assert_close(dense.sum(dim=1), torch.ones(4))
-            assert dense[0, 0] == pytest.approx(0.9 * target.lam + 0.01, abs=1e-6)
+@pytest.mark.parametrize("size", [8, 32, 57])
+def test_resized_boxes_are_within_a_level_of_pillow(
+    make_photograph: Callable[[int, int, int], Image.Image], size: int
+) -> None:
+    images = [make_photograph(number, 41, 36) for number in range(12)]
+    pixels = [np.asarray(image) for image in images]
+    uniform = np.random.default_rng(0).random((12, RESIZED_CROP_DRAWS))
+    boxes = resized_crop_boxes(np.full(12, 36), np.full(12, 41), uniform, (0.08, 1.0))
+    boxes[0] = (0, 0, 36, 41)
+    boxes[1] = (5, 7, 1, 1)
+    flip = np.arange(12) % 3 == 0
+    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    batched, each = resize_boxes(batch, boxes, flip, size), resize_each(pixels, boxes, flip, size)
+    for slot, image in enumerate(images):
+        expected = resized_by_pillow(image, boxes[slot].tolist(), size).astype(int)
+        expected = expected[:, ::-1] if flip[slot] else expected
+        for result in (batched, each):
+            assert np.abs(result[slot].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 
 
-def test_mixing_shares_follow_beta_and_the_switches() -> None:
-    images, labels = torch.zeros(2, 3, 4, 4), torch.arange(2)
-    lams = np.array([mixed(step, images, labels, mixup=0.8)[1].lam for step in range(600)])
-    # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)).
-    assert abs(lams.mean() - 0.5) < 0.06
-    assert abs(lams.var() - 1 / (4 * 2.6)) < 0.02
-    shares = [mixed(step, images, labels, mixup=0.8, prob=0.3)[1].lam == 1.0 for step in range(300)]
-    assert abs(np.mean(shares) - 0.7) < 0.12
+@pytest.mark.parametrize("box", [(0, 0, 90, 40), (3, 5, 87, 31), (1, 2, 60, 60), (0, 0, 40, 64), (4, 0, 33, 20)])
+def test_hard_edges_are_clipped_in_the_order_that_pillow_takes(box: tuple[int, int, int, int]) -> None:
+    """Black and white noise overshoots everywhere, so that clipping between the passes shows which came first."""
+    pixels = np.random.default_rng(0).integers(0, 2, (90, 64, 3)).astype(np.uint8) * 255
+    expected = resized_by_pillow(Image.fromarray(pixels), list(box), 32).astype(int)
+    boxes, flip = np.array([box]), np.zeros(1, bool)
+    batch = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+    batched, each = resize_boxes(batch, boxes, flip, 32), resize_each([pixels], boxes, flip, 32)
+    assert np.abs(batched[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+    difference = np.abs(each[0].permute(1, 2, 0).numpy().astype(int) - expected)
+    assert difference.max() <= 2 and (difference == 2).mean() < 0.01
 
 
-def test_odd_batches_cannot_be_mixed() -> None:
-    with pytest.raises(DataError, match="a rank's batch of 3 is odd"):
-        mixed(0, torch.zeros(3, 3, 4, 4), torch.arange(3), mixup=0.8)
-    images, target = mixed(0, torch.zeros(3, 3, 4, 4), torch.arange(3))
-    assert target.lam == 1.0 and len(images) == 3
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 500), st.integers(1, 500)), min_size=1, max_size=8),
+    low=st.floats(0.01, 1.0),
+    seed=st.integers(0, 1000),
+)
+def test_crops_lie_inside_and_keep_their_promises(sizes: list[tuple[int, int]], low: float, seed: int) -> None:
+    heights, widths = np.array(sizes).T
+    uniform = np.random.default_rng(seed).random((len(sizes), RESIZED_CROP_DRAWS))
+    boxes = resized_crop_boxes(heights, widths, uniform, (low, 1.0))
+    top, left, height, width = boxes.T
+    assert (boxes[:, 2:] >= 1).all() and (boxes[:, :2] >= 0).all()
+    assert (top + height <= heights).all() and (left + width <= widths).all()
 
 
-def test_importing_the_wing_does_not_import_torch(tmp_path: Path) -> None:
-    import subprocess
-    import sys
+def test_crops_are_distributed_as_torchvisions() -> None:
+    """Means and spreads of area, aspect and place, against torchvision's own draws."""
+    from torchvision.transforms import RandomResizedCrop
 
-    code = "import sys, dbscale.data.dataset, shards.pack, shards.verify; print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    n, height, width = 400, 300, 400
+    uniform = np.random.default_rng(1).random((n, RESIZED_CROP_DRAWS))
+    ours = resized_crop_boxes(np.full(n, height), np.full(n, width), uniform, (0.08, 1.0))
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
+    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
+        a, b = measure(ours.astype(float)), measure(theirs.astype(float))
+        standard_error = np.sqrt((a.var() + b.var()) / n)
+        assert abs(a.mean() - b.mean()) < 4 * standard_error
+        assert abs(a.std() - b.std()) < 0.15 * b.std()
+
+
+def test_centre_boxes() -> None:
+    boxes = center_boxes(np.array([256, 100, 1]), np.array([256, 300, 1]), 0.875)
+    assert boxes.tolist() == [[16, 16, 224, 224], [6, 106, 88, 88], [0, 0, 1, 1]]
+
+
+Photograph = Callable[[int, int, int], Image.Image]
+FACTORS = [0.1, 0.55, 1.0, 1.45, 1.9]
+
+
+@pytest.fixture(scope="module")
+def images(make_photograph: Photograph) -> list[Image.Image]:
+    """Photographs, one of low contrast, one flat, one of two values."""
+    flat = Image.new("RGB", (33, 29), (90, 90, 200))
+    photographs = [make_photograph(number, 33, 29) for number in range(2)]
+    dull = photographs[0].point([80 + value // 8 for value in range(256)] * 3)
+    return [*photographs, dull, flat, photographs[1].convert("1").convert("RGB")]
+
+
+def stack(images: list[Image.Image]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+
+def assert_near(ours: torch.Tensor, theirs: list[Image.Image], levels: int = 1) -> None:
+    difference = (ours.int() - stack(theirs).int()).abs()
+    assert ours.dtype == torch.uint8
+    assert difference.max() <= levels
+
+
+@pytest.mark.parametrize("name", ["auto_contrast", "equalize", "invert"])
+def test_operations_without_strength(images: list[Image.Image], name: str) -> None:
+    pillow = {"auto_contrast": ImageOps.autocontrast, "equalize": ImageOps.equalize, "invert": ImageOps.invert}[name]
+    assert_near(
+        COLOR_OPERATIONS[name][0](stack(images)),
+        [pillow(image) for image in images],
+        0 if name != "auto_contrast" else 1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "pillow"),
+    [
+        ("brightness", ImageEnhance.Brightness),
+        ("contrast", ImageEnhance.Contrast),
+        ("saturation", ImageEnhance.Color),
+        ("sharpness", ImageEnhance.Sharpness),
+    ],
+)
+def test_enhancements(images: list[Image.Image], name: str, pillow: Callable) -> None:
+    ours = COLOR_OPERATIONS[name][0](stack(images), torch.tensor(FACTORS))
+    assert_near(ours, [pillow(image).enhance(factor) for image, factor in zip(images, FACTORS, strict=True)])
+
+
+def test_posterize_and_solarize(images: list[Image.Image]) -> None:
+    bits = [0, 1, 4, 7, 8]
+    expected = [ImageOps.posterize(i, b) if b else Image.new("RGB", i.size) for i, b in zip(images, bits, strict=True)]
+    assert_near(augment.posterize(stack(images), torch.tensor(bits)), expected, 0)
+    thresholds = [0, 1, 128, 255, 256]
+    expected = [ImageOps.solarize(image, t) for image, t in zip(images, thresholds, strict=True)]
+    assert_near(augment.solarize(stack(images), torch.tensor(thresholds)), expected, 0)
+
+
+def test_solarize_add(images: list[Image.Image]) -> None:
+    added = [0, 1, 55, 110, 128]
+    tables = [[min(255, v + a) if v < 128 else v for v in range(256)] for a in added]
+    expected = [image.point(table * 3) for image, table in zip(images, tables, strict=True)]
+    assert_near(augment.solarize_add(stack(images), torch.tensor(added)), expected, 0)
+
+
+@pytest.mark.parametrize("name", ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"])
+@pytest.mark.parametrize("level", [-0.9, 0.0, 0.35, 1.0])
+def test_warps(images: list[Image.Image], name: str, level: float) -> None:
+    matrix = warp_matrix(name, level, (29, 33))
+    fill = (124, 116, 104)
+    if name == "rotate":
+        bilinear = Image.Resampling.BILINEAR
+        expected = [image.rotate(30 * level, resample=bilinear, fillcolor=fill) for image in images]
+    else:
+        expected = [
+            image.transform(
+                image.size,
+                Image.Transform.AFFINE,
+                tuple(matrix.ravel()),
+                resample=Image.Resampling.BILINEAR,
+                fillcolor=fill,
+            )
+            for image in images
+        ]
+    ours = warp_affine(stack(images), torch.from_numpy(np.stack([matrix] * len(images))), fill)
+    difference = (ours.int() - stack(expected).int()).abs().amax(dim=(1,))
+    # Pixels that fall on the image's very border may be judged inside by one and outside by the other.
+    assert (difference > 1).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_shifts_and_flips_are_drawn_evenly(share: float) -> None:
+    """Each of the 5 × 5 shifts equally often (chi-square, 5 sigma), the given share mirrored."""
+    n, pad = 6000, 2
+    column, row = torch.arange(1, 13), 16 * torch.arange(1, 13)
+    pixels = (row[:, None] + column).to(torch.uint8).expand(n, 3, 12, 12)  # every pixel names its place
+    transform = make_transform(
+        image_size=12, train=True, augment={"crop_padding": pad, "hflip": share}, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    shown = (255 * transform(pixels, epoch=torch.zeros(n, dtype=torch.int64), sample_ids=torch.arange(n))).round()
+    left, center, right, below = (shown[:, 0, y, x] for y, x in ((6, 5), (6, 6), (6, 7), (7, 6)))
+    assert ((right - left).abs() == 2).all() and (below - center == 16).all()
+    mirrored = right < left
+    assert abs(mirrored.float().mean() - share) < 4 * np.sqrt(share * (1 - share) / n)
+    moved = center - torch.where(mirrored, 17 * 7 - 1, 17 * 7)  # 16 rows down and columns across
+    counts = np.unique(moved.numpy(), return_counts=True)[1]
+    assert len(counts) == 25
+    expected = n / 25
+    assert abs(((counts - expected) ** 2 / expected).sum() - 24) < 5 * np.sqrt(2 * 24)
+
+
+def test_erasing_is_distributed_as_timms() -> None:
+    n = 1500
+    ours = erase_random(torch.full((n, 3, 32, 32), 100.0), 1.0, 0, np.zeros(n, np.int64), np.arange(n)) != 100.0
+    random.seed(0)
+    torch.manual_seed(0)
+    reference = RandomErasing(probability=1.0, mode="pixel", device="cpu")
+    theirs = torch.stack([reference(torch.full((3, 32, 32), 100.0)) for _ in range(n)]) != 100.0
+    for along in (1, 2):
+        extents = [
+            (erased[:, 0].any(dim=along).sum(dim=1), erased[:, 0].any(dim=along).float().argmax(dim=1))
+            for erased in (ours, theirs)
+        ]
+        for a, b in zip(*extents, strict=True):
+            assert ks_2samp(a.numpy(), b.numpy()).pvalue > 0.01

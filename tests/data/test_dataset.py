@@ -1,6 +1,10 @@
-"""Subsets are balanced, nested windows; sizes that do not fit are refused with the one that does."""
+"""Subsets are balanced, nested windows; the decoded cache is shared, rebuilt when damaged, never in the way."""
 
+import json
+import multiprocessing
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbscale.data import DataError, load_manifest, open_dataset
-from shards.stratify import balanced_up_to, stratified_order
+from dbscale.data.dataset import _opened
+from shards.source import stratified_order
 
 
 @given(counts=st.lists(st.integers(1, 12), min_size=1, max_size=7), seed=st.integers(0, 5), data=st.data())
@@ -17,7 +22,7 @@ def test_every_prefix_is_balanced_while_classes_last(counts: list[int], seed: in
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     stored = stratified_order(labels, seed, "train")
     assert sorted(stored.tolist()) == list(range(len(labels)))
-    limit = balanced_up_to(np.array(counts))
+    limit = min(counts) * len(counts)
     size = data.draw(st.integers(1, limit))
     held = np.bincount(labels[stored[:size]], minlength=len(counts))
     assert held.max() - held.min() <= 1
@@ -88,11 +93,79 @@ def test_errors_name_what_there_is(folder: Path, tmp_path: Path) -> None:
         load_manifest(tmp_path / "absent")
 
 
-def test_a_damaged_manifest_is_named(own_folder: Path) -> None:
-    path = own_folder / "manifest.json"
-    path.write_text(path.read_text()[:-40])
-    with pytest.raises(DataError, match="damaged or foreign manifest"):
-        open_dataset(own_folder)
-    path.write_text('{"name": "x"}')
-    with pytest.raises(DataError, match="damaged or foreign manifest"):
-        open_dataset(own_folder)
+def pixels(folder: Path, cache_dir: Path | None = None) -> np.ndarray:
+    dataset = open_dataset(folder, cache_dir=cache_dir)
+    return np.asarray(dataset.reader.fetch(np.arange(53))[0])
+
+
+@pytest.fixture
+def expected(folder: Path) -> np.ndarray:
+    return np.asarray(open_dataset(folder, tier="raw").reader.fetch(np.arange(53))[0])
+
+
+def test_the_cache_is_kept_and_read_again(folder: Path, tmp_path: Path, expected: np.ndarray) -> None:
+    assert np.array_equal(pixels(folder, tmp_path), expected)
+    (array,) = tmp_path.glob("*.npy")
+    stamp = array.stat().st_mtime_ns
+    _opened.cache_clear()
+    assert np.array_equal(pixels(folder, tmp_path), expected)
+    assert array.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "no note", "bad note", "a list", "foreign", "bad positions"])
+def test_a_damaged_cache_is_rebuilt(folder: Path, tmp_path: Path, expected: np.ndarray, damage: str) -> None:
+    pixels(folder, tmp_path)
+    (array,) = tmp_path.glob("*.npy")
+    note = array.with_suffix(".json")
+    if damage == "cut":
+        os.truncate(array, array.stat().st_size // 2)
+    elif damage == "flip":
+        content = bytearray(array.read_bytes())
+        content[-5] ^= 1
+        array.write_bytes(content)
+    elif damage == "no note":
+        note.unlink()
+    elif damage == "foreign":  # another split's, whole in itself
+        open_dataset(folder, "test", cache_dir=tmp_path / "other").reader.fetch(np.arange(3))
+        for file in (tmp_path / "other").iterdir():
+            shutil.copy(file, array.with_suffix(file.suffix))
+    elif damage == "bad positions":
+        note.write_text(json.dumps({**json.loads(note.read_text()), "bad": [53]}))
+    else:
+        note.write_text("[]" if damage == "a list" else "{}")
+    _opened.cache_clear()
+    assert np.array_equal(pixels(folder, tmp_path), expected)
+    _opened.cache_clear()
+    assert np.array_equal(np.load(array), expected)
+
+
+def test_a_cache_of_damaged_shards_is_rebuilt_when_they_are_mended(own_folder: Path) -> None:
+    dataset = open_dataset(own_folder)
+    tar = own_folder / dataset.split.shards[0].name
+    whole = tar.read_bytes()
+    middle = int(dataset.index["offset"][2]) + 40
+    tar.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert dataset.reader.fetch(np.arange(7))[1] == [2]
+    _opened.cache_clear()
+    assert open_dataset(own_folder).reader.fetch(np.arange(7))[1] == [2]
+    tar.write_bytes(whole)
+    images, bad = open_dataset(own_folder).reader.fetch(np.arange(7))
+    assert bad == []
+    assert np.array_equal(images, open_dataset(own_folder, tier="raw").reader.fetch(np.arange(7))[0])
+
+
+def test_without_a_place_to_write_the_array_stays_in_memory(folder: Path, tmp_path: Path, expected: np.ndarray) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert np.array_equal(pixels(folder, blocked), expected)
+
+
+def _sum_of(folder: Path, cache_dir: Path) -> int:
+    return int(pixels(folder, cache_dir).sum())
+
+
+def test_processes_may_race(folder: Path, tmp_path: Path, expected: np.ndarray) -> None:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        sums = pool.starmap(_sum_of, [(folder, tmp_path)] * 4)
+    assert sums == [int(expected.sum())] * 4
+    assert len(list(tmp_path.iterdir())) == 2

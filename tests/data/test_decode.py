@@ -61,6 +61,78 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert decode_image(data)[0, :, 0].tolist() == [0, 0, 1, 0x7F, 0xFF]
 
 
+LOSSLESS = [
+    ("PGM", "PPM", "L"),
+    ("TGA", "TGA", "RGB"),
+    ("ICO", "ICO", "RGB"),
+    ("QOI", "QOI", "RGB"),
+    ("PCX", "PCX", "RGB"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "mode"), LOSSLESS)
+def test_other_formats_that_pillow_reads(make_photograph: Photograph, name: str, kind: str, mode: str) -> None:
+    image = make_photograph(8, 32, 32).convert(mode)
+    options = {"sizes": [(32, 32)]} if kind == "ICO" else {}
+    data = saved(image, kind, **options)
+    assert image_suffix(data) == ("ppm" if name == "PGM" else name.lower())
+    assert image_shape(data) == (32, 32)
+    assert np.array_equal(decode_image(data), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("AVIF", "avif"), ("JPEG2000", "jp2"), ("WEBP", "webp")])
+def test_lossy_formats(make_photograph: Photograph, kind: str, suffix: str) -> None:
+    image = make_photograph(9, 40, 24)
+    data = saved(image, kind)
+    assert (image_suffix(data), image_shape(data)) == (suffix, (24, 40))
+    assert np.abs(decode_image(data).astype(int) - np.asarray(image)).mean() < 12
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_tiffs_large_and_small(make_photograph: Photograph, big: bool) -> None:
+    image = make_photograph(10, 17, 9)
+    data = saved(image, "TIFF", big_tiff=big)
+    assert data[:4] == (b"II+\0" if big else b"II*\0")
+    assert (image_suffix(data), image_shape(data)) == ("tif", (9, 17))
+    assert np.array_equal(decode_image(data), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_greys_of_32_bits(mode: str) -> None:
+    """0…255 is what it says; what white is elsewhere nobody knows."""
+    kind = np.int32 if mode == "I" else np.float32
+    values = np.array([[0, 7, 128, 255]], kind)
+    assert decode_image(saved(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 7, 128, 255]
+    for wrong in ([[0, 256]], [[-1, 5]], [[0, 60000]]):
+        with pytest.raises(DecodeError, match=r"grey values of 32 bits from .*; save it with 8 or 16 bits"):
+            decode_image(saved(Image.fromarray(np.array(wrong, kind)), "TIFF"))
+
+
+def test_floats_from_0_to_1_are_refused_and_black_is_black() -> None:
+    with pytest.raises(DecodeError, match=r"grey values of 32 bits from 0 to 0.5"):
+        decode_image(saved(Image.fromarray(np.array([[0, 0.5]], np.float32)), "TIFF"))
+    assert decode_image(saved(Image.fromarray(np.zeros((2, 3), np.float32)), "TIFF")).max() == 0
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TIFF"])
+def test_sixteen_bits_of_other_formats(kind: str) -> None:
+    data = saved(Image.fromarray(np.array([[0, 255, 256, 0xFFFF]], np.uint16)), kind)
+    assert decode_image(data)[0, :, 0].tolist() == [0, 0, 1, 0xFF]
+
+
+def test_postscript_is_never_opened() -> None:
+    with pytest.raises(DecodeError, match="not an image"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+
+
+@pytest.mark.parametrize("size", [b"-1 5", b"0 5", b"5 0", b"99999999 99999999"])
+def test_impossible_sizes_are_refused(size: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode_image(b"P6\n" + size + b"\n255\n" + bytes(15))
+    with pytest.raises(DecodeError, match=r"without pixels|decompression bomb"):
+        image_shape(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(4) + b"\xff" * 4 + bytes(9))
+
+
 def test_the_format_is_told_from_the_bytes(make_photograph: Photograph) -> None:
     image = make_photograph(4, 8, 8)
     assert [image_suffix(saved(image, kind)) for kind in ("JPEG", "PNG", "WEBP", "GIF")] == [

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dbscale.data import DataError, Dataset, make_eval_loader, make_loader, make_transform, open_dataset
-from dbscale.data.manifest import Encoding, load_manifest
+from dbscale.data import DataError, Dataset, make_eval_loader, make_loader, make_transform, open_dataset, read
+from dbscale.data.dataset import Tier
+from dbscale.data.manifest import Encoding, load_manifest, save_manifest
+from dbscale.data.read import file_checksum, save_index
 
 
 def damage(folder: Path, position: int, split: str = "train") -> None:
@@ -67,14 +69,132 @@ def test_an_error_reaches_the_caller_from_a_worker(own_folder: Path) -> None:
     loader.close()
 
 
-def test_an_absent_or_foreign_index_is_named(own_folder: Path, make_folder_of: Callable[..., Path]) -> None:
+def rewrite_index(folder: Path, change: Callable[[np.ndarray], object], *, also_manifest: bool = False) -> None:
+    """Change the records of the train index; `also_manifest` gives it the manifest's blessing, as a broken writer would."""
+    manifest = load_manifest(folder)
+    split = manifest.split("train")
+    index = np.load(folder / split.index)
+    change(index)
+    checksum = save_index(folder / split.index, index)
+    if also_manifest:
+        split = split.model_copy(update={"index_checksum": checksum})
+        save_manifest(folder, manifest.model_copy(update={"splits": {**manifest.splits, "train": split}}))
+
+
+def reverse_labels(index: np.ndarray) -> None:
+    index["label"] = index["label"][::-1].copy()
+
+
+def flip_a_bit(index: np.ndarray) -> None:
+    index["offset"][3] ^= 1
+
+
+@pytest.mark.parametrize("tier", ["raw", "resident", "jpeg"])
+@pytest.mark.parametrize("change", [reverse_labels, flip_a_bit])
+def test_an_index_that_changed_is_refused(own_folder: Path, tier: Tier, change: Callable[[np.ndarray], object]) -> None:
+    open_dataset(own_folder, tier=tier).labels.sum()  # sound: what changes later is looked at again
+    expected = load_manifest(own_folder).split("train").index_checksum
+    rewrite_index(own_folder, change)
+    with pytest.raises(DataError) as caught:
+        next(make_loader(open_dataset(own_folder, tier=tier).subset(), global_batch=8, seed=0))
+    message = str(caught.value)
+    assert message.startswith(f"{own_folder / 'train.index.npy'}: index damaged or of another dataset (checksum ")
+    assert f"the manifest expects {expected}); pack it again with the same options" in message
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "swapped", "foreign"])
+def test_an_index_of_other_bytes_is_refused(own_folder: Path, make_folder_of: Callable[..., Path], damage: str) -> None:
     path = own_folder / "train.index.npy"
-    path.write_bytes((make_folder_of((3, 3)) / "train.index.npy").read_bytes())
-    with pytest.raises(DataError, match="6 records, the manifest says 53"):
+    if damage == "foreign":
+        path.write_bytes((make_folder_of((3, 3)) / "train.index.npy").read_bytes())
+    elif damage == "swapped":
+        path.write_bytes((own_folder / "test.index.npy").read_bytes())
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:-7], "empty": b"", "text": b"no array"}[damage])
+    with pytest.raises(DataError, match="index damaged or of another dataset"):
         open_dataset(own_folder, tier="raw").labels.sum()
-    path.write_bytes(b"no array")
-    with pytest.raises(DataError, match="index missing or damaged"):
+
+
+def test_an_absent_index_is_named(own_folder: Path) -> None:
+    (own_folder / "train.index.npy").unlink()
+    with pytest.raises(DataError, match=r"index missing or unreadable \(No such file or directory\); pack it again"):
         open_dataset(own_folder, tier="raw").labels.sum()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("label", 4, "has label 4, expected 0…3"),
+        ("label", -1, "has label -1, expected 0…3"),
+        ("shard", 8, "has shard 8, expected 0…7"),
+    ],
+)
+def test_values_out_of_range_are_found_at_open(own_folder: Path, field: str, value: int, message: str) -> None:
+    """Even where the manifest calls the index its own: it was written wrongly."""
+
+    def change(index: np.ndarray) -> None:
+        index[field][5] = value
+
+    key = bytes(open_dataset(own_folder).index["key"][5]).decode()
+    rewrite_index(own_folder, change, also_manifest=True)
+    with pytest.raises(DataError) as caught:
+        open_dataset(own_folder).labels.sum()
+    assert f"train.index.npy: sample {key!r} {message}; it was written wrongly: remove {own_folder}" in str(
+        caught.value
+    )
+
+
+def test_the_index_is_checked_once_in_a_process(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(read, "file_checksum", lambda path: calls.append(path) or file_checksum(path))
+    for _ in range(3):
+        open_dataset(own_folder, tier="raw").labels.sum()
+    assert calls == [own_folder / "train.index.npy"]
+    os.utime(own_folder / "train.index.npy")
+    open_dataset(own_folder, tier="raw").labels.sum()
+    assert len(calls) == 2
+
+
+def test_shards_that_changed_places_stop_the_run(own_folder: Path) -> None:
+    """Of one size, so that only the samples' own checksums tell."""
+    one, two = own_folder / "train-000000.tar", own_folder / "train-000001.tar"
+    assert one.stat().st_size == two.stat().st_size
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    loader = make_loader(open_dataset(own_folder, tier="raw").subset(), global_batch=53, seed=0)
+    with pytest.raises(
+        DataError, match=r"samples are unreadable, more than the allowed share|no readable sample of class"
+    ):
+        next(loader)
+
+
+@pytest.mark.parametrize("num_samples", [8, 53])
+def test_one_bad_image_does_not_stop_a_small_set(own_folder: Path, num_samples: int) -> None:
+    """1 % of 8 and of 53 samples is none; one is always allowed, two are not."""
+    damage(own_folder, 2)
+    loader = make_loader(open_dataset(own_folder, tier="raw").subset(num_samples), global_batch=num_samples, seed=0)
+    for _ in range(3):
+        next(loader)
+    assert loader.num_bad_samples == 1
+    damage(own_folder, 3)
+    loader = make_loader(open_dataset(own_folder, tier="raw").subset(num_samples), global_batch=num_samples, seed=0)
+    with pytest.raises(DataError, match=f"2 of {num_samples} samples are unreadable|no readable sample"):
+        next(loader)
+
+
+@pytest.mark.parametrize(("num_bad", "share", "stops"), [(2, 0.03, True), (2, 0.04, False), (3, 0.04, True)])
+def test_the_allowed_share_is_of_the_subset(own_folder: Path, num_bad: int, share: float, stops: bool) -> None:
+    for position in range(num_bad):
+        damage(own_folder, position)
+    subset = open_dataset(own_folder, tier="raw").subset(50)
+    loader = make_loader(subset, global_batch=50, seed=0, max_bad_share=share)
+    if stops:
+        with pytest.raises(DataError, match=f"{num_bad} of 50 samples are unreadable"):
+            next(loader)
+    else:
+        next(loader)
+        assert loader.num_bad_samples == num_bad
 
 
 def test_a_bad_sample_is_replaced_by_the_next_of_its_class(

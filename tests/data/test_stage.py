@@ -4,12 +4,14 @@ import errno
 import multiprocessing
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dbscale.data import DataError, open_dataset
+from dbscale.data import DataError, open_dataset, stage
+from dbscale.data.read import checksum
 from dbscale.data.stage import needed_shards, release, remove_unused, stage_subset
 from dbscale.errors import FileError
 
@@ -21,7 +23,7 @@ def images(subset) -> np.ndarray:
 def test_only_the_needed_shards_are_copied(folder: Path, tmp_path: Path) -> None:
     subset = open_dataset(folder, tier="raw").subset(15)
     staged = stage_subset(subset, tmp_path)
-    assert [shard.name for shard in needed_shards(subset)] == [f"train-{n:06d}.tar" for n in range(3)]
+    assert needed_shards(subset) == [0, 1, 2]
     assert sorted(path.name for path in staged.dataset.folder.glob("*.tar")) == [f"train-{n:06d}.tar" for n in range(3)]
     assert staged.dataset.folder.parent == tmp_path
     assert staged.fingerprint == subset.fingerprint
@@ -56,6 +58,77 @@ def test_a_cut_off_copy_goes_on(folder: Path, tmp_path: Path) -> None:
     assert np.array_equal(images(again), images(subset))
     assert whole.stat().st_mtime_ns == stamp
     release(again)
+
+
+def staged_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "swap"])
+def test_copies_that_differ_from_what_was_packed_are_made_again(folder: Path, tmp_path: Path, damage: str) -> None:
+    subset = open_dataset(folder, tier="raw").subset(15)
+    staged = stage_subset(subset, tmp_path)
+    names = [path.name for path in staged_files(staged.dataset.folder)]
+    assert names == ["manifest.json", "train-000000.tar", "train-000001.tar", "train-000002.tar", "train.index.npy"]
+    for name in names:
+        path = staged.dataset.folder / name
+        content = bytearray(path.read_bytes())
+        content[512 + 60 if name.endswith(".tar") else len(content) // 3] ^= 4  # in a sample of the tars
+        other = staged.dataset.folder / names[names.index(name) - 1]
+        path.write_bytes({"bit": bytes(content), "cut": content[:-9], "empty": b"", "swap": other.read_bytes()}[damage])
+        again = stage_subset(subset, tmp_path)
+        assert path.read_bytes() == (folder / name).read_bytes()
+        assert np.array_equal(images(again), images(subset))
+
+
+def test_copies_are_read_back_once_and_that_is_recorded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(stage, "checksum", lambda data: calls.append(len(data)) or checksum(data))
+    subset = open_dataset(folder, tier="raw").subset(15)
+    staged = stage_subset(subset, tmp_path)
+    assert len(calls) == 21  # every sample of the three shards
+    stage_subset(subset, tmp_path)
+    assert len(calls) == 21
+    os.utime(staged.dataset.folder / "train-000001.tar")
+    stage_subset(subset, tmp_path)
+    assert len(calls) == 28
+    release(staged)
+
+
+def test_a_sample_that_is_bad_at_its_source_is_staged_as_it_is(own_folder: Path, tmp_path: Path) -> None:
+    """The loader replaces and counts it, staged or not."""
+    dataset = open_dataset(own_folder, tier="raw")
+    record = dataset.index[6]
+    path = own_folder / dataset.split.shards[int(record["shard"])].name
+    content = bytearray(path.read_bytes())
+    content[int(record["offset"]) + 40] ^= 1
+    path.write_bytes(content)
+    staged = stage_subset(open_dataset(own_folder, tier="raw").subset(15), tmp_path)
+    assert staged.dataset.reader.fetch(np.arange(15))[1] == [6]
+    release(staged)
+
+
+def test_a_disk_that_returns_other_bytes_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lying(reader, writer, length) -> None:
+        data = bytearray(reader.read())
+        data[len(data) // 2] ^= 1
+        writer.write(data)
+
+    monkeypatch.setattr(shutil, "copyfileobj", lying)
+    with pytest.raises(DataError, match=r"manifest.json: the copy is not what was packed; look at this node's disk"):
+        stage_subset(open_dataset(folder, tier="raw").subset(5), tmp_path)
+
+
+def test_a_name_cannot_lead_out_of_the_staging_folder(folder: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(folder, tier="raw")
+    hostile = replace(dataset, manifest=dataset.manifest.model_copy(update={"name": "../../x"}))
+    with pytest.raises(DataError, match="the copy is not what was packed"):  # nor is it the manifest of the folder
+        stage_subset(hostile.subset(5), tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_folders_in_use_are_kept_and_others_removed(folder: Path, tmp_path: Path) -> None:

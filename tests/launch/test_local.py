@@ -138,7 +138,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to the driver, submitit's controllers and the workers
     _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 130
-    assert "go on from their last" in errors
+    assert "resume from their last" in errors
     assert 0 < len(workplace.steps()) < num_cells
     assert not any(workplace.store.state(key) == "failed" for key in workplace.steps())
     workplace.behave(steps=40, step_s=0)
@@ -184,7 +184,7 @@ def test_a_second_driver_is_told_who_has_the_store(workplace: Any, wait_until: C
     second = workplace.run("submit")
     assert second.returncode == 1
     assert f"pid {driver.pid}" in second.stderr
-    assert "nothing of grid other" in workplace.run("cancel", "--set", "name=other").stdout
+    assert "grid other has nothing waiting or running" in workplace.run("cancel", "--set", "name=other").stdout
     assert driver.poll() is None
     assert workplace.run("cancel").returncode == 0
     driver.communicate(timeout=300)

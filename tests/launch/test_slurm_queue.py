@@ -9,15 +9,13 @@ import pytest
 from dbscale.study.store import Store
 from launch.slurm.queue import (
     Element,
-    SlurmView,
+    Queued,
     SubmitRecord,
-    active_cells,
-    active_jobs,
     cancel_cut_off,
     make_uid,
     parse_ended,
     parse_queue,
-    read_all_records,
+    read_queued,
     read_records,
     write_record,
 )
@@ -47,20 +45,24 @@ def test_lines_of_sacct() -> None:
     assert parse_ended(out) == {(12, 3): "CANCELLED, exit code 0:15", (13, 0): "FAILED, exit code 1:0"}
 
 
-def test_cells_and_jobs_in_the_queue() -> None:
-    queue = (Element(12, 1, "PENDING"), Element(99, 0, "RUNNING"))
-    reducer = record(99, kind="reduce", elements=())
-    assert active_cells([record(), record(None), reducer], queue) == {"c": queue[0]}
-    assert active_jobs([record(), record(None), reducer], queue) == {12: record(), 99: reducer}
-    assert active_jobs([record()], ()) == {}
-
-
-def test_records_come_back_in_the_order_of_time_and_of_every_grid(tmp_path: Path) -> None:
-    store, later = Store(tmp_path), make_uid()
-    for each in (record(13, uid=later), record(), record(14, grid="other")):
+def test_what_the_queue_holds_of_a_grid(slurm: Path, tmp_path: Path) -> None:
+    """Its own jobs, and cells that another grid of the store has queued; jobs of others are nobody's business."""
+    store, later, reducer = Store(tmp_path), make_uid(), "99990102-030405-000006-00af"
+    made = [
+        record(),
+        record(None, uid=later, elements=(("d",),)),
+        record(99, uid=reducer, kind="reduce", elements=(), after=(12,)),
+    ]
+    for each in (*made, record(14, grid="other", elements=(("e",),))):
         write_record(store, each)
-    assert read_records(store, "tiny") == (record(), record(13, uid=later))
-    assert {each.job for each in read_all_records(store)} == {12, 13, 14}
+    assert read_records(store, "tiny") == tuple(made), "in the order of time"
+    (slurm / "queue").write_text("12|1|PENDING\n99|N/A|PENDING\n14|0|RUNNING\n7|0|RUNNING\n")
+    found = read_queued(store, "tiny")
+    assert found.cells == {"c": Element(12, 1, "PENDING"), "e": Element(14, 0, "RUNNING")}
+    assert {job: each.uid for job, each in found.jobs.items()} == {12: UID, 99: reducer}
+    assert found.reducers == [99]
+    assert found.will_be_reduced(["c", "a"]) and not found.will_be_reduced(["c", "e"])
+    assert found.headline == "0 jobs run and 2 wait in SLURM, the reducer is job 99"
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff", b"{}", b"[]"])
@@ -98,8 +100,8 @@ def test_what_was_cut_off_is_cancelled_by_its_own_name_and_forgotten(slurm: Path
 
 def test_lost_cells_are_told_with_slurms_words_and_their_log(slurm: Path, tmp_path: Path) -> None:
     (slurm / "ended").write_text("12_1|OUT_OF_MEMORY|0:125\n")
-    view = SlurmView(Store(tmp_path), (record(),), 5.0)
-    assert view.headline == "nothing of it waits or runs in SLURM (`dbscale submit` goes on)"
+    view = Queued(Store(tmp_path), (record(),))
+    assert view.headline == "it has nothing waiting or running in SLURM (`dbscale submit` resumes it)"
     lost = view.lost({"b", "c"})
     log = tmp_path / "grids/tiny/jobs" / UID
     assert lost == {

@@ -14,7 +14,7 @@ import pytest
 from dbscale.files import ProcessMark
 from dbscale.study.plan import PlanRecord, PointRecord
 from dbscale.study.store import Attempt, Progress, Row, Standing, Store, Timing
-from launch.slurm.queue import Element, SlurmView
+from launch.slurm.queue import Element, Queued
 from launch.status import device_seconds, read_status, state_of, table
 
 
@@ -117,7 +117,7 @@ def element(state: str) -> Element:
 
 def test_the_queue_knows_better_than_a_heartbeat(store: Store) -> None:
     active = {"r": element("RUNNING"), "q": element("PENDING"), "c": element("COMPLETING")}
-    view = SlurmView(store, (), 1.0, tuple(active.values()), active)
+    view = Queued(store, (), tuple(active.values()), active)
     of_job, of_hand = Standing("running", None, attempt(job="101_0.0")), Standing("running", None, attempt())
     assert state_of("r", of_job, view) == "running"
     assert state_of("r", Standing("new"), view) == "queued", "its job starts just now"
@@ -125,7 +125,7 @@ def test_the_queue_knows_better_than_a_heartbeat(store: Store) -> None:
     assert state_of("gone", of_job, view) == "interrupted", "its job is no longer there"
     assert state_of("gone", of_hand, view) == "running", "SLURM knows nothing of a run by hand"
     assert state_of("c", Standing("done"), view) == "done"
-    silent = SlurmView(store, (), 1.0, error="SLURM does not answer")
+    silent = Queued(store, error="SLURM does not answer")
     assert state_of("gone", of_job, silent) == "running"
     assert silent.headline.startswith("SLURM does not answer; what follows is from the store alone")
 

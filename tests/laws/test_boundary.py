@@ -1,165 +1,389 @@
-"""The boundary: known crossings found, none invented, and the answer said in words."""
+"""Verdicts: each kind at and about its thresholds, roots, what every argument changes, and power against simulation."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from dbscale.laws import (
-    Boundary,
+    DeltaCurves,
     LawError,
-    PairedDelta,
-    bootstrap,
-    boundaries_by_group,
-    boundary_surface,
-    find_boundary,
+    NotEnoughData,
+    Pairs,
+    Verdict,
+    delta_curves,
+    delta_points,
+    judge,
+    make_pairs,
+    noise_of,
+    power,
 )
-from dbscale.laws import fit_law as fit
-
-AT = {"num_params": 1e7, "downstream_samples": 1000.0}
-LEVELS = np.geomspace(1e3, 2.56e5, 7)
-TRUE_ROOT = (6 / 2.2) ** 10  # where 6·D^-.35 = 2.2·D^-.25
+from dbscale.laws.boundary import decide
 
 
-@pytest.fixture(scope="module")
-def fits(grid, arms):
-    return {arm: fit("additive", grid, y, loss="least_squares_log") for arm, y in arms.items()}
+def pairs_of(means, spread: float, x=None, **more) -> Pairs:
+    """Two seeds at each x, `spread` above and below the mean: one seed's variance is 2 · spread² at every x."""
+    k = len(means)
+    at = np.array(x or [1000.0 * 2**i for i in range(k)])
+    delta = np.concatenate([np.array(means) + spread, np.array(means) - spread])
+    return make_pairs(np.tile(at, 2), delta, seed=np.repeat([0, 1], k), **more)
 
 
-def world(seed: int, truth, *, seeds: int = 3, images: int = 10_000, seed_noise: float = 0.004) -> PairedDelta:
-    """Paired ΔE with seed noise and the test set's: a tenth of the images are judged differently by the arms."""
-    rng = np.random.default_rng(seed)
-    d_p = np.repeat(LEVELS, seeds)
-    size = np.sqrt(0.1 / images)
-    noise = rng.normal(0, size, len(d_p)) + rng.normal(0, seed_noise, len(d_p))
-    return PairedDelta(d_p, truth(d_p) + noise, np.full(len(d_p), size), np.tile(np.arange(seeds), len(LEVELS)))
+def half_width(spread: float, k: int, level: float = 0.9, family: int = 1) -> float:
+    """Simultaneous half-width of `pairs_of`: the mean of two has stderr `spread`, with k degrees of freedom (k ≤ 5)."""
+    return spread * stats.t.ppf(0.5 + level ** (1 / (k * family)) / 2, k)
 
 
-def falling(root: float, slope: float = 0.03):
-    return lambda d: -slope * np.log10(d / root)
+# Kinds.
 
-
-@pytest.mark.parametrize("paired", [False, True])
-def test_laws_find_the_crossing(fits, paired: bool) -> None:
-    arms = [bootstrap(f, num_resamples=200) for f in fits.values()] if paired else list(fits.values())
-    found = find_boundary(*arms, at=AT)
-    assert found.status == "crossing" and found.direction == "positive_to_negative"
-    assert found.root is not None and found.interval is not None
-    assert abs(np.log2(found.root / TRUE_ROOT)) < 0.5
-    assert found.interval[0] < TRUE_ROOT < found.interval[1]
-
-
-def test_a_crossing_beyond_the_range_is_called_extrapolated(fits) -> None:
-    found = find_boundary(fits["plain"], fits["distilled"], at=AT, measured_range=(1e3, 8e3))
-    assert found.status == "extrapolated" and found.root is not None and found.root > 8e3
-    assert any("extrapolation" in words for words in found.diagnostics)
-
-
-def test_equal_arms_have_no_crossing(fits) -> None:
-    found = find_boundary(fits["plain"], fits["plain"], at=AT)
-    assert found.status == "no_crossing" and found.root is None and found.diagnostics
-
-
-def test_a_missing_variable_is_named(fits) -> None:
-    with pytest.raises(LawError, match="downstream_samples"):
-        find_boundary(fits["plain"], fits["distilled"], at={"num_params": 1e7})
-    with pytest.raises(LawError, match="both arms"):
-        find_boundary(fits["plain"])
-
-
-@pytest.mark.parametrize("method", ["gaussian_process", "isotonic"])
-def test_pairs_find_the_crossing_without_a_law(method: str) -> None:
-    found = find_boundary(world(1, falling(1e4)), method=method, num_draws=200)
-    assert found.status == "crossing"
-    assert found.root is not None and found.interval is not None
-    assert abs(np.log2(found.root / 1e4)) < 1
-    assert found.interval[0] < found.root < found.interval[1]
-    assert Boundary.from_json(found.to_json()) == found
+D = 0.005
 
 
 @pytest.mark.parametrize(
-    ("truth", "words"),
+    ("low", "high", "kind"),
     [
-        (lambda d: 0.04 + 0 * d, "undertrained"),
-        (lambda d: -0.04 + 0 * d, "never pays"),
-        (lambda d: 0 * d, "noise"),
-        (lambda d: 0.03 * np.log10(d / 1e4), "reverse"),
+        ([0.001, -0.02], [0.02, -0.001], "crossing"),
+        ([0.0, -0.02], [0.02, -0.001], "undecided"),  # 0 itself is no sign
+        ([0.001, -0.02], [0.02, 0.0], "undecided"),
+        ([0.001, -0.004], [0.02, -0.001], "crossing"),  # both signs, however small
+        ([0.006, -0.004], [0.02, 0.02], "one_sign"),
+        ([0.005, -0.004], [0.02, 0.02], "excluded"),  # δ itself is not beyond δ
+        ([0.006, -0.005], [0.02, 0.02], "undecided"),  # −δ itself is not above −δ
+        ([-0.02, -0.02], [-0.006, 0.004], "one_sign"),
+        ([-0.02, -0.02], [-0.005, 0.004], "excluded"),
+        ([-0.02, -0.02], [-0.006, 0.005], "undecided"),
+        ([-0.004, -0.004], [0.004, 0.004], "excluded"),
+        ([-0.004, -0.004], [0.1, 0.1], "excluded"),
+        ([-0.1, -0.1], [0.1, 0.1], "undecided"),
     ],
 )
-def test_failure_signs_become_words(truth, words: str) -> None:
-    found = find_boundary(world(2, truth), num_draws=200)
-    assert found.status == "no_crossing" and found.root is None
-    assert words in " ".join(found.diagnostics)
+def test_kinds_at_their_thresholds(low, high, kind: str) -> None:
+    assert decide(np.array(low), np.array(high), D) == kind
+    both = decide(np.array([low, [-1.0, -1.0]]), np.array([high, [1.0, 1.0]]), D)
+    assert both.tolist() == [kind, "undecided"]
 
 
-def test_arms_that_become_equal_do_not_cross() -> None:
-    found = [find_boundary(world(seed, lambda d: 0.03 * (d / 1e3) ** -1.0), num_draws=200) for seed in range(20)]
-    assert [each.status for each in found].count("no_crossing") >= 18
-    assert any("become equal" in words for each in found for words in each.diagnostics)
+@pytest.mark.parametrize("side", [1, -1])
+def test_one_sign_starts_where_the_interval_leaves_the_smallest_effect(side: int) -> None:
+    half = half_width(0.01, 3)
+    for edge, kind in ((1e-7, "one_sign"), (-1e-7, "excluded")):
+        verdict = judge(pairs_of(side * np.array([half + D + edge, half, half]), 0.01), num_draws=20)
+        assert (verdict.kind, verdict.better) == (kind, "b" if side > 0 else "a")
+    for edge, kind in ((1e-7, "one_sign"), (-1e-7, "undecided")):
+        verdict = judge(pairs_of(side * np.array([0.1, half - D + edge, half]), 0.01), num_draws=20)
+        assert (verdict.kind, verdict.better) == (kind, "b" if side > 0 else "a")
 
 
-def test_too_few_levels_or_broken_rows_are_refused() -> None:
-    with pytest.raises(LawError, match="at least 3"):
-        PairedDelta(np.array([1e3, 1e4]), np.array([0.1, -0.1]))
-    with pytest.raises(LawError, match="finite"):
-        PairedDelta(LEVELS, np.full(7, np.nan))
+@pytest.mark.parametrize(("side", "direction"), [(1, "b_to_a"), (-1, "a_to_b")])
+def test_a_crossing_needs_both_signs_and_names_its_direction(side: int, direction: str) -> None:
+    half = half_width(0.01, 3)
+    for edge, kind in ((1e-7, "crossing"), (-1e-7, "undecided")):
+        verdict = judge(pairs_of(side * np.array([half + edge, 0.0, -half - 1e-7]), 0.01), num_draws=20)
+        assert verdict.kind == kind
+    verdict = judge(pairs_of(side * np.array([0.1, 0.0, -0.1]), 0.01))
+    assert (verdict.direction, verdict.better, verdict.bracket) == (direction, None, (1000, 4000))
+    assert verdict.root == pytest.approx(2000, rel=0.05)
+    assert verdict.interval is not None and 1000 <= verdict.interval[0] < verdict.root < verdict.interval[1] <= 4000
 
 
-def test_each_group_has_its_own_boundary_or_its_reason() -> None:
-    one, other = world(3, falling(4e3)), world(4, falling(6e4))
-    d_p = np.concatenate([one.upstream_samples, other.upstream_samples, [1e3]])
-    delta = np.concatenate([one.delta, other.delta, [0.1]])
-    groups = ["small"] * 21 + ["large"] * 21 + ["alone"]
-    found, refused = boundaries_by_group(d_p, delta, groups, num_draws=200)
-    small, large = found["small"].root, found["large"].root
-    assert small is not None and large is not None and small < large
-    assert "at least 3" in refused["alone"]
+def test_equal_within_the_smallest_effect() -> None:
+    verdict = judge(pairs_of([0.001, -0.001, 0.0], 0.0005), num_draws=20)
+    assert (verdict.kind, verdict.better, verdict.root, verdict.notes) == ("excluded", None, None, ())
+    small = judge(pairs_of([0.003, 0.0, 0.0], 0.0005), num_draws=20)
+    assert (small.kind, small.better, small.notes) == ("excluded", "b", ("within_min_effect",))
 
 
-def test_the_surface_has_a_boundary_for_every_size_and_downstream_set(fits) -> None:
-    surface = boundary_surface(
-        fits["plain"], fits["distilled"], num_params=[2.5e6, 1e7], downstream_samples=[300.0, 3000.0], num_draws=100
+def test_of_several_crossings_the_last_loss_of_the_gain_is_given() -> None:
+    hump = judge(pairs_of([-0.1, 0.1, 0.1, -0.1, -0.1], 0.01), num_draws=50)
+    assert (hump.direction, hump.bracket) == ("b_to_a", (4000, 8000)) and "several_crossings" in hump.notes
+    dip = judge(pairs_of([0.1, -0.1, -0.1, 0.1, 0.1], 0.01), num_draws=50)
+    assert (dip.direction, dip.bracket) == ("b_to_a", (1000, 2000)) and "several_crossings" in dip.notes
+    wave = judge(pairs_of([0.1, -0.1, 0.1, -0.1, -0.1], 0.01), num_draws=50)
+    assert (wave.direction, wave.bracket) == ("b_to_a", (4000, 8000))
+    assert "several_crossings" not in judge(pairs_of([0.1, 0.1, 0.0, -0.1, -0.1], 0.01), num_draws=50).notes
+
+
+# The root.
+
+
+def test_the_root_lies_on_the_curve_between_the_points() -> None:
+    verdict = judge(pairs_of([0.03, 0.01, -0.03, -0.05], 1e-5, x=[1e3, 2e3, 8e3, 1.6e4]))
+    assert verdict.root == pytest.approx(2.83e3, rel=0.03)  # straight in log x: a quarter of the way from 2 to 8
+    assert verdict.bracket == (2e3, 8e3)
+    tight, wide = (judge(pairs_of([0.06, 0.02, -0.02, -0.06], s)) for s in (0.002, 0.01))
+    (a, b), (c, d) = tight.interval, wide.interval
+    assert c < a < b < d and a < 2000 * 2**0.5 < b
+
+
+def law(roots, slope: float = 0.02, grid=None) -> DeltaCurves:
+    """Straight curves in log2 x with these roots."""
+    at = np.geomspace(500, 10_000, 60) if grid is None else np.array(grid)
+    drawn = -slope * (np.log2(at) - np.log2(np.array(roots, float)[:, None]))
+    return DeltaCurves(at, drawn.mean(axis=0), drawn, "additive")
+
+
+def test_laws_sharpen_a_root_that_the_points_support() -> None:
+    pairs = pairs_of([0.1, 0.0, -0.1], 0.01)
+    roots = np.geomspace(1600, 2600, 101)
+    verdict = judge(pairs, law_curves=law(roots))
+    assert verdict.law_root == pytest.approx(roots[50], rel=1e-6) and verdict.law_name == "additive"
+    assert verdict.law_interval == pytest.approx((roots[5], roots[95]), rel=1e-6)
+    at_half = judge(pairs, law_curves=law(roots), level=0.5)
+    assert at_half.law_interval == pytest.approx((roots[25], roots[75]), rel=1e-6)
+    free = judge(pairs)
+    assert (free.root, free.interval, free.law_root) == (verdict.root, verdict.interval, None)
+
+
+def test_laws_never_claim_a_root() -> None:
+    roots = np.geomspace(1600, 2600, 101)
+    undecided = judge(pairs_of([0.05, 0.0, -0.05], 0.03), law_curves=law(roots))
+    assert (undecided.kind, undecided.law_root, undecided.law_name) == ("undecided", None, None)
+    pairs = pairs_of([0.1, 0.0, -0.1], 0.01)
+    outside = judge(pairs, law_curves=law(np.geomspace(500, 900, 20)))
+    assert outside.law_root is None and "laws_do_not_cross" in outside.notes
+    upward = judge(pairs, law_curves=law(roots, slope=-0.02))
+    assert upward.law_root is None and "laws_do_not_cross" in upward.notes
+    elsewhere = judge(pairs_of([0.1, 0.0, -0.1], 1e-4), law_curves=law(np.geomspace(2500, 2600, 20)))
+    assert elsewhere.law_root is None and "laws_disagree" in elsewhere.notes
+    # nine in ten of the laws' curves must cross in the bracket
+    some = [law(np.append(roots[: 100 - n], [5000] * n)) for n in (9, 11)]
+    assert [judge(pairs, law_curves=each).law_root is None for each in some] == [False, True]
+    with pytest.raises(
+        LawError, match=r"law_curves run from x = 1500 to 9000; they must span the bracket \(1000.0, 4000.0\)"
+    ):
+        judge(pairs, law_curves=law([2000], grid=[1500, 3000, 9000]))
+
+
+# Arguments.
+
+
+def test_every_argument_changes_the_verdict() -> None:
+    pairs = pairs_of([0.04, 0.0, -0.04], 0.01)
+    plain = judge(pairs)
+    assert plain == judge(pairs) and plain.kind == "crossing"
+    assert judge(pairs, family=4).kind == "undecided" and judge(pairs, family=4).family == 4
+    strict = judge(pairs, level=0.99)
+    assert strict.kind == "undecided" and strict.points[0].high > plain.points[0].high
+    other, few = judge(pairs, seed=1), judge(pairs, num_draws=100)
+    assert other.root != plain.root and other.root == pytest.approx(plain.root, rel=0.1)
+    assert few.root != plain.root and few.points == plain.points
+    harm = pairs_of([0.04, 0.0, 0.0], 0.003)
+    assert [judge(harm, min_effect=d, num_draws=20).kind for d in (0.005, 0.02, 0.04)] == [
+        "undecided",
+        "one_sign",
+        "excluded",
+    ]
+    noisy = judge(pairs_of([0.04, 0.0, -0.04], 0.01, test_variance=[0.01] * 6))
+    assert noisy.kind == "undecided"
+    curve, wide = (np.array(judge(pairs, level=v, num_draws=300).curve["high"]) for v in (0.9, 0.99))
+    assert (wide > curve).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"level": 1.0}, "level is 1.0; it must be between 0 and 1"),
+        ({"level": 0.0}, "level is 0.0"),
+        ({"min_effect": -0.1}, "min_effect is -0.1; it must be finite and not negative"),
+        ({"family": 0}, "family is 0; it must be at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict, words: str) -> None:
+    with pytest.raises(LawError, match=words):
+        judge(pairs_of([0.1, 0.0], 0.01), **options)
+
+
+def test_one_seed_and_one_x_are_refused() -> None:
+    with pytest.raises(NotEnoughData, match="every pair has seed 3"):
+        judge(make_pairs([1, 2, 3], [0.1, 0.0, -0.1], seed=[3, 3, 3]))
+    with pytest.raises(NotEnoughData, match="every pair lies at x = 7: what changes along x needs two x or more"):
+        judge(make_pairs([7, 7, 7], [0.1, 0.0, -0.1], seed=[0, 1, 2]))
+
+
+def test_notes_on_the_evidence() -> None:
+    full = pairs_of([0.1, 0.0, -0.1], 0.01)
+    kept = full.rows(np.arange(5))  # seed 1 lacks the last x
+    assert judge(kept, num_draws=20).notes == ("single_seed_points",)
+    two = make_pairs(
+        np.tile(full.x, 2), np.tile(full.delta, 2), seed=np.tile(full.seed, 2), student=["a"] * 6 + ["b"] * 6
     )
-    assert [tuple(b.at.values()) for b in surface] == [(m, f) for m in (2.5e6, 1e7) for f in (300.0, 3000.0)]
+    verdict = judge(two.rows(np.arange(11)), num_draws=20)
+    assert set(verdict.notes) == {"incomplete_pairs", "single_seed_points"}
+    assert judge(two, num_draws=20).notes == ()
+    assert verdict.num_seeds == 2 and judge(two, num_draws=20).points == judge(full, num_draws=20).points
 
 
-def bending(root: float, slope: float, bend: float):
-    return lambda d: -slope * (np.log10(d / root) + bend * np.log10(d / root) ** 2 / 2)
+def test_the_unit_of_y_and_x_does_not_matter() -> None:
+    pairs = pairs_of([0.06, 0.02, -0.03, -0.06], 0.01)
+    one = judge(pairs)
+    other = judge(make_pairs(1e6 * pairs.x, 1e4 * pairs.delta, seed=pairs.seed), min_effect=50)
+    assert other.kind == one.kind == "crossing" and other.doubt == pytest.approx(one.doubt, rel=1e-3)
+    assert other.root == pytest.approx(1e6 * one.root) and other.smallest_effect == pytest.approx(
+        1e4 * one.smallest_effect
+    )
 
 
-def simulate(count: int) -> dict[str, float]:
-    """Many worlds with a crossing (anywhere inside the middle of the range) and many without."""
-    errors, covered, found_none = [], [], []
-    for seed in range(count):
-        rng = np.random.default_rng(seed)
-        root = np.exp(rng.uniform(np.log(3e3), np.log(8e4)))
-        slope, bend = rng.uniform(0.025, 0.05), rng.uniform(0, 0.3)
-        curve = bending(root, slope, bend)
-        found = find_boundary(world(seed, curve), num_draws=300)
-        if found.root is not None and found.interval is not None:
-            errors.append(abs(np.log2(found.root / root)))
-            covered.append(found.interval[0] <= root <= found.interval[1])
-        kind, level = seed % 3, rng.uniform(0.01, 0.04)
-        shapes = (lambda d, v=level: v + 0 * d, lambda d, v=level: v * (d / 1e3) ** -0.3, lambda d: 0 * d)
-        found_none.append(find_boundary(world(10_000 + seed, shapes[kind]), num_draws=300).status == "no_crossing")
-    return {
-        "found": len(errors) / count,
-        "median_error": float(np.median(errors)),
-        "coverage": float(np.mean(covered)),
-        "none_reported": float(np.mean(found_none)),
-    }
+def test_repeats_that_agree_exactly_are_judged() -> None:
+    same = judge(pairs_of([0.0, 0.0, 0.0], 0.0))
+    assert (same.kind, same.better, same.smallest_effect) == ("excluded", None, 0)
+    exact = judge(pairs_of([0.1, 0.0, -0.1], 0.0))
+    assert exact.kind == "crossing" and exact.root == pytest.approx(2000, rel=0.01)
 
 
-def test_simulated_worlds_in_small() -> None:
-    figures = simulate(6)
-    assert figures["median_error"] <= 0.4
-    assert figures["coverage"] >= 0.7
-    assert figures["none_reported"] >= 0.8
+# Doubt, power and more seeds.
 
 
-@pytest.mark.slow
-def test_simulated_worlds_in_earnest() -> None:
-    figures = simulate(600)  # the standard error of the coverage is 0.01
-    assert figures["median_error"] <= 0.25
-    assert 0.85 <= figures["coverage"] <= 0.95
-    assert figures["none_reported"] >= 0.95
+def test_doubt_is_the_octaves_of_wrong_advice() -> None:
+    assert judge(pairs_of([0.1, 0.1, 0.1], 1e-4)).doubt < 0.02
+    pairs = pairs_of([0.02, 0.0, -0.02], 0.01)
+    curves = delta_curves(pairs, num_draws=200)
+    wrong = [min(np.mean(column > 0), np.mean(column <= 0)) for column in curves.drawn.T]
+    steps = np.diff(np.log2(curves.grid))
+    by_hand = sum(step * (wrong[i] + wrong[i + 1]) / 2 for i, step in enumerate(steps))
+    assert judge(pairs, num_draws=200).doubt == pytest.approx(by_hand)
+    assert 0.6 < judge(pairs_of([0.0, 0.0, 0.0], 0.01)).doubt <= 1  # two octaves, either sign as likely
+
+
+def test_the_band_holds_nine_in_ten_curves_throughout() -> None:
+    pairs = pairs_of([0.02, 0.0, -0.02], 0.01)
+    drawn = delta_curves(pairs).drawn
+    curve = judge(pairs).curve
+    inside = ((drawn >= np.array(curve["low"])) & (drawn <= np.array(curve["high"]))).all(axis=1)
+    assert inside.mean() == pytest.approx(0.9, abs=0.002)
+    assert curve["x"][0] == 1000 and curve["x"][-1] == 4000
+    mean = np.array(curve["low"]) + np.array(curve["high"])
+    assert mean / 2 == pytest.approx(np.array(curve["delta"]))
+
+
+def test_the_smallest_effect_is_found_four_times_in_five() -> None:
+    verdict = judge(pairs_of([0.02, 0.0, -0.02], 0.01), family=2, num_draws=20)
+    critical = stats.t.ppf(0.5 + 0.9 ** (1 / 6) / 2, 3)
+    assert stats.nct.sf(critical, 3, verdict.smallest_effect / 0.01) == pytest.approx(0.8, abs=1e-4)
+
+
+def test_more_seeds_decide_four_times_in_five() -> None:
+    pairs = pairs_of([0.06, 0.03, -0.03, -0.06], 0.03)
+    verdict = judge(pairs)
+    assert verdict.kind == "undecided" and verdict.more_seeds is not None and 3 <= verdict.more_seeds <= 60
+    assert 0.74 <= chance_with(pairs, verdict.more_seeds) <= 0.86
+    assert chance_with(pairs, verdict.more_seeds // 2) <= 0.7
+    assert judge(pairs_of([0.1, 0.05, -0.05, -0.1], 0.01)).more_seeds is None  # decided already
+    near = pairs_of([0.001, 0.0, 0.0, 0.001], 0.1)
+    assert judge(near, min_effect=0.0001, level=0.99).more_seeds is None  # more than 1,000
+
+
+def chance_with(pairs: Pairs, total: int) -> float:
+    """Share of studies with `total` seeds, the two at hand among them, that decide; truths from the curve."""
+    rng, x = np.random.default_rng(9), np.unique(pairs.x)
+    sd = delta_points(pairs)[0].stderr * 2**0.5
+    decided = []
+    for truth in delta_curves(pairs, grid=x, num_draws=400, seed=4).drawn:
+        new = truth + sd * rng.standard_normal((total - 2, len(x)))
+        delta = np.concatenate([pairs.delta, new.ravel()])
+        points = delta_points(make_pairs(np.tile(x, total), delta, seed=np.repeat(np.arange(total), len(x))))
+        low, high = (np.array([getattr(p, end) for p in points]) for end in ("low_all", "high_all"))
+        decided.append(decide(low, high, 0.005) != "undecided")
+    return float(np.mean(decided))
+
+
+def test_power_by_hand() -> None:
+    noise = noise_of(upstream=0.03, finetune=0.1)
+    found = power(noise, num_x=5, num_seeds=4, slope=0.02, cost_upstream=9, cost_finetune=1)
+    stderr, degrees = (0.0109 / 4) ** 0.5, 7  # 4 of the prior and 3 of its own
+    critical = stats.t.ppf(0.5 + 0.9**0.2 / 2, degrees)
+    assert stats.nct.sf(critical, degrees, found.smallest_effect / stderr) == pytest.approx(0.8, abs=1e-4)
+    assert found.width_octaves == pytest.approx(2 * stats.t.ppf(0.95, 7) * stderr / 2 / 0.02)  # half of it at the root
+    assert found.finetunes_for_half == 6  # .0009 + .01/R ≤ .0109/4 from R = 5.5
+    assert found.cost_of_finetunes == pytest.approx((9 + 6) / (9 + 1)) and found.best_finetunes == 10
+    assert found.seeds_for_half is not None and found.cost_of_seeds == found.seeds_for_half / 4
+    for seeds, halved in ((found.seeds_for_half, True), (found.seeds_for_half - 1, False)):
+        freedom = min(3 + seeds, 5 * (seeds - 1))
+        size = stats.t.ppf(0.5 + 0.9**0.2 / 2, freedom)
+        chance = stats.nct.sf(size, freedom, found.smallest_effect / 2 / (0.0109 / seeds) ** 0.5)
+        assert (chance >= 0.8) == halved
+
+
+def test_every_argument_of_power_counts() -> None:
+    noise = noise_of(seed=0.02, upstream=0.03, finetune=0.05)
+    design = {"num_x": 5, "num_seeds": 4, "slope": 0.02}
+    plain = power(noise, **design)
+    finer = {"num_seeds": 6, "finetunes": 3, "num_students": 2, "num_labels": 2}
+    assert all(power(noise, **(design | {n: v})).smallest_effect < plain.smallest_effect for n, v in finer.items())
+    stricter = {"num_x": 7, "level": 0.95, "family": 5}
+    assert all(power(noise, **(design | {n: v})).smallest_effect > plain.smallest_effect for n, v in stricter.items())
+    steep = power(noise, **(design | {"slope": -0.04}))
+    assert steep.width_octaves == pytest.approx(plain.width_octaves / 2)
+    assert steep.chance_of_crossing > plain.chance_of_crossing
+    wide = power(noise, **design, step_octaves=2)
+    assert wide.chance_of_crossing == steep.chance_of_crossing and wide.width_octaves == plain.width_octaves
+    assert power(noise, num_x=5, num_seeds=4).width_octaves is None
+    assert power(noise, num_x=5, num_seeds=4).chance_of_crossing is None
+    assert plain.cost_of_finetunes is None and plain.best_finetunes is None
+    assert power(noise_of(upstream=0.1), **design).finetunes_for_half is None
+    assert power(noise, num_x=5, num_seeds=600).seeds_for_half is None
+    # what a seed carries along x moves the curve as a whole and is not averaged at the root
+    shared, own = (power(noise_of(**{name: 0.05}), **design) for name in ("seed", "upstream"))
+    assert shared.smallest_effect == own.smallest_effect and shared.width_octaves == pytest.approx(
+        2 * own.width_octaves
+    )
+    with pytest.raises(LawError, match=r"power of 1 seed\(s\) at 5 x"):
+        power(noise, num_x=5, num_seeds=1)
+    with pytest.raises(LawError, match="level is 2"):
+        power(noise, num_x=5, num_seeds=2, level=2)
+
+
+# Fast calibration: the slow one is tests/bench/bench_verdicts.py.
+
+
+def studies(truth, count: int, seeds: int, sd: float = 0.02, first: int = 0):
+    """Verdicts of simulated studies: Student's t noise with a part that all x of a seed share."""
+    x = np.geomspace(1e3, 3.2e4, 6)
+    for number in range(count):
+        rng = np.random.default_rng([first, number])
+        noise = sd * np.sqrt(3 / 5) * (0.5 * rng.standard_t(5, (seeds, 1)) + 0.866 * rng.standard_t(5, (seeds, 6)))
+        delta = truth(np.log2(x / 1e3)) + noise
+        yield judge(make_pairs(np.tile(x, seeds), delta.ravel(), seed=np.repeat(np.arange(seeds), 6)), num_draws=200)
+
+
+def test_crossings_are_found_as_often_as_power_promises_and_their_intervals_hold() -> None:
+    slope = 0.02
+    found = [v for v in studies(lambda o: slope * (2.5 - o), 150, seeds=3)]
+    crossing = [v for v in found if v.kind == "crossing"]
+    promise = power(noise_of(seed=0.01, upstream=0.01732), num_x=6, num_seeds=3, slope=slope)
+    assert promise.chance_of_crossing is not None and 0.2 < promise.chance_of_crossing < 0.9
+    assert len(crossing) / len(found) == pytest.approx(promise.chance_of_crossing, abs=0.1)
+    root = 1e3 * 2**2.5
+    held = np.mean([v.interval[0] <= root <= v.interval[1] for v in crossing])
+    assert 0.82 <= held <= 0.99
+    width = np.mean([np.log2(v.interval[1] / v.interval[0]) for v in crossing])
+    assert promise.width_octaves is not None and 0.7 <= width / promise.width_octaves <= 1.2
+
+
+@pytest.mark.parametrize("truth", [lambda o: 0 * o, lambda o: 0.06 * 2.0**-o, lambda o: 0 * o - 0.03])
+def test_crossings_are_not_invented(truth) -> None:
+    verdicts = list(studies(truth, 100, seeds=3))
+    assert sum(v.kind == "crossing" for v in verdicts) <= 4
+    wrong = [
+        v
+        for v in verdicts
+        if any(p.low_all > 0 > t or p.high_all < 0 < t for p, t in zip(v.points, truth(np.arange(6.0)), strict=True))
+    ]
+    assert len(wrong) <= 8
+
+
+def test_disjoint_seeds_do_not_contradict_each_other() -> None:
+    pairs = zip(*(studies(lambda o: 0.02 * (2.5 - o), 100, seeds=3, first=k) for k in (1, 2)), strict=True)
+    assert sum(contradict(one, other) for one, other in pairs) <= 5
+
+
+def contradict(one: Verdict, other: Verdict) -> bool:
+    if any(
+        (p.low_all > 0 and q.high_all < 0) or (p.high_all < 0 and q.low_all > 0)
+        for p, q in zip(one.points, other.points, strict=True)
+    ):
+        return True
+    kinds = {one.kind, other.kind}
+    if kinds == {"crossing"}:
+        return one.interval[0] > other.interval[1] or one.interval[1] < other.interval[0]
+    return "crossing" in kinds and bool(kinds & {"one_sign", "excluded"})

@@ -1,4 +1,4 @@
-"""Every form: its gradient, its scaling, the laws it says it contains, and the equations that define it."""
+"""Every form: its gradient, its scaling in x and y, the laws it says it contains, and the equations that define it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dbscale.laws import FORMS, LawError, find_form
-from dbscale.laws.starts import spread_starts
+from dbscale.laws import FORMS, Form, LawError, find_form
 
 EVERY_FORM = pytest.mark.parametrize("name", FORMS)
 
@@ -24,13 +23,22 @@ def columns(name: str, n: int = 25) -> dict[str, np.ndarray]:
     return x
 
 
-def thetas(name: str, count: int = 20) -> np.ndarray:
-    return spread_starts(FORMS[name], np.array([0.3, 0.35, 0.4]), count, seed=0)
+def thetas(form: Form, count: int = 20, seed: int = 0) -> np.ndarray:
+    """Coordinates [count, p] drawn from each parameter's range of first guesses, for y near 0.35."""
+    rng = np.random.default_rng(seed)
+    columns = []
+    for p in form.params:
+        level = 0.35 if p.unit else 1.0
+        value = level * (
+            np.exp(rng.uniform(*np.log(p.start), count)) if p.kind == "log" else rng.uniform(*p.start, count)
+        )
+        columns.append(np.log(value) if p.kind == "log" else value)
+    return np.stack(columns, axis=1)
 
 
 @EVERY_FORM
 def test_the_jacobian_is_the_derivative(name: str) -> None:
-    form, x, theta = FORMS[name], columns(name), thetas(name)
+    form, x, theta = FORMS[name], columns(name), thetas(FORMS[name])
     y, jacobian = form.jacobian(x, theta)
     inside = np.isfinite(y) & (y < 1e6)
     assert inside.mean() > 0.8
@@ -44,7 +52,7 @@ def test_the_jacobian_is_the_derivative(name: str) -> None:
 
 @EVERY_FORM
 def test_the_gradient_by_hand_equals_complex_steps(name: str) -> None:
-    form, x, theta = FORMS[name], columns(name), thetas(name)
+    form, x, theta = FORMS[name], columns(name), thetas(FORMS[name])
     y, jacobian = form.jacobian(x, theta)
     exact = form.complex_step_jacobian(x, theta)
     inside = np.broadcast_to(np.isfinite(y)[:, None, :], exact.shape)
@@ -53,16 +61,22 @@ def test_the_gradient_by_hand_equals_complex_steps(name: str) -> None:
 
 @EVERY_FORM
 def test_scaled_coordinates_describe_the_same_curve(name: str) -> None:
-    form, x, theta = FORMS[name], columns(name), thetas(name)
+    form, x, theta = FORMS[name], columns(name), thetas(FORMS[name])
     units = {
         v.name: 1.0 if not v.scaled else 37.0 if v.unit_of or v.name == "num_samples" else 5.0 for v in form.variables
     }
-    matrix = form.unscaling(units)
-    plain = form.evaluate(x, theta @ matrix[:, :-1].T + matrix[:, -1])
-    scaled = form.evaluate({n: c / units[n] for n, c in x.items()}, theta)
+    units |= {"y": 7.0 if form.scales_with_y else 1.0}
+    matrix, shift = form.unscaling(units)
+    plain = form.evaluate(x, theta @ matrix.T + shift)
+    scaled = units["y"] * form.evaluate({n: c / units[n] for n, c in x.items()}, theta)
     inside = np.isfinite(plain) & np.isfinite(scaled) & (np.abs(plain) < 1e12)
-    assert inside.any()
+    assert inside.mean() > 0.7
     np.testing.assert_allclose(scaled[inside], plain[inside], rtol=1e-8)
+
+
+def test_laws_that_keep_their_form_in_another_unit_of_y_say_so() -> None:
+    unable = {name for name, form in FORMS.items() if not form.scales_with_y}
+    assert unable == {"log_law", "apple_supervised", "apple_distillation"}
 
 
 @pytest.mark.parametrize(("name", "inner"), [(f.name, c.name) for f in FORMS.values() for c in f.contains])
@@ -73,12 +87,13 @@ def test_a_law_reproduces_the_laws_it_contains(name: str, inner: str) -> None:
     x = columns(name)
     if "unique_samples" in x:
         x["num_samples"] = x["unique_samples"] * 1.5
-    for theta in spread_starts(small, np.array([0.3, 0.4]), 10, seed=3):
+    middle = {p.name: float(np.mean(p.start)) for p in form.params}
+    for theta in thetas(small, 10, seed=3):
         values = {k: float(v[0]) for k, v in small.natural(theta).items()}
         if name == "data_constrained" and not 1 / 3 < values["alpha"] / values["beta"] < 3:
             continue  # the compute-optimal size leaves the range of floats
         expected = small.evaluate(x, theta)
-        np.testing.assert_allclose(form.evaluate(x, form.coordinates(embed(values))), expected, rtol=1e-6)
+        np.testing.assert_allclose(form.evaluate(x, form.coordinates(middle | embed(values))), expected, rtol=1e-6)
 
 
 def test_m4_product_solves_its_equation() -> None:
@@ -116,6 +131,23 @@ def test_data_constrained_counts_repeats_ever_less() -> None:
     loss = form.evaluate(x, form.coordinates(p))
     gains = -np.diff(loss) / np.diff(epochs)
     assert np.all(gains > -1e-12) and np.all(np.diff(gains) < 1e-12)
+
+
+def test_the_transfer_gap_needs_both_samples_and_may_have_a_size() -> None:
+    p = {"E_inf": 0.1, "A": 8.0, "G": 2.0, "alpha": 0.5, "delta": 0.25, "beta": 0.5}
+    form = FORMS["transfer_gap"]
+    x = {"upstream_samples": np.array([16.0]), "num_params": np.array([256.0]), "downstream_samples": np.array([4.0])}
+    assert form.evaluate(x, form.coordinates(p))[0] == pytest.approx(0.1 + (8 / 4 + 2) / 4 / 2, rel=1e-12)
+    assert find_form("transfer_gap", ("upstream_samples", "downstream_samples")).param_names == (
+        *("E_inf", "A", "G", "alpha", "beta"),
+    )
+    with pytest.raises(LawError, match="downstream_samples to vary"):
+        find_form("transfer_gap", ("upstream_samples", "num_params"))
+
+
+def test_a_vanished_amplitude_is_lifted_to_the_floor() -> None:
+    theta = FORMS["power_plus"].coordinates({"E": 0.2, "b": 0.0, "c": -1.0})
+    assert theta.tolist() == [0.2, pytest.approx(np.log(1e-60)), -1.0]
 
 
 def test_unknown_laws_and_columns_name_the_nearest() -> None:

@@ -1,43 +1,438 @@
-"""Selection: the right law wins, losers are shown, short tables are told so, and the average predicts."""
+"""Selection: scores, weights and intervals by hand, nothing foretold from rows that were seen, draws from every source."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from dbscale.laws import LawError, NotEnoughData, select_law
+from dbscale.laws import LawError, NotEnoughData, fit_law, prediction_interval, select_law
+from dbscale.laws.select import (
+    Calibration,
+    Candidate,
+    RollingErrors,
+    average_errors,
+    average_weights,
+    beyond,
+    distance_beyond,
+    in_sample_noise,
+    lack_of_fit,
+    level_shift,
+    rolling_origins,
+    score_quantile,
+    smooth_curves,
+    training_masks,
+)
+from dbscale.laws.uncertainty import Resampling, refit
 
 X = np.geomspace(1e3, 1e6, 24)
+SHORT = np.geomspace(1e3, 1e5, 12)
+nan = np.nan
+
+
+def bent(x: np.ndarray, seed: int = 0, size: float = 0.01) -> np.ndarray:
+    return (0.2 + 30 * x**-0.6) * np.exp(size * np.random.default_rng(seed).standard_normal(len(x)))
+
+
+# Rolling origins.
+
+
+def test_origins_train_on_the_smaller_levels_of_one_variable_at_a_time() -> None:
+    masks = training_masks({"a": np.array([1.0, 2, 3, 4, 5, 4]), "b": np.array([7.0, 7, 7, 8, 8, 8])})
+    # Five levels: shares .4 … .9 leave 2, 3 and 4 of them; two levels leave no origin.
+    assert masks.astype(int).tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 1]]
+    three = training_masks({"a": np.array([1.0, 2, 3])})
+    assert three.tolist() == [[True, True, False]]
+
+
+def test_distance_is_measured_from_the_largest_value_seen() -> None:
+    x = {"a": np.array([1.0, np.e, np.e**3]), "b": np.array([1.0, np.e, 1.0])}
+    seen = np.array([True, False, False])
+    assert beyond(x, seen) == pytest.approx([0, 2, 3])
+    assert distance_beyond(x, {"a": np.array([np.e**4, 0.5]), "b": np.array([0.1, np.e**3])}) == pytest.approx([1, 2])
+
+
+def test_rolling_errors_by_hand() -> None:
+    """Rows within 1.5 count, else the nearest; each origin counts once: (mean(.01, .04) + .09)/2."""
+    rolling = RollingErrors(
+        np.array([[0.0, 0.5, 1.5, 2.0], [0.0, 0.0, 1.8, 2.5], [0.0, 0.0, 0.0, 0.7]]),
+        np.array([[nan, 0.1, -0.2, 9.0], [nan, nan, 0.3, 9.0], [nan, nan, nan, nan]]),
+    )
+    assert rolling.near.astype(int).tolist() == [[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert rolling.rms == pytest.approx(np.sqrt((0.025 + 0.09) / 2))
+    assert np.isnan(RollingErrors(np.zeros((1, 2)), np.full((1, 2), nan)).rms)
+
+
+def test_held_out_errors_are_of_laws_that_did_not_see_the_rows() -> None:
+    y = bent(SHORT)
+    spoiled = np.where(SHORT[7] < SHORT, 3 * y, y)
+    clean, changed = (rolling_origins(fit_law("power", SHORT, v, loss="least_squares_log")) for v in (y, spoiled))
+    masks = training_masks({"x": SHORT})
+    for origin, mask in enumerate(masks):
+        alone = fit_law("power", SHORT[mask], y[mask], loss="least_squares_log")
+        last = np.flatnonzero(mask)[-2:]
+        shift = np.mean(np.log(alone.predict(SHORT[last])) - np.log(y[last]))
+        expected = np.log(alone.predict(SHORT[~mask])) - np.log(y[~mask]) - shift
+        np.testing.assert_allclose(clean.error[origin, ~mask], expected, atol=2e-4)
+        assert np.all(np.isnan(clean.error[origin, mask]))
+    first = np.flatnonzero(~masks[0] & ~(SHORT[7] < SHORT))  # rows whose y is the same in both tables
+    np.testing.assert_allclose(changed.error[0, first], clean.error[0, first], atol=2e-4)
+    assert np.all(changed.error[0, 8:] < clean.error[0, 8:] - 1)
+
+
+def test_origins_with_too_few_points_are_left_out() -> None:
+    y = bent(SHORT)
+    errors = rolling_origins(fit_law("m4", SHORT, y, loss="least_squares_log")).error
+    seen = training_masks({"x": SHORT}).sum(axis=1)
+    assert [bool(np.isfinite(row).any()) for row in errors] == [n > 5 for n in seen.tolist()]
+
+
+# Level, weights, scores.
+
+
+def test_a_law_is_moved_to_the_level_of_the_datas_end() -> None:
+    """The last two rows, by weight; rows that were not seen have none."""
+    fit = fit_law("power", X[:5], bent(X[:5]), loss="least_squares_log")
+    residuals = np.array([[0.5, 0.4, 0.3, 0.2, 0.1], [0.0, 0.0, 0.6, 0.2, nan]])
+    weights = np.array([[1.0, 1, 1, 3, 1], [1, 1, 2, 6, 0]])
+    assert level_shift(fit, residuals[:1], weights[:1]) == pytest.approx([(3 * 0.2 + 0.1) / 4])
+    assert level_shift(fit, residuals[1:], weights[1:]) == pytest.approx([(2 * 0.6 + 6 * 0.2) / 8])
+    long = fit_law("power", np.repeat(X, 2), np.repeat(bent(X), 2), loss="least_squares_log")
+    r = np.arange(48.0)[None]  # 5 % of 48 rows are 3: the last two levels, four rows
+    assert level_shift(long, r, np.ones((1, 48))) == pytest.approx([np.mean([44, 45, 46, 47])])
+
+
+def test_laws_of_several_variables_have_no_end(grid, arms) -> None:
+    fit = fit_law("additive", grid, arms["plain"], loss="least_squares_log")
+    assert level_shift(fit, np.ones((2, 90)), np.ones((2, 90))).tolist() == [0, 0]
+
+
+def test_noise_is_weighted_and_per_degree_of_freedom() -> None:
+    fit = fit_law("power", X[:4], bent(X[:4]), weights=[1, 1, 2, 0], loss="least_squares_log")
+    r, w = fit.residuals, np.array([1, 1, 2, 0]) / (4 / 3)
+    assert in_sample_noise(fit) == pytest.approx(np.sqrt(w @ r**2 / 1), rel=1e-9)  # 3 rows of weight, 2 parameters
+
+
+def test_shares_of_the_average_by_hand() -> None:
+    """Laws that bend, two points a parameter, 1/√rms: bnsl has 6 parameters for 11 points and stays outside."""
+    x = np.geomspace(1e3, 1e5, 11)
+    y = bent(x, 3, 0.05)
+    names = ("power", "power_plus", "saturating", "rectified", "m4", "bnsl")
+    fits = [fit_law(name, x, y, loss="least_squares_log") for name in names]
+    rms = np.array([np.sqrt(np.sum(f.residuals**2) / (11 - f.num_free)) for f in fits])
+    share = rms**-0.5 * np.array([0, 0, 1, 1, 1, 0])
+    np.testing.assert_allclose(average_weights(fits), share / share.sum(), rtol=1e-9)
+    only = average_weights(fits[:2])
+    np.testing.assert_allclose(only, rms[:2] ** -0.5 / np.sum(rms[:2] ** -0.5), rtol=1e-9)
+    few = [fit_law(name, x[:6], y[:6], loss="least_squares_log") for name in ("rectified", "m4")]
+    assert average_weights(few).tolist() == [1, 0]  # neither has two points a parameter: the smaller law
+
+
+def test_grids_trust_the_closer_law_more(grid, arms) -> None:
+    fits = [fit_law(name, grid, arms["plain"], loss="least_squares_log") for name in ("additive", "product")]
+    rms = np.array([np.sqrt(np.sum(f.residuals**2) / (90 - f.num_free)) for f in fits])
+    assert average_weights(fits)[0] == pytest.approx(rms[0] ** -2 / np.sum(rms**-2.0), rel=1e-9)
+
+
+def test_held_out_errors_of_an_average_by_hand() -> None:
+    """Where a law is missing the others share its weight."""
+    zero = np.zeros((1, 3))
+    rolled = [RollingErrors(zero, np.array([[nan, 0.1, 0.4]])), RollingErrors(zero, np.array([[nan, 0.3, nan]]))]
+    error = average_errors(rolled, np.array([0.75, 0.25])).error
+    assert np.isnan(error[0, 0]) and error[0, 1:] == pytest.approx([0.15, 0.4])
+
+
+# Calibration.
+
+
+def test_calibration_by_hand() -> None:
+    """noise .03; excesses √(.05² − .03²) = .04 at 1, √(.13² − .03²)/2 at 2, 0 at .5: median drift .04; scores by size."""
+    distance = np.array([[0.0, 1.0, nan, nan], [0.0, 0.0, 0.5, 1.2]])
+    error = np.array([[nan, -0.05, nan, nan], [nan, nan, 0.03, 0.13]])
+    found = Calibration.make(0.03, RollingErrors(np.nan_to_num(distance), error), misfit=0.7)
+    excess = np.sqrt(np.array([0.05, 0.03, 0.13]) ** 2 - 0.03**2) / np.array([1.0, 0.5, 1.2])
+    drift = max(float(np.median(excess)), 0.03)
+    assert (found.noise, found.misfit) == (0.03, 0.7) and found.drift == pytest.approx(drift)
+    scores = np.array([0.05, 0.03, 0.13]) / np.hypot(0.03, drift * np.array([1.0, 0.5, 1.2]))
+    assert found.scores == pytest.approx(np.sort(scores))
+    # Each origin against the other's 95 % quantile.
+    inside = [scores[0] <= np.quantile(scores[1:], 0.95), *(scores[1:] <= scores[0])]
+    assert found.coverage == pytest.approx(np.mean(inside))
+    z = max(float(np.quantile(scores, 0.9)), stats.norm.ppf(0.9))
+    assert found.half_width(np.array([0.0, 2.0]), 0.8) == pytest.approx(z * np.hypot(0.03, drift * np.array([0, 2])))
+
+
+def test_calibration_without_origins_and_with_few() -> None:
+    empty = Calibration.make(0.02, RollingErrors(np.zeros((0, 3)), np.zeros((0, 3))))
+    assert empty.drift == 0.05 and np.isnan(empty.coverage)
+    assert empty.half_width(np.array([1.0]), 0.9) == pytest.approx(1.6449 * np.hypot(0.02, 0.05), rel=1e-4)
+    lucky = Calibration.make(0.02, RollingErrors(np.array([[0.0, 1.0]]), np.array([[nan, 0.001]])))
+    assert lucky.drift == 0.02 and np.isnan(lucky.coverage)  # never less than the noise; one origin judges nothing
+    assert lucky.half_width(np.array([0.0]), 0.9) == pytest.approx(1.6449 * 0.02, rel=1e-4)
+    assert score_quantile(np.array([1.0, 2.0, 3.0]), 0.5) == pytest.approx(2.5)
+    for level in (0, 1, 90):
+        with pytest.raises(LawError, match="between 0 and 1"):
+            empty.half_width(np.array([1.0]), level)
+
+
+def test_lack_of_fit_by_hand() -> None:
+    """Four points measured twice: means .1, −.1, .1, −.1, spread ±.02. Pure .0008, between 2·.04/(4 − 2) = .04."""
+    x = {"x": np.repeat([1.0, 2, 3, 4], 2)}
+    r = np.repeat([0.1, -0.1, 0.1, -0.1], 2) + np.tile([0.02, -0.02], 4)
+    assert lack_of_fit(x, r, 2) == pytest.approx(np.sqrt((0.04 - 0.0008) / 2))
+    assert lack_of_fit(x, np.tile([0.2, -0.2], 4), 2) == 0
+    assert lack_of_fit({"x": np.arange(8.0)}, r, 2) == 0
+    assert lack_of_fit({"x": np.array([1.0, 1, 2, 2, 3, 4, 5])}, r[:7], 2) == 0  # two repeats are too few
+
+
+def test_misfit_curves_are_smooth_and_of_size_one() -> None:
+    grid = np.geomspace(1e3, 1e6, 50)
+    drawn = smooth_curves({"x": grid}, {"x": grid}, 4000, np.random.default_rng(0))
+    assert drawn.std(axis=0) == pytest.approx(1, abs=0.05) and drawn.mean(axis=0) == pytest.approx(0, abs=0.06)
+    near, far = np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1], np.corrcoef(drawn[:, 0], drawn[:, -1])[0, 1]
+    assert near == pytest.approx(np.exp(-((4 / 49) ** 2) / 2), abs=0.01) and abs(far) < 0.1
+    two = smooth_curves({"a": grid, "b": grid[::-1]}, {"a": grid, "b": grid}, 4000, np.random.default_rng(1))
+    assert two.std(axis=0) == pytest.approx(1, abs=0.05)
+
+
+def test_one_laws_interval_is_its_calibrations() -> None:
+    fit = fit_law("power", SHORT, bent(SHORT), loss="least_squares_log")
+    far = np.array([2e5, 8e5])
+    known = Calibration.make(in_sample_noise(fit), rolling_origins(fit))
+    half = known.half_width(np.log(far / 1e5), 0.8)
+    low, high = prediction_interval(fit, far, 0.8)
+    np.testing.assert_allclose([low, high], [fit.predict(far) * np.exp(s * half) for s in (-1, 1)])
+    linear = fit_law("power", SHORT, bent(SHORT), loss="least_squares")
+    low, high = prediction_interval(linear, far)
+    np.testing.assert_allclose((low + high) / 2, linear.predict(far))
+
+
+def test_intervals_of_a_true_law_cover_two_sided() -> None:
+    """Of 60 repetitions, new measurements half a step beyond: .90 nominal, between .82 and .99."""
+    x, ahead = np.geomspace(1e3, 1e5, 10), np.array([1.4e5])
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(60):
+        y = 8 * np.append(x, ahead) ** -0.3 * np.exp(0.05 * rng.standard_normal(11))
+        low, high = prediction_interval(fit_law("power", x, y[:10], loss="least_squares_log"), ahead, 0.9)
+        hits.append(low[0] <= y[10] <= high[0])
+    assert 0.82 <= np.mean(hits) <= 0.99
+
+
+# Selections.
+
+
+@pytest.fixture(scope="module")
+def curve():
+    return select_law(SHORT, bent(SHORT, 1, 0.03), num_resamples=60)
+
+
+def test_the_average_predicts_as_its_formula_says(curve) -> None:
+    far = np.array([2e5, 1e6])
+    logs = {c.name: np.log(c.fit.predict(far)) - c.shift for c in curve.candidates}
+    shares = {c.name: c.weight for c in curve.candidates}
+    assert {n for n, w in shares.items() if w} == {"saturating", "rectified", "m4", "bnsl"}
+    assert sum(shares.values()) == pytest.approx(1)
+    np.testing.assert_allclose(curve.predict(far), np.exp(sum(shares[n] * logs[n] for n in logs)))
+    np.testing.assert_allclose(curve.predict({"x": far, "other": 0.0}), curve.predict(far))
+    for c in curve.candidates:
+        assert c.score == pytest.approx(np.sqrt(c.in_sample * c.held_out))
+        assert c.shift == pytest.approx(np.mean(c.fit.residuals[-2:]))
+    scores = [c.score for c in curve.candidates]
+    assert scores == sorted(scores) and curve.best is curve.candidates[0].fit
+
+
+def test_the_averages_interval_adds_the_disagreement_of_its_laws(curve) -> None:
+    far = np.array([1e6])
+    shares = np.array([c.weight for c in curve.members])
+    each = np.array([np.log(c.fit.predict(far)) - c.shift for c in curve.members])
+    spread = np.sqrt(shares @ (each - shares @ each) ** 2)
+    half = np.hypot(curve.calibration.half_width(np.log(far / SHORT[-1]), 0.9), spread)
+    low, high = curve.interval(far)
+    np.testing.assert_allclose(np.log(high / low), 2 * half)
+    assert np.log(np.divide(*curve.interval(far, 0.5)[::-1]))[0] < 2 * half[0]
+    assert curve.coverage == curve.calibration.coverage
+
+
+def test_a_linear_loss_averages_y_itself() -> None:
+    found = select_law(SHORT, bent(SHORT), laws=["saturating", "rectified"], loss="least_squares", num_resamples=10)
+    far = np.array([3e5])
+    expected = sum(c.weight * (c.fit.predict(far) - c.shift) for c in found.candidates)
+    np.testing.assert_allclose(found.predict(far), expected)
+    assert found.draws(far).shape == (10, 1)
+
+
+def test_draws_are_refits_moved_to_their_own_end() -> None:
+    """One law inside the data, where nothing is foretold: row s is the fit to resample s."""
+    y = bent(SHORT, 1, 0.03)
+    found = select_law(SHORT, y, laws=["power"], clusters=np.arange(12) // 2, num_resamples=9, seed=4)
+    weights = Resampling(9, clusters=np.arange(12) // 2, seed=4).weights(12)
+    drawn = found.draws(SHORT)
+    for s in range(9):
+        alone = fit_law("power", SHORT, y, weights=weights[s], loss="least_squares_log")
+        shift = np.average(alone.residuals[-2:], weights=weights[s][-2:])
+        np.testing.assert_allclose(drawn[s], alone.predict(SHORT) * np.exp(-shift), rtol=2e-3)
+    np.testing.assert_array_equal(drawn, found.draws(SHORT))
+    other = select_law(SHORT, y, laws=["power"], clusters=np.arange(12) // 2, num_resamples=9, seed=5)
+    assert not np.allclose(other.draws(SHORT), drawn)
+
+
+def test_laws_are_drawn_in_proportion_to_their_weight(curve) -> None:
+    rows = [len(own) for own, _, _ in curve._drawn]
+    assert rows == pytest.approx([60 * c.weight for c in curve.members], abs=1.5)
+    assert sorted(np.concatenate([own for own, _, _ in curve._drawn]).tolist()) == list(range(60))
+
+
+def test_stderr_and_clusters_reach_the_draws() -> None:
+    y = bent(SHORT, 1, 0.03)
+    options = {"laws": ["power"], "num_resamples": 200, "clusters": ["one"] * 12}
+    still = select_law(SHORT, y, **options).draws(SHORT)
+    moved = select_law(SHORT, y, **options, stderr=0.05 * y).draws(SHORT)
+    assert np.ptp(still, axis=0).max() < 1e-6
+    # The mean of the last two rows' noise, whatever the slope does: .05/√2 at least.
+    assert np.log(moved).std(axis=0)[-2:].mean() == pytest.approx(0.05 / np.sqrt(2), rel=0.15)
+    with pytest.raises(LawError, match="within has shape"):
+        select_law(SHORT, y, laws=["power"], within=[1])
+
+
+def test_curves_are_wider_beyond_the_data_as_rolling_origins_say(curve) -> None:
+    far = SHORT[-1] * np.exp([0.0, 1.0, 3.0])
+    drawn = np.log(curve.draws(far))
+    assert np.all(np.diff(drawn.std(axis=0)) > 0)
+    drift = curve.calibration.drift
+    calm = replace(curve, calibration=replace(curve.calibration, drift=0.0))
+    added = drawn - np.log(calm.draws(far))
+    size = np.sqrt(np.mean(curve.calibration.scores**2))
+    assert added[:, 0] == pytest.approx(0) and added[:, 1:].std(axis=0) == pytest.approx(
+        size * drift * np.array([1, 3]), rel=0.35
+    )
+    low, high = curve.curve_interval(far, 0.5)
+    np.testing.assert_allclose([low, high], np.quantile(curve.draws(far), [0.25, 0.75], axis=0))
+
+
+def test_what_no_noise_explains_is_drawn_inside_the_data() -> None:
+    x = np.repeat(SHORT, 3)
+    wave = 8 * x**-0.3 * np.exp(0.1 * np.sin(2 * np.log(x)))
+    y = wave * np.exp(0.01 * np.random.default_rng(0).standard_normal(36))
+    found = select_law(x, y, laws=["power"], num_resamples=400)
+    missed = np.log(found.predict(x) / wave)
+    assert found.calibration.misfit == pytest.approx(np.sqrt(np.mean(missed**2) * 12 / 10), rel=0.05)
+    low, high = found.curve_interval(SHORT)
+    truth = wave[::3]
+    assert np.mean((low <= truth) & (truth <= high)) > 0.8
+    assert np.median(np.log(high / low)) == pytest.approx(2 * 1.645 * found.calibration.misfit, rel=0.3)
+
+
+def test_paired_arms_use_the_same_resample() -> None:
+    y = bent(SHORT, 1, 0.03)
+    labels = [f"h1|{n:.0f}|0" for n in SHORT]
+    plain = select_law(SHORT, y, laws=["power"], clusters=labels, num_resamples=50)
+    twin = select_law(SHORT, 0.9 * y, laws=["power"], clusters=labels, num_resamples=50)
+    np.testing.assert_allclose(twin.draws(SHORT) / plain.draws(SHORT), 0.9, rtol=1e-5)
+    apart = select_law(SHORT, 0.9 * y, laws=["power"], clusters=labels, num_resamples=50, seed=1)
+    assert np.std(apart.draws(SHORT) / plain.draws(SHORT)) > 1e-3
+
+
+def test_held_out_rows_are_foretold_by_laws_that_never_saw_them(grid, arms) -> None:
+    y = arms["plain"]
+    found = select_law(grid, y, laws=["additive", "product"], num_resamples=5)
+    last = grid["upstream_samples"] == 2.56e5
+    less = select_law({n: c[~last] for n, c in grid.items()}, y[~last], laws=["additive", "product"])
+    predicted, measured = found.held_out()
+    np.testing.assert_array_equal(measured, y[last])
+    np.testing.assert_allclose(predicted, less.predict({n: c[last] for n, c in grid.items()}))
+    few = select_law(SHORT[:5], bent(SHORT[:5]), laws=["saturating", "m4"])
+    tiny = select_law(SHORT[:3], bent(SHORT[:3]), laws=["saturating"])
+    assert np.isfinite(few.held_out()[0]).all() and np.isnan(tiny.held_out()[0]).all()
+
+
+def test_weights_reach_fit_score_and_held_out(grid, arms) -> None:
+    y, w = arms["plain"], np.where(grid["upstream_samples"] > 5e4, 10.0, 1.0)
+    plain, heavy = (select_law(grid, y, laws=["product"], weights=v, num_resamples=5) for v in (None, w))
+    assert heavy.best.params == fit_law("product", grid, y, weights=w, loss="least_squares_log").params
+    assert heavy.candidates[0].in_sample != pytest.approx(plain.candidates[0].in_sample, rel=1e-3)
+    assert heavy.held_out()[0].tolist() != plain.held_out()[0].tolist()
 
 
 def test_a_curved_table_does_not_get_a_plain_power_law() -> None:
-    rng = np.random.default_rng(0)
-    y = (0.2 + 30 * X**-0.6) * np.exp(0.01 * rng.standard_normal(len(X)))
-    chosen = select_law(X[:18], y[:18], candidates=["power", "power_plus", "saturating"])
-    by_name = {c.name: c for c in chosen.candidates}
-    assert chosen.best.name == "power_plus"
-    assert by_name["power"].weight < 0.1 < by_name["power_plus"].weight
-    assert all(name in chosen.report() for name in by_name)
+    chosen = select_law(X[:18], bent(X[:18]), num_resamples=5)
+    assert chosen.best.name in ("power_plus", "m4", "bnsl", "rectified")
+    assert chosen.candidates[-1].name == "power"
     low, high = chosen.interval(X[18:], 0.9)
-    assert np.mean((low <= y[18:]) & (y[18:] <= high)) >= 0.75
-    assert sum(c["weight"] for c in json.loads(chosen.to_json())["candidates"]) == pytest.approx(1)
+    truth = 0.2 + 30 * X[18:] ** -0.6
+    assert np.all((low <= truth) & (truth <= high)) and np.log(high / low).max() < 0.6
+
+
+def test_grids_choose_among_the_laws_of_their_columns(grid, arms) -> None:
+    chosen = select_law(grid, arms["plain"], num_resamples=5, ceiling=1.0)
+    assert {c.name for c in chosen.candidates} == {"additive", "product", "m4_product", "transfer_gap"}
+    assert chosen.best.name == "additive" and chosen.columns == tuple(grid)
+    assert all(np.isfinite(c.held_out) for c in chosen.candidates)
+    assert chosen.measured()["num_params"] == (2.5e6, 3.8e7)
+    outside = {n: np.array([c.max(), c.max() * (2 if n == "num_params" else 1)]) for n, c in grid.items()}
+    assert chosen.extrapolated(outside) == ("num_params",)
+    assert chosen.extrapolated({n: c / 2 for n, c in grid.items()}) == tuple(grid)
+    assert chosen.extrapolated(grid) == ()
+    one = grid["num_params"] == 1e7
+    fewer = select_law({n: c[one] for n, c in grid.items()}, arms["plain"][one], num_resamples=5)
+    assert fewer.columns == ("upstream_samples", "downstream_samples") and "transfer_gap" in {
+        c.name for c in fewer.candidates
+    }
+    assert fewer.predict(grid).shape == (90,)
+    with pytest.raises(LawError, match="columns num_params are missing"):
+        chosen.predict({n: grid[n] for n in ("upstream_samples", "downstream_samples")})
+
+
+def test_one_varying_column_gets_the_laws_of_one_variable(grid, arms) -> None:
+    own = (grid["num_params"] == 1e7) & (grid["downstream_samples"] == 300)
+    found = select_law({n: c[own] for n, c in grid.items()}, arms["plain"][own], num_resamples=5)
+    assert found.columns == ("upstream_samples",) and "saturating" in {c.name for c in found.candidates}
+    at = {"upstream_samples": np.array([1e4, 1e5]), "num_params": 1e7, "downstream_samples": 300.0}
+    assert found.predict(at).shape == (2,) and found.draws(at).shape == (5, 2)
+
+
+def test_limits_of_a_law_reach_it() -> None:
+    y = bent(SHORT)
+    held = select_law(
+        SHORT, y, laws=["power", "power_plus"], bounds={"power_plus": {"E": (0.3, None)}}, num_resamples=5
+    )
+    by_name = {c.name: c.fit for c in held.candidates}
+    assert by_name["power_plus"].params["E"] >= 0.3
+    capped = select_law(SHORT, y, laws=["m4"], ceiling=float(y.max()), num_resamples=5)
+    assert capped.best.params["E0"] <= y.max() * (1 + 1e-12)
 
 
 def test_not_enough_data_is_an_answer_per_law_and_in_all() -> None:
     y = 0.1 + 8 * X[:4] ** -0.4
-    chosen = select_law(X[:4], y, candidates=["power", "bnsl"])
-    assert "not enough data" in next(c for c in chosen.candidates if c.name == "bnsl").reason
+    chosen = select_law(X[:4], y, laws=["power", "bnsl"], num_resamples=5)
+    lost = next(c for c in chosen.candidates if c.name == "bnsl")
+    assert "6 free parameters, the table 4 distinct points" in lost.reason and lost == Candidate(
+        "bnsl", None, reason=lost.reason
+    )
     with pytest.raises(NotEnoughData, match="distinct points"):
-        select_law(X[:2], y[:2], candidates=["power_plus", "bnsl"])
-
-
-def test_grids_choose_among_the_laws_of_their_columns(grid, arms) -> None:
-    chosen = select_law(grid, arms["plain"])
-    assert {c.name for c in chosen.candidates} == {"additive", "product", "m4_product"}
-    assert chosen.best.name == "additive"
-    # Levels a factor of four apart lie beyond the usual horizon: the nearest ones count all the same.
-    assert all(np.isfinite(c.rolling) for c in chosen.candidates)
+        select_law(X[:2], y[:2], laws=["power_plus", "bnsl"])
     with pytest.raises(LawError, match="no law has the columns"):
         select_law({"a": X, "b": X}, X)
+    with pytest.raises(LawError, match="did you mean 'power_plus'"):
+        select_law(X, X, laws=["powerplus"])
+    with pytest.raises(LawError, match="not a finite number"):
+        select_law(X, np.where(X > 1e5, nan, 1.0))
+
+
+def test_reports_and_json_hold_every_law(curve) -> None:
+    text, data = curve.report(), json.loads(curve.to_json())
+    assert all(c.name in text for c in curve.candidates) and curve.best.form.equation in text
+    assert [c["name"] for c in data["candidates"]] == [c.name for c in curve.candidates]
+    assert sum(c["weight"] for c in data["candidates"]) == pytest.approx(1)
+    assert data["candidates"][0]["fit"]["form"] == curve.best.name and data["columns"] == ["x"]
+    assert data["noise"] == curve.calibration.noise and data["coverage"] == curve.coverage
+    short = select_law(X[:4], bent(X[:4]), laws=["power", "bnsl"], num_resamples=5)
+    assert json.loads(short.to_json())["candidates"][-1]["fit"] is None and "distinct points" in short.report()
+
+
+def test_the_best_laws_parameters_are_resampled_with_the_table(curve) -> None:
+    weights = Resampling(60).weights(12)
+    np.testing.assert_allclose(curve.bootstrap.theta, refit(curve.best, weights))
+    assert set(curve.bootstrap.interval()) == set(curve.best.params)

@@ -1,25 +1,228 @@
-"""Errors of parameters and predictions: bootstrap, curvature, profile, rolling origins, and what they cover."""
+"""How sure a fit is: resamples by hand, closed forms of weighted lines, profiles at bounds, and what intervals cover."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from dbscale.laws import LawError, bootstrap, error_weights, fit_law, profile_interval, seed_spread
-from dbscale.laws.resample import refit, resample_counts
-from dbscale.laws.rolling import rolling_origin
+from dbscale.laws import LawError, Loss, bootstrap, fit_law, parameter_intervals, profile_interval
+from dbscale.laws.uncertainty import Bootstrap, Resampling, refit, says_nothing
 
 X = np.geomspace(1e3, 1e6, 20)
 TRUTH = {"E": 0.1, "b": 8.0, "c": -0.4}
+LINE_X, LINE_Y = np.exp([0.0, 1, 2, 3, 4]), np.exp([2.0, 1.3, 1.1, 0.2, 0.1])
 
 
 def noisy(seed: int, size: float = 0.03) -> np.ndarray:
     return (0.1 + 8 * X**-0.4) * np.exp(size * np.random.default_rng(seed).standard_normal(len(X)))
 
 
+def line(weights: np.ndarray, logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Intercept and slope [B] of weighted lines of `logs` [B, n] over log x, in closed form."""
+    x = np.log(LINE_X)
+    total = weights.sum(axis=1)
+    mean_x, mean_y = weights @ x / total, (weights * logs).sum(axis=1) / total
+    slope = (weights * (x - mean_x[:, None]) * logs).sum(axis=1) / (weights * (x - mean_x[:, None]) ** 2).sum(axis=1)
+    return mean_y - slope * mean_x, slope
+
+
+# Resamples.
+
+
+def test_weights_have_the_moments_of_a_bootstrap() -> None:
+    """Mean, variance and skewness 1 for clusters; products of two such inside."""
+    how = Resampling(40_000, clusters=np.array(["a", "a", "b"]), within=np.array([0, 1, 0]), seed=1)
+    outer = Resampling(40_000, clusters=how.clusters, seed=1).weights(3)
+    assert outer[:, 0].mean() == pytest.approx(1, abs=0.02) and outer[:, 0].var() == pytest.approx(1, abs=0.03)
+    assert stats.skew(outer[:, 0]) == pytest.approx(1, abs=0.05)
+    assert outer.min() > 0 and outer.max() < 4
+    both = how.weights(3)
+    inner = both / outer
+    assert np.mean(both**2, axis=0) == pytest.approx(4, rel=0.06)
+    assert np.corrcoef(inner.T)[np.triu_indices(3, 1)] == pytest.approx(0, abs=0.02)
+
+
+def test_rows_of_a_cluster_are_drawn_together_and_those_within_apart() -> None:
+    how = Resampling(20, clusters=np.array(["a", "a", "a", "b"]), within=np.array(["s", "s", "t", "s"]))
+    w = how.weights(4)
+    np.testing.assert_array_equal(w[:, 0], w[:, 1])
+    assert np.all(w[:, 0] != w[:, 2]) and np.all(w[:, 0] != w[:, 3])
+    alone = Resampling(20).weights(4)
+    assert len(np.unique(alone)) == 80
+    assert how.num_clusters(4) == 2 and Resampling(20).num_clusters(4) == 4
+
+
+def test_arms_are_paired_by_their_labels_whatever_else_they_hold() -> None:
+    one = Resampling(10, clusters=np.array(["h1|1000|0", "h1|4000|0"]), seed=5).weights(2)
+    two = Resampling(10, clusters=np.array(["h1|4000|0", "h2|4000|0", "h1|1000|0"]), seed=5).weights(3)
+    np.testing.assert_array_equal(one, two[:, [2, 0]])
+    other = Resampling(10, clusters=np.array(["h1|1000|0", "h1|4000|0"]), seed=6).weights(2)
+    assert np.all(one != other)
+
+
+def test_every_resample_is_the_weighted_fit_by_hand() -> None:
+    own = np.array([1.0, 2.0, 1.0, 3.0, 1.0])
+    fit = fit_law("power", LINE_X, LINE_Y, weights=own, loss="least_squares_log")
+    drawn = bootstrap(fit, num_resamples=7, clusters=["a", "b", "b", "c", "d"], within=[0, 0, 1, 0, 0], seed=2)
+    how = Resampling(7, np.array(["a", "b", "b", "c", "d"]), np.array([0, 0, 1, 0, 0]), None, 2)
+    intercept, slope = line(how.weights(5) * own, np.tile(np.log(LINE_Y), (7, 1)))
+    np.testing.assert_allclose(drawn.params, np.stack([np.exp(intercept), slope], axis=1), rtol=1e-5)
+    assert drawn.stderr["c"] == pytest.approx(slope.std(ddof=1), rel=1e-4)
+    np.testing.assert_allclose(drawn.draws(np.array([10.0]))[:, 0], np.exp(intercept) * 10**slope, rtol=1e-5)
+    assert drawn.num_clusters == 4
+
+
+def test_the_test_sets_noise_is_redrawn_in_units_of_y() -> None:
+    """All rows in one cluster leave the test set alone: log b of a constant law spreads by √Σ(stderr/y)²/n."""
+    y, stderr = np.array([2.0, 2.0, 4.0, 4.0]), np.array([0.1, 0.1, 0.4, 0.0])
+    fit = fit_law("power", [1.0, 2, 3, 4], y, fixed={"c": 0.0}, loss="least_squares_log")
+    drawn = bootstrap(fit, num_resamples=4000, clusters=["a"] * 4, stderr=stderr)
+    expected = np.sqrt(0.05**2 + 0.05**2 + 0.1**2) / 4
+    assert np.log(drawn.params[:, 0]).std() == pytest.approx(expected, rel=0.04)
+    assert np.log(drawn.params[:, 0]).mean() == pytest.approx(np.log(np.sqrt(8)), abs=0.003)
+    linear = fit_law("power", [1.0, 2, 3, 4], y, fixed={"c": 0.0}, loss="least_squares")
+    plain = bootstrap(linear, num_resamples=4000, clusters=["a"] * 4, stderr=stderr).params[:, 0]
+    assert plain.std() == pytest.approx(np.sqrt(0.1**2 + 0.1**2 + 0.4**2) / 4, rel=0.04)
+    assert bootstrap(fit, num_resamples=50, clusters=["a"] * 4).params[:, 0].std() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clusters": ["a"]}, r"clusters has shape \(1,\), the table 5 rows"),
+        ({"within": ["a"] * 4}, "within has shape"),
+        ({"stderr": [-0.1] * 5}, "stderr must not be negative"),
+        ({"num_resamples": 0}, "at least 1, got 0"),
+    ],
+)
+def test_wrong_columns_are_refused(options: dict, words: str) -> None:
+    fit = fit_law("power", LINE_X, LINE_Y, loss="least_squares_log")
+    with pytest.raises(LawError, match=words):
+        bootstrap(fit, **options)
+
+
+def test_batched_refits_equal_single_fits() -> None:
+    fit = fit_law("power_plus", X, noisy(2), loss="least_squares_log")
+    weights, others = Resampling(3, seed=3).weights(len(X)), np.array([noisy(7), noisy(8), noisy(9)])
+    targets = np.log(others / fit.units["y"])
+    for theta, w, y in zip(refit(fit, weights, targets), weights, others, strict=True):
+        alone = fit_law("power_plus", X, y, loss="least_squares_log", weights=w)
+        assert fit.to_params(theta[None])[0] == pytest.approx(list(alone.params.values()), rel=1e-3)
+    assert refit(fit, np.empty((0, len(X)))).shape == (0, 3)
+
+
+# Intervals.
+
+
+def test_percentiles_are_widened_as_the_formula_says() -> None:
+    """Three draws of a constant law, two clusters left: √(4/3)·t(3)/z times the distance from the estimate."""
+    fit = fit_law("power", [1.0, 2, 3, 4], np.exp([0.9, 1.1, 1.0, 1.0]), fixed={"c": 0.0}, loss="least_squares_log")
+    logs = np.array([0.8, 1.0, 1.3])
+    drawn = Bootstrap(fit, np.stack([logs - np.log(fit.units["y"]), np.zeros(3)], axis=1), num_clusters=4)
+    wider = np.sqrt(4 / 3) * stats.t.ppf(0.75, 3) / stats.norm.ppf(0.75)
+    low, high = 1 + wider * (np.quantile(logs, [0.25, 0.75]) - 1)
+    assert drawn.interval(0.5) == {"b": pytest.approx((np.exp(low), np.exp(high)), rel=1e-6), "c": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9])
+def test_curvature_and_profile_of_a_line_are_students_interval(level: float) -> None:
+    """For a law that is linear in its coordinates all roads lead to slope ± t·stderr."""
+    for weights in (np.ones(5), np.array([1.0, 3.0, 2.0, 2.0, 5.0])):
+        fit = fit_law("power", LINE_X, LINE_Y, weights=weights, loss="least_squares_log")
+        reach = stats.t.ppf(0.5 + level / 2, 3) * fit.stderr["c"]
+        expected = (fit.params["c"] - reach, fit.params["c"] + reach)
+        assert parameter_intervals(fit, level)["c"] == pytest.approx(expected, rel=1e-5)
+        assert profile_interval(fit, "c", level) == pytest.approx(expected, rel=2e-3)
+
+
+def test_amplitudes_have_intervals_in_logarithms() -> None:
+    fit = fit_law("power", LINE_X, LINE_Y, loss="least_squares_log")
+    low, high = parameter_intervals(fit)["b"]
+    reach = stats.t.ppf(0.95, 3) * fit.stderr["b"] / fit.params["b"]
+    assert (low, high) == pytest.approx((fit.params["b"] * np.exp(-reach), fit.params["b"] * np.exp(reach)), rel=1e-5)
+    assert profile_interval(fit, "b") == pytest.approx((low, high), rel=5e-3)
+
+
+def test_fixed_parameters_have_no_width_and_undetermined_ones_no_interval() -> None:
+    d_p, d_f = (c.ravel() for c in np.meshgrid(np.geomspace(1e3, 1e6, 6), np.geomspace(1e2, 1e4, 5)))
+    y = (0.1 + d_f**-0.4) * np.exp(0.01 * np.random.default_rng(0).standard_normal(len(d_p)))
+    x = {"upstream_samples": d_p, "downstream_samples": d_f}
+    fit = fit_law("additive", x, y, fixed={"C": 1.0, "A": 0.0}, loss="least_squares_log")
+    assert "alpha" in fit.undetermined
+    for found in (parameter_intervals(fit), bootstrap(fit, num_resamples=40).interval()):
+        assert found["C"] == (1.0, 1.0) and found["A"] == (0.0, 0.0) and found["alpha"] is None
+        assert found["gamma"] is not None and found["gamma"][0] < 0.4 < found["gamma"][1]
+    with pytest.raises(LawError, match="fixed; there is nothing to profile"):
+        profile_interval(fit, "C")
+    with pytest.raises(LawError, match="did you mean 'gamma'"):
+        profile_interval(fit, "gama")
+
+
+@pytest.fixture(scope="module")
+def gap_fit():
+    """A table with no gap whose noise leaves room for one: as small and as noisy as those of real studies."""
+    d_p, d_f = (c.ravel() for c in np.meshgrid(np.geomspace(500, 5e4, 5), np.geomspace(100, 1e4, 3)))
+    y = 3 * d_p**-0.12 * d_f**-0.15 * np.exp(0.06 * np.random.default_rng(0).standard_normal(len(d_p)))
+    return fit_law("transfer_gap", {"upstream_samples": d_p, "downstream_samples": d_f}, y, loss="least_squares_log")
+
+
+def test_a_gap_at_its_bound_has_the_profiles_interval(gap_fit) -> None:
+    """Percentiles would say [0, 0]. The end is where the objective, all else fitted anew, has risen by t²/degrees."""
+    assert "G" in gap_fit.at_bound
+    low, high = profile_interval(gap_fit, "G")
+    assert low == 0 and high == pytest.approx(0.508, abs=0.01)
+    held = fit_law("transfer_gap", gap_fit.x, gap_fit.y, fixed={"G": high}, loss="least_squares_log")
+    rise = gap_fit.degrees * (held.objective / gap_fit.objective - 1)
+    assert rise == pytest.approx(stats.t.ppf(0.95, gap_fit.degrees) ** 2, rel=0.01)
+    assert parameter_intervals(gap_fit)["G"] == (low, high)
+    assert bootstrap(gap_fit, num_resamples=60).interval()["G"] == (low, high)
+    assert profile_interval(gap_fit, "G", 0.5)[1] < high
+
+
+def test_resamples_pressed_against_a_bound_call_for_the_profile(gap_fit) -> None:
+    """Not the estimate but a tenth of the draws lies on the bound: percentiles are no guide there either."""
+    fit = fit_law("power_plus", X, 0.004 + noisy(3, 0.1) - 0.1, loss="least_squares_log")
+    drawn = bootstrap(fit, num_resamples=200)
+    at_zero = np.mean(drawn.params[:, 0] <= 1e-9)
+    assert fit.at_bound == () and at_zero > 0.05
+    assert drawn.interval()["E"] == profile_interval(fit, "E")
+    assert drawn.interval()["E"][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "is_log", "empty"),
+    [
+        ((0.0, np.inf), True, True),
+        ((1.0, 1.3e6), True, True),
+        ((1.0, 1.1e6), True, False),
+        ((0.0, 0.5), True, False),
+        ((0.0, 2.0), False, True),
+        ((0.0, 1.9), False, False),
+        ((-np.inf, 1.0), False, False),
+    ],
+)
+def test_an_interval_as_wide_as_the_law_says_nothing(ends: tuple, is_log: bool, empty: bool) -> None:
+    """A factor of e^14 = 1.2 million, or the whole box [0, 2]."""
+    assert says_nothing(ends, is_log=is_log, box=(0.0, 2.0) if ends[0] >= 0 else (-np.inf, np.inf)) is empty
+
+
+def test_huber_profiles_resemble_huber_curvature() -> None:
+    x = np.geomspace(1, 1e3, 80)
+    y = 3 * x**-0.4 * np.exp(0.05 * np.random.default_rng(0).standard_t(4, 80))
+    fit = fit_law("power", x, y, loss=Loss("huber", "log", 0.05))
+    curved, profiled = parameter_intervals(fit)["c"], profile_interval(fit, "c")
+    assert curved is not None
+    assert profiled[1] - profiled[0] == pytest.approx(curved[1] - curved[0], rel=0.2)
+    assert sum(profiled) / 2 == pytest.approx(fit.params["c"], abs=0.1 * (profiled[1] - profiled[0]))
+
+
+# What they cover.
+
+
 def coverage(num_draws: int, interval) -> dict[str, float]:
     """Share of draws whose interval holds the truth, per parameter."""
-    hits = {name: 0 for name in TRUTH}
+    hits = dict.fromkeys(TRUTH, 0)
     for seed in range(num_draws):
         for name, (low, high) in interval(fit_law("power_plus", X, noisy(seed), loss="least_squares_log")).items():
             hits[name] += low <= TRUTH[name] <= high
@@ -27,14 +230,23 @@ def coverage(num_draws: int, interval) -> dict[str, float]:
 
 
 INTERVALS = {
-    "curvature": lambda fit: fit.parameter_interval(0.9),
-    "bootstrap": lambda fit: bootstrap(fit, num_resamples=300).interval(0.9),
+    "curvature": lambda fit: parameter_intervals(fit, 0.9),
+    "bootstrap": lambda fit: bootstrap(fit, num_resamples=200).interval(0.9),
     "profile": lambda fit: {name: profile_interval(fit, name, 0.9) for name in TRUTH},
 }
 
 
-def test_intervals_cover_in_a_few_draws() -> None:
-    assert min(coverage(20, INTERVALS["curvature"]).values()) >= 0.8
+def test_estimates_are_unbiased_and_their_errors_those_of_repetitions() -> None:
+    fits = [fit_law("power_plus", X, noisy(s), loss="least_squares_log") for s in range(60)]
+    slopes, said = [f.params["c"] for f in fits], [f.stderr["c"] for f in fits]
+    assert np.mean(slopes) == pytest.approx(-0.4, abs=3 * np.std(slopes) / np.sqrt(60))
+    assert np.mean(said) == pytest.approx(np.std(slopes, ddof=1), rel=0.25)
+
+
+def test_half_of_the_50_percent_intervals_hold_the_truth() -> None:
+    """Two-sided: 80 draws of a nominal half lie within .35 and .65 (2.7 standard errors)."""
+    shares = coverage(80, lambda fit: parameter_intervals(fit, 0.5))
+    assert all(0.35 <= share <= 0.65 for share in shares.values()), shares
 
 
 @pytest.mark.slow
@@ -44,100 +256,15 @@ def test_nominal_90_percent_intervals_cover_85_to_95(kind: str) -> None:
         assert 0.85 <= share <= 0.95, (kind, name, share)
 
 
-def test_three_roads_to_an_interval_agree() -> None:
-    fit = fit_law("power_plus", X, noisy(1), loss="least_squares_log")
-    curvature, resampled = fit.parameter_interval(0.9), bootstrap(fit, num_resamples=150).interval(0.9)
-    for name in TRUTH:
-        widths = [b - a for a, b in (curvature[name], resampled[name], profile_interval(fit, name, 0.9))]
-        assert max(widths) < 2.5 * min(widths), (name, widths)
-
-
-def test_huber_errors_resemble_the_bootstraps(chinchilla) -> None:
+def test_chinchilla_errors_are_near_those_published(chinchilla) -> None:
+    published = {"A": 124.5, "E": 0.0257, "alpha": 0.0154, "beta": 0.0206}
     fit = fit_law("chinchilla", *chinchilla)
-    resampled = bootstrap(fit, num_resamples=200).stderr
-    for name, size in fit.stderr.items():
-        assert 0.5 < size / resampled[name] < 2, name
+    drawn = bootstrap(fit, num_resamples=600).stderr
+    for name, size in published.items():
+        assert drawn[name] == pytest.approx(size, rel=0.12), name
+        assert fit.stderr[name] == pytest.approx(size, rel=0.25), name
 
 
 @pytest.mark.slow
-def test_chinchilla_bootstrap_errors(chinchilla) -> None:
-    published = {"A": 124.5, "B": 1293, "E": 0.0257, "alpha": 0.0154, "beta": 0.0206}
-    assert bootstrap(fit_law("chinchilla", *chinchilla), num_resamples=4000).stderr == pytest.approx(published, rel=0.1)
-
-
-def test_clusters_are_drawn_together_and_alike_for_both_arms() -> None:
-    labels = np.repeat(["a", "b", "c", "d"], 3)
-    counts = resample_counts(labels, 50, seed=1)
-    assert np.all(counts.reshape(50, 4, 3) == counts.reshape(50, 4, 3)[:, :, :1])
-    assert np.all(counts.sum(axis=1) == 12)
-    np.testing.assert_array_equal(counts, resample_counts(labels, 50, seed=1))
-
-
-def test_batched_refits_equal_single_fits() -> None:
-    fit = fit_law("power_plus", X, noisy(2), loss="least_squares_log")
-    counts = resample_counts(len(X), 5, seed=3)
-    for theta, weights in zip(refit(fit, counts), counts, strict=True):
-        alone = fit_law("power_plus", X, noisy(2), loss="least_squares_log", weights=weights)
-        assert fit.to_params(theta) == pytest.approx(alone.params, rel=1e-3)
-
-
-def test_a_term_that_vanished_may_come_back_in_a_resample() -> None:
-    """At its floor the logarithm of G has no slope; intervals of no width would follow."""
-    d_p, d_f = (c.ravel() for c in np.meshgrid(np.geomspace(1e3, 1e6, 6), np.geomspace(1e2, 1e4, 5)))
-    x = {"upstream_samples": d_p, "downstream_samples": d_f}
-    y = 8 * d_p**-0.4 * d_f**-0.3 * np.exp(0.05 * np.random.default_rng(2).standard_normal(len(d_p)))
-    fit = fit_law("transfer_gap", x, y, loss="least_squares_log")
-    assert "G" in fit.at_bound
-    resampled, profiled = bootstrap(fit, num_resamples=100).interval()["G"], profile_interval(fit, "G")
-    assert resampled[0] < 1e-6 and 1e-4 < resampled[1] < 0.05
-    assert profiled[0] < 1e-6 and 1e-4 < profiled[1] < 0.05
-
-
-def test_resampled_targets_are_fitted_each() -> None:
-    fit = fit_law("power_plus", X, noisy(2), loss="least_squares_log")
-    others = np.array([noisy(7), noisy(8)])
-    for theta, y in zip(refit(fit, np.ones((2, len(X))), np.log(others)), others, strict=True):
-        alone = fit_law("power_plus", X, y, loss="least_squares_log")
-        assert fit.to_params(theta) == pytest.approx(alone.params, rel=1e-3)
-
-
-def test_the_hierarchy_adds_spread_at_every_level() -> None:
-    x, y = np.repeat(X, 2), np.repeat(0.1 + 8 * X**-0.4, 2) * np.tile([1.05, 0.95], len(X))
-    fit = fit_law("power_plus", x, y, loss="least_squares_log")
-    cells, seeds = np.repeat(np.arange(len(X)), 2), np.tile([0, 1], len(X))
-    whole_cells = bootstrap(fit, num_resamples=100, clusters=cells)
-    with_seeds = bootstrap(fit, num_resamples=100, clusters=cells, within=seeds)
-    with_tests = bootstrap(fit, num_resamples=100, clusters=cells, within=seeds, target_stderr=0.1 * y)
-    spreads = [b.stderr["c"] for b in (whole_cells, with_seeds, with_tests)]
-    assert spreads[0] < 0.5 * spreads[1] < 0.5 * spreads[2]
-
-
-def test_rolling_origins_never_see_what_they_predict() -> None:
-    y = noisy(3)
-    spoiled = np.where(X[15] < X, 5 * y, y)
-    clean, changed = (rolling_origin(fit_law("power", X, v, loss="least_squares_log")) for v in (y, spoiled))
-    first = 0  # trains on the smallest 40 %
-    seen_before = slice(8, 15)
-    np.testing.assert_allclose(clean.error[first, seen_before], changed.error[first, seen_before], atol=1e-3)
-    assert np.all(np.isnan(clean.error[first, :8])) and np.all(clean.distance[:, 0] == 0)
-
-
-def test_prediction_intervals_widen_with_distance_when_the_law_is_wrong() -> None:
-    bent = 0.1 + 0.5 / (1 + X / 3e4)
-    fit = fit_law("power", X, bent, loss="least_squares_log")
-    far = np.array([2e6, 8e6])
-    low, high = fit.interval(far, 0.9)
-    mean_low, mean_high = fit.interval(far, 0.9, kind="mean")
-    assert np.all(np.log(high / low) > np.log(mean_high / mean_low))
-    assert np.log(high / low)[1] > np.log(high / low)[0]
-    with pytest.raises(LawError, match="level"):
-        fit.interval(far, 90)
-
-
-def test_weights_follow_the_binomial_and_the_seeds() -> None:
-    errors = np.array([0.5, 0.02, 0.5, 0.02])
-    weights = error_weights(errors, 10_000, space="linear")
-    assert weights[1] / weights[0] == pytest.approx(0.25 / (0.02 * 0.98), rel=0.02)
-    spread = seed_spread([0.10, 0.12, 0.30, 0.36], ["a", "a", "b", "b"])
-    assert spread / np.array([0.10, 0.12, 0.30, 0.36]) == pytest.approx(np.log(1.2) / np.sqrt(2), rel=1e-6)
-    assert np.all(seed_spread([0.1, 0.2], ["a", "b"]) == 0)
+def test_chinchillas_longest_tail_needs_4000_resamples(chinchilla) -> None:
+    assert bootstrap(fit_law("chinchilla", *chinchilla), num_resamples=4000).stderr["B"] == pytest.approx(1293, rel=0.2)

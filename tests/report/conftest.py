@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dbscale.report.page import write_report
 from dbscale.report.table import Run, RunTable
 from dbscale.strict import validate
 from dbscale.study.cell import Cell
@@ -165,6 +164,7 @@ def make_store_in() -> MakeStore:
 @pytest.fixture(scope="session")
 def reported(make_store_in: MakeStore, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A grid in which one teacher failed, with its report written."""
+    from dbscale.report.page import write_report
 
     def fails(cell: Cell) -> bool:
         return (cell.recipe.model, cell.recipe.data.num_samples, cell.recipe.seed) == (DeiT(**MODELS["h1"]), 2000, 1)

@@ -1,62 +1,112 @@
-"""Advice asks the laws at one point, and refuses what the table cannot answer."""
+"""Advice for one point follows from the page's verdicts, and says on which axes it reaches beyond them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dbscale.errors import TableError
-from dbscale.report.advise import advise, parse_count
-from dbscale.report.fits import Options
+from dbscale.laws import NOISE_TABLES
+from dbscale.report.advise import ASSUMED_SLOPE, Design, advise, plan_power
+from dbscale.report.findings import Options, find
+from dbscale.report.words import answer
+from tests.report.test_findings import study
 
-FAST = Options(num_bootstraps=40)
+FAST = Options(num_draws=200, num_resamples=20)
+DESIGN = Design(num_x=5, num_seeds=4, num_students=2, num_labels=2, finetunes=1, step_octaves=1.0, cost_upstream=10.0,
+                cost_finetune=1.0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def table(make_table):
-    return make_table(students={"h1": 50_000, "h2": 200_000, "h4": 800_000}, downstream=(100, 1000), seeds=(0, 1))
-
-
-def test_few_images_call_for_distilling_and_many_do_not(table):
-    (few,) = advise(table, 1000, 1000, 200_000, options=FAST)
-    (many,) = advise(table, 120_000, 1000, 200_000, options=FAST)
-    assert (few.from_laws.decision, many.from_laws.decision) == ("distill", "plain")
-    assert "digits" in few.sentence
-    assert "expected error" in few.text()
-
-
-def test_an_unknown_downstream_set_is_named_with_the_nearest(table):
-    with pytest.raises(TableError, match="did you mean 'digits'"):
-        advise(table, 1000, 1000, 1e5, dataset="digit", options=FAST)
-
-
-def test_one_arm_cannot_be_compared(table):
-    with pytest.raises(TableError, match="the table has plain only"):
-        advise(table.where(lambda run: run.arm != "distilled"), 1000, 1000, 1e5, options=FAST)
-
-
-@pytest.mark.parametrize("point", [(0, 1, 1), (1, -5, 1), (1, 1, float("nan"))])
-def test_impossible_points_are_refused(table, point):
-    with pytest.raises(TableError, match="must be above 0"):
-        advise(table, *point, options=FAST)
+def table():
+    """One student of 5,000 parameters; distilling helps at 1,000 and 2,000 images and hurts at 4,000 and 8,000."""
+    return study(labels=(100, 1000))
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("200k", 2e5), ("22M", 2.2e7), ("1_281_167", 1281167), ("2e5", 2e5), ("1,000", 1000), ("1.3G", 1.3e9)],
-)
-def test_counts_are_read_as_people_write_them(text, value):
-    assert parse_count(text) == pytest.approx(value)
+    ("size", "expected"),
+    [(1000, "digits: distillation: 1,000 upstream images lie below the boundary, about 2,"),
+     (8000, "digits: plain pretraining: 8,000 upstream images lie above the boundary, about 2,")],
+)  # fmt: skip
+def test_the_side_of_the_boundary_decides(table, size, expected):
+    (found,) = advise(table, size, 100, 5000, options=FAST)
+    assert found.sentence.startswith(expected) and "extrapolation" not in found.sentence
 
 
-@pytest.mark.parametrize("text", ["", "k", "many", "-3", "0", "nan", "inf"])
-def test_what_is_no_count_is_refused(text):
-    with pytest.raises(TableError):
-        parse_count(text)
+def test_advice_rests_on_the_page_s_own_verdict(table):
+    (found,) = advise(table, 1000, 1000, 5000, options=FAST)
+    assert found.record.downstream_samples == 1000
+    page = {each.downstream_samples: each for each in find(table, options=FAST).boundary.contrasts}
+    assert found.record.verdict is not None and page[1000].verdict is not None
+    assert found.record.verdict.points == page[1000].verdict.points
+    assert f"verdict (h2, 1,000 labels): {answer(page[1000])}" in found.text()
 
 
-@settings(deadline=None)
-@given(st.integers(1, 10**12))
-def test_plain_integers_are_themselves(number):
-    assert parse_count(str(number)) == number
+@pytest.mark.parametrize(
+    ("point", "told"),
+    [((1000, 100, 5e6), "5,000,000 parameters are above the measured 5,000 to 5,000"),
+     ((1000, 50, 5000), "50 labels are below the measured 100 to 1,000"),
+     ((20_000, 100, 5000), "20,000 upstream images are above the measured 1,000 to 8,000"),
+     ((20_000, 50, 5e6), "20,000 upstream images are above the measured 1,000 to 8,000, 5,000,000 parameters are above the "
+      "measured 5,000 to 5,000 and 50 labels are below the measured 100 to 1,000")],
+)  # fmt: skip
+def test_every_axis_beyond_what_was_measured_is_named(table, point, told):
+    (found,) = advise(table, *point, options=FAST)
+    assert found.sentence.endswith(f" This point is an extrapolation: {told}.")
+
+
+def test_the_laws_add_what_error_to_expect(table):
+    falling = tuple(replace(r, error_rate=r.error_rate * (r.upstream_samples / 1000) ** -0.1) for r in table)
+    (found,) = advise(replace(table, runs=falling), 1000, 100, 5000, options=FAST)
+    assert set(found.expected) == {"plain", "distilled"}
+    assert found.expected["plain"].value == pytest.approx(0.4, rel=0.05)
+    assert "plain by its laws: 40." in found.text()
+
+
+def test_an_undecided_study_gives_no_advice(table):
+    runs = tuple(replace(r, error_rate=0.4 + 0.01 * (r.seed - 1.5) * (1 if r.arm == "plain" else -1)) for r in table)
+    (found,) = advise(replace(table, runs=runs), 1000, 100, 5000, options=FAST)
+    assert found.sentence == "digits: no advice: which side gives the lower error is undecided."
+    assert found.record.pooled
+
+
+@pytest.mark.parametrize(
+    ("point", "dataset", "message"),
+    [((0, 100, 5000), None, "upstream_samples is 0; it must be above 0"),
+     ((1000, float("nan"), 5000), None, "downstream_samples is nan; it must be above 0"),
+     ((1000, 100, 5000), "digit", "no runs on 'digit'; did you mean 'digits'")],
+)  # fmt: skip
+def test_bad_questions_are_refused(table, point, dataset, message):
+    with pytest.raises(TableError, match=message):
+        advise(table, *point, dataset=dataset, options=FAST)
+
+
+def test_a_table_that_cannot_be_judged_says_why(table):
+    with pytest.raises(TableError, match="the table has plain only"):
+        advise(table.where(arm="plain"), 1000, 100, 5000, options=FAST)
+    with pytest.raises(TableError, match="digits: every pair has seed 0"):
+        advise(table.where(seed=0), 1000, 100, 5000, options=FAST)
+    with pytest.raises(TableError, match="no runs with upstream data"):
+        advise(table.where(arm="scratch"), 1000, 100, 5000, options=FAST)
+
+
+def test_a_plan_reads_the_noise_of_rows_at_hand(table):
+    quiet = plan_power(DESIGN, table)
+    assert quiet[0].endswith("(noise of the rows at hand)")
+    named = plan_power(DESIGN, None, "demo_digits")
+    assert named[0].endswith("(noise of the default table demo_digits)")
+    usual = plan_power(DESIGN, table.where(seed=0), "no such table")
+    assert usual[0].endswith("(noise of the default table cifar10_fashion)")
+    # Seeds of the study above differ by .002, those of the demo by .1.
+    size = [float(lines[0].split("a ΔE of ")[1].split(" points")[0]) for lines in (quiet, named)]
+    assert size[0] < 1 < size[1]
+
+
+def test_a_plan_of_more_seeds_finds_less_and_one_seed_nothing():
+    few, many = (plan_power(replace(DESIGN, num_seeds=seeds), None) for seeds in (3, 12))
+    size = [float(lines[0].split("a ΔE of ")[1].split(" points")[0]) for lines in (few, many)]
+    assert size[1] < 0.6 * size[0]
+    (nothing,) = plan_power(replace(DESIGN, num_seeds=1), None)
+    assert nothing.startswith("this design finds nothing: power of 1 seed")
+    assert "cifar10_fashion" in NOISE_TABLES and f"by {100 * ASSUMED_SLOPE:.0f} points per octave" in few[1]

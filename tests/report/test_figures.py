@@ -1,63 +1,210 @@
-"""Axes carry round ticks, panels the right runs, and marks the arm's own look."""
+"""What figures draw of records by hand, and that page and paper take the same declaration."""
 
 from __future__ import annotations
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from typing import Any
 
-from dbscale.report import panels
-from dbscale.report.curves import few, log_grid
-from dbscale.report.fits import Options, fit_grid
-from dbscale.report.plotly_axes import error_ticks
-from dbscale.report.style import LOOKS
+import pytest
 
+from dbscale.report import figures
+from dbscale.report.figures import Figure, delta_figure, error_figure, export, halves_figure, log_ticks, noise_figure
+from dbscale.report.schema import Band, HalfRecord, LawCurve, LawsFile, Prediction
+from dbscale.report.table import Run, RunTable, Setting
+from tests.report.verdicts import HELPS_THEN_HURTS, make_contrast, make_noise, make_verdict
 
-@settings(deadline=None)
-@given(st.floats(1e-3, 0.9), st.floats(1.6, 300))
-def test_every_error_axis_has_a_few_round_ticks(low, ratio):
-    high = min(low * ratio, 1.0)
-    ticks = [tick for tick in error_ticks((low, high)) if low <= tick <= high]
-    assert high < 1.5 * low or 1 <= len(ticks) <= 12
+SETTING = Setting("base", "fractals", "digits")
 
 
-@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=9))
-def test_few_values_keep_both_ends(values):
-    kept = few(values)
-    assert len(kept) <= 3
-    assert (kept[0], kept[-1]) == (min(values), max(values))
+def rows_of(figure: Figure | None, part: str) -> list[dict[str, Any]]:
+    assert figure is not None
+    return [row for row in figure.rows if row.get("part") == part]
 
 
-def test_curves_reach_beyond_the_measured_range():
-    grid = log_grid([100, 1000])
-    assert grid[0] < 100 and grid[-1] > 1000
+def layers_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return spec["spec"]["layer"] if "facet" in spec else spec["layer"]
 
 
-def test_arms_differ_in_colour_mark_and_dash():
-    plain, distilled = LOOKS["plain"], LOOKS["distilled"]
-    assert plain.color != distilled.color
-    assert plain.marker != distilled.marker
-    assert plain.dash != distilled.dash
-    assert abs(luminance(plain.color) - luminance(distilled.color)) > 0.15
+def scales(figure: Figure, channel: str) -> set[str]:
+    encodings = [layer["encoding"] for layer in layers_of(figure.spec())]
+    return {each[channel]["scale"]["type"] for each in encodings if "scale" in each.get(channel, {})}
 
 
-def luminance(color: str) -> float:
-    """Relative luminance of an sRGB colour: what is left without colour vision."""
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+def laws_file(**fields: Any) -> LawsFile:
+    empty = dict.fromkeys(("laws", "curves", "predictions", "transfer", "levers", "predictors", "notes"), ())
+    return LawsFile(**({"grid": "g", "source": "s", "level": 0.9, "num_draws": 9, "seed": 0} | empty | fields))
 
 
-def test_panels_hold_every_run_once(make_table):
-    table = make_table(students={"h1": 50_000, "h2": 200_000}, downstream=(100, 1000))
-    findings = fit_grid(table, options=Options(num_bootstraps=20))
-    setting = table.settings[0]
-    grid = panels.error_by_upstream(table, findings.laws, setting)
-    drawn = sum(len(series.y) for panel in grid.panels for series in panel.series)
-    assert drawn == len(table.pretrained)
-    assert grid.columns == ("h1 · 50k parameters", "h2 · 200k parameters")
-    assert grid.rows == ("100 labels", "1,000 labels")
-    assert all(panel.level is not None for panel in grid.panels)
-    assert all(series.curve is not None for panel in grid.panels for series in panel.series)
-    assert [len(block.columns) for block in grid.blocks(1)] == [1, 1]
-    delta = panels.delta_by_upstream(table, findings.boundary, setting)
-    assert all(len(panel.points) == 5 and len(panel.boundary) == 2 for panel in delta.panels)
+def run(arm: str, upstream: int, error: float, **fields: Any) -> Run:
+    names = {"variant": "base", "student": "h2", "num_params": 5000, "upstream_dataset": "fractals" if upstream else "",
+             "dataset": "digits", "downstream_samples": 100, "seed": 0, "key": f"{arm}-{upstream}"}  # fmt: skip
+    return Run(**(names | {"arm": arm, "upstream_samples": upstream, "error_rate": error} | fields))
+
+
+def test_differences_are_drawn_in_points_with_the_sign_that_is_established():
+    figure = delta_figure("verdict", [make_contrast(make_verdict(HELPS_THEN_HURTS))])
+    points = rows_of(figure, "point")
+    assert [(row["x"], row["y"], row["low_all"], row["high_all"]) for row in points] == [
+        (1000, pytest.approx(5), pytest.approx(3), pytest.approx(7)),
+        (4000, pytest.approx(0), pytest.approx(-2), pytest.approx(2)),
+        (16000, pytest.approx(-4), pytest.approx(-6), pytest.approx(-2)),
+    ]
+    assert (points[0]["low"], points[0]["high"]) == (pytest.approx(4), pytest.approx(6))
+    assert [row["sign"] for row in points] == ["distillation lower", "sign not established", "plain pretraining lower"]
+    assert [row["y"] for row in rows_of(figure, "seed")] == [pytest.approx(y) for y in (4, 6, -1, 1, -5, -3)]
+    assert rows_of(figure, "zone") == [{"panel": "pooled", "part": "zone", "low": -0.5, "high": 0.5, "y": 0}]
+    (root,) = rows_of(figure, "root")
+    assert (root["x"], root["low"], root["high"]) == (4000, pytest.approx(4000 / 1.5), 6000)
+    assert [row["y"] for row in rows_of(figure, "curve")] == [pytest.approx(y) for y in (5, 0, -4)]
+
+
+def test_differences_of_a_loss_keep_their_unit_and_have_no_root_without_a_crossing():
+    verdict = make_verdict(((1000.0, 0.3, 0.1), (4000.0, 0.2, 0.1)), min_effect=0.02)
+    figure = delta_figure("delta", [make_contrast(verdict, metric="test_loss")])
+    assert [row["y"] for row in rows_of(figure, "point")] == [0.3, 0.2]
+    assert rows_of(figure, "root") == [] and "root-line" not in str(figure and figure.spec())
+
+
+def test_the_axis_is_logarithmic_with_a_tick_at_every_measured_value():
+    figure = delta_figure("verdict", [make_contrast(make_verdict(HELPS_THEN_HURTS))])
+    assert figure is not None and scales(figure, "x") == {"log"}
+    axes = [layer["encoding"]["x"]["axis"]["values"] for layer in layers_of(figure.spec()) if "axis" in
+            layer["encoding"].get("x", {})]  # fmt: skip
+    assert axes and all(values == [1000, 4000, 16000] for values in axes)
+
+
+def test_every_contrast_has_a_panel_of_its_own():
+    verdict = make_verdict(HELPS_THEN_HURTS)
+    records = [
+        make_contrast(verdict),
+        make_contrast(verdict, student="h2", downstream_samples=100),
+        make_contrast(None),
+    ]
+    figure = delta_figure("delta", records)
+    assert figure is not None
+    spec = figure.spec()
+    assert spec["facet"]["sort"] == ["pooled", "h2, 100 labels"] and spec["columns"] == 2
+    assert len(rows_of(figure, "point")) == 6
+    assert delta_figure("none", [make_contrast(None)]) is None
+
+
+def test_halves_stand_side_by_side():
+    halves = tuple(
+        HalfRecord(seeds=seeds, verdict=make_verdict(((1000.0, delta, 0.02), (2000.0, 0.0, 0.02))))
+        for seeds, delta in ((("0", "2"), 0.01), (("1", "3"), -0.03))
+    )
+    figure = halves_figure("halves", make_contrast(make_verdict(HELPS_THEN_HURTS), halves=halves))
+    drawn = [(row["half"], row["x"], row["y"], row["low"], row["high"]) for row in rows_of(figure, "mean")]
+    assert drawn[0] == ("seeds 0, 2", "1,000", pytest.approx(1), pytest.approx(0), pytest.approx(2))
+    assert drawn[2] == ("seeds 1, 3", "1,000", pytest.approx(-3), pytest.approx(-4), pytest.approx(-2))
+    assert halves_figure("halves", make_contrast(None)) is None
+
+
+def test_noise_is_a_bar_of_shares_for_every_pooled_contrast():
+    record = make_contrast(make_verdict(HELPS_THEN_HURTS), noise=make_noise())
+    single = record.model_copy(update={"student": "h2"})
+    figure = noise_figure("noise", [record, single])
+    assert figure is not None
+    assert [(row["contrast"], row["source"], row["share"]) for row in figure.rows] == [
+        ("error, digits", "seed (images drawn, initialisation)", 0.5), ("error, digits", "upstream run", 0.5)
+    ]  # fmt: skip
+    assert noise_figure("noise", [make_contrast(None)]) is None
+
+
+def test_errors_are_drawn_run_by_run_with_the_laws_of_their_own_panel():
+    table = RunTable((run("plain", 1000, 0.3), run("distilled", 1000, 0.25), run("scratch", 0, 0.6),
+                      run("plain", 4000, 0.2, test_loss=0.7)))  # fmt: skip
+    band = Band(x=(1000.0, 4000.0), y=(0.31, None), low=(0.3, None), high=(0.32, None))
+    names = {**SETTING._asdict(), "arm": "plain", "axis": "upstream_samples", "student": "h2", "band": band}
+    curve = LawCurve(**names, metric="error_rate", upstream_samples=None, downstream_samples=100)
+    elsewhere = curve.model_copy(update={"downstream_samples": 999})
+    laws = laws_file(curves=(curve, elsewhere, curve.model_copy(update={"metric": "test_loss"})))
+    figure = error_figure("error", table, laws, SETTING)
+    assert [(row["arm"], row["x"], row["y"]) for row in rows_of(figure, "run")] == [
+        ("plain", 1000, 0.3), ("distilled", 1000, 0.25), ("plain", 4000, 0.2)
+    ]  # fmt: skip
+    assert [(row["arm"], row["y"]) for row in rows_of(figure, "level")] == [("scratch", 0.6)]
+    assert [(row["x"], row["y"], row["low"], row["high"]) for row in rows_of(figure, "law")] == [
+        (1000, 0.31, 0.3, 0.32)
+    ]
+    assert scales(figure, "x") == {"log"} and scales(figure, "y") == {"log"}
+    loss = error_figure("loss", table, laws, SETTING, metric="test_loss")
+    assert [row["y"] for row in rows_of(loss, "run")] == [0.7]
+
+
+def test_arms_can_be_hidden_and_only_those_that_are_there_have_an_entry():
+    table = RunTable((run("plain", 1000, 0.3), run("distilled", 1000, 0.25)))
+    spec = error_figure("error", table, laws_file(), SETTING).spec()
+    assert {"name": "hidden", "value": []} in spec["params"]
+    marks = layers_of(spec)[-1]["encoding"]
+    assert marks["opacity"] == {
+        "condition": [{"test": "indexof(hidden, datum.arm) < 0", "value": 0.85}], "value": 0
+    }  # fmt: skip
+    assert marks["color"]["scale"]["domain"] == ["plain", "distilled"]
+
+
+def test_over_labels_only_the_ends_of_the_other_axis_are_drawn():
+    table = RunTable(
+        tuple(run("plain", size, 0.3, downstream_samples=labels) for size in (1, 2, 3) for labels in (10, 99))
+    )
+    figure = error_figure("labels", table, laws_file(), SETTING, axis="downstream_samples")
+    assert {row["panel"] for row in rows_of(figure, "run")} == {"h2, 1 upstream images", "h2, 3 upstream images"}
+
+
+def test_upstream_errors_count_every_run_once_and_show_the_teacher():
+    shared = {"upstream_error_rate": 0.5, "upstream_key": "up"}
+    table = RunTable((run("plain", 1000, 0.3, **shared), run("plain", 1000, 0.2, downstream_samples=999, **shared),
+                      run("distilled", 1000, 0.25, teacher_error_rate=0.7, **shared)))  # fmt: skip
+    figure = figures.upstream_figure("upstream", table, SETTING)
+    assert [(row["arm"], row["y"]) for row in rows_of(figure, "run")] == [
+        ("plain", 0.5), ("distilled", 0.5), ("teacher", 0.7)
+    ]  # fmt: skip
+    assert figures.upstream_figure("upstream", RunTable((run("plain", 1000, 0.3),)), SETTING) is None
+
+
+def test_predictions_stand_against_measurements_seen_and_held_out():
+    names = {
+        **SETTING._asdict(),
+        "student": "h2",
+        "upstream_samples": 1,
+        "downstream_samples": 1,
+        "seed": 0,
+        "key": "k",
+    }
+    made = [Prediction(**names, arm="plain", measured=0.4, predicted=value, held_out=out)
+            for value, out in ((0.5, False), (0.2, True), (None, True))]  # fmt: skip
+    figure = figures.predicted_figure("predicted", laws_file(predictions=tuple(made)), SETTING)
+    assert [(row["panel"], row["x"], row["y"]) for row in rows_of(figure, "run")] == [
+        ("laws fitted to all runs", 0.4, 0.5), ("largest D_p held out", 0.4, 0.2)
+    ]  # fmt: skip
+    assert {(row["x"], row["y"]) for row in rows_of(figure, "guide")} == {(0.2, 0.2), (0.5, 0.5)}
+    assert figures.predicted_figure("predicted", laws_file(), SETTING) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([0.04, 0.7], [0.05, 0.1, 0.2, 0.5]), ([0.5, 1.8], [0.5, 0.6, 0.8, 1, 1.2, 1.5])]
+)
+def test_ticks_are_round(values, expected):
+    assert log_ticks(values) == pytest.approx(expected)
+
+
+def test_themes_differ_in_colours_alone():
+    figure = delta_figure("verdict", [make_contrast(make_verdict(HELPS_THEN_HURTS))])
+    assert figure is not None
+    light, dark = (figure.spec(theme) for theme in ("light", "dark"))
+    assert light["config"]["background"] == "#ffffff" and dark["config"]["background"] == "#12161d"
+    assert light["config"]["range"]["category"] != dark["config"]["range"]["category"]
+    assert {**light, "config": 0} == {**dark, "config": 0} == {**figure.spec(), "config": 0}
+
+
+def test_figures_are_valid_and_go_to_paper_as_svg_and_pdf(tmp_path):
+    verdict = make_verdict(HELPS_THEN_HURTS)
+    record = make_contrast(verdict, noise=make_noise(), halves=(HalfRecord(seeds=("0",), verdict=verdict),) * 2)
+    made = figures.contrast_figures(record)
+    assert list(made) == ["verdict", "halves", "noise"]
+    for figure in made.values():
+        figure.chart.to_dict(validate=True)
+    paths = export(made.values(), tmp_path / "new")
+    assert [path.name for path in paths] == [f"{name}.{kind}" for name in made for kind in ("svg", "pdf")]
+    text = (tmp_path / "new" / "verdict.svg").read_text()
+    assert "distillation lower" in text and "upstream images" in text and "http://www.w3.org/2000/svg" in text
+    assert all(path.read_bytes().startswith(b"%PDF") for path in paths if path.suffix == ".pdf")

@@ -1,125 +1,138 @@
-"""The page is one offline file with the answer, valid figures, every failed cell and only escaped values."""
+"""The page of a study holds its answer, its tables and its figures, needs no network, and trusts no name."""
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 from pathlib import Path
 
-import plotly.graph_objects
 import pytest
 
-from dbscale.report.page import write_report
-from dbscale.report.paper import export_figures
-from dbscale.report.refresh import refresh
-from dbscale.report.terminal import summary
+from dbscale.laws import make_pairs
+from dbscale.report import schema
+from dbscale.report.background import of_table
+from dbscale.report.findings import Options, contrast, find
+from dbscale.report.page import compare_page, export_table_figures, write_page, write_table_report
+from dbscale.report.schema import BoundaryFile
+from dbscale.report.table import RunTable, read_table, to_csv
 from dbscale.study.store import Store
+from tests.report.test_findings import study
+
+FAST = Options(num_draws=200, num_resamples=20)
+STUDY = Path(__file__).parents[2] / "docs" / "studies" / "cifar10"
+MEGABYTE = 1_000_000
 
 
 @pytest.fixture(scope="module")
 def html(reported: Store) -> str:
-    return (reported.grid_dir("tiny") / "report.html").read_text()
+    return (reported.grid_dir("tiny") / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def own_html(html: str) -> str:
-    """The page without the plotting library."""
-    return re.sub(r"<script>/\*\*.*?</script>", "", html, flags=re.S)
+def words_of(html: str) -> str:
+    """What a reader sees, without scripts and styles."""
+    bare = re.sub(r"<(script|style).*?</\1>", " ", html, flags=re.S)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", bare))
 
 
-def test_the_answer_stands_before_any_figure(reported: Store, own_html: str):
-    _, findings = refresh(reported, "tiny")
-    answer = findings.boundary.answers[0]
-    assert answer in own_html
-    assert own_html.index(answer) < own_html.index('class="plot"')
+def test_the_answer_comes_first_and_is_that_of_the_file(html: str, reported: Store):
+    boundary = schema.read(BoundaryFile, reported.grid_dir("tiny") / "boundary.json")
+    text = words_of(html)
+    dataset, verdict = boundary.answers[0].removeprefix("On ").split(": ", 1)
+    first = (verdict[:1].upper() + verdict[1:]).split(". ")[0]
+    assert dataset == "digits" and first in text
+    assert text.index(first) < text.index("What the answer rests on") < text.index("Every verdict")
 
 
-def test_nothing_is_fetched(own_html: str):
-    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)""", own_html)
-    assert "url(" not in own_html
-    assert "default-src 'none'" in own_html
-    assert "showSendToCloud: false" in own_html
+def test_it_is_one_file_below_two_megabytes_that_names_no_other(html: str):
+    assert len(html.encode()) < 2 * MEGABYTE
+    own = re.sub(r"<script>.*?</script>", "", html, flags=re.S)
+    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]+\"", own)
+    assert "default-src 'none'" in own
+    assert html.count("window.vegaEmbed=") == 1
 
 
-def test_every_figure_is_valid_plotly_and_has_its_place(own_html: str):
-    data = re.search(r'<script type="application/json" id="figures">(.*?)</script>', own_html, re.S)
-    assert data is not None
-    figures = json.loads(data.group(1))
-    assert len(figures) >= 7
-    for name, spec in figures.items():
-        plotly.graph_objects.Figure(spec)
-        assert f'id="{name}"' in own_html
+def test_every_figure_has_its_place_and_its_declaration(html: str):
+    (specs,) = re.findall(r"<script type=\"text/plain\" id=\"specs\">(.*?)</script>", html)
+    names = set(json.loads(gzip.decompress(base64.b64decode(specs))))
+    assert {"verdict", "noise", "delta-error_rate-digits", "error-digits", "predicted-digits"} <= names
+    assert names == set(re.findall(r"<div class=\"plot\" id=\"([^\"]+)\"", html))
 
 
-def test_both_arms_and_the_scratch_line_are_drawn(own_html: str):
-    data = re.search(r'id="figures">(.*?)</script>', own_html, re.S)
-    assert data is not None
-    arms = {trace.get("meta", {}).get("arm") for trace in json.loads(data.group(1))["s1-upstream-0"]["data"]}
-    assert arms == {"plain", "distilled", "scratch"}
+def test_names_are_escaped(html: str):
+    assert "distilling from h1 &lt;pay&gt;?" in html and "<pay>" not in html
+    assert "node &lt;1&gt;" in html and "non-finite &lt;loss&gt; at step 7" in html
 
 
-def test_failed_and_blocked_cells_are_named_with_reason_and_log(own_html: str):
-    assert "non-finite &lt;loss&gt; at step 7" in own_html
-    assert "logs/one.txt" in own_html
-    assert re.search(r"pretrain-deit_h1\S*-n2000-s1", own_html)
-    assert "its parent has no row" in own_html
-    assert "points have no result" in own_html
+def test_a_failed_teacher_is_named_with_what_it_costs(html: str):
+    text = words_of(html)
+    assert "Cells without a result" in text and "logs/one.txt" in text and "its parent has no row" in text
+    # The teacher of 2,000 images and seed 1 is a point itself at two label counts, and stands before two students' pairs.
+    assert re.search(r"failed deit\S*|failed pretrain", text)
+    assert "points have no result" in text
 
 
-def test_values_are_escaped(own_html: str):
-    assert "Does distilling from h1 &lt;pay&gt;?" in own_html
-    assert "<pay>" not in own_html
-    assert "node &lt;1&gt;" in own_html
+def test_the_tables_hold_the_measured_differences(html: str, reported: Store):
+    boundary = schema.read(BoundaryFile, reported.grid_dir("tiny") / "boundary.json")
+    assert boundary.contrasts[0].verdict is not None
+    for point in boundary.contrasts[0].verdict.points:
+        assert f"<b>{100 * point.delta:+.1f}</b>".replace("-", "−") in html
 
 
-def test_cost_is_stated_against_the_prediction(own_html: str):
-    assert re.search(r"\d+ of \d+ cells took [\d.]+ min of device time; the plan predicts", own_html)
+def test_what_was_run_and_the_checklist_stand_at_the_end(html: str):
+    text = words_of(html)
+    assert "cells took" in text and "AdamW" in text
+    assert text.index("What was run") < text.index("Reproducibility checklist")
 
 
-def test_the_checklist_is_filled_in(own_html: str):
-    assert "arXiv 2502.18969" in own_html
-    for said in ("Huber", "AdamW, lr 0.001", "runs without upstream data (8)", "h2 (200,000)"):
-        assert said in own_html
+def test_a_table_alone_is_enough(tmp_path: Path):
+    path = tmp_path / "theirs" / "rows.csv"
+    path.parent.mkdir()
+    path.write_text(to_csv(study(seeds=2)))
+    page = write_table_report(path, tmp_path / "out")
+    text = words_of(page.read_text())
+    assert page == tmp_path / "out" / "report.html"
+    assert "Made from the table rows.csv alone" in text and "theirs" in text
+    assert "16 of 16 measured points finished" in text and "2 seeds behind the main verdict" in text
+    assert "device time of" not in text and "The table does not say what its 16 runs cost." in text
+    assert (tmp_path / "out" / "boundary.json").exists() and (tmp_path / "out" / "laws.json").exists()
+    paths = export_table_figures(path, tmp_path / "out" / "figures")
+    assert {path.suffix for path in paths} == {".svg", ".pdf"} and all(path.stat().st_size > 1000 for path in paths)
 
 
-def test_fits_are_kept_while_rows_stay_the_same(reported: Store, monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("fitted again")
-
-    monkeypatch.setattr("dbscale.report.refresh.fit_grid", refuse)
-    write_report(reported, "tiny")
-    (reported.grid_dir("tiny") / "laws.json").write_text("{}")
-    with pytest.raises(AssertionError, match="fitted again"):
-        write_report(reported, "tiny")
-    monkeypatch.undo()
-    write_report(reported, "tiny")
+def test_a_study_without_runs_still_has_a_page(tmp_path: Path):
+    table = RunTable((), question="Nothing yet?")
+    page = write_page(table, find(table, options=FAST), of_table(Path("rows.csv"), table), tmp_path)
+    assert "No finished run with upstream data yet: there is nothing to conclude." in words_of(page.read_text())
 
 
-def test_a_grid_without_any_result_still_has_a_page(make_store_in, tmp_path: Path):
-    empty = make_store_in(tmp_path, lambda cell: True)
-    text = write_report(empty, "tiny").read_text()
-    assert "nothing to conclude" in text
-    assert "non-finite &lt;loss&gt;" in text
+def test_a_study_that_cannot_be_judged_gives_the_reason_and_shows_the_runs(tmp_path: Path):
+    table = study().where(arm="plain")
+    page = write_page(table, find(table, options=FAST), of_table(Path("rows.csv"), table), tmp_path)
+    text = words_of(page.read_text())
+    assert "There is no verdict, because no distilled run has error_rate" in text
+    assert 'id="error-digits"' in page.read_text()
 
 
-def test_the_terminal_gets_the_same_answer(reported: Store):
-    _, findings = refresh(reported, "tiny")
-    text = summary(findings)
-    assert text.startswith(findings.boundary.answers[0])
-    assert "additive" in text and "pooled" in text
+def test_any_contrast_has_the_same_kind_of_page(tmp_path: Path):
+    pairs = make_pairs([1e15, 4e15] * 4, [0.3, 0.2] * 4 + 0 * [1], seed=[s for s in range(4) for _ in "xy"])
+    names = {"column": "model", "a": "vit", "b": "resnet", "along": "train_flops", "dataset": "theirs"}
+    record = contrast(pairs, names, "test_loss", Options(num_draws=200, min_effect=0.02))
+    page = compare_page(record, tmp_path, notes=["3 rows have no partner"])
+    text = words_of(page.read_text())
+    assert "Which gives the lower test loss: model vit or model resnet?" in text
+    assert "Model resnet gives the lower test loss: by more than 0.02 at 1e15 and 4e15 FLOPs" in text
+    assert "3 rows have no partner" in text and "Made from the table theirs" in text
+    assert len(page.read_bytes()) < 2 * MEGABYTE and 'id="verdict"' in page.read_text()
 
 
-def test_figures_for_papers_are_svg_and_pdf(reported: Store, tmp_path: Path):
-    paths = export_figures(reported, "tiny", tmp_path)
-    names = {path.name for path in paths}
-    assert {
-        f"digits-base-{what}.svg" for what in ("error-by-upstream", "error-by-params", "delta-by-upstream")
-    } <= names
-    assert {path.suffix for path in paths} == {".svg", ".pdf"}
-    assert all(path.stat().st_size > 1000 for path in paths)
-
-
-def test_equal_findings_give_equal_figures(reported: Store, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("dbscale.report.paper.FORMATS", ("svg",))
-    first, second = ([path.read_bytes() for path in export_figures(reported, "tiny", tmp_path)] for _ in range(2))
-    assert first == second
+def test_a_tables_cost_counts_every_upstream_run_once():
+    table = read_table(STUDY / "rows.csv")
+    background = of_table(STUDY / "rows.csv", table)
+    assert {stage["stage"]: stage["num_cells"] for stage in background.stages} == {
+        "pretrain": 30,
+        "distill": 20,
+        "finetune": 280,
+    }
+    assert background.cost == "330 of 330 cells took 2.0 h of device time."

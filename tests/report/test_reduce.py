@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import itertools
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dbscale.errors import TableError
-from dbscale.report.csv_rows import from_records, to_csv
-from dbscale.report.reduce import read_table, reduce_grid
-from dbscale.report.table import COLUMNS, REQUIRED, Run, RunTable
-from dbscale.study.store import Store
+from dbscale.report.reduce import collect, load_plan, read_mistakes, reduce_grid
+from dbscale.report.table import COLUMNS, read_table, to_csv
+from dbscale.study.store import Row, Store
 
 
 def test_every_finished_point_is_a_row(make_store):
@@ -67,91 +68,85 @@ def test_empty_store_says_what_to_do(tmp_path: Path):
         reduce_grid(Store(tmp_path), "demo")
 
 
-def record_of(**changes: object) -> dict[str, object]:
-    run = Run(
-        variant="base", arm="plain", student="h2", num_params=10, upstream_dataset="up", upstream_samples=100,
-        dataset="down",
-        downstream_samples=10, seed=0, error_rate=0.5,
-    )  # fmt: skip
-    return {
-        **{name: value for name, value in dataclasses.asdict(run).items() if value not in (None, "")},
-        **changes,
-    }
+def distinct_row(row: Row, start: int) -> Row:
+    """The row with a value of its own in every measured field, counting from `start`."""
+    numbers = itertools.count(start)
+    timing = row.timing.model_copy(update={
+        name: next(numbers) for name in ("train_time_s", "device_time_s", "num_attempts", "eval_time_s")
+    } | {"device": f"device {start}", "host": f"host {start}"})  # fmt: skip
+    counts = ("num_params", "num_classes", "num_steps", "samples_seen", "num_test_samples", "replaced_samples")
+    shares = ("error_rate", "top5_error_rate", "calibration_error", "train_flops", "test_loss", "train_loss")
+    return row.model_copy(update={
+        "timing": timing, "weights_sha256": f"weights {start}", **{name: next(numbers) for name in counts},
+        **{name: next(numbers) / 1000 for name in shares},
+    })  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"error_rate": "nan"}, "error_rate is 'nan'"),
-        ({"error_rate": 50.0}, "shares between 0 and 1"),
-        ({"error_rate": "low"}, "not a number"),
-        ({"num_params": 0}, "num_params is 0"),
-        ({"downstream_samples": -3}, "downstream_samples is -3"),
-        ({"upstream_samples": 10.5}, "not a whole number"),
-        ({"arm": "distiled"}, "did you mean 'distilled'"),
-        ({"arm": "scratch"}, "0 goes with scratch"),
-        ({"seed": ""}, "'seed' is empty"),
-    ],
-)
-def test_bad_values_name_row_column_and_value(change, message):
-    with pytest.raises(TableError, match=message) as caught:
-        from_records(
-            [record_of(), record_of(seed=1, **change) if "seed" not in change else record_of(**change)],
-            COLUMNS,
-            where="t.csv",
-        )
-    assert "t.csv, row 2" in str(caught.value)
+def test_every_column_comes_from_its_own_field(make_store):
+    """Finetune, upstream run and teacher have different values everywhere; a column from the wrong run shows."""
+    store = make_store()
+    point = next(p for p in load_plan(store, "tiny").points if p.arm == "distilled" and p.seed == 1)
+    keys = (point.cell, point.upstream_cell, point.teacher_cell)
+    own, upstream, teacher = (distinct_row(store.read_row(key), 100 * place) for place, key in enumerate(keys, start=1))
+    copied = {"error_rate": 0.901, "linear_probe_error": 0.902, "transrate": 0.903, "stage": "distill"}
+    own = own.model_copy(update={"upstream": own.upstream.model_copy(update=copied)})
+    for row in (own, upstream, teacher):
+        store.write_row(row)
+    (run,) = (run for run in collect(store, load_plan(store, "tiny")) if run.key == point.cell)
+    assert dataclasses.asdict(run) == {
+        "variant": "base", "arm": "distilled", "student": point.student, "model": point.model, "num_params": 104,
+        "upstream_dataset": "fractals", "upstream_samples": point.upstream_num_samples, "dataset": "digits",
+        "downstream_samples": point.num_samples, "seed": 1, "finetune": 0, "error_rate": 0.11, "test_loss": 0.114,
+        "top5_error_rate": 0.111, "calibration_error": 0.112, "num_test_samples": 108, "num_classes": 105,
+        "train_loss": 0.115, "num_steps": 106, "samples_seen": 107, "train_flops": 0.113, "upstream_stage": "distill",
+        "upstream_error_rate": 0.901, "upstream_test_loss": 0.214, "upstream_samples_seen": 207,
+        "upstream_train_flops": 0.213, "linear_probe_error": 0.902, "transrate": 0.903, "teacher_params": 304,
+        "teacher_error_rate": 0.31, "replaced_samples": 109, "train_time_s": 100, "device_time_s": 101,
+        "upstream_device_time_s": 201, "num_attempts": 102, "device": "device 100", "host": "host 100",
+        "weights_sha256": "weights 100", "teacher_key": point.teacher_cell, "upstream_key": point.upstream_cell,
+        "key": point.cell,
+    }  # fmt: skip
+    reduce_grid(store, "tiny")
+    for name in ("rows.csv", "rows.parquet"):
+        assert run in read_table(store.grid_dir("tiny") / name).runs
+    with (store.grid_dir("tiny") / "rows.csv").open(encoding="utf-8", newline="") as file:
+        assert tuple(next(csv.reader(file))) == COLUMNS
+    types = pyarrow.parquet.read_schema(store.grid_dir("tiny") / "rows.parquet")
+    assert tuple(types.names) == COLUMNS
+    assert {str(types.field(name).type) for name in ("arm", "key", "host")} == {"string"}
+    assert {str(types.field(name).type) for name in ("seed", "num_classes", "teacher_params")} == {"int64"}
+    assert {str(types.field(name).type) for name in ("error_rate", "transrate")} == {"double"}
 
 
-@pytest.mark.parametrize("column", [name for name in REQUIRED if name not in ("variant", "student")])
-def test_a_missing_column_is_named(column):
-    header = [name if name != column else f"{name}s" for name in COLUMNS]
-    with pytest.raises(TableError, match=f"no column '{column}'; did you mean '{column}s'"):
-        from_records([record_of()], header, where="t.csv")
+def test_what_a_spreadsheet_does_to_rows_csv_is_undone(make_store):
+    """Saved again by Excel: a mark at the start, other line ends and delimiters."""
+    store = make_store()
+    table = reduce_grid(store, "tiny")
+    path = store.grid_dir("tiny") / "rows.csv"
+    for text in ("\ufeff" + to_csv(table).replace("\n", "\r\n"), "sep=;\n" + to_csv(table).replace(",", ";")):
+        path.write_bytes(text.encode())
+        assert read_table(path).runs == table.runs
 
 
-def test_equal_rows_count_once_and_contradictions_are_refused():
-    table = from_records([record_of(), record_of()], COLUMNS, where="t.csv")
-    assert len(table) == 1
-    assert any("repeated rows" in note for note in table.warnings)
-    with pytest.raises(TableError, match="already has error_rate"):
-        from_records([record_of(), record_of(error_rate=0.4)], COLUMNS, where="t.csv")
+def test_impossible_results_name_their_cell(make_store):
+    store = make_store()
+    cell = load_plan(store, "tiny").points[3].cell
+    store.write_row(store.read_row(cell).model_copy(update={"error_rate": 1.5}))
+    with pytest.raises(TableError, match=f"grid tiny, cell {cell}: error_rate is 1.5"):
+        reduce_grid(store, "tiny")
 
 
-def test_mixed_studies_and_extreme_errors_are_noted():
-    records = [record_of(num_classes=10), record_of(num_classes=100, seed=1, error_rate=0.0)]
-    notes = " ".join(from_records(records, COLUMNS, where="t.csv").warnings)
-    assert "two studies mixed" in notes
-    assert "exactly 0 or 1" in notes
+def test_mistakes_are_read_from_packed_bits(tmp_path: Path):
+    correct = np.array([1, 0, 1, 0, 1, 1, 0, 1, 1, 0], bool)
+    counted = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1], bool)
+    path = tmp_path / "correct.npz"
+    np.savez(path, num_samples=np.int64(10), correct=np.packbits(correct), counted=np.packbits(counted))
+    assert read_mistakes(path).tolist() == [False, True, False, False, False, True, False, False, True]
 
 
-def test_a_foreign_table_needs_only_the_measured_columns(tmp_path: Path):
-    path = tmp_path / "theirs.csv"
-    path.write_text(
-        "arm,num_params,upstream_samples,dataset,downstream_samples,seed,error_rate,notes\n"
-        "plain,25557032,1000,imagenet,1281167,0,0.25,good\n"
-    )
-    table = read_table(path)
-    assert table.runs[0].student == "25,557,032 parameters"
-    assert "notes" in table.warnings[0]
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_floats_survive_csv_exactly(errors):
-    runs = tuple(
-        dataclasses.replace(from_records([record_of()], COLUMNS, where="t").runs[0], seed=i, error_rate=e)
-        for i, e in enumerate(errors)
-    )
-    lines = to_csv(RunTable(runs)).splitlines()
-    header = lines[0].split(",")
-    again = from_records([dict(zip(header, line.split(","), strict=True)) for line in lines[1:]], header, where="t")
-    assert again.runs == runs
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
-def test_a_file_that_is_no_table_is_named(tmp_path: Path, name: str):
-    path = tmp_path / name
-    path.write_bytes(bytes(range(256)))
-    with pytest.raises(TableError, match=f"{name} is not a"):
-        read_table(path)
+@pytest.mark.parametrize("raw", [b"", b"not a zip", b"PK\x03\x04rest"])
+def test_a_damaged_file_of_mistakes_is_named(tmp_path: Path, raw: bytes):
+    path = tmp_path / "correct.npz"
+    path.write_bytes(raw)
+    with pytest.raises(TableError, match=r"correct\.npz cannot be read .*; remove the cell's folder to run it again"):
+        read_mistakes(path)

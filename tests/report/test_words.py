@@ -1,178 +1,348 @@
-"""Sentences name the numbers they rest on, and say when something is missing."""
+"""Every kind of sentence against verdicts built by hand, and no two that disagree."""
 
 from __future__ import annotations
 
-import dataclasses
+import re
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dbscale.report.answers import answers, mean_delta
-from dbscale.report.notes import about_fits, about_missing
-from dbscale.report.schema import BoundaryRecord, Estimate, FitRecord
-from dbscale.report.table import MissingPoint, RunTable
-from dbscale.report.words import about, listed, symbols
+from dbscale.report import words
+from dbscale.report.schema import BoundaryFile, HalfRecord, LawRecord, LawsFile, Note, ParamRecord
+from tests.report.verdicts import HELPS_THEN_HURTS, make_contrast, make_noise, make_power, make_verdict
+
+REVERSED = tuple((x, -delta, half) for x, delta, half in HELPS_THEN_HURTS)
+HELPS = ((1000.0, 0.05, 0.02), (4000.0, 0.01, 0.012))
+SAME = ((1000.0, 0.001, 0.003), (4000.0, -0.001, 0.003))
+SMALL_GAIN = ((1000.0, 0.003, 0.001), (4000.0, 0.0, 0.003))
+NO_HARM = ((1000.0, 0.01, 0.012), (4000.0, 0.0, 0.004))
+NO_HARM_SOME_GAIN = ((1000.0, 0.01, 0.009), (4000.0, 0.0, 0.004))
+NO_HARM_SOME_LOSS = ((1000.0, -0.003, 0.001), (4000.0, 0.01, 0.012))
+OPEN = ((1000.0, 0.01, 0.03), (4000.0, -0.01, 0.03))
+OPEN_SOME_GAIN = ((1000.0, 0.05, 0.02), (4000.0, -0.01, 0.03))
 
 
-def boundary(**changes: object) -> BoundaryRecord:
-    common = {
-        "variant": "base", "upstream_dataset": "fractals", "dataset": "digits", "student": None, "num_params": None,
-        "downstream_samples": None, "method": "law", "law": "additive", "status": "crossing",
-        "direction": "positive_to_negative", "measured_range": (500.0, 128000.0), "probability": 1.0,
-        "upstream_samples": Estimate(value=8123.0, low=6512.0, high=9876.0),
-    }  # fmt: skip
-    return BoundaryRecord.model_validate(common | changes)
+def mirrored(points):
+    return tuple((x, -delta, half) for x, delta, half in points)
 
 
-def unclear() -> BoundaryRecord:
-    """What the paired runs alone may say."""
-    return boundary(
-        method="law_free",
-        law=None,
-        status="no_crossing",
-        direction="within_noise",
-        upstream_samples=None,
-        probability=0.4,
+ANSWERS = [
+    (HELPS_THEN_HURTS,
+     "distillation gives the lower error up to about 4,000 upstream images (90 % interval 2,700 to 6,000); with more, "
+     "plain pretraining does."),
+    (REVERSED,
+     "plain pretraining gives the lower error up to about 4,000 upstream images (90 % interval 2,700 to 6,000); with "
+     "more, distillation does."),
+    (HELPS,
+     "distillation gives the lower error: by more than 0.5 points at 1,000 upstream images, and at no measured point from "
+     "1,000 to 4,000 upstream images a higher one by more than that."),
+    (mirrored(HELPS),
+     "plain pretraining gives the lower error: by more than 0.5 points at 1,000 upstream images, and at no measured point "
+     "from 1,000 to 4,000 upstream images a higher one by more than that."),
+    (SAME,
+     "plain pretraining and distillation give the same error to within 0.5 points at every measured point from 1,000 to "
+     "4,000 upstream images."),
+    (SMALL_GAIN,
+     "plain pretraining and distillation give the same error to within 0.5 points at every measured point from 1,000 to "
+     "4,000 upstream images; at 1,000 upstream images distillation gives the lower one, by less than that."),
+    (NO_HARM,
+     "distillation does not raise error by more than 0.5 points at any measured point from 1,000 to 4,000 upstream "
+     "images; whether it lowers it at all is open."),
+    (NO_HARM_SOME_GAIN,
+     "distillation does not raise error by more than 0.5 points at any measured point from 1,000 to 4,000 upstream "
+     "images; it lowers it at 1,000 upstream images, though perhaps by less than that."),
+    (NO_HARM_SOME_LOSS,
+     "distillation does not raise error by more than 0.5 points at any measured point from 1,000 to 4,000 upstream "
+     "images; at 1,000 upstream images plain pretraining gives the lower one, by less than that."),
+    (mirrored(NO_HARM),
+     "distillation does not lower error by more than 0.5 points at any measured point from 1,000 to 4,000 upstream "
+     "images; whether it raises it at all is open."),
+    (mirrored(NO_HARM_SOME_GAIN),
+     "distillation does not lower error by more than 0.5 points at any measured point from 1,000 to 4,000 upstream "
+     "images; it raises it at 1,000 upstream images, though perhaps by less than that."),
+    (OPEN,
+     "whether distillation or plain pretraining gives the lower error from 1,000 to 4,000 upstream images is undecided. "
+     "8 seeds find a difference of 2.1 points four times in five. About 24 seeds in all would decide it, if the measured "
+     "means are right."),
+    (OPEN_SOME_GAIN,
+     "whether distillation or plain pretraining gives the lower error from 1,000 to 4,000 upstream images is undecided. "
+     "Established so far: distillation gives the lower one at 1,000 upstream images. 8 seeds find a difference of 2.1 "
+     "points four times in five. About 24 seeds in all would decide it, if the measured means are right."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("points", "expected"), ANSWERS)
+def test_a_verdict_is_said_as_it_is(points, expected):
+    record = make_contrast(make_verdict(points))
+    assert words.answer(record) == expected
+    assert list(words.answers([record])) == [f"On digits: {expected}"]
+
+
+BRIEF = [
+    (HELPS_THEN_HURTS, "distillation lower up to 4,000 (2,700 to 6,000), then plain pretraining"),
+    (HELPS, "distillation lower"),
+    (SAME, "the same to within 0.5 points"),
+    (NO_HARM, "distillation at most 0.5 points higher"),
+    (mirrored(NO_HARM), "distillation at most 0.5 points lower"),
+    (OPEN, "undecided"),
+    (OPEN_SOME_GAIN, "undecided; distillation lower at 1,000"),
+]
+
+
+@pytest.mark.parametrize(("points", "expected"), BRIEF)
+def test_tables_say_it_in_a_few_words(points, expected):
+    assert words.brief(make_contrast(make_verdict(points))) == expected
+
+
+ADVICE = [
+    (HELPS_THEN_HURTS, 2000, "distillation: 2,000 upstream images lie below the boundary, about 4,000 (2,700 to 6,000)."),
+    (HELPS_THEN_HURTS, 9000, "plain pretraining: 9,000 upstream images lie above the boundary, about 4,000 (2,700 to "
+     "6,000)."),
+    (HELPS_THEN_HURTS, 4500, "either side may win: 4,500 upstream images lie inside the interval of the boundary, 2,700 to "
+     "6,000."),
+    (REVERSED, 2000, "plain pretraining: 2,000 upstream images lie below the boundary, about 4,000 (2,700 to 6,000)."),
+    (HELPS, 2000, "distillation: it gives the lower error, somewhere by more than 0.5 points and nowhere a higher one by "
+     "more than that."),
+    (SAME, 2000, "either: the two differ by less than 0.5 points."),
+    (NO_HARM, 2000, "no advice: distillation does not raise error by more than 0.5 points, and whether it lowers it is "
+     "open."),
+    (mirrored(NO_HARM), 2000, "no advice: distillation does not lower error by more than 0.5 points, and whether it raises "
+     "it is open."),
+    (NO_HARM_SOME_GAIN, 2000, "distillation: it gives the lower error at 1,000 upstream images, and nowhere a higher one by "
+     "more than 0.5 points."),
+    (mirrored(NO_HARM_SOME_GAIN), 2000, "plain pretraining: it gives the lower error at 1,000 upstream images, and nowhere "
+     "a higher one by more than 0.5 points."),
+    (NO_HARM_SOME_LOSS, 2000, "no advice: plain pretraining gives the lower error at 1,000 upstream images, but by less "
+     "than 0.5 points."),
+    (OPEN_SOME_GAIN, 2000, "no advice: which side gives the lower error is undecided."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("points", "x", "expected"), ADVICE)
+def test_advice_follows_from_the_verdict(points, x, expected):
+    record = make_contrast(make_verdict(points))
+    assert words.advice(record, x) == expected
+    outside = words.say("outside_axis", value=5e6, axis="parameters", side="above", low=50_000, high=50_000)
+    told = " This point is an extrapolation: 5,000,000 parameters are above the measured 50,000 to 50,000."
+    assert words.advice(record, x, (outside,)) == expected + told
+
+
+def test_a_sign_that_turns_twice_is_no_boundary_to_advise_by():
+    twice = make_verdict(((1000.0, -0.05, 0.02), *((4 * x, d, h) for x, d, h in HELPS_THEN_HURTS)),
+                         direction="b_to_a", notes=("several_crossings",))  # fmt: skip
+    record = make_contrast(twice)
+    assert words.answer(record) == (
+        "distillation gives the lower error just below about 8,000 upstream images (90 % interval 5,300 to 12,000) and "
+        "plain pretraining just above; over the whole range the sign turns more than once."
+    )
+    assert words.brief(record) == (
+        "turns more than once, at 8,000 (5,300 to 12,000) from distillation to plain pretraining lower"
+    )
+    assert words.advice(record, 2000) == (
+        "no advice: which side gives the lower error turns more than once over the measured range."
     )
 
 
-@pytest.fixture
-def table(make_table) -> RunTable:
-    return make_table(students={"h2": 200_000}, downstream=(100, 1000))
+def test_laws_sharpen_a_crossing():
+    verdict = make_verdict(HELPS_THEN_HURTS, law_root=5000.0, law_interval=(4500.0, 5600.0), law_name="additive")
+    assert words.answer(make_contrast(verdict)).endswith(
+        " The fitted laws put the turn at about 5,000 (4,500 to 5,600)."
+    )
 
 
-def test_a_crossing_is_said_with_its_interval(table):
-    (text,) = answers(table, [boundary(), unclear()])
-    assert "about 8,100 upstream images (90 % interval 6,500 to 9,900)" in text
+def test_a_study_that_no_seeds_decide_says_so():
+    record = make_contrast(make_verdict(OPEN, more_seeds=None))
+    assert words.answer(record).endswith("No number of seeds up to 1,000 is sure to decide it.")
 
 
-def test_an_open_interval_is_not_hidden(table):
-    (text,) = answers(table, [boundary(upstream_samples=Estimate(value=8000.0, low=6000.0)), unclear()])
-    assert "6,000 to beyond the searched range" in text
+def test_no_verdict_gives_its_reason():
+    record = make_contrast(None, reason="there is one seed")
+    assert words.answer(record) == "there is no verdict, because there is one seed"
+    assert words.brief(record) == "no verdict: there is one seed"
+    assert words.advice(record, 2000) == words.answer(record)
+    assert list(words.evidence(record)) == [] and words.noise_text(record) == ""
 
 
-def test_an_extrapolation_is_called_one(table):
-    root = Estimate(value=300_000.0, low=200_000.0, high=500_000.0)
-    (text,) = answers(table, [boundary(status="extrapolated", upstream_samples=root), unclear()])
-    assert "an extrapolation" in text
-    assert "outside the measured 500 to 128,000" in text
+def test_any_two_values_of_any_column_can_be_told_apart():
+    names = {"column": "model", "a": "vit", "b": "resnet", "along": "train_flops", "metric": "test_loss"}
+    record = make_contrast(make_verdict(((1e15, 0.05, 0.02), (4e15, 0.3, 0.1)), min_effect=0.02), **names)
+    assert words.answer(record) == (
+        "model resnet gives the lower test loss: by more than 0.02 at 1e15 and 4e15 "
+        "FLOPs, and at no measured point from 1e15 to 4e15 FLOPs a higher one by more "
+        "than that."
+    )
+    assert next(words.evidence(record)) == (
+        "Measured differences (all pairs, 8 seeds): +0.05 at 1e15 and +0.3 at 4e15 FLOPs."
+    )
+
+
+def test_evidence_holds_means_power_and_the_repetition():
+    half = make_verdict(HELPS, seeds=2)
+    record = make_contrast(
+        make_verdict(HELPS_THEN_HURTS), power=make_power(width_octaves=1.26, finetunes_for_half=5), held=0.75,
+        halves=(HalfRecord(seeds=("0", "2"), verdict=half), HalfRecord(seeds=("1", "3"), verdict=make_verdict(OPEN))),
+    )  # fmt: skip
+    assert list(words.evidence(record)) == [
+        "Measured differences in points (pooled, 8 seeds): +5.0 at 1,000, +0.0 at 4,000 and −4.0 at 16,000 upstream images.",
+        "8 seeds find a difference of 2.1 points four times in five. The interval of a boundary would span about 1.3 "
+        "octaves. 30 seeds in all would find half of that, and so would 5 finetunes of each upstream run.",
+        "The same question put to two disjoint halves of the seeds: seeds 0 and 2: distillation lower; seeds 1 and 3: "
+        "undecided. 75 % of one half’s 90 % intervals, widened for the other half’s own noise, hold the other’s mean.",
+    ]
+
+
+def test_two_seeds_have_no_halves():
+    *_, last = words.evidence(make_contrast(make_verdict(OPEN, seeds=2)))
+    assert last == "A repetition on two disjoint halves needs at least four seeds; there are 2."
+
+
+def test_noise_says_its_size_and_what_is_confounded():
+    record = make_contrast(make_verdict(OPEN), noise=make_noise())
+    assert words.noise_text(record) == (
+        "One difference of one seed, student and number of labels scatters by 5.7 points (standard deviation). These runs "
+        "do not tell teacher run from upstream run: the two are counted together."
+    )
+
+
+def test_the_family_is_counted_without_the_main_verdict():
+    main = make_contrast(make_verdict(OPEN))
+    others = [make_contrast(make_verdict(OPEN, family=2), main=False, student=s, downstream_samples=9) for s in "xy"]
+    assert words.family_text([main, *others]) == (
+        "The main verdict answers the study’s one question. The other 2 share one family: all their intervals together "
+        "hold with 90 % probability."
+    )
+    assert words.family_text([main]) == ""
 
 
 @pytest.mark.parametrize(
-    ("direction", "phrase"),
-    [
-        ("always_positive", "nowhere clearly raises it"),
-        ("always_negative", "nowhere clearly lowers it"),
-        ("within_noise", "do not differ consistently beyond noise"),
-        ("negative_to_positive", "the reverse of a boundary"),
-        ("positive_to_negative", "is not established"),
-    ],
+    ("value", "expected"), [(8123, "8,100"), (97, "97"), (0.1234, "0.12"), (1.26e6, "1,300,000"), (4.44e15, "4.4e15")]
 )
-def test_no_crossing_is_an_answer(table, direction, phrase):
-    free = boundary(method="law_free", law=None, status="no_crossing", direction=direction, upstream_samples=None)
-    (text,) = answers(table, [free])
-    assert phrase in text
-    assert "mean difference" in text
+def test_counts_are_said_with_two_digits(value, expected):
+    assert words.about(value) == expected
 
 
-def test_a_second_opinion_that_disagrees_is_given(table):
-    (text,) = answers(table, [boundary(), unclear()])
-    assert "do not establish it (40 % of the drawn curves cross)" in text
+@pytest.mark.parametrize(
+    ("value", "metric", "size", "signed"),
+    [(-0.0123, "error_rate", "1.2 points", "−1.2"), (0.0123, "test_loss", "0.012", "+0.0123"),
+     (0.3, "upstream_error_rate", "30 points", "+30.0")],
+)  # fmt: skip
+def test_shares_are_said_in_points_and_losses_in_their_own_unit(value, metric, size, signed):
+    assert words.size_text(value, metric) == size
+    assert words.effect(value, metric) == signed
 
 
-def test_a_boundary_that_only_the_paired_runs_show_is_said_as_theirs(table):
-    law = boundary(status="no_crossing", direction="within_noise", upstream_samples=None)
-    free = boundary(method="law_free", law=None, upstream_samples=Estimate(value=2000.0, low=1000.0, high=4000.0))
-    (text,) = answers(table, [law, free])
-    assert "pays up to about 2,000 upstream images" in text
-    assert "rests on the paired runs alone: by the fitted laws the arms do not differ beyond noise" in text
-    assert "no boundary" not in text
+@pytest.mark.parametrize(
+    ("param", "expected"),
+    [(ParamRecord(value=0.5, low=0.25, high=None, status="determined"), "0.5 [0.25, open]"),
+     (ParamRecord(value=0.0, low=0.0, high=0.45, status="at_bound"), "0 [0, 0.45] (at its bound)"),
+     (ParamRecord(value=None, status="not_determined"), "not determined")],
+)  # fmt: skip
+def test_parameters_that_the_table_leaves_open_have_no_value(param, expected):
+    assert words.param_text(param) == expected
 
 
-def test_a_sign_that_only_the_laws_see_is_said_as_theirs(table):
-    sign = "always_positive" if mean_delta(table, table.settings[0]) > 0 else "always_negative"
-    (text,) = answers(table, [boundary(status="no_crossing", direction=sign, upstream_samples=None), unclear()])
-    assert "do not differ consistently beyond noise" in text
-    assert "rests on the paired runs alone: by the fitted laws distilling" in text
+@pytest.mark.parametrize(("seconds", "expected"), [(None, "–"), (89, "89.0 s"), (90, "1.5 min"), (7200, "2.0 h")])
+def test_times_are_said_in_their_unit(seconds, expected):
+    assert words.duration(seconds) == expected
 
 
-def test_a_seeds_own_boundary_is_no_answer(table):
-    alone = boundary(method="law_free", law=None, seed=1, direction="always_negative", upstream_samples=None)
-    (text,) = answers(table, [boundary(), unclear(), alone])
-    assert "about 8,100 upstream images" in text
+@pytest.mark.parametrize(("items", "expected"), [([], ""), (["a"], "a"), (["a", "b", "c"], "a, b and c")])
+def test_lists_end_with_and(items, expected):
+    assert words.listed(items) == expected
 
 
-def test_a_poor_law_does_not_give_the_answer(table):
-    poor = chosen_fit(rmsd_log=0.4)
-    free = boundary(method="law_free", law=None, upstream_samples=Estimate(value=2000.0, low=1000.0, high=4000.0))
-    (text,) = answers(table, [boundary(), free], [poor])
-    assert "about 2,000 upstream images" in text
-    assert "8,100" not in text
-    assert "too poorly to locate a boundary" in text
+def test_records_are_named_by_what_tells_them_apart():
+    here = make_contrast(None)
+    other = make_contrast(None, upstream_dataset="photos", variant="large")
+    assert words.where(here, [here]) == "digits"
+    assert words.where(other, [here, other]) == "digits from photos (large)"
+    assert words.stratum(make_contrast(None, student="h2", downstream_samples=1000)) == "h2, 1,000 labels"
 
 
-def test_a_law_that_contradicts_the_measured_sign_is_not_believed(table):
-    wrong = "always_negative" if mean_delta(table, table.settings[0]) > 0 else "always_positive"
-    law = boundary(status="no_crossing", direction=wrong, upstream_samples=None)
-    (text,) = answers(table, [law, unclear()])
-    assert "do not differ consistently beyond noise" in text
+def test_the_terminal_shows_answers_verdicts_laws_and_notes():
+    main = make_contrast(make_verdict(OPEN))
+    single = make_contrast(make_verdict(HELPS, family=1), main=False, student="h2", downstream_samples=100)
+    boundary = BoundaryFile(grid="g", source="s", level=0.9, min_effect=0.005, answers=("On digits: …",),
+                            contrasts=(main, single), notes=(Note(code="x", text="Beware."),))  # fmt: skip
+    params = {"alpha": ParamRecord(value=0.5, low=0.4, high=0.6, status="determined")}
+    law = LawRecord(dataset="digits", metric="error_rate", arm="plain", num_runs=9, law="power", params=params,
+                    residual=0.05)  # fmt: skip
+    unfitted = LawRecord(dataset="digits", metric="test_loss", arm="plain", num_runs=2, reason="too few runs")
+    laws = LawsFile(grid="g", source="s", level=0.9, num_draws=9, seed=0, laws=(law, unfitted), curves=(),
+                    predictions=(), transfer=(), levers=(), predictors=(), notes=())  # fmt: skip
+    lines = [re.sub(" +", " ", line).strip() for line in words.summary(laws, boundary).splitlines()]
+    assert lines == [
+        "On digits: …", "", words.family_text([main, single]), "digits error h2, 100 labels distillation lower",
+        "digits error plain power, off by 5.0 %, held out –: α 0.5 [0.4, 0.6]",
+        "digits test loss plain no law: too few runs", "note: Beware.",
+    ]  # fmt: skip
 
 
-def lost(run, state: str = "failed") -> MissingPoint:
-    return MissingPoint(
-        run.variant, run.arm, run.student, run.upstream_samples, run.dataset, run.downstream_samples, run.seed, run.key,
-        run.key, state, "out of memory", "log.txt",
-    )  # fmt: skip
+def test_a_plan_says_what_it_finds_and_what_more_would_cost():
+    power = make_power(width_octaves=0.8, chance_of_crossing=0.95, cost_of_seeds=3.75, finetunes_for_half=6,
+                       cost_of_finetunes=1.5, best_finetunes=3)  # fmt: skip
+    assert words.power_lines(power, "the rows at hand", 0.02) == [
+        "this design finds a ΔE of 2.1 points at one D_p four times in five (noise of the rows at hand)",
+        "it finds a boundary where ΔE turns by 2 points per octave with 95 % probability, to within about 0.8 octaves",
+        "to find half as small a ΔE takes 30 seeds (3.8 times the device time) or 6 finetunes of each upstream run (1.5 "
+        "times the device time)",
+        "the most accuracy per device-hour: 3 finetunes of each upstream run",
+    ]
 
 
-def test_missing_cells_say_what_their_absence_does(table):
-    gone = table.where(arm="distilled", upstream_samples=2000)
-    rest = table.where(lambda run: run not in gone.runs)
-    notes = " ".join(about_missing(dataclasses.replace(rest, missing=tuple(lost(run) for run in gone))))
-    assert f"{len(gone)} of {len(table)} points have no result ({len(gone)} failed)" in notes
-    assert "No distilled run on digits at 2,000 upstream images has finished" in notes
-    assert f"{len(gone)} pairs" in notes
+def test_the_checklist_says_what_is_not_recorded():
+    names = {name for _, part in words.CHECKLIST for _, text in part for name in re.findall(r"\{(\w+)\}", text)}
+    filled = {title: dict(entries) for title, entries in words.checklist(**dict.fromkeys(names, "known"))}
+    assert filled["Training"]["How many models, of which sizes?"] == "known"
+    empty = dict(words.checklist(**dict.fromkeys(names, ""))[1][1])
+    assert empty["How many models, of which sizes?"] == words.UNKNOWN
+    assert empty["How is compute counted?"].startswith("multiply-adds")
 
 
-def test_a_complete_table_needs_no_words(table):
-    assert not list(about_missing(table))
+# No two sentences disagree: each names a side only where its sign is established.
+
+SIDE = "(distillation|plain pretraining)"
+SIGN = {"distillation": 1, "plain pretraining": -1}
+sizes = st.floats(-0.05, 0.05, allow_nan=False)
+halves = st.floats(0.001, 0.05)
 
 
-def chosen_fit(**changes: object) -> FitRecord:
-    common = {
-        "law": "additive", "variant": "base", "upstream_dataset": "fractals", "dataset": "digits", "arm": "plain",
-        "student": None, "status": "fitted", "chosen": True, "rmsd_log": 0.05, "noise_log": 0.05,
-    }  # fmt: skip
-    return FitRecord.model_validate(common | changes)
+@st.composite
+def verdicts(draw):
+    points = [(float(x), draw(sizes), draw(halves)) for x in (1000, 2000, 4000, 8000)]
+    signs = [1 if delta > half else -1 for _, delta, half in points if abs(delta) > half]
+    turns = sum(before != after for before, after in pairwise(signs))
+    fields = (
+        {"notes": ("several_crossings",), "direction": "b_to_a" if signs[-1] < 0 else "a_to_b"} if turns > 1 else {}
+    )
+    return make_verdict(points, min_effect=draw(st.floats(0.001, 0.02)), **fields)
 
 
-def test_two_values_of_an_axis_are_not_an_exponent(table):
-    found = list(about_fits(table, table.settings[0], [chosen_fit()]))
-    assert any("two values of D_f only" in note for note in found)
+def claims(text):
+    """Side and places of every clause that names where a side is the lower one."""
+    for match in re.finditer(rf"{SIDE} gives the lower (?:one|error) at ((?:[\d,]+(?:, | and )?)+) upstream", text):
+        yield SIGN[match[1]], {float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*\d", match[2])}
 
 
-def test_laws_that_fail_for_one_reason_share_a_sentence(table):
-    failed = {"status": "failed", "chosen": False, "reason": "D_f has one value"}
-    fits = [chosen_fit(), chosen_fit(law="product", **failed), chosen_fit(law="transfer_gap", **failed)]
-    found = [note for note in about_fits(table, table.settings[0], fits) if "No fit" in note]
-    assert found == ["No fit of product and transfer_gap to plain error on digits: D_f has one value."]
-
-
-def test_both_arms_share_a_warning(table):
-    poor = {"rmsd_log": 0.3, "held_out_rmsd_log": 0.5}
-    fits = [chosen_fit(**poor), chosen_fit(arm="distilled", **poor)]
-    found = " ".join(about_fits(table, table.settings[0], fits))
-    assert "misses plain error by 30 % (6.0 times the spread between seeds) and distilled error by 30 %" in found
-    assert "without the runs at 128,000 upstream images" in found
-
-
-@pytest.mark.parametrize(("value", "text"), [(8123, "8,100"), (999, "1,000"), (12.4, "12"), (1_281_167, "1,300,000")])
-def test_counts_are_said_with_two_digits(value, text):
-    assert about(value) == text
-
-
-def test_equations_are_shown_in_their_own_letters():
-    assert symbols("E = E_inf + A*D_p^-alpha") == "E = E∞ + A·D_p^(−α)"
-
-
-def test_lists_read_as_sentences_do():
-    assert [listed(items) for items in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+@settings(max_examples=300, deadline=None)
+@given(verdict=verdicts(), x=st.sampled_from([500.0, 1000.0, 3000.0, 8000.0, 20000.0]))
+def test_no_sentence_contradicts_another(verdict, x):
+    record = make_contrast(verdict)
+    text, short, advice = words.answer(record), words.brief(record), words.advice(record, x)
+    sign = {p.x: 1 if p.low_all > 0 else -1 if p.high_all < 0 else 0 for p in verdict.points}
+    established = set(sign.values()) - {0}
+    for side, places in (*claims(text), *claims(advice)):
+        assert places == {place for place, its in sign.items() if its == side}
+    winner = re.match(f"{SIDE}:", advice)
+    if winner and verdict.kind != "crossing":
+        assert established == {SIGN[winner[1]]}
+    assert ("undecided" in text) == ("undecided" in short) == ("undecided" in advice) == (verdict.kind == "undecided")
+    assert ("same" in text) == ("same" in short) == (advice.startswith("either: ")) == (len(words.excludes(verdict)) == 2
+                                                                              and verdict.kind == "excluded")  # fmt: skip
+    lower = re.match(f"{SIDE} lower", short)
+    if lower and verdict.kind == "one_sign":
+        assert established == {SIGN[lower[1]]} and advice.startswith(f"{lower[1]}:") and text.startswith(lower[1])
+    if verdict.kind == "crossing":
+        assert established == {1, -1} and ("more than once" in text) == ("more than once" in short)

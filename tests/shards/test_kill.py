@@ -14,14 +14,13 @@ from shards.pack import pack
 from shards.sources import make_source
 from shards.verify import verify
 
-OPTIONS = {"families": 4, "num_train": 1024, "num_test": 32}
+OPTIONS = {"families": 4, "num_train": 1024, "num_test": 32, "shard_samples": 32}
 NUM_SHARDS = 33
 PROGRAM = f"""
 import sys
 from shards.pack import pack
 from shards.sources import make_source
-source = make_source("fractals", **{OPTIONS})
-pack(source, sys.argv[1], name="x", shard_samples=32, jobs=int(sys.argv[2]), progress=False)
+pack(make_source("fractals", **{OPTIONS}), sys.argv[1], name="x", jobs=int(sys.argv[2]), progress=False)
 """
 
 
@@ -30,7 +29,7 @@ def start_packing(folder: Path, jobs: int) -> psutil.Popen:
 
 
 def pack_here(folder: Path) -> None:
-    pack(make_source("fractals", **OPTIONS), folder, name="x", shard_samples=32, jobs=1, progress=False)
+    pack(make_source("fractals", **OPTIONS), folder, name="x", jobs=1, progress=False)
 
 
 def digests(folder: Path) -> dict[str, str]:

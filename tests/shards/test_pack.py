@@ -13,7 +13,7 @@ from webdataset.compat import WebDataset
 
 from dbscale.data import DataError, load_manifest, open_dataset
 from dbscale.errors import FileError
-from shards import jobs as shard_jobs
+from shards import pack as packing
 from shards.pack import ensure_packed, pack
 from shards.sources import make_source
 from shards.verify import verify
@@ -42,18 +42,18 @@ def read_back(tars: list[str]) -> list[dict[str, Any]]:
 
 
 def test_parallel_packing_gives_the_same_bytes(tree: Path, tmp_path: Path) -> None:
-    source = make_source("imagefolder", path=str(tree))
+    source = make_source("imagefolder", path=str(tree), shard_samples=4)
     for name, count in (("one", 1), ("three", 3)):
-        pack(source, tmp_path / name, name="x", shard_samples=4, jobs=count, progress=False)
+        pack(source, tmp_path / name, name="x", jobs=count, progress=False)
     assert digests(tmp_path / "one") == digests(tmp_path / "three")
     assert len(digests(tmp_path / "one")) == 6 + 2 + 2 + 1
 
 
 def test_a_killed_pack_goes_on_and_ends_alike(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = make_source("imagefolder", path=str(tree))
-    pack(source, tmp_path / "whole", name="x", shard_samples=4, progress=False)
+    source = make_source("imagefolder", path=str(tree), shard_samples=4)
+    pack(source, tmp_path / "whole", name="x", progress=False)
     written: list[str] = []
-    run = shard_jobs.run_job
+    run = packing.run_job
 
     def dying(source, job) -> list[str]:
         if len(written) == 3:
@@ -61,9 +61,9 @@ def test_a_killed_pack_goes_on_and_ends_alike(tree: Path, tmp_path: Path, monkey
         written.append(job.tar_path.name)
         return run(source, job)
 
-    monkeypatch.setattr(shard_jobs, "run_job", dying)
+    monkeypatch.setattr(packing, "run_job", dying)
     with pytest.raises(KeyboardInterrupt):
-        pack(source, tmp_path / "killed", name="x", shard_samples=4, progress=False)
+        pack(source, tmp_path / "killed", name="x", progress=False)
     with pytest.raises(DataError, match="the folder holds no finished dataset"):
         load_manifest(tmp_path / "killed")
 
@@ -71,8 +71,8 @@ def test_a_killed_pack_goes_on_and_ends_alike(tree: Path, tmp_path: Path, monkey
         written.append(job.tar_path.name)
         return run(source, job)
 
-    monkeypatch.setattr(shard_jobs, "run_job", counting)
-    pack(source, tmp_path / "killed", name="x", shard_samples=4, progress=False)
+    monkeypatch.setattr(packing, "run_job", counting)
+    pack(source, tmp_path / "killed", name="x", progress=False)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     assert len(written) == len(set(written)) == 8  # no shard was written twice
 
@@ -115,12 +115,12 @@ def test_another_spec_under_the_same_name_is_refused(tree: Path) -> None:
 
 
 def test_a_half_finished_pack_of_another_plan_is_refused(tree: Path, tmp_path: Path, monkeypatch) -> None:
-    source = make_source("imagefolder", path=str(tree))
+    source = make_source("imagefolder", path=str(tree), shard_samples=4)
     monkeypatch.setattr("shards.pack.run_jobs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "x", progress=False)
     with pytest.raises(DataError, match="holds a half-finished pack of another plan"):
-        pack(source, tmp_path / "x", seed=1, progress=False)
+        pack(source.model_copy(update={"pack_seed": 1}), tmp_path / "x", progress=False)
 
 
 @pytest.mark.parametrize("damage", ["cut", "grown", "missing", "index", "index missing"])
@@ -168,9 +168,9 @@ def test_encodings(tmp_path: Path, make_image, encoding: str, suffix: str, sides
         for label in "ab":
             (tmp_path / "t" / split / label).mkdir(parents=True)
             (tmp_path / "t" / split / label / "1.png").write_bytes(make_image(1, "PNG", (600, 512)))
-    source = make_source("imagefolder", path=str(tmp_path / "t"))
     raw_size = 9 if encoding == "raw" else None
-    manifest = pack(source, tmp_path / "out", encoding=encoding, raw_size=raw_size, progress=False)  # type: ignore[arg-type]
+    source = make_source("imagefolder", path=str(tmp_path / "t"), encoding=encoding, raw_size=raw_size)
+    manifest = pack(source, tmp_path / "out", progress=False)
     assert (manifest.image.min_side, manifest.image.max_side) == sides
     (sample, _) = read_back([str(tmp_path / "out" / "train-000000.tar")])
     assert sample[suffix].size == (sides[1], sides[0])
@@ -183,8 +183,8 @@ def test_a_small_jpeg_keeps_its_bytes_as_jpeg256(tmp_path: Path, make_image) -> 
         for label in "ab":
             (tmp_path / "t" / split / label).mkdir(parents=True)
             (tmp_path / "t" / split / label / "1.jpg").write_bytes(data)
-    source = make_source("imagefolder", path=str(tmp_path / "t"))
-    pack(source, tmp_path / "out", encoding="jpeg256", progress=False)
+    source = make_source("imagefolder", path=str(tmp_path / "t"), encoding="jpeg256")
+    pack(source, tmp_path / "out", progress=False)
     assert data in (tmp_path / "out" / "train-000000.tar").read_bytes()
 
 
@@ -194,7 +194,7 @@ def test_all_files_that_cannot_be_packed_are_named_at_once(tree: Path, count: in
     (tree / "train/kind-1/gone.png").symlink_to(tree / "nowhere.png")
     (tree / "test/kind-2/empty.png").touch()
     with pytest.raises(DataError) as caught:
-        pack(make_source("imagefolder", path=str(tree)), tree / "out", shard_samples=4, jobs=count, progress=False)
+        pack(make_source("imagefolder", path=str(tree), shard_samples=4), tree / "out", jobs=count, progress=False)
     message = str(caught.value)
     assert f"{tree}/train/kind-0/notes.txt: not an image: 12 bytes that begin with b'not an i'" in message
     assert f"{tree}/train/kind-1/gone.png: cannot be read (No such file or directory)" in message
@@ -206,8 +206,8 @@ def test_all_files_that_cannot_be_packed_are_named_at_once(tree: Path, count: in
     shutil.rmtree(tree / "out")
     (tree / "train/kind-0/notes.txt").unlink()
     exclude = ["train/kind-1/gone.png", "test/kind-2/empty.png"]
-    source = make_source("imagefolder", path=str(tree), exclude=exclude)
-    assert pack(source, tree / "out", shard_samples=4, jobs=count, progress=False).split("train").num_samples == 23
+    source = make_source("imagefolder", path=str(tree), exclude=exclude, shard_samples=4)
+    assert pack(source, tree / "out", jobs=count, progress=False).split("train").num_samples == 23
 
 
 def test_a_full_disk_is_said_and_finished_shards_are_kept(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

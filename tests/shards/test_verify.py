@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from dbscale.data import open_dataset
-from dbscale.data.index import file_checksum
 from dbscale.data.manifest import load_manifest, save_manifest
+from dbscale.data.read import file_checksum
 from launch.cli import main
-from shards.info import describe
 from shards.pack import ensure_packed
-from shards.verify import verify
+from shards.verify import describe, verify
 
 SPEC = {"source": "imagefolder", "path": "photos", "shard_samples": 4}
 
@@ -54,9 +53,7 @@ def test_cut_missing_and_corrupt_shards_are_found(packed: Path) -> None:
     cut, missing, corrupt = verify(packed)
     assert cut.what.startswith(f"has {size - 1024:,} bytes, expected {size:,}; run `dbscale shards pack photos")
     assert missing.what.startswith("missing; run `dbscale shards pack photos")
-    assert corrupt.what.startswith(
-        "corrupt tar header at byte 0 (bad checksum); remove test-000000.tar and run `dbscale"
-    )
+    assert corrupt.what.startswith("corrupt tar header (bad checksum); remove test-000000.tar and run `dbscale")
 
 
 def test_a_tar_newer_than_its_index_is_found(packed: Path) -> None:
@@ -97,12 +94,14 @@ def forge(folder: Path, change) -> None:
 def test_duplicate_keys_and_labels_out_of_range_are_found(packed: Path) -> None:
     def change(index: np.ndarray) -> None:
         index["key"][3] = index["key"][4]
-        index["label"][7] = 12
+        index["label"][7] = 3  # as many as there are classes: the smallest that is wrong
+        index["label"][8] = -1
 
     forge(packed, change)
     texts = [str(problem) for problem in verify(packed)]
     assert any("key occurs 2 times" in text for text in texts)
-    assert any("label 12 is out of range 0…2" in text for text in texts)
+    assert any("label 3 is out of range 0…2" in text for text in texts)
+    assert any("label -1 is out of range 0…2" in text for text in texts)
     assert any("does not have the fingerprint of the manifest" in text for text in texts)
 
 

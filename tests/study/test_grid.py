@@ -243,13 +243,13 @@ def test_a_size_that_does_not_fit_names_the_largest_that_does(grid: Grid) -> Non
 
 def test_extends_merges_and_own_keys_win(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
-        f"extends: {GRIDS / 'demo.yaml'}\nname: mine\nmodels: {{h3: {{head_width: 16}}}}\n"
+        f"extends: {GRIDS / 'demo.yaml'}\nname: mine\nmodels: {{h6: {{head_width: 16}}}}\n"
     )
     mine, demo = load_grid(tmp_path / "mine.yaml"), load_grid(GRIDS / "demo.yaml")
     assert mine.name == "mine"
     assert mine.pretrain == demo.pretrain
     assert mine.models["h2"] == demo.models["h2"]
-    assert mine.models["h3"].model_dump()["head_width"] == 16
+    assert mine.models["h6"].model_dump()["head_width"] == 16
 
 
 def test_a_grid_that_extends_may_itself_be_extended(tmp_path: Path) -> None:

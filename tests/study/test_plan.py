@@ -88,6 +88,18 @@ def test_bundles_aim_at_the_target_and_fill_the_workers(
     assert plan.count() == {"new": 8 + 4 + 8 * 3 + 4 * 3}
 
 
+def test_the_longest_lineage_is_packed_first(grid: Grid) -> None:
+    """Three lineages of 3, 2 and 2 s in two bundles: 4 and 3 s. The shortest first would make 5 and 2."""
+    points = expand(grid, {})
+    states: dict[str, CellState] = {cell.key: "done" for cell in merged_cells(points)}
+    roots = list(dict.fromkeys(point.cell.init.key for point in points if point.cell.init and point.arm == "plain"))
+    for root, count in zip(roots, (2, 3, 2), strict=False):
+        finetunes = [point.cell.key for point in points if point.cell.init and point.cell.init.key == root]
+        states |= dict.fromkeys(finetunes[:count], "failed")
+    plan = make_plan(grid, points, states=states, cost=Priced(), target_s=3.5)
+    assert [[bundle.predicted_s for bundle in wave.bundles] for wave in plan.waves] == [[3.0, 4.0]]
+
+
 def test_what_runs_is_left_out_of_the_time_that_is_left(grid: Grid) -> None:
     cells = merged_cells(expand(grid, {}))
     states: dict[str, CellState] = {cell.key: "done" for cell in cells}

@@ -1,73 +1,77 @@
 "use strict";
-// Draws the figures that the page holds as JSON, each when it first comes into view, and switches arms, scales and settings.
+// Draws the figures that the page holds as Vega-Lite, each when it first comes into view, as wide as the page allows and in its colours.
 (() => {
-  const figures = JSON.parse(document.getElementById("figures").textContent);
-  const hidden = new Set();
-  let scale = "log";
-  // Nothing leaves the page: Plotly would offer to send a chart to its makers.
-  const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" } };
+  const packed = Uint8Array.from(atob(document.getElementById("specs").textContent), (c) => c.charCodeAt(0));
+  const unpacked = new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+  const themes = JSON.parse(document.getElementById("themes").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const drawn = new Map();
+  const AXIS = 72, GAP = 22, PANEL = 190;
 
-  const armOf = (trace) => (trace.meta || {}).arm;
-  const isErrorAxis = (name, axis) => name.startsWith("yaxis") && axis && axis.tickformat === ".3~%";
-
-  function draw(element) {
-    const figure = figures[element.id];
-    if (!figure || drawn.has(element.id)) return Promise.resolve();
-    drawn.set(element.id, element);
-    for (const trace of figure.data) if (hidden.has(armOf(trace))) trace.visible = false;
-    for (const [name, axis] of Object.entries(figure.layout)) if (isErrorAxis(name, axis) && element.dataset.scale && scale === "linear") { axis.type = scale; axis.tickmode = "auto"; }
-    return Plotly.newPlot(element, figure.data, figure.layout, config);
+  // Panels wrap, three abreast at most.
+  function fitted(spec, width) {
+    const own = structuredClone(spec);
+    if (own.facet) {
+      own.columns = Math.max(1, Math.min(own.columns, Math.floor((width - AXIS + GAP) / (PANEL + GAP))));
+      own.spec.width = Math.floor((width - AXIS - GAP * (own.columns - 1)) / own.columns);
+      if (own.columns === 1) own.spec.width = Math.min(own.spec.width, 420);
+    } else {
+      own.width = width;
+      own.autosize = { type: "fit-x", contains: "padding" };
+    }
+    own.config = structuredClone(themes[dark.matches ? "dark" : "light"]);
+    if (width < 500) own.config.legend.columns = 2;
+    return own;
   }
 
-  const visible = (element) => element.offsetParent !== null;
-  const observer = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting) { observer.unobserve(entry.target); draw(entry.target); }
-  }, { rootMargin: "600px" });
+  // A click on a legend's entry hides an arm and shows it again.
+  const isEntry = (item) => item && /^legend-(symbol|label)$/.test(item.mark.role);
+  const hasSwitches = (vega) => (vega.signals || []).some((signal) => signal.name === "hidden");
+  function withSwitches(vega) {
+    if (!hasSwitches(vega)) return vega;
+    for (const legend of vega.legends || []) for (const part of ["symbols", "labels"]) {
+      const encode = { ...(legend.encode || {})[part], interactive: true };
+      encode.update = { ...encode.update, opacity: { signal: "indexof(hidden, datum.value) < 0 ? 1 : 0.3" }, cursor: { value: "pointer" } };
+      legend.encode = { ...legend.encode, [part]: encode };
+    }
+    return vega;
+  }
+  function listen(view) {
+    view.addEventListener("click", (_, item) => {
+      if (!isEntry(item)) return;
+      const hidden = view.signal("hidden"), arm = item.datum.value;
+      view.signal("hidden", hidden.includes(arm) ? hidden.filter((each) => each !== arm) : [...hidden, arm]).runAsync();
+    });
+  }
+
+  async function draw(element) {
+    const width = element.clientWidth;
+    if (!width) return;
+    drawn.get(element.id)?.finalize();
+    // Nothing leaves the page: no editor to open; expressions are interpreted, so that the page may forbid eval.
+    const options = { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", ast: true, patch: withSwitches, tooltip: { theme: dark.matches ? "dark" : "light" } };
+    const made = await vegaEmbed(element, fitted((await unpacked)[element.id], width), options);
+    if (hasSwitches(made.vgSpec)) listen(made.view);
+    drawn.set(element.id, made);
+  }
+
   const plots = [...document.querySelectorAll(".plot")];
-  plots.forEach((element) => observer.observe(element));
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) { seen.unobserve(entry.target); draw(entry.target); }
+  }, { rootMargin: "600px" });
+  plots.forEach((element) => seen.observe(element));
 
-  function drawAll() { plots.filter(visible).forEach((element) => { draw(element); Plotly.Plots.resize(element); }); }
-  const parts = [...document.querySelectorAll("div[data-setting]")];
-  let unprinted = [];
-  window.addEventListener("beforeprint", () => {
-    document.querySelectorAll(".notes details").forEach((d) => { d.open = true; });
-    unprinted = parts.filter((part) => part.hidden);
-    unprinted.forEach((part) => { part.hidden = false; });
-    drawAll();
+  const drawAll = () => Promise.all(plots.map((element) => { seen.unobserve(element); return draw(element); }));
+  const redraw = () => Promise.all(plots.filter((element) => drawn.has(element.id)).map(draw));
+  dark.addEventListener("change", redraw);
+  let waiting, width = window.innerWidth;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth === width) return;
+    width = window.innerWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(redraw, 150);
   });
-  window.addEventListener("afterprint", () => unprinted.forEach((part) => { part.hidden = true; }));
-
-  function press(button, on) { button.setAttribute("aria-pressed", on ? "true" : "false"); }
-
-  document.querySelectorAll("button[data-arm]").forEach((button) => button.addEventListener("click", () => {
-    const arm = button.dataset.arm, show = hidden.has(arm);
-    if (show) hidden.delete(arm); else hidden.add(arm);
-    press(button, show);
-    for (const [id, element] of drawn) {
-      const indices = figures[id].data.flatMap((trace, i) => (armOf(trace) === arm ? [i] : []));
-      if (indices.length) Plotly.restyle(element, { visible: show }, indices);
-    }
-  }));
-
-  document.querySelectorAll("button[data-scale]").forEach((button) => button.addEventListener("click", () => {
-    scale = button.dataset.scale;
-    document.querySelectorAll("button[data-scale]").forEach((other) => press(other, other === button));
-    for (const [id, element] of drawn) {
-      if (!element.dataset.scale) continue;
-      const change = {};
-      for (const [name, axis] of Object.entries(figures[id].layout)) if (isErrorAxis(name, axis)) {
-        change[name + ".type"] = scale; change[name + ".autorange"] = true; change[name + ".tickmode"] = scale === "log" ? "array" : "auto";
-      }
-      Plotly.relayout(element, change);
-    }
-  }));
-
-  document.querySelectorAll("button[data-setting]").forEach((button) => button.addEventListener("click", () => {
-    document.querySelectorAll("button[data-setting]").forEach((other) => press(other, other === button));
-    parts.forEach((part) => { part.hidden = part.dataset.setting !== button.dataset.setting; });
-    plots.filter(visible).forEach((element) => { if (drawn.has(element.id)) Plotly.Plots.resize(element); });
-  }));
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => { each.open = true; }));
 
   document.querySelectorAll("input[data-filter]").forEach((input) => input.addEventListener("input", () => {
     const wanted = input.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -77,5 +81,5 @@
     });
   }));
 
-  window.dbscaleReport = { figures, drawn, drawAll };
+  window.dbscaleReport = { drawn, drawAll };
 })();

@@ -12,11 +12,10 @@ from PIL import Image
 from data_bench.measure import Row, beside, rates
 from data_bench.small import loader_run
 from dbscale.data import open_dataset
-from dbscale.data.boxes import RESIZED_CROP_DRAWS, resized_crop_boxes
-from dbscale.data.crop import resize_each
+from dbscale.data.augment import RESIZED_CROP_DRAWS, resize_each, resized_crop_boxes
 from dbscale.data.decode import decode_image
-from dbscale.data.index import checksum
 from dbscale.data.order import order
+from dbscale.data.read import checksum
 from shards.pack import pack
 from shards.sources import make_source
 
@@ -54,9 +53,8 @@ def crop_with_pillow(data: bytes, box: list[int] | None = None) -> Image.Image:
 
 def photographs(root: Path, work: Path, rounds: int) -> list[Row]:
     """All tiers; `root` is an ImageFolder with the splits train and test."""
-    source = make_source("imagefolder", path=str(root))
     for encoding in ("original", "jpeg256", "raw"):
-        pack(source, work / encoding, encoding=encoding, jobs=1, progress=False)  # type: ignore[arg-type]
+        pack(make_source("imagefolder", path=str(root), encoding=encoding), work / encoding, jobs=1, progress=False)
     encoded = [path.read_bytes() for path in sorted((root / "train").rglob("*.*"))]
     count = len(encoded) // 32 * 32
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from data_bench.measure import Row, seconds
 from dbscale.data import load_manifest, make_loader, make_transform, open_dataset
-from dbscale.data.index import file_checksum, index_dtype
 from dbscale.data.manifest import save_manifest
 from dbscale.data.order import order
+from dbscale.data.read import file_checksum, index_dtype
 
 IMAGENET = 1_281_167
 

@@ -157,7 +157,7 @@ def modules() -> dict[str, types.ModuleType]:
     for name, functions in {
         "dbscale.training.run": {"run_cell": run_cell, "Outcome": Outcome},
         "shards.pack": {"ensure_packed": ensure_packed, "source_of": lambda name, spec, data_dir: None},
-        "dbscale.report.refresh": {"refresh": refresh},
+        "dbscale.report.findings": {"refresh": refresh},
         "dbscale.report.page": {"write_report": write_report},
     }.items():
         made[name] = types.ModuleType(name)

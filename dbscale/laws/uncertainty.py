@@ -1,0 +1,318 @@
+"""How sure a fit is: resampled tables, curvature, and profile likelihood where neither can be trusted.
+
+Resamples are a weighted bootstrap: every cluster gets a weight 4·Beta(1/2, 3/2), whose mean, variance and skewness are 1,
+those of a multinomial bootstrap's counts (Barbe & Bertail 1995), but no resample loses a level of a small table. Weights
+are drawn from the cluster's own label: two tables that share labels and seed are resampled alike where they share them,
+which is what pairs the arms of a study.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+
+from dbscale.errors import LawError, nearest
+from dbscale.laws.fit import LOST, LawFit, make_problem, smooth_curvature, spread_starts
+from dbscale.laws.form import as_numbers
+from dbscale.laws.solver import Problem, minimise, polish
+
+BATCH = 64  # resamples per batch: small enough for their Jacobians to stay in cache
+REACH = 40
+"""Doublings of the step after which a profile that has not risen is taken as open."""
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How a table is resampled: in a hierarchy of clusters (a cell), labels within them (a seed), and the noise of the
+    finite test set."""
+
+    num_resamples: int = 1000
+    clusters: np.ndarray | None = None
+    """[n] labels of rows that are drawn together; None: each row alone."""
+    within: np.ndarray | None = None
+    """[n] labels of what is drawn again inside each cluster."""
+    stderr: np.ndarray | None = None
+    """[n] standard error of each y from its test set, redrawn as normal noise, in units of y."""
+    seed: int = 0
+
+    @classmethod
+    def make(cls, num_rows: int, num_resamples: int, clusters, within, stderr, seed: int) -> Resampling:
+        """Checked for lengths and values. Raises LawError."""
+        columns = {
+            "clusters": None if clusters is None else np.asarray(clusters),
+            "within": None if within is None else np.asarray(within),
+            "stderr": None if stderr is None else as_numbers("stderr", stderr) * np.ones(num_rows),
+        }
+        for name, column in columns.items():
+            if column is not None and column.shape != (num_rows,):
+                raise LawError(f"{name} has shape {column.shape}, the table {num_rows} rows")
+        if columns["stderr"] is not None and not np.all(columns["stderr"] >= 0):
+            raise LawError("stderr must not be negative")
+        if num_resamples < 1:
+            raise LawError(f"num_resamples must be at least 1, got {num_resamples}")
+        return cls(num_resamples, columns["clusters"], columns["within"], columns["stderr"], seed)
+
+    def weights(self, num_rows: int) -> np.ndarray:
+        """Weight of each row in each resample [B, n], 1 on average."""
+        labels = [str(c) for c in (range(num_rows) if self.clusters is None else self.clusters)]
+        drawn = {label: self._drawn(label) for label in dict.fromkeys(labels)}
+        weights = np.stack([drawn[label] for label in labels], axis=1)
+        if self.within is None:
+            return weights
+        inner = [f"{outer}/{label}" for outer, label in zip(labels, self.within, strict=True)]
+        drawn = {label: self._drawn(label) for label in dict.fromkeys(inner)}
+        return weights * np.stack([drawn[label] for label in inner], axis=1)
+
+    def _drawn(self, label: str) -> np.ndarray:
+        return np.random.default_rng([self.seed, zlib.crc32(label.encode())]).beta(0.5, 1.5, self.num_resamples) * 4
+
+    def targets(self, fit: LawFit) -> np.ndarray | None:
+        """y of each resample [B, n] in the loss's space, scaled as the fit is; None where nothing is redrawn."""
+        if self.stderr is None:
+            return None
+        noise = np.random.default_rng([self.seed, 1]).standard_normal((self.num_resamples, len(fit.y))) * self.stderr
+        target = fit.problem.target
+        return target + noise / (fit.y if fit.loss.is_log else fit.units["y"])
+
+    def num_clusters(self, num_rows: int) -> int:
+        """How many clusters are drawn."""
+        return num_rows if self.clusters is None else len({str(c) for c in self.clusters})
+
+
+@dataclass(frozen=True, eq=False)
+class Bootstrap:
+    """Refits of one law to resampled tables."""
+
+    fit: LawFit
+    theta: np.ndarray
+    """Scaled coordinates [B, p]."""
+    num_clusters: int
+
+    @property
+    def params(self) -> np.ndarray:
+        """[B, p] in the table's units, columns in the order of `fit.form.param_names`."""
+        return self.fit.to_params(self.theta)
+
+    @property
+    def stderr(self) -> dict[str, float]:
+        """Standard deviation over the resamples."""
+        sizes = self.params.std(axis=0, ddof=1)
+        return dict(zip(self.fit.form.param_names, sizes.tolist(), strict=True))
+
+    def interval(self, level: float = 0.9) -> dict[str, tuple[float, float] | None]:
+        """Percentile interval of each parameter, widened for small tables; None where it is not determined.
+
+        Percentiles of n resampled rows are too narrow by √(n/(n − p)) and by Student's t over the normal quantile; both
+        widen them around the estimate, in coordinates. Percentiles say nothing at a bound: where that many resamples
+        lie on one, the profile likelihood stands in. Fixed parameters have no width.
+        """
+        fit, tails = self.fit, [0.5 - level / 2, 0.5 + level / 2]
+        spare = max(self.num_clusters - fit.num_free, 1)
+        wider = np.sqrt(self.num_clusters / spare) * student_quantile(level, spare) / normal_quantile(level)
+        middle = fit.to_plain(fit.theta)
+        ends = middle + wider * (np.quantile(fit.to_plain(self.theta), tails, axis=0) - middle)
+        near = 1e-6 * (1 + np.abs(self.theta))
+        pressed = np.mean((self.theta - fit.lower < near) | (fit.upper - self.theta < near), axis=0) > tails[0]
+        return intervals_of(fit, ends, level, dict(zip(fit.form.param_names, pressed.tolist(), strict=True)))
+
+    def draws(self, x: object) -> np.ndarray:
+        """The curve of every resample [B, n] at flat columns x."""
+        return self.fit.predict_draws(x, self.theta)
+
+
+def bootstrap(
+    fit: LawFit,
+    *,
+    num_resamples: int = 1000,
+    clusters: object = None,
+    within: object = None,
+    stderr: object = None,
+    seed: int = 0,
+) -> Bootstrap:
+    """Refit `fit` to `num_resamples` resampled tables.
+
+    `clusters` [n] labels rows that are drawn together (default: each row alone; pass the cell), `within` [n] what is
+    drawn again inside each cluster (the seed), `stderr` [n] the standard error of each y from its finite test set. Two
+    arms given the same labels and seed stay paired. Raises LawError for columns of another length.
+    """
+    how = Resampling.make(len(fit.y), num_resamples, clusters, within, stderr, seed)
+    theta = refit(fit, how.weights(len(fit.y)), how.targets(fit))
+    return Bootstrap(fit, theta, how.num_clusters(len(fit.y)))
+
+
+def refit(fit: LawFit, weights: np.ndarray, targets: np.ndarray | None = None) -> np.ndarray:
+    """Coordinates [B, p] of the law refitted from the table's optimum, its weights times each row of `weights` [B, n].
+
+    `targets` [B, n] replaces y in each resample, in the loss's space and scaled as `fit.problem` is.
+    """
+    problem, starts, parts = fit.problem, restarts(fit), [np.empty((0, len(fit.theta)))]
+    for k in range(0, len(weights), BATCH):
+        own = None if targets is None else targets[k : k + BATCH]
+        w = weights[k : k + BATCH] * fit.weights
+        found = [minimise(problem, np.tile(start, (len(w), 1)), w, targets=own) for start in starts]
+        best = np.argmin([objective for _, objective in found], axis=0)
+        parts.append(np.stack([theta for theta, _ in found])[best, np.arange(len(w))])
+    return np.concatenate(parts)
+
+
+def restarts(fit: LawFit) -> np.ndarray:
+    """Where refits start [1 or 2, p]: the optimum, and that with vanished amplitudes regrown.
+
+    At its floor the logarithm of an amplitude has no slope, so a term that vanished once would never come back.
+    """
+    small = smallest_starts(fit)
+    gone = fit.form.is_log & (fit.theta <= fit.lower + 1.0) & (fit.lower < small)
+    return np.stack([fit.theta, np.where(gone, small, fit.theta)]) if gone.any() else fit.theta[None]
+
+
+def smallest_starts(fit: LawFit) -> np.ndarray:
+    """The small end [p] of each parameter's range of first guesses."""
+    return spread_starts(fit.problem, 64, fit.seed).min(axis=0)
+
+
+def parameter_intervals(fit: LawFit, level: float = 0.9) -> dict[str, tuple[float, float] | None]:
+    """Student-t interval of each parameter from the curvature, symmetric in the coordinates (amplitudes stay positive).
+
+    Parameters at a bound get their profile-likelihood interval, fixed ones no width, undetermined ones None.
+    """
+    half = student_quantile(level, fit.degrees) * np.sqrt(np.maximum(np.diag(fit.plain_covariance), 0.0))
+    middle = fit.to_plain(fit.theta)
+    return intervals_of(fit, np.stack([middle - half, middle + half]), level, {})
+
+
+def intervals_of(
+    fit: LawFit, ends: np.ndarray, level: float, pressed: dict[str, bool]
+) -> dict[str, tuple[float, float] | None]:
+    """Intervals in the table's units from coordinates `ends` [2, p], except where a rule overrides them."""
+    found: dict[str, tuple[float, float] | None] = {}
+    own = np.diag(fit.form.unscaling(fit.units)[0])
+    box = [np.where(fit.form.is_log, sign * np.inf, own * end) for sign, end in ((-1, fit.lower), (1, fit.upper))]
+    with np.errstate(over="ignore"):
+        low, high = np.where(fit.form.is_log, np.exp(ends), np.clip(ends, *box))
+    for k, name in enumerate(fit.form.param_names):
+        if name in fit.fixed:
+            found[name] = (fit.params[name], fit.params[name])
+        elif name in fit.undetermined:
+            found[name] = None
+        else:
+            at_bound = name in fit.at_bound or pressed.get(name, False)
+            both = profile_interval(fit, name, level) if at_bound else (float(low[k]), float(high[k]))
+            empty = says_nothing(both, is_log=bool(fit.form.is_log[k]), box=(float(box[0][k]), float(box[1][k])))
+            found[name] = None if empty else both
+    return found
+
+
+def says_nothing(ends: tuple[float, float], *, is_log: bool, box: tuple[float, float]) -> bool:
+    """Whether an interval is as wide as the law allows, or spans a factor of a million and more."""
+    if is_log:
+        return ends[1] == np.inf or bool(0 < ends[0] * np.exp(2 * LOST) < ends[1])
+    return ends[0] <= box[0] and ends[1] >= box[1]
+
+
+def profile_interval(fit: LawFit, name: str, level: float = 0.9) -> tuple[float, float]:
+    """Interval of one parameter by profile likelihood: where twice the rise of the log-likelihood, all others optimised
+    anew, passes the quantile squared.
+
+    The rise is (n − p)·(objective ratio − 1) for least squares, against Student's t; for Huber it is the objective's
+    rise over its noise scale, against the normal. An end that is a bound of the law stays there; one that is never
+    reached is infinite (0 for amplitudes).
+    """
+    if name not in fit.form.param_names:
+        raise LawError(f"{fit.name} has no parameter {name!r}; {nearest(name, fit.form.param_names)}")
+    if name in fit.fixed:
+        raise LawError(f"{name!r} was fixed; there is nothing to profile")
+    profile = Profile(fit, fit.form.param_names.index(name))
+    is_square = fit.loss.kind == "least_squares"
+    limit = student_quantile(level, fit.degrees) if is_square else normal_quantile(level)
+    ends = [profile.end(side, limit**2) for side in (-1, 1)]
+    with np.errstate(over="ignore"):
+        return (float(np.exp(ends[0])), float(np.exp(ends[1]))) if profile.is_log else (ends[0], ends[1])
+
+
+class Profile:
+    """The likelihood as a function of one coordinate k, in the table's own units, all others optimised anew."""
+
+    def __init__(self, fit: LawFit, k: int) -> None:
+        self.fit, self.k, self.is_log = fit, k, bool(fit.form.is_log[k])
+        units = dict.fromkeys(fit.units, 1.0)
+        matrix, shift = fit.form.unscaling(fit.units)
+        # A box over scaled coordinates is none over plain ones where an exponent mixes in; those ends stay open.
+        own = np.diag(matrix)
+        lower, upper = (np.where(np.isfinite(e), own * e + shift, e) for e in (fit.lower, fit.upper))
+        mixed = (matrix - np.diag(own)).any(axis=1)
+        self.theta = fit.to_plain(fit.theta)
+        fixed = np.isin(fit.form.param_names, fit.fixed)
+        lower, upper = (
+            np.where(fixed, self.theta, np.where(mixed, s * np.inf, e)) for s, e in ((-1, lower), (1, upper))
+        )
+        self.problem = make_problem(fit.form, fit.x, fit.y, units, fit.loss, (lower, upper))
+        self.low, self.high = lower[k], upper[k]
+        self.best = float(self.problem.objective(self.theta[None], fit.weights[None])[0])
+        # An amplitude that vanished is sought from the smallest value that a first guess would take.
+        vanished = self.is_log and fit.theta[k] <= fit.lower[k] + 1.0
+        regrown = np.where(np.arange(len(self.theta)) == k, smallest_starts(fit), fit.theta)
+        self.middle = float(fit.to_plain(regrown)[k]) if vanished else float(self.theta[k])
+        self.vanished = vanished
+
+    def rise(self, value: float, start: np.ndarray) -> tuple[float, np.ndarray]:
+        """Twice the rise of the log-likelihood at `value`, and the optimum there [p]."""
+        at = np.where(np.arange(len(start)) == self.k, value, start)
+        lower, upper = self.problem.lower.copy(), self.problem.upper.copy()
+        lower[self.k] = upper[self.k] = value
+        problem = Problem(self.problem.form, self.problem.x, self.problem.target, self.problem.loss, lower, upper)
+        theta, _ = minimise(problem, at[None], self.fit.weights[None], max_steps=60)
+        theta, objective, _ = polish(problem, theta[0], self.fit.weights)
+        return self.deviance(objective), theta
+
+    def deviance(self, objective: float) -> float:
+        """Twice the rise of the log-likelihood, scaled by the noise that the residuals show."""
+        fit, best = self.fit, max(self.best, 1e-300)
+        if fit.loss.kind == "least_squares":
+            return fit.degrees * (objective / best - 1)
+        residual = self.problem.residual(self.theta[None])[0]
+        curvature = float(np.mean(smooth_curvature(self.problem.loss, residual)))
+        score = float(np.average(self.problem.loss.psi(residual) ** 2, weights=fit.weights)) * float(fit.weights.mean())
+        return 2 * (objective - best) * curvature / max(score, 1e-300)
+
+    def end(self, side: int, limit: float) -> float:
+        """Where the rise passes `limit` on one side: steps that double, then a root."""
+        from scipy.optimize import brentq
+
+        bound = self.low if side < 0 else self.high
+        if side < 0 and self.vanished:
+            return -np.inf
+        size = float(np.sqrt(max(self.fit.plain_covariance[self.k, self.k], 0.0)))
+        step = size or (1.0 if self.is_log else 0.01 * (1 + abs(self.middle)))
+        inside, known, start = self.middle, -limit, self.theta
+        for _ in range(REACH):
+            value = inside + side * step
+            value = max(value, bound) if side < 0 else min(value, bound)
+            rise, there = self.rise(value, start)
+            if rise > limit:
+                ends = {inside: known, value: rise - limit}
+                found = brentq(
+                    lambda v, s=start, e=ends: e[v] if v in e else self.rise(v, s)[0] - limit,
+                    inside, value, xtol=1e-3 * step,
+                )  # fmt: skip
+                return float(found)  # type: ignore[arg-type]
+            if value == bound:
+                return float(bound)
+            inside, known, start, step = value, rise - limit, there, 2 * step
+        return side * np.inf
+
+
+@lru_cache(maxsize=256)
+def student_quantile(level: float, degrees: int) -> float:
+    """Half-width of the central interval of Student's t in standard errors; one degree of freedom is the least."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(max(degrees, 1), 0.5 + level / 2))
+
+
+def normal_quantile(level: float) -> float:
+    """Half-width of the central interval of the normal distribution in standard errors."""
+    return NormalDist().inv_cdf(0.5 + level / 2)

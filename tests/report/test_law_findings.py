@@ -1,0 +1,163 @@
+"""What the laws say of a study whose truth is known, and where they must not be read further."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dbscale.laws import make_pairs
+from dbscale.report.law_findings import Options, law_delta, study_laws
+from dbscale.report.table import Run, RunTable
+
+FAST = Options(num_resamples=20)
+SIZES, LABELS, PARAMS = (500, 1000, 2000, 4000, 8000), (100, 400, 1600), {"h1": 10_000, "h2": 40_000, "h4": 160_000}
+
+
+def truth(arm: str, size: float, params: float, labels: float) -> float:
+    """A product of powers; the distilled arm is better by a fifth everywhere."""
+    return (0.8 if arm == "distilled" else 1.0) * 20 * size**-0.3 * params**-0.1 * labels**-0.2
+
+
+def study(*, sizes=SIZES, labels=LABELS, students=PARAMS, seeds=(0, 1), noise=0.01, **fields) -> RunTable:
+    rng = np.random.default_rng(0)
+    runs = tuple(
+        Run(
+            variant="base", arm=arm, student=student, num_params=students[student], upstream_dataset="fractals",
+            upstream_samples=size, dataset="digits", downstream_samples=count, seed=seed, num_test_samples=10**6,
+            error_rate=float(truth(arm, size, students[student], count) * np.exp(noise * rng.standard_normal())),
+            key=f"{arm}-{student}-{size}-{count}-{seed}", **fields,
+        )
+        for arm, student, size, count, seed in itertools.product(("plain", "distilled"), students, sizes, labels, seeds)
+    )  # fmt: skip
+    return RunTable(runs, grid="laws")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return study_laws(study(), FAST, "mark")
+
+
+def test_an_arm_has_its_laws_with_what_they_miss(found):
+    _, laws = found
+    assert [(law.arm, law.metric, law.num_runs) for law in laws.laws] == [
+        ("plain", "error_rate", 90), ("distilled", "error_rate", 90)
+    ]  # fmt: skip
+    for law in laws.laws:
+        assert law.reason == "" and law.law in {each.law for each in law.candidates}
+        assert law.residual == pytest.approx(0.01, rel=0.3) and law.noise == pytest.approx(0.01, rel=0.3)
+        assert law.held_out is not None and law.held_out < 0.05
+        assert sum(each.weight for each in law.candidates) == pytest.approx(1)
+        assert law.no_extrapolation == ()
+    assert laws.notes == () and (laws.source, laws.level, laws.num_draws) == ("mark", 0.9, 20)
+
+
+def test_curves_span_the_measured_range_at_every_measured_combination(found):
+    _, laws = found
+    curves = [each for each in laws.curves if each.arm == "plain" and each.axis == "upstream_samples"]
+    assert {(each.student, each.downstream_samples) for each in curves} == set(itertools.product(PARAMS, LABELS))
+    (curve,) = [each for each in curves if (each.student, each.downstream_samples) == ("h2", 400)]
+    assert (curve.band.x[0], curve.band.x[-1]) == pytest.approx((500, 8000))
+    assert curve.band.y == pytest.approx([truth("plain", x, 40_000, 400) for x in curve.band.x], rel=0.03)
+    assert all(low <= y <= high for low, y, high in zip(curve.band.low, curve.band.y, curve.band.high, strict=True))
+    assert {each.axis for each in laws.curves} == {"upstream_samples", "downstream_samples", "num_params"}
+    assert {each.student for each in laws.curves if each.axis == "num_params"} == {None}
+
+
+def test_every_run_is_predicted_and_the_largest_size_once_more_unseen(found):
+    _, laws = found
+    seen, held = ([each for each in laws.predictions if each.held_out is out] for out in (False, True))
+    assert len(seen) == 180 and len(held) == 36 and {each.upstream_samples for each in held} == {8000}
+    for each in held:
+        assert each.predicted == pytest.approx(
+            truth(each.arm, 8000, PARAMS[each.student], each.downstream_samples), rel=0.1
+        )
+        assert each.key == f"{each.arm}-{each.student}-8000-{each.downstream_samples}-{each.seed}"
+
+
+def test_twice_of_a_lever_does_what_the_truth_does(found):
+    _, laws = found
+    plain = laws.levers[0]
+    assert (plain.arm, plain.student, plain.upstream_samples, plain.downstream_samples) == ("plain", "h4", 8000, 1600)
+    assert plain.error.value == pytest.approx(truth("plain", 8000, 160_000, 1600), rel=0.03)
+    assert plain.doubled["upstream_samples"].value == pytest.approx(truth("plain", 16_000, 160_000, 1600), rel=0.04)
+    assert plain.doubled["downstream_samples"].value == pytest.approx(truth("plain", 8000, 160_000, 3200), rel=0.04)
+    assert plain.doubled["num_params"].value == pytest.approx(truth("plain", 8000, 320_000, 1600), rel=0.04)
+    # Slopes of a product: .2/1600 of the error a label, .3/8000 of it an image.
+    assert plain.images_per_label is not None
+    assert plain.images_per_label.value == pytest.approx((0.2 / 1600) / (0.3 / 8000), rel=0.3)
+
+
+def test_the_transfer_gap_has_its_profile_interval(found):
+    """A product of powers has no gap: G is 0, and the interval says how large it might be."""
+    _, laws = found
+    assert {(each.arm, each.student) for each in laws.transfer} == set(
+        itertools.product(("plain", "distilled"), PARAMS)
+    )
+    for each in laws.transfer:
+        assert each.gap.low == pytest.approx(0, abs=1e-6)
+        assert each.gap.high is not None and each.gap.high > each.gap.value
+        assert 0 <= each.share < 0.5 and 0 <= each.gap_error < 0.05
+
+
+def test_axes_with_two_values_are_not_read_further():
+    _, laws = study_laws(study(labels=(100, 400), students={"h1": 10_000}), FAST, "")
+    assert laws.laws[0].no_extrapolation == ("num_params", "downstream_samples")
+    assert set(laws.levers[0].doubled) == {"upstream_samples"} and laws.levers[0].images_per_label is None
+    assert [note.text for note in laws.notes] == [
+        "On digits labels were measured at two values only: no law is determined along them."
+    ]
+
+
+def test_laws_that_foretell_poorly_are_not_read_further_along_upstream_data():
+    """Error stays where it was up to 4,000 images and then halves: no law of the smaller sizes foretells it."""
+    table = study(students={"h1": 10_000})
+    runs = tuple(
+        Run(**{**vars(run), "error_rate": run.error_rate * (run.upstream_samples / 500) ** 0.3
+               * (0.5 if run.upstream_samples == 8000 else 1)})
+        for run in table
+    )  # fmt: skip
+    _, laws = study_laws(RunTable(runs), FAST, "")
+    assert all("upstream_samples" in law.no_extrapolation for law in laws.laws)
+    assert all("upstream_samples" not in lever.doubled for lever in laws.levers)
+    codes = {note.code for note in laws.notes}
+    assert "far_out" in codes
+    far = next(note.text for note in laws.notes if note.code == "far_out")
+    assert far.startswith(
+        "Fitted without the largest number of upstream images, the laws miss error of the plain arm there by"
+    )
+
+
+def test_an_arm_without_enough_sizes_has_the_reason():
+    _, laws = study_laws(study(sizes=(500, 1000), students={"h1": 10_000}), FAST, "")
+    assert {law.reason for law in laws.laws} == {"laws of upstream data need 3 values of D_p"}
+    assert laws.curves == () and laws.levers == () and [note.code for note in laws.notes] == ["no_law", "no_law"]
+
+
+def test_the_laws_difference_is_averaged_over_the_pairs_strata(found):
+    arms, _ = found
+    setting = arms.table.settings[0]
+    strata = [("h1", 100), ("h4", 1600)]
+    pairs = make_pairs([500, 8000] * 2, [0.0] * 4, seed=[0] * 4, student=["h1", "h1", "h4", "h4"],
+                       labels=[100, 100, 1600, 1600])  # fmt: skip
+    curves = law_delta(arms, setting, "error_rate", pairs)
+    assert curves is not None and (curves.grid[0], curves.grid[-1]) == pytest.approx((500, 8000))
+    expected = [np.mean([0.2 * truth("plain", x, PARAMS[s], d) for s, d in strata]) for x in curves.grid]
+    assert curves.best == pytest.approx(expected, rel=0.15)
+    assert curves.drawn.shape[1] == len(curves.grid)
+    assert law_delta(arms, setting, "test_loss", pairs) is None
+
+
+def test_cheap_predictors_are_ranked_against_the_finetuned_error():
+    table = study(students={"h1": 10_000}, labels=(100,), seeds=(0, 1, 2))
+    runs = tuple(
+        Run(**{**vars(run), "upstream_key": f"{run.arm}-{run.upstream_samples}-{run.seed}",
+               "upstream_error_rate": run.error_rate, "transrate": -run.error_rate})
+        for run in table
+    )  # fmt: skip
+    _, laws = study_laws(RunTable(runs), FAST, "")
+    assert [(each.predictor, each.num_checkpoints) for each in laws.predictors] == [
+        ("error on the upstream test set", 30), ("TransRate (arXiv 2106.09719)", 30)
+    ]  # fmt: skip
+    assert [each.rho.value for each in laws.predictors] == pytest.approx([1, -1])
