@@ -223,6 +223,13 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def reworded(manifest: Path) -> None:
+    """Another step, in JSON that is as valid as before."""
+    text = manifest.read_text()
+    assert '"step": 6' in text
+    manifest.write_text(text.replace('"step": 6', '"step": 4'))
+
+
 def renamed(manifest: Path) -> None:
     """A manifest that is sound by its own checksum, and lists a file outside."""
     content = read_json(manifest)
@@ -235,6 +242,7 @@ DAMAGE = {
     "a bit of the optimizer": (lambda f: flip(f / "optimizer.bin"), "optimizer.bin does not match its checksum"),
     "a bit of the average": (lambda f: flip(f / "rank-0.safetensors"), "rank-0.safetensors does not match"),
     "a bit of the manifest": (lambda f: flip(f / "manifest.json"), "manifest.json"),
+    "a number of the manifest": (lambda f: reworded(f / "manifest.json"), "does not match its own checksum"),
     "a file too few": (lambda f: (f / "optimizer.bin").unlink(), "optimizer.bin is missing"),
     "a file too many": (lambda f: (f / "extra.py").write_text("x"), "extra.py is not in the manifest"),
     "a file of another place": (lambda f: renamed(f / "manifest.json"), "../../row.json is missing"),

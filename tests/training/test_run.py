@@ -56,6 +56,7 @@ def test_what_breaks_while_stopping_is_an_interruption(bench, monkeypatch):
     outcome = bench.run(cell, stop=stop)
     assert outcome.status == bench.store.last_attempt(cell.key).status == "interrupted"
     assert "ninja" in outcome.reason
+    assert outcome.failure is None and bench.store.last_attempt(cell.key).failure is None, "no fault of the cell"
     monkeypatch.undo()
     assert bench.run(cell).status == "done"
 
