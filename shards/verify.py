@@ -33,7 +33,7 @@ class Problem:
     file: str
     """Name inside the dataset's folder."""
     key: str | None
-    """Of the sample; None where the whole file is meant."""
+    """The sample; None where the whole file is meant."""
     what: str
 
     def __str__(self) -> str:
