@@ -223,11 +223,10 @@ def _names_in(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: class list cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    names = tuple(line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise DataError(f"{path}: class list is empty or names a class twice: {', '.join(twice[:5])}")
-    return names
+    try:
+        return class_names([line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")])
+    except ValueError as error:
+        raise DataError(f"{path}: class list {error}") from error
 
 
 class TinyImageNet(_OneFileEach):

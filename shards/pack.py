@@ -237,7 +237,7 @@ class ShardJob:
     shard: int
     first_position: int
     numbers: NDArray[np.int64]
-    """Of the samples, in the source's listing."""
+    """Where the samples stand in the source's listing."""
     names: list[str]
     labels: NDArray[np.int64]
     encoding: Encoding

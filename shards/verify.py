@@ -21,7 +21,7 @@ from dbscale.data.manifest import MANIFEST_NAME, Manifest, SplitInfo, load_manif
 from dbscale.data.read import checksum, open_index, split_fingerprint
 from dbscale.errors import DataError
 from shards.pack import WORK_FOLDER, ShardJob, default_processes, encode, index_is_damaged, make_plan, plan_jobs
-from shards.source import Source
+from shards.source import FileSource, Source
 from shards.sources import source_change, source_of
 from shards.webdataset import Member, walk_tar
 
@@ -33,7 +33,7 @@ class Problem:
     file: str
     """Name inside the dataset's folder."""
     key: str | None
-    """Of the sample; None where the whole file is meant."""
+    """The sample; None where the whole file is meant."""
     what: str
 
     def __str__(self) -> str:
@@ -215,10 +215,9 @@ def exact_source_change(folder: Path, data_dir: str | Path) -> str | None:
     change = source_change(folder, data_dir, quick=False)
     manifest = load_manifest(folder)
     source = source_of(manifest.name, manifest.source, data_dir)
-    try:
-        listings = {} if change or not list(source.watched()) else source.listings()
-    except (OSError, ValueError):  # it is gone
-        return None
+    if change is not None or not (isinstance(source, FileSource) and source.root.exists()):
+        return change
+    listings = source.listings()
     is_newer = partial(_is_newer, source, (folder / MANIFEST_NAME).stat().st_mtime_ns, {})
     other: list[str] = []
     for job in plan_jobs(folder, listings, make_plan(source, listings, manifest.name, manifest.source)):
@@ -233,10 +232,9 @@ def exact_source_change(folder: Path, data_dir: str | Path) -> str | None:
             f"its source now holds other images in place of {len(other):,} packed ones, the first "
             f"{source.origin(other[0])}; results keep to what is packed: remove {folder} to pack it anew"
         )
-    if listings:
-        with suppress(OSError):
-            os.utime(folder / MANIFEST_NAME)
-    return change
+    with suppress(OSError):
+        os.utime(folder / MANIFEST_NAME)
+    return None
 
 
 def _is_newer(source: Source, packed_at: int, known: dict[Path | None, bool], name: str) -> bool:

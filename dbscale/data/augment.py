@@ -54,7 +54,7 @@ class Augmentation:
     random_erasing: float = 0.0
 
 
-_FIELDS_OF_OTHERS = {"mixup", "cutmix", "mix_share", "mix_switch_share", "repeats"}  # of `mix` and of `order`
+_FIELDS_OF_OTHERS = {"mixup", "cutmix", "mix_share", "mix_switch_share", "repeats"}  # they belong to `mix` and `order`
 
 
 def make_transform(
