@@ -214,15 +214,6 @@ def smooth_curves(table: Mapping[str, np.ndarray], ranges: Mapping[str, np.ndarr
     return total
 
 
-def prediction_interval(
-    fit: LawFit, x: Mapping[str, object] | object, level: float = 0.9
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bound [n], [n] for a new measurement at `x` by one law, calibrated on its rolling origins."""
-    calibration = Calibration.make(in_sample_noise(fit), rolling_origins(fit))
-    half = calibration.half_width(distance_beyond(fit.x, fit.form.columns(x)), level)
-    return band(fit.predict(x), half, is_log=fit.loss.is_log)
-
-
 def distance_beyond(table: Mapping[str, np.ndarray], x: Mapping[str, np.ndarray]) -> np.ndarray:
     """How far the points `x` [n] lie beyond the table's largest values; 0 inside."""
     logs = [np.maximum(np.log(np.asarray(x[name]) / table[name].max()), 0.0) for name in table]
@@ -472,8 +463,7 @@ def select_law(
     for form in forms:
         limits = (bounds or {}).get(form.name, {})
         try:
-            own = dict(columns) if len(form.variables) > 1 else next(iter(columns.values()))
-            search = Search.make(form, own, y, weights, loss, limits, {}, ceiling, seed)
+            search = Search.make(form, columns_for(form, columns, x), y, weights, loss, limits, {}, ceiling, seed)
             if not limits:  # what a law contains need not be searched for twice
                 search.found = shared.setdefault(str(sorted(search.units().items())), {})
             fits.append(search.fit())
@@ -497,6 +487,13 @@ def varying_columns(x: Mapping[str, object] | object) -> dict[str, np.ndarray]:
     """The table's columns that vary, by their own names; all of them where none does."""
     columns = {n: as_numbers(n, c) for n, c in x.items()} if isinstance(x, Mapping) else {"x": as_numbers("x", x)}
     return {n: c for n, c in columns.items() if c.size and np.any(c != c.flat[0])} or columns
+
+
+def columns_for(form: Form, columns: Mapping[str, np.ndarray], x: Mapping[str, object] | object) -> object:
+    """What a law is fitted over: the columns that vary, or all, where it would have to say what it lacks."""
+    if len(form.variables) == 1 and len(columns) == 1:
+        return next(iter(columns.values()))
+    return columns if form.restrict is not None else x
 
 
 def default_laws(columns: Mapping[str, np.ndarray]) -> list[Form]:

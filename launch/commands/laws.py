@@ -14,7 +14,7 @@ from launch.commands.results import add_table, columns_of, grid_name
 from launch.options import AddCommand, add_data, add_grid, add_store, store_of
 
 if TYPE_CHECKING:
-    from dbscale.laws import LawFit, Selection
+    from dbscale.laws import Selection
     from dbscale.laws.form import Variable
     from dbscale.report.sheet import Sheet
 
@@ -33,6 +33,8 @@ def add_commands(add: AddCommand) -> None:
     parser.add_argument("--weights", metavar="COLUMN", help="relative inverse variances of the rows")
     parser.add_argument("--cluster", metavar="COLUMN", help="rows that are drawn together, such as one run's: prints "
                         "90 % intervals from resampling them")  # fmt: skip
+    parser.add_argument("--at", action="append", default=[], metavar="[COLUMN=]VALUE[,COLUMN=VALUE…]",
+                        help="predict a measurement there, with its 90 %% interval; repeatable")  # fmt: skip
     parser.add_argument("--ceiling", type=float, help="largest value that y can take: 1 for error rates")
     parser.add_argument(
         "--loss", help="huber_log (default), least_squares_log (default of auto), huber or least_squares"
@@ -82,9 +84,10 @@ def fit(arguments: argparse.Namespace) -> int:
     is_auto = arguments.law == "auto"
     variables = auto_variables(GRID, arguments.x, sheet) if is_auto else find_form(arguments.law).variables
     names = variable_columns(variables, arguments.x, sheet)
-    x = {variable: sheet.measured(column) for variable, column in names.items()}
-    found, intervals = fitted(x, sheet.measured(arguments.y), sheet, arguments)
-    print("\n".join([found.report(), *interval_lines(intervals)]))
+    found = fitted({name: sheet.measured(column) for name, column in names.items()}, sheet, arguments)
+    shown = found if is_auto else found.best
+    lines = [shown.report(), *(interval_lines(found.bootstrap.interval()) if arguments.cluster else ())]
+    print("\n".join([*lines, *prediction_lines(found, arguments.at, names)]))
     for note in sheet.notes:
         print(f"  warning: {note}")
     used = {*names.values(), arguments.y, arguments.weights, arguments.cluster} - {None}
@@ -93,30 +96,47 @@ def fit(arguments: argparse.Namespace) -> int:
               f"{', …' if len(values) > 6 else ''}); --where {column}={values[0]} keeps one")  # fmt: skip
     if arguments.out:
         with atomic_open(arguments.out, "w") as file:
-            json.dump(found.to_dict(), file, indent=1)
+            json.dump(shown.to_dict(), file, indent=1)
     return 0
 
 
-def fitted(
-    x: Mapping[str, Sequence[float]], y: Sequence[float], sheet: Sheet, arguments: argparse.Namespace
-) -> tuple[LawFit | Selection, Mapping[str, tuple[float, float] | None]]:
-    """The law or the selection that was asked for, and intervals of its parameters where rows are resampled."""
-    from dbscale.laws import bootstrap, fit_law, select_law
+def fitted(x: Mapping[str, Sequence[float]], sheet: Sheet, arguments: argparse.Namespace) -> Selection:
+    """The laws that were asked for: the one that was named, or all that the columns allow."""
+    from dbscale.laws import select_law
 
-    is_auto = arguments.law == "auto"
-    limits = bounds(arguments.bound)
+    limits, is_auto = bounds(arguments.bound), arguments.law == "auto"
     if is_auto and limits:
         raise ConfigError("--bound limits one law's parameters; name the law instead of --law auto")
-    weights = sheet.measured(arguments.weights) if arguments.weights else None
-    clusters = [str(cell) for cell in sheet.cells(arguments.cluster)] if arguments.cluster else None
-    loss = arguments.loss or ("least_squares_log" if is_auto else "huber_log")
-    if is_auto:
-        found = select_law(x, y, weights=weights, clusters=clusters, loss=loss, ceiling=arguments.ceiling,
-                           seed=arguments.seed)  # fmt: skip
-        return found, found.bootstrap.interval() if clusters else {}
-    law = fit_law(arguments.law, x, y, weights=weights, loss=loss, bounds=limits or None, ceiling=arguments.ceiling,
-                  seed=arguments.seed)  # fmt: skip
-    return law, bootstrap(law, clusters=clusters, seed=arguments.seed).interval() if clusters else {}
+    return select_law(
+        x, sheet.measured(arguments.y), laws=None if is_auto else [arguments.law],
+        weights=sheet.measured(arguments.weights) if arguments.weights else None,
+        clusters=[str(cell) for cell in sheet.cells(arguments.cluster)] if arguments.cluster else None,
+        loss=arguments.loss or ("least_squares_log" if is_auto else "huber_log"),
+        bounds={arguments.law: limits} if limits else None, ceiling=arguments.ceiling, num_resamples=1000,
+        seed=arguments.seed,
+    )  # fmt: skip
+
+
+def prediction_lines(found: Selection, given: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """A new measurement at each `--at`, with its interval; says where that lies outside what was measured."""
+    lines = []
+    for text in given:
+        point = {}
+        for each in text.split(","):
+            column, equals, value = each.rpartition("=")
+            variable = next((v for v, c in names.items() if column in (v, c)), None) if equals else next(iter(names))
+            try:
+                point[variable] = float(value)
+            except ValueError:
+                point = {}
+                break
+        if set(point) != set(names):
+            raise ConfigError(f"--at {text!r}: write a value for each of {', '.join(f'{n}=…' for n in names.values())}")
+        (low,), (high,) = found.interval(point)
+        outside = found.extrapolated(point)
+        lines.append(f"  at {text}: {found.predict(point)[0]:.6g} (90 %: {low:.6g} to {high:.6g})"
+                     f"{'; outside what was measured' if outside else ''}")  # fmt: skip
+    return lines
 
 
 def interval_lines(intervals: Mapping[str, tuple[float, float] | None]) -> list[str]:
