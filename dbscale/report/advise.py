@@ -30,7 +30,7 @@ class Advice:
     outside: tuple[str, ...]
     """Every axis on which the point lies outside what was measured, said."""
     expected: Mapping[str, Estimate]
-    """Error at the point by the laws of each arm; empty without laws."""
+    """Error at the point by the laws of each arm; empty without laws, and outside what was measured."""
 
     @property
     def sentence(self) -> str:
@@ -83,10 +83,10 @@ def _advice(
         record = closer if decided else record
     if record.verdict is None:
         raise TableError(f"{setting.label(arms.table)}: {record.reason}")
-    return Advice(
-        setting.label(arms.table), record, point["upstream_samples"],
-        tuple(_outside(arms.table, setting, point)), _expected(arms, setting, point, options.level),
-    )  # fmt: skip
+    outside = tuple(_outside(arms.table, setting, point))
+    # No prediction stands beside a warning against it.
+    expected = {} if outside else _expected(arms, setting, point, options.level)
+    return Advice(setting.label(arms.table), record, point["upstream_samples"], outside, expected)
 
 
 def _nearest(table: RunTable, questions: list[Question], point: Mapping[AxisName, float]) -> Question | None:

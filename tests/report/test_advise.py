@@ -51,6 +51,7 @@ def test_advice_rests_on_the_page_s_own_verdict(table):
 def test_every_axis_beyond_what_was_measured_is_named(table, point, told):
     (found,) = advise(table, *point, options=FAST)
     assert found.sentence.endswith(f" This point is an extrapolation: {told}.")
+    assert found.expected == {} and "by its laws" not in found.text()
 
 
 def test_the_laws_add_what_error_to_expect(table):
