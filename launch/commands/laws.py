@@ -1,12 +1,13 @@
-"""`dbscale fit|compare|advise`: a law for anyone's table, which of two procedures is better, and whether to distill."""
+"""`dbscale fit|compare|advise|allocate`: laws for anyone's table, which procedure is better, and where the money goes."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.files import atomic_open
@@ -14,9 +15,10 @@ from launch.commands.results import add_table, columns_of, grid_name
 from launch.options import AddCommand, add_data, add_grid, add_store, store_of
 
 if TYPE_CHECKING:
-    from dbscale.laws import Selection
+    from dbscale.laws import Allocation, Selection
     from dbscale.laws.form import Variable
     from dbscale.report.sheet import Sheet
+    from dbscale.report.table import RunTable
 
 
 def add_commands(add: AddCommand) -> None:
@@ -48,6 +50,16 @@ def add_commands(add: AddCommand) -> None:
     for name, what in (("dp", "upstream samples"), ("df", "downstream samples"), ("params", "student's parameters")):
         parser.add_argument(f"--{name}", required=True, metavar="COUNT", help=f"{what}: 2000, 200k, 22M")
     parser.add_argument("--dataset", help="one downstream set; default: all")
+    add_source(parser)
+    parser = add("allocate", allocate, "split a budget between upstream images, model size and labels, by the laws")
+    parser.add_argument("--budget", type=float, required=True, metavar="MONEY", help="in the currency of the prices")
+    parser.add_argument("--price", action="append", default=[], metavar="NAME=VALUE",
+                        help="upstream_image, downstream_label, train_flop, teacher_params, …; repeatable")  # fmt: skip
+    parser.add_argument("--dataset", help="one downstream set; default: all")
+    add_source(parser)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
     add_table(parser)
     add_grid(parser)
     add_store(parser)
@@ -250,17 +262,77 @@ def advise(arguments: argparse.Namespace) -> int:
     from dbscale.report.advise import advise as ask
     from dbscale.report.findings import load_mistakes
     from dbscale.report.numerals import parse_count
-    from dbscale.report.reduce import collect, load_plan
-    from dbscale.report.table import read_table
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
-    store = store_of(arguments)
-    if arguments.table is not None:
-        table, wrong = read_table(arguments.table, columns_of(arguments)), None
-    else:
-        table = collect(store, load_plan(store, grid_name(arguments)))
-        wrong = load_mistakes(store, {run.key for run in table})
+    table = runs_of(arguments)
+    wrong = None if arguments.table is not None else load_mistakes(store_of(arguments), {run.key for run in table})
     print("\n\n".join(advice.text() for advice in ask(table, *point, dataset=arguments.dataset, wrong=wrong)))
     for note in table.warnings:
         print(f"  warning: {note}")
     return 0
+
+
+def runs_of(arguments: argparse.Namespace) -> RunTable:
+    """The runs of `--table`, or else of the grid in its store."""
+    from dbscale.report.reduce import collect, load_plan
+    from dbscale.report.table import read_table
+
+    if arguments.table is not None:
+        return read_table(arguments.table, columns_of(arguments))
+    store = store_of(arguments)
+    return collect(store, load_plan(store, grid_name(arguments)))
+
+
+def allocate(arguments: argparse.Namespace) -> int:
+    from dbscale.laws import Prices
+    from dbscale.laws import allocate as split
+    from dbscale.report.law_findings import AXIS_NAMES, Options, arm_laws
+
+    prices, table = Prices(**price_options(arguments.price)), runs_of(arguments)
+    laws = arm_laws(table, Options(), metrics=("error_rate",))
+    settings = [each for each in table.settings if arguments.dataset in (None, each.dataset)]
+    if not settings:
+        raise ConfigError(f"no runs on {arguments.dataset!r}; {nearest(arguments.dataset, table.values('dataset'))}")
+    for setting in settings:
+        arms = {arm: law for arm in table.arms if (law := laws.of(setting, "error_rate", arm)) is not None}
+        if not arms:
+            raise ConfigError(f"{setting.label(table)}: no arm has a law; `dbscale report` says why")
+        first = laws.runs(setting, "error_rate", next(iter(arms))).runs[0]
+        held = {
+            name: float(getattr(first, name))
+            for name in AXIS_NAMES
+            if not any(name in a.columns for a in arms.values())
+        }
+        print("\n".join(allocation_lines(setting.label(table), split(arms, prices, arguments.budget, at=held))))
+    return 0
+
+
+def price_options(given: Sequence[str]) -> dict[str, Any]:
+    """`Prices` by name, as `--price NAME=VALUE` gives them."""
+    from dbscale.laws import Prices
+
+    known, found = [each.name for each in fields(Prices)], {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise ConfigError(f"--price {text!r}: write NAME=VALUE; {nearest(name, known)}")
+        try:
+            found[name] = value if name == "teacher_case" else float(value)
+        except ValueError:
+            raise ConfigError(f"--price {text!r}: {value!r} is not a number") from None
+    return found
+
+
+def allocation_lines(label: str, found: Allocation) -> Iterator[str]:
+    """The split as a table: each lever with its range, what it costs, and what the laws expect."""
+    low, high = found.error_interval
+    yield f"{label}: {found.arm} (better in {found.arm_probability:.0%} of the draws)"
+    yield f"  expected error {found.expected_error:.4f} ({low:.4f} to {high:.4f})" + (
+        f"; the other arm {found.other_error:.4f}" if found.other_error is not None else "")  # fmt: skip
+    for name, value in found.point.items():
+        few, many = found.ranges[name]
+        far = "; outside what was measured" if name in found.extrapolated else ""
+        yield f"  {name:20s} {value:14,.0f}   ({few:,.0f} to {many:,.0f}){far}"
+    yield from (f"  {name:20s} {money:14,.2f}" for name, money in found.spend.items() if money > 0)
+    for name, (value, few, many) in found.exchange_rates.items():
+        yield f"  {name.replace('_', ' ')}: {value:,.3g} ({few:,.3g} to {many:,.3g})"

@@ -95,3 +95,41 @@ def test_auto_knows_a_studys_columns(tmp_path: Path, capsys) -> None:
     out = capsys.readouterr().out
     assert re.search(r"product +0\.\d+ ", out) and "transfer_gap" in out
     assert float(re.search(r"  at .*: ([\d.]+) ", out)[1]) == pytest.approx(0.05 + 4 * 1e4**-0.3 * 1e3**-0.2, rel=0.01)
+
+
+def study(folder: Path) -> str:
+    """Both arms of a study in which distilling lowers every error by a tenth."""
+    head = "arm,student,num_params,upstream_samples,downstream_samples,dataset,seed,error_rate"
+    rows = [
+        f"{arm},h1,1e6,{n},{f},digits,{seed},{scale * (0.05 + 4 * n**-0.3 * f**-0.2) * (1 + 0.01 * seed):.6f}"
+        for arm, scale in (("plain", 1.0), ("distilled", 0.9))
+        for n in (1000, 4000, 16000, 64000) for f in (100, 1000, 10000) for seed in (0, 1)
+    ]  # fmt: skip
+    (folder / "rows.csv").write_text("\n".join([head, *rows]) + "\n")
+    return str(folder / "rows.csv")
+
+
+def test_a_budget_is_split_by_the_laws_of_both_arms(tmp_path: Path, capsys) -> None:
+    words = [
+        "allocate",
+        "--table",
+        study(tmp_path),
+        "--price",
+        "upstream_image=0.01",
+        "--price",
+        "downstream_label=0.1",
+    ]
+    assert main([*words, "--budget", "500"]) == 0
+    out = capsys.readouterr().out
+    assert "digits: distilled (better in 100% of the draws)" in out
+    spent = {name: float(re.search(rf"{name} +([\d.,]+)\n", out)[1].replace(",", "")) for name in
+             ("upstream_images", "downstream_labels")}  # fmt: skip
+    # Exponents .3 : .2 spend 3 : 2.
+    assert spent == pytest.approx({"upstream_images": 300, "downstream_labels": 200}, rel=0.1)
+    assert "outside what was measured" not in out
+    assert main([*words, "--budget", "500", "--price", "teacher_params=1e9", "--price", "train_flop=1e-9"]) == 1
+    assert "the smallest point within the limits costs" in capsys.readouterr().err
+    assert main([*words, "--budget", "500", "--price", "upstream=1"]) == 1
+    assert "did you mean 'upstream_image'" in capsys.readouterr().err
+    assert main([*words, "--budget", "500", "--dataset", "digit"]) == 1
+    assert "did you mean 'digits'" in capsys.readouterr().err
