@@ -258,7 +258,7 @@ class Selection:
 
     candidates: tuple[Candidate, ...]
     columns: tuple[str, ...]
-    """Names of the variables that vary in the table; ("x",) where one array was given."""
+    """The table's names of the variables that vary, in the order of the laws; ("x",) where one array was given."""
     calibration: Calibration
     resampling: Resampling
     without_last: Callable[[], Selection]
@@ -305,10 +305,14 @@ class Selection:
         return {n: np.atleast_1d(c) for n, c in zip(self.columns, np.broadcast_arrays(
             *(as_numbers(name, x[name]) for name in self.columns)), strict=True)}  # fmt: skip
 
+    @cached_property
+    def fitted(self) -> dict[str, np.ndarray]:
+        """The columns that were fitted, by the table's names."""
+        return dict(zip(self.columns, self.best.x.values(), strict=True))
+
     def measured(self) -> dict[str, tuple[float, float]]:
         """Smallest and largest value of every variable that was fitted."""
-        ranges = [(float(c.min()), float(c.max())) for c in self.best.x.values()]
-        return dict(zip(self.columns, ranges, strict=True))
+        return {name: (float(c.min()), float(c.max())) for name, c in self.fitted.items()}
 
     def extrapolated(self, x: Mapping[str, object] | object) -> tuple[str, ...]:
         """Variables of which any value in `x` lies outside the measured range."""
@@ -341,10 +345,10 @@ class Selection:
             drawn = fit.predict_draws(_of(fit, table), theta)
             y[rows] = drawn * np.exp(-shift)[:, None] if is_log else drawn - shift[:, None]
         rng = np.random.default_rng([self.resampling.seed, zlib.crc32(self.best.y.tobytes())])
-        measured, known = dict(zip(self.columns, self.best.x.values(), strict=True)), self.calibration
+        known = self.calibration
         size = rng.choice(known.scores, len(y)) if len(known.scores) else np.abs(rng.standard_normal(len(y)))
-        misfit = (size * rng.choice([-1.0, 1.0], len(y)))[:, None] * known.drift * distance_beyond(measured, table)
-        misfit = misfit + known.misfit * smooth_curves(table, measured, len(y), rng)
+        misfit = (size * rng.choice([-1.0, 1.0], len(y)))[:, None] * known.drift * distance_beyond(self.fitted, table)
+        misfit = misfit + known.misfit * smooth_curves(table, self.fitted, len(y), rng)
         return y * np.exp(misfit) if is_log else y + misfit
 
     @cached_property
@@ -374,7 +378,7 @@ class Selection:
         widened by how far its laws disagree."""
         table, each = self.table(x), self._each(x)
         shares = np.array([c.weight for c in self.members])
-        distance = distance_beyond(dict(zip(self.columns, self.best.x.values(), strict=True)), table)
+        distance = distance_beyond(self.fitted, table)
         spread = np.sqrt(np.maximum(shares @ (each - shares @ each) ** 2, 0.0))
         half = np.hypot(self.calibration.half_width(distance, level), spread)
         return band(self.predict(x), half, is_log=self.best.loss.is_log)
@@ -387,11 +391,10 @@ class Selection:
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Predicted and measured y of the rows at the largest level of the first column, by the average of laws that
         did NOT see them, in the table's order. nan predictions where no law could be fitted without them."""
-        first = next(iter(self.best.x.values()))
+        first = self.fitted[self.columns[0]]
         last = first == first.max()
-        x = {name: column[last] for name, column in zip(self.columns, self.best.x.values(), strict=True)}
         try:
-            return self.without_last().predict(x), self.best.y[last]
+            return self.without_last().predict({n: c[last] for n, c in self.fitted.items()}), self.best.y[last]
         except LawError:
             return np.full(int(last.sum()), np.nan), self.best.y[last]
 
@@ -471,16 +474,25 @@ def select_law(
             failures.append((form.name, error))
     if not fits:
         raise failures[0][1]
+    names = column_names(fits[0].form, columns)
+    odd = [fit for fit in fits if column_names(fit.form, columns) != names]
+    failures += [(fit.name, LawError(f"not over {', '.join(names)} as {fits[0].name} is")) for fit in odd]
     how = Resampling.make(len(fits[0].y), num_resamples, clusters, within, stderr, seed)
 
     def without_last() -> Selection:
-        first = next(iter(columns.values()))
-        seen = first < first.max()
+        seen = columns[names[0]] < columns[names[0]].max()
         own, w = (None if c is None else np.asarray(c)[seen] for c in (y, weights))
-        return select_law({n: c[seen] for n, c in columns.items()}, own, laws=forms, weights=w, loss=loss,
+        return select_law({n: columns[n][seen] for n in names}, own, laws=forms, weights=w, loss=loss,
                           bounds=bounds, ceiling=ceiling, seed=seed)  # fmt: skip
 
-    return make_selection(fits, failures, tuple(columns), how, without_last)
+    return make_selection([fit for fit in fits if fit not in odd], failures, names, how, without_last)
+
+
+def column_names(form: Form, columns: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """The table's names of a law's variables, in the law's order."""
+    if len(form.variables) == 1:
+        return (next(iter(columns)),)
+    return tuple(str(v.found_in(columns)) for v in form.variables)
 
 
 def varying_columns(x: Mapping[str, object] | object) -> dict[str, np.ndarray]:

@@ -89,7 +89,7 @@ def public_curves(folder: Path) -> Iterator[Curve]:
         ceiling = 1.0 if image else None
         family = SETS[task.rsplit("_", 1)[0]] if image else domain
         yield Curve(family, x[seen], y[seen], x[~seen], y[~seen], ceiling)
-        few = seen & (x <= max(np.sqrt(x[seen].min() * x[seen].max()), np.sort(x[seen])[HALF_POINTS - 1]))
+        few = seen & (x <= max(np.sqrt(x[seen].min() * x[seen].max()), np.sort(x[seen])[:HALF_POINTS][-1]))
         near = seen & ~few & (x <= 4 * x[few].max())
         if image and near.any():
             yield Curve("image, half of each curve", x[few], y[few], x[near], y[near], ceiling)
