@@ -95,7 +95,7 @@ def power_text(study: Study, plan: Plan, cost: CostModel) -> list[str]:
     design = design_of(plan, cost)
     if design is None:
         return []
-    from dbscale.report.advise import Design, plan_power
+    from dbscale.report.power import Design, plan_power
     from dbscale.report.reduce import collect
 
     known = read_plan(study.store, plan.grid.name) if plan.count()["done"] else None

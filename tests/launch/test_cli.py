@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from launch.cli import main, make_parser
-from launch.study import DEFAULT_GRID, study_of
+from launch.commands.plan import design_of
+from launch.study import DEFAULT_GRID, plan_study, study_of
 
 
 @pytest.fixture
@@ -137,6 +138,28 @@ def test_plan_lists_what_a_grid_needs_and_writes_nothing(dbscale: Any, workplace
     assert not workplace.store.root.exists()
 
 
+def test_plan_says_what_the_main_contrast_can_tell_apart(workplace: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the tiny grid: 16 and 32 images, one student with a teacher, 10 and 20 labels, here with three seeds."""
+    words = ["plan", *workplace.where, "--set", "seeds=[0,1,2]"]
+    plan, cost = plan_study(study_of(make_parser().parse_args(words)))
+    design = design_of(plan, cost)
+    assert design is not None
+    upstream = [cell for cell in plan.cells if cell.recipe.stage != "finetune" and cell.recipe.model.heads == 2]
+    finetunes = [cell for cell in plan.cells if cell.recipe.stage == "finetune" and cell.recipe.model.heads == 2]
+    assert len(upstream) == 12 and len(finetunes) == 24
+    assert design == {
+        "num_x": 2, "num_seeds": 3, "num_students": 1, "num_labels": 2, "finetunes": 1, "step_octaves": 1.0,
+        "cost_upstream": pytest.approx(sum(map(cost.seconds, upstream)) / 12),
+        "cost_finetune": pytest.approx(sum(map(cost.seconds, finetunes)) / 12),
+    }  # fmt: skip
+    assert main(words) == 0
+    assert "this design finds a ΔE of" in capsys.readouterr().out
+    assert main(["plan", *workplace.where]) == 0
+    assert "this design finds nothing: power of 1 seed(s)" in capsys.readouterr().out
+    assert main([*words, "--set", "arms=[plain]"]) == 0
+    assert "this design" not in capsys.readouterr().out
+
+
 def test_a_run_in_this_process_fills_status_logs_and_run(dbscale: Any, workplace: Any, num_cells: int) -> None:
     workplace.behave(fail=["distill"])
     assert dbscale("submit", "--cluster", "inline")[0] == 3
@@ -181,7 +204,7 @@ def test_fit_finds_a_law_in_any_table(tmp_path: Path, capsys: pytest.CaptureFixt
     for wrong, named in (
         ([*words[:-1], "los"], "did you mean 'loss'"),
         ([*words, "--where", "knd=a"], "did you mean 'kind'"),
-        ([*words[:-1], "kind"], "row 1"),
+        ([*words[:-1], "kind"], "line 2: kind"),
         ([*words, "--bound", "c=0"], "write PARAM=LOW:HIGH"),
         ([*words, "--bound", "gamma=:1"], "no parameter 'gamma'"),
         (["fit", str(tmp_path / "x.csv"), *words[2:]], "no table"),

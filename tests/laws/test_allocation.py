@@ -140,18 +140,19 @@ def test_a_close_race_is_no_certainty(grid, arms) -> None:
 
 
 def test_what_lies_outside_the_measured_range_is_named(product) -> None:
-    """Much money buys four times the largest values measured; little keeps within them."""
+    """Much money buys the largest values measured; limits that reach further are used, and named."""
     prices = Prices(upstream_image=1e-3, downstream_label=0.01)
     rich = allocate({"plain": product}, prices, 1e7, at={"num_params": 1e7})
-    assert rich.point["upstream_samples"] == pytest.approx(4e6) and rich.point["downstream_samples"] == pytest.approx(
+    assert rich.point == pytest.approx({"upstream_samples": 1e6, "num_params": 1e7, "downstream_samples": 1e5})
+    assert rich.extrapolated == () and rich.spend["unspent"] == pytest.approx(1e7 - 1e3 - 1e3)
+    far = {"upstream_samples": (1e3, 4e6), "downstream_samples": (1e2, 4e5)}
+    held = allocate({"plain": product}, prices, 1e7, at={"num_params": 1e7}, limits=far)
+    assert held.extrapolated == ("upstream_samples", "downstream_samples")
+    assert held.point["upstream_samples"] == pytest.approx(4e6) and held.point["downstream_samples"] == pytest.approx(
         4e5
     )
-    assert rich.extrapolated == ("upstream_samples", "downstream_samples")
-    assert rich.spend["unspent"] == pytest.approx(1e7 - 4e3 - 4e3)
-    poor = allocate({"plain": product}, prices, 20.0, at={"num_params": 1e7})
-    assert poor.extrapolated == ()
-    held = allocate({"plain": product}, prices, 1e7, at={"num_params": 1e7}, limits={"upstream_samples": (1e3, 1e6)})
-    assert held.extrapolated == ("downstream_samples",)
+    one = allocate({"plain": product}, prices, 1e7, at={"num_params": 1e7}, limits={"downstream_samples": (10.0, 50.0)})
+    assert one.extrapolated == ("downstream_samples",)
 
 
 def test_what_cannot_be_allocated_is_said(laws, product) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dbscale.laws import LawError, NotEnoughData, fit_law, prediction_interval, select_law
+from dbscale.laws import LawError, NotEnoughData, fit_law, select_law
 from dbscale.laws.select import (
     Calibration,
     Candidate,
@@ -199,14 +199,14 @@ def test_misfit_curves_are_smooth_and_of_size_one() -> None:
 
 
 def test_one_laws_interval_is_its_calibrations() -> None:
-    fit = fit_law("power", SHORT, bent(SHORT), loss="least_squares_log")
     far = np.array([2e5, 8e5])
-    known = Calibration.make(in_sample_noise(fit), rolling_origins(fit))
+    found = select_law(SHORT, bent(SHORT), laws=["power"], num_resamples=5)
+    known = Calibration.make(in_sample_noise(found.best), rolling_origins(found.best))
     half = known.half_width(np.log(far / 1e5), 0.8)
-    low, high = prediction_interval(fit, far, 0.8)
-    np.testing.assert_allclose([low, high], [fit.predict(far) * np.exp(s * half) for s in (-1, 1)])
-    linear = fit_law("power", SHORT, bent(SHORT), loss="least_squares")
-    low, high = prediction_interval(linear, far)
+    low, high = found.interval(far, 0.8)
+    np.testing.assert_allclose([low, high], [found.predict(far) * np.exp(s * half) for s in (-1, 1)])
+    linear = select_law(SHORT, bent(SHORT), laws=["power"], loss="least_squares", num_resamples=5)
+    low, high = linear.interval(far)
     np.testing.assert_allclose((low + high) / 2, linear.predict(far))
 
 
@@ -216,7 +216,7 @@ def test_intervals_of_a_true_law_cover_two_sided() -> None:
     rng, hits = np.random.default_rng(0), []
     for _ in range(60):
         y = 8 * np.append(x, ahead) ** -0.3 * np.exp(0.05 * rng.standard_normal(11))
-        low, high = prediction_interval(fit_law("power", x, y[:10], loss="least_squares_log"), ahead, 0.9)
+        low, high = select_law(x, y[:10], laws=["power"], num_resamples=1).interval(ahead, 0.9)
         hits.append(low[0] <= y[10] <= high[0])
     assert 0.82 <= np.mean(hits) <= 0.99
 
@@ -383,6 +383,26 @@ def test_grids_choose_among_the_laws_of_their_columns(grid, arms) -> None:
     assert fewer.predict(grid).shape == (90,)
     with pytest.raises(LawError, match="columns num_params are missing"):
         chosen.predict({n: grid[n] for n in ("upstream_samples", "downstream_samples")})
+
+
+def test_columns_may_come_in_any_order_and_by_any_of_their_names(grid, arms) -> None:
+    named = {"df": grid["downstream_samples"], "M": grid["num_params"], "D_p": grid["upstream_samples"]}
+    own, same = (select_law(x, arms["plain"], laws=["additive"], num_resamples=5) for x in (named, grid))
+    assert own.columns == ("D_p", "M", "df") and own.measured()["M"] == (2.5e6, 3.8e7)
+    np.testing.assert_allclose(own.predict(named), same.predict(grid))
+    np.testing.assert_allclose(own.draws(named), same.draws(grid))
+    np.testing.assert_allclose(own.held_out()[0], same.held_out()[0])
+    assert own.extrapolated({"df": 1e9, "M": 1e7, "D_p": 1e4}) == ("df",)
+
+
+def test_laws_over_other_columns_are_no_candidates() -> None:
+    rng = np.random.default_rng(0)
+    x = {"num_params": np.exp(rng.normal(15, 1, 30)), "num_samples": np.exp(rng.normal(12, 2, 30))}
+    x["unique_samples"] = x["num_samples"] / rng.choice([1, 2, 4], 30)
+    y = 0.5 + 40 * x["num_params"] ** -0.3 + 20 * x["num_samples"] ** -0.3
+    found = select_law(x, y, laws=["chinchilla", "data_constrained"], num_resamples=5)
+    assert found.columns == ("num_params", "num_samples") and found.best.name == "chinchilla"
+    assert found.candidates[1].reason == "not over num_params, num_samples as chinchilla is"
 
 
 def test_one_varying_column_gets_the_laws_of_one_variable(grid, arms) -> None:
