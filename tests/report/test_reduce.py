@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from dbscale.errors import TableError
+from dbscale.report.findings import Options, find
 from dbscale.report.reduce import collect, load_plan, read_mistakes, reduce_grid
 from dbscale.report.table import COLUMNS, read_table, to_csv
 from dbscale.study.store import Row, Store
@@ -150,3 +151,13 @@ def test_a_damaged_file_of_mistakes_is_named(tmp_path: Path, raw: bytes):
     path.write_bytes(raw)
     with pytest.raises(TableError, match=r"correct\.npz cannot be read .*; remove the cell's folder to run it again"):
         read_mistakes(path)
+
+
+def test_the_grids_smallest_effect_reaches_the_verdicts(make_store):
+    store = make_store()
+    plan = load_plan(store, "tiny").model_copy(update={"min_effect": 0.03})
+    table = collect(store, plan)
+    assert table.min_effect == 0.03
+    assert Options().min_effect == 0.005
+    found = find(table, options=None)
+    assert found.boundary.min_effect == 0.03
