@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ from dbscale.laws import make_pairs
 from dbscale.report import schema
 from dbscale.report.findings import Findings, Options, contrast, digest, find, refresh_table
 from dbscale.report.schema import BoundaryFile, LawsFile
-from dbscale.report.table import MissingPoint, Run, RunTable, to_csv
+from dbscale.report.table import MissingPoint, Run, RunTable, read_table, to_csv
 
+STUDY = Path(__file__).parents[2] / "docs" / "studies" / "cifar10"
 FAST = Options(num_draws=200, num_resamples=20)
 SIZES = (1000, 2000, 4000, 8000)
 DELTAS = {1000: 0.06, 2000: 0.04, 4000: -0.04, 8000: -0.06}
@@ -258,6 +261,25 @@ def test_missing_points_are_counted_and_gaps_named():
 
 
 # Kept until something changes.
+
+
+def test_the_published_study_holds_the_verdict_of_its_rows():
+    """docs/studies/cifar10: `dbscale reduce --table docs/studies/cifar10/rows.csv` writes its files anew."""
+    table = read_table(STUDY / "rows.csv").where(dataset="fashion_mnist")
+    main = schema.read(BoundaryFile, STUDY / "boundary.json").contrasts[0]
+    laws = schema.read(LawsFile, STUDY / "laws.json")
+    assert main.verdict is not None and (main.dataset, main.main) == ("fashion_mnist", True)
+    errors = {
+        arm: [np.mean(table.where(arm=arm, upstream_samples=size, student="h2").column("error_rate")
+                      + table.where(arm=arm, upstream_samples=size, student="h3").column("error_rate"))
+              for size in (500, 1500, 5000, 15_000, 50_000)]
+        for arm in ("plain", "distilled")
+    }  # fmt: skip
+    expected = [plain - distilled for plain, distilled in zip(errors["plain"], errors["distilled"], strict=True)]
+    assert [point.delta for point in main.verdict.points] == pytest.approx(expected)
+    assert {(law.dataset, law.metric, law.arm) for law in laws.laws} == set(
+        itertools.product(("fashion_mnist", "mnist"), ("error_rate", "test_loss"), ("plain", "distilled"))
+    )
 
 
 def test_files_say_the_same_when_read_again(found: Findings, tmp_path):
