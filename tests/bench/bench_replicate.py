@@ -65,7 +65,9 @@ def held(verdicts: Sequence[Verdict]) -> Iterator[bool]:
 def show(name: str, parts: Sequence[Pairs], min_effect: float) -> None:
     verdicts = [judge(pairs, min_effect=min_effect, level=LEVEL) for pairs in parts]
     for number, verdict in enumerate(verdicts, start=1):
-        ends = "; ".join(f"{100 * p.delta:+.1f} [{100 * p.low_all:+.1f}, {100 * p.high_all:+.1f}]" for p in verdict.points)
+        ends = "; ".join(
+            f"{100 * p.delta:+.1f} [{100 * p.low_all:+.1f}, {100 * p.high_all:+.1f}]" for p in verdict.points
+        )
         better = {"a": "plain better", "b": "distilled better", None: ""}[verdict.better]
         print(f"| {name} | {number} | {verdict.kind} | {better} | {ends} |")
     if len(verdicts) > 1:
@@ -103,7 +105,9 @@ def main() -> None:
         tables = [run(grid, asked.grid, asked.store, asked.data, b, options) for b in asked.repetitions]
     if asked.keep:
         write_parquet(asked.keep, replace(tables[0], runs=tuple(run for table in tables for run in table)))
-    print("| contrast | repetition | verdict | | ΔE in points at each D_p [simultaneous interval] |\n|---|---|---|---|---|")
+    print(
+        "| contrast | repetition | verdict | | ΔE in points at each D_p [simultaneous interval] |\n|---|---|---|---|---|"
+    )
     found = [dict(contrasts(table)) for table in tables]
     for name in found[0]:
         show(name, [each[name] for each in found], grid.min_effect)

@@ -248,6 +248,15 @@ def test_a_floor_of_steps_is_named():
         "sets how long they train."
     ]
     assert regime(errors, seen={500: 32_000, 1000: 64_000, 4000: 90_000}) == []
+    assert regime(errors, seen={500: 32_000, 1000: 32_000, 4000: 32_000}) == []  # equal steps by design, no floor
+
+
+def test_a_teacher_that_has_learnt_what_it_can_is_told_apart():
+    falling = {1000: 0.5, 2000: 0.4, 4000: 0.3}
+    assert regime(falling, {1000: 0.7, 2000: 0.4, 4000: 0.41}) == [
+        "Upstream error of the teacher does not fall from 2,000 to 4,000 upstream images (40.0 % to 41.0 %): it has learnt "
+        "what its size and its number of steps allow."
+    ]
 
 
 def test_missing_points_are_counted_and_gaps_named():
