@@ -29,7 +29,7 @@ from dbscale.report.words import answers, count, listed, note, size_text, where
 from dbscale.study.cell import canonical_json
 from dbscale.study.store import Store
 
-METHOD_VERSION = 8
+METHOD_VERSION = 9
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
 """Of a table that comes without a grid."""
