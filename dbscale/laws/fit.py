@@ -351,7 +351,7 @@ class Search:
 
 
 def geometric_mean(values: np.ndarray) -> float:
-    """Of the sizes above 0; 1 where there are none."""
+    """Geometric mean of the sizes above 0; 1 where there are none."""
     sizes = np.abs(values[values != 0])
     return float(np.exp(np.mean(np.log(sizes)))) if sizes.size else 1.0
 

@@ -193,6 +193,23 @@ def test_weights_act_like_copies() -> None:
     assert weighted.params["c"] != pytest.approx(fit_law("power_plus", X, y).params["c"], rel=1e-4)
 
 
+def test_a_huber_location_and_its_error_by_hand() -> None:
+    """log y = 0, .02, −.02, .5 and δ = .05: three rows pull by their distance, one by δ, so log b = .05/3. The sandwich:
+    Σψ²/3² times n/(n − p) = 4/3; the median residual, .027·1.48, lies below δ, so the window is δ."""
+    y = np.exp([0.0, 0.02, -0.02, 0.5])
+    fit = fit_law("power", [1.0, 2, 3, 4], y, fixed={"c": 0.0}, loss=Loss("huber", "log", 0.05))
+    middle = 0.05 / 3
+    assert np.log(fit.params["b"]) == pytest.approx(middle, rel=1e-6)
+    psi = np.array([middle, middle - 0.02, middle + 0.02, -0.05])
+    assert fit.stderr["b"] / fit.params["b"] == pytest.approx(np.sqrt(psi @ psi / 9 * 4 / 3), rel=1e-6)
+    assert fit.objective == pytest.approx(0.5 * psi[:3] @ psi[:3] + 0.05 * (0.5 - middle - 0.025), rel=1e-9)
+    wide = fit_law("power", [1.0, 2, 3, 4], y, fixed={"c": 0.0}, loss=Loss("huber", "log", 0.01))
+    far = 1.4826 * np.median(np.abs(wide.residuals))  # beyond δ: curvature counts rows in the residuals' own spread
+    inside = np.sum(np.abs(wide.residuals) <= far) * 0.01 / far
+    own = np.clip(wide.residuals, -0.01, 0.01)
+    assert wide.stderr["b"] / wide.params["b"] == pytest.approx(np.sqrt(own @ own / inside**2 * 4 / 3), rel=1e-6)
+
+
 def test_huber_errors_are_those_of_repeated_worlds() -> None:
     """The sandwich against the spread of 60 fits; two-sided."""
     rng, found, said = np.random.default_rng(0), [], []
