@@ -133,7 +133,7 @@ def test_draws_that_must_share_labels_are_named(grid_data: dict[str, Any]) -> No
 
 GOLDEN_GRIDS = {
     "cifar10": (330, "0ab3821a48d0124b"),
-    "demo": (274, "e5e42f427c8bf095"),
+    "demo": (300, "bb20d6cdeaaa0c9f"),
     "ablation_alpha": (264, "3f2d9ce2f903e90e"),
     "architecture_resnet": (420, "c198f361f074c97a"),
     "baseline": (1065, "8044a8f1c5af4215"),
@@ -176,7 +176,7 @@ def test_a_new_axis_value_keeps_every_old_cell(grid_data: dict[str, Any]) -> Non
 @settings(max_examples=50, deadline=None)
 def test_ids_follow_the_recipe_and_the_data(seed: int, size: int, lr: float) -> None:
     grid = load_grid(GRIDS / "demo.yaml", ["upstream.num_samples=[512]", "seeds=[0]", "students=[h2]", "scratch=false"])
-    cell = expand(grid, {"fractals": "a", "digits": "b"})[0].cell
+    cell = expand(grid, {"fractals": "a", "fractals_unseen": "b"})[0].cell
     recipe = cell.recipe
     changed = [
         recipe.model_copy(update={"seed": seed + 1}),
