@@ -133,7 +133,7 @@ def test_draws_that_must_share_labels_are_named(grid_data: dict[str, Any]) -> No
 
 GOLDEN_GRIDS = {
     "cifar10": (330, "0ab3821a48d0124b"),
-    "demo": (300, "bb20d6cdeaaa0c9f"),
+    "demo": (300, "5f6c0ad9df83b634"),
     "ablation_alpha": (264, "3f2d9ce2f903e90e"),
     "architecture_resnet": (420, "c198f361f074c97a"),
     "baseline": (1065, "8044a8f1c5af4215"),
