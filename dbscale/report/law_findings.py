@@ -167,9 +167,7 @@ def law_delta(arms: ArmLaws, setting: Setting, metric: str, pairs: Pairs) -> Del
     return DeltaCurves(grid, np.mean(best, axis=0), np.mean(drawn, axis=0), name)
 
 
-def _record(
-    arms: ArmLaws, key: Key, options: Options, held: Mapping[Key, tuple[np.ndarray, np.ndarray]]
-) -> LawRecord:
+def _record(arms: ArmLaws, key: Key, options: Options, held: Mapping[Key, tuple[np.ndarray, np.ndarray]]) -> LawRecord:
     setting, metric, arm = key
     runs, found = arms.runs(*key), arms.found[key]
     names: dict[str, Any] = {**setting._asdict(), "metric": metric, "arm": arm, "num_runs": len(runs)}
