@@ -88,7 +88,7 @@ class Allocation:
     """The three levers."""
     expected_error: float
     error_interval: tuple[float, float]
-    """Of the true curve at `point`."""
+    """Interval of the true curve at `point`."""
     spend: dict[str, float]
     """Money by purpose, and what is unspent."""
     ranges: dict[str, tuple[float, float]]

@@ -328,7 +328,6 @@ class Search:
     def finish(self, ends: list[tuple[np.ndarray, float, bool]]) -> LawFit:
         """The value handed to the user: optimum, covariance, what lies at a bound, and what to be wary of."""
         problem, (theta, objective, converged) = self.problem(self.form), ends[0]
-        theta = without_ghosts(problem, theta, objective, self.weights)
         near = 1e-6 * (1 + np.abs(theta))
         stuck = (theta - problem.lower < near) | (problem.upper - theta < near)
         covariance, lost = theta_covariance(problem, theta, self.weights, free=~stuck)
@@ -389,14 +388,6 @@ def spread_starts(problem: Problem, count: int, seed: int) -> np.ndarray:
         place = (rng.permutation(count) + rng.random(count)) / count if count > 1 else 0.5
         theta[:, k] = low + (high - low) * place
     return np.clip(theta, problem.lower, problem.upper)
-
-
-def without_ghosts(problem: Problem, theta: np.ndarray, objective: float, weights: np.ndarray) -> np.ndarray:
-    """`theta` [p] with amplitudes of terms too small to be seen set to their floor, where that costs nothing."""
-    _, slopes = problem.residual_jacobian(theta[None])
-    unseen = problem.form.is_log & (np.abs(slopes[0]).max(axis=1) < NEGLIGIBLE)
-    floored = np.where(unseen & (problem.lower <= np.log(LOG_FLOOR) + 1), problem.lower, theta)
-    return floored if problem.objective(floored[None], weights[None])[0] <= objective * (1 + 1e-9) else theta
 
 
 def theta_covariance(

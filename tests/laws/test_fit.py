@@ -97,6 +97,19 @@ def test_parameters_move_with_units_as_the_equation_says(unit: float) -> None:
     assert other.stderr["E"] == pytest.approx(unit * first.stderr["E"], rel=1e-3)
 
 
+def test_hubers_corner_follows_y_where_the_law_itself_cannot() -> None:
+    """apple_supervised keeps no unit of y: its corner under linear losses is read off the table all the same."""
+    rng = np.random.default_rng(0)
+    x = {"num_params": np.exp(rng.normal(15, 1, 40)), "num_samples": np.exp(rng.normal(12, 2, 40))}
+    y = (0.5 + (300 * x["num_params"] ** -0.4 + 20 * x["num_samples"] ** -0.3) ** 0.8) * np.exp(
+        0.05 * rng.standard_t(2, 40)
+    )
+    one, many = (fit_law("apple_supervised", x, scale * y, loss=Loss("huber", "linear", 0.02)) for scale in (1, 50))
+    np.testing.assert_allclose(many.predict(x), 50 * one.predict(x), rtol=2e-3)
+    squares = fit_law("apple_supervised", x, y, loss="least_squares")
+    assert np.abs(squares.predict(x) / one.predict(x) - 1).max() > 0.01
+
+
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), x_unit=st.sampled_from([1e-4, 1e6]), y_unit=st.sampled_from([1e-5, 1e4]))
 def test_grids_do_not_depend_on_units(seed: int, x_unit: float, y_unit: float) -> None:
