@@ -333,7 +333,10 @@ def encode(content: Content, encoding: Encoding, raw_size: int | None) -> tuple[
     256 px. Raises DecodeError on what is no image.
     """
     if encoding == "original" and isinstance(content, bytes):
-        return image_suffix(content), content, *image_shape(content)
+        suffix = image_suffix(content)
+        if suffix not in ("jpg", "png"):
+            decode_image(content)  # rare formats have rare variants; what cannot be read is known before training
+        return suffix, content, *image_shape(content)
     pixels = decode_image(content) if isinstance(content, bytes) else content
     if encoding == "jpeg256":
         return _encode_jpeg(content, pixels)
