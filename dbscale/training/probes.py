@@ -6,6 +6,7 @@ report's question.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,14 +92,35 @@ def _coding_rate(centred_ND: Tensor, eps: float) -> float:
 
 
 def linear_probe_error(features_ND: Tensor, labels_N: Tensor, test_MD: Tensor, truth_M: Tensor) -> float:
-    """Top-1 error on the test features of ridge regression onto the labels, standardised, the ridge by leaving one out."""
-    from sklearn.linear_model import RidgeClassifierCV  # (a second to import, hence only where it is used)
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    """Top-1 error on test features of a linear classifier fitted to the training features."""
+    found_M = fit_linear_probe(features_ND, labels_N)[0](test_MD)
+    return float((found_M != truth_M).double().mean())
 
-    if len(labels_N.unique()) == 1:  # there is nothing to fit
-        return float((truth_M != labels_N[0]).double().mean())
-    alphas = [ridge * len(features_ND) for ridge in RIDGES]
-    probe = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=alphas))
-    probe.fit(features_ND.numpy(), labels_N.numpy())
-    return float((probe.predict(test_MD.numpy()) != truth_M.numpy()).mean())
+
+def fit_linear_probe(features_ND: Tensor, labels_N: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+    """Predicted classes of features [M, D], and the ridge per sample: ridge regression of one-hot labels on standardised
+    features, the ridge by generalised cross-validation (Golub, Heath, Wahba 1979).
+
+    scikit-learn's RidgeClassifierCV finds as much, but takes 1 s to import in every job and 7 ms a fit (here 0.9 ms).
+    """
+    num, classes_C = len(features_ND), labels_N.unique()
+    mean_D, scale_D = features_ND.mean(0), features_ND.std(0, correction=0).clamp_min(1e-12)
+    x_ND = (features_ND - mean_D) / scale_D
+    one_hot_NC = (labels_N[:, None] == classes_C).double()
+    bias_C = one_hot_NC.mean(0)
+    y_NC = one_hot_NC - bias_C
+    eigenvalues_K, vectors_DK = torch.linalg.eigh(x_ND.T @ x_ND)
+    eigenvalues_K = eigenvalues_K.clamp_min(0)
+    projected_KC = vectors_DK.T @ (x_ND.T @ y_NC)
+    # Energy of y along each left singular vector; directions without variance have none.
+    energy_K = projected_KC.square().sum(1) / eigenvalues_K.clamp_min(1e-9 * max(float(eigenvalues_K[-1]), 1e-300))
+    total = float(y_NC.square().sum())
+
+    def gcv(ridge: float) -> float:
+        kept_K = eigenvalues_K / (eigenvalues_K + ridge * num)
+        residual = total - float((energy_K * (1 - (1 - kept_K).square())).sum())
+        return residual / (num - 1 - float(kept_K.sum())) ** 2 if num - 1 > float(kept_K.sum()) else float("inf")
+
+    ridge = min(RIDGES, key=gcv)
+    weight_DC = vectors_DK @ (projected_KC / (eigenvalues_K + ridge * num)[:, None])
+    return lambda test_MD: classes_C[((test_MD - mean_D) / scale_D @ weight_DC + bias_C).argmax(1)], ridge

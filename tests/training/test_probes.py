@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import RidgeClassifier
 
 from dbscale.study.recipe import Budget
-from dbscale.training.probes import RIDGES, linear_probe_error, transrate
+from dbscale.training.probes import RIDGES, fit_linear_probe, linear_probe_error, transrate
 
 
 def clusters(seed, num, dim, num_classes, gap):
@@ -58,20 +58,27 @@ def test_the_linear_probe_learns_what_a_line_can_tell():
     assert linear_probe_error(wide, labels, wide, truth) == 0
 
 
-def test_the_ridge_is_the_one_with_the_least_error_when_each_sample_is_left_out():
-    features, labels = clusters(5, 50, 30, 2, 0.5)
-    test, truth = clusters(6, 400, 30, 2, 0.5)
-    scaled, scaled_test = ((x - features.mean(0)) / features.std(0, correction=0) for x in (features, test))
-    y = 2.0 * labels.double() - 1
+@pytest.mark.parametrize(("num", "dim"), [(60, 10), (20, 50)], ids=["more samples", "more features"])
+def test_the_linear_probe_is_ridge_regression(num, dim):
+    features, labels = clusters(3, num, dim, 3, 0.7)
+    test, _ = clusters(4, 500, dim, 3, 0.7)
+    predict, ridge = fit_linear_probe(features, labels)
+    scaled, scaled_test = ((each - features.mean(0)) / features.std(0, correction=0) for each in (features, test))
+    reference = RidgeClassifier(alpha=ridge * num).fit(scaled.numpy(), labels.numpy())
+    assert predict(test).numpy().tolist() == reference.predict(scaled_test.numpy()).tolist()
 
-    def left_out(ridge):
-        centred, target = scaled - scaled.mean(0), y - y.mean()
-        hat = centred @ torch.linalg.inv(centred.T @ centred + ridge * 50 * torch.eye(30)) @ centred.T + 1 / 50
-        return float((((target - (hat - 1 / 50) @ target) / (1 - hat.diagonal())) ** 2).mean())
 
-    reference = RidgeClassifier(alpha=50 * min(RIDGES, key=left_out)).fit(scaled.numpy(), labels.numpy())
-    expected = float((reference.predict(scaled_test.numpy()) != truth.numpy()).mean())
-    assert linear_probe_error(features, labels, test, truth) == expected
+def test_the_ridge_is_the_one_with_the_least_cross_validated_error():
+    features, labels = clusters(5, 50, 30, 3, 0.5)
+    x = ((features - features.mean(0)) / features.std(0, correction=0)).numpy()
+    one_hot = np.eye(3)[labels.numpy()]
+    y = one_hot - one_hot.mean(0)
+
+    def gcv(ridge):
+        hat = x @ np.linalg.inv(x.T @ x + ridge * 50 * np.eye(30)) @ x.T
+        return ((y - hat @ y) ** 2).sum() / (49 - np.trace(hat)) ** 2
+
+    assert fit_linear_probe(features, labels)[1] == min(RIDGES, key=gcv)
 
 
 def test_constant_features_and_absent_classes_are_no_error():
