@@ -6,6 +6,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -245,3 +247,24 @@ def test_a_tracker_is_named_by_an_option_of_its_own(workplace: Any) -> None:
     resources = study_of(make_parser().parse_args(words)).cluster.shape("pretrain").resources
     assert (resources.tracker, resources.threads) == ("mlflow", 2)
     assert study_of(make_parser().parse_args(words[:-2])).cluster.shape("pretrain").resources.tracker is None
+
+
+def test_the_script_for_accelerate_runs_a_cell_as_the_command_does(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "launch" / "train.py"
+    command = [sys.executable, str(script), "--cell", "pretrain-nobody-000000000000", "--store", "out"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "pretrain-nobody-000000000000" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_shipped_deepspeed_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dbscale.errors import ConfigError
+    from launch.cluster import CONFIGS
+    from launch.commands.cells import _deepspeed_config
+
+    monkeypatch.chdir(tmp_path)
+    assert _deepspeed_config("configs/deepspeed/zero1.json") == CONFIGS / "deepspeed" / "zero1.json"
+    (tmp_path / "own.json").write_text("{}")
+    assert _deepspeed_config("own.json") == tmp_path / "own.json"
+    with pytest.raises(ConfigError, match=r"names nowhere\.json, which is neither here nor in"):
+        _deepspeed_config("nowhere.json")
