@@ -6,7 +6,6 @@ done for every draw from the laws' uncertainty, which gives the split its own. F
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -101,9 +100,6 @@ class Allocation:
     other_error: float | None
     """The other arm's error at its own best point under the same budget."""
     level: float
-
-    def to_json(self) -> str:
-        return json.dumps({"schema": "dbscale.laws/allocation/2", **asdict(self)}, allow_nan=False)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ for new measurements. Fits are `fit`'s, resamples `uncertainty`'s; nothing is kn
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -398,13 +397,13 @@ class Selection:
         except LawError:
             return np.full(int(last.sum()), np.nan), self.best.y[last]
 
-    def report(self) -> str:
+    def report(self, intervals: Mapping[str, tuple[float, float] | None] | None = None) -> str:
         """Scores of every law as text, and the best law's parameters."""
         lines = [f"{'law':14s} weight   in-sample  held-out   covers"]
         for c in self.candidates:
             scores = f"{c.weight:6.3f}   {c.in_sample:.4f}     {c.held_out:.4f}     {c.coverage:.0%}"
             lines.append(f"{c.name:14s} {scores if c.fit else c.reason}")
-        return "\n".join([*lines, "", self.best.report()])
+        return "\n".join([*lines, "", self.best.report(intervals)])
 
     def to_dict(self) -> dict:
         """JSON-ready: scores, weights, reasons, and each fitted law's `LawFit.to_dict`."""
@@ -425,9 +424,6 @@ class Selection:
             "drift": self.calibration.drift,
             "coverage": finite_or_none(self.coverage),
         }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), allow_nan=False)
 
 
 def _of(fit: LawFit, table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

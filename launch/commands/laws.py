@@ -33,8 +33,8 @@ def add_commands(add: AddCommand) -> None:
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
     )
     parser.add_argument("--weights", metavar="COLUMN", help="relative inverse variances of the rows")
-    parser.add_argument("--cluster", metavar="COLUMN", help="rows that are drawn together, such as one run's: prints "
-                        "90 % intervals from resampling them")  # fmt: skip
+    parser.add_argument("--cluster", metavar="COLUMN", help="rows that are drawn together, such as one run's: "
+                        "intervals come from resampling them, not from the curvature")  # fmt: skip
     parser.add_argument("--at", action="append", default=[], metavar="[COLUMN=]VALUE[,COLUMN=VALUE…]",
                         help="predict a measurement there, with its 90 %% interval; repeatable")  # fmt: skip
     parser.add_argument("--ceiling", type=float, help="largest value that y can take: 1 for error rates")
@@ -89,6 +89,7 @@ def add_compare(add: AddCommand) -> None:
 
 
 def fit(arguments: argparse.Namespace) -> int:
+    from dbscale.laws import parameter_intervals
     from dbscale.laws.forms import GRID, find_form
     from dbscale.report.reader import read_sheet
 
@@ -98,8 +99,8 @@ def fit(arguments: argparse.Namespace) -> int:
     names = variable_columns(variables, arguments.x, sheet)
     found = fitted({name: sheet.measured(column) for name, column in names.items()}, sheet, arguments)
     shown = found if is_auto else found.best
-    lines = [shown.report(), *(interval_lines(found.bootstrap.interval()) if arguments.cluster else ())]
-    print("\n".join([*lines, *prediction_lines(found, arguments.at, names)]))
+    intervals = found.bootstrap.interval() if arguments.cluster else parameter_intervals(found.best)
+    print("\n".join([shown.report(intervals), *prediction_lines(found, arguments.at, names)]))
     for note in sheet.notes:
         print(f"  warning: {note}")
     used = {*names.values(), arguments.y, arguments.weights, arguments.cluster} - {None}
@@ -149,14 +150,6 @@ def prediction_lines(found: Selection, given: Sequence[str], names: Mapping[str,
         lines.append(f"  at {text}: {found.predict(point)[0]:.6g} (90 %: {low:.6g} to {high:.6g})"
                      f"{'; outside what was measured' if outside else ''}")  # fmt: skip
     return lines
-
-
-def interval_lines(intervals: Mapping[str, tuple[float, float] | None]) -> list[str]:
-    """One line a parameter, for a terminal."""
-    said = {
-        n: "not determined by the table" if e is None else f"{e[0]:.6g} to {e[1]:.6g}" for n, e in intervals.items()
-    }
-    return [*(["  90 % intervals, clusters resampled:"] if said else []), *(f"  {n:10s} {e}" for n, e in said.items())]
 
 
 def auto_variables(grid: Sequence[tuple[Variable, str, str]], given: Sequence[str], sheet: Sheet) -> list[Variable]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dbscale.laws import fit_law, select_law
+from dbscale.laws import fit_law, parameter_intervals, select_law
 from launch.cli import main
 
 X = np.repeat(np.geomspace(100, 1e5, 8), 2)
@@ -34,7 +34,7 @@ def test_auto_prints_every_law_and_writes_the_selection(table: str, tmp_path: Pa
     assert fit(table, "--law", "auto", "--out", str(tmp_path / "fit.json"), "--seed", "2") == 0
     own, written = select_law(X, Y, seed=2), json.loads((tmp_path / "fit.json").read_text())
     assert written == own.to_dict() | {"columns": ["x"]}
-    assert own.report() in capsys.readouterr().out
+    assert own.report(parameter_intervals(own.best)) in capsys.readouterr().out
 
 
 def test_weights_loss_ceiling_and_bounds_reach_a_named_law(table: str, tmp_path: Path) -> None:
@@ -52,12 +52,12 @@ def test_weights_loss_ceiling_and_bounds_reach_a_named_law(table: str, tmp_path:
     assert params("--law", "m4", "--ceiling", "0.8")["E0"] <= 0.8
 
 
-def test_clusters_give_intervals_by_resampling_them(table: str, capsys) -> None:
-    assert fit(table, "--law", "power", "--cluster", "run", "--loss", "least_squares_log") == 0
-    low, high = select_law(X, Y, laws=["power"], clusters=RUNS, num_resamples=1000).bootstrap.interval()["c"]
-    assert f"c          {low:.6g} to {high:.6g}" in capsys.readouterr().out
-    assert fit(table, "--law", "power") == 0
-    assert "resampled" not in capsys.readouterr().out
+def test_intervals_come_from_the_curvature_or_from_resampled_clusters(table: str, capsys) -> None:
+    own = select_law(X, Y, laws=["power"], clusters=RUNS, num_resamples=1000)
+    for options, found in (((), parameter_intervals(own.best)), (("--cluster", "run"), own.bootstrap.interval())):
+        assert fit(table, "--law", "power", "--loss", "least_squares_log", *options) == 0
+        low, high = found["c"]
+        assert f"(90 %: {low:.6g} to {high:.6g})" in capsys.readouterr().out
 
 
 def test_predictions_carry_their_interval_and_say_when_they_extrapolate(table: str, capsys) -> None:

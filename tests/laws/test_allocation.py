@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -126,8 +124,6 @@ def test_both_arms_are_weighed_draw_by_draw(laws) -> None:
     narrow = allocate(laws, prices, 500.0, limits={"num_params": (2.5e6, 3.8e7)}, level=0.5)
     assert low < narrow.error_interval[0] < narrow.error_interval[1] < high
     assert all(a <= b for a, b in advice.ranges.values()) and set(advice.ranges) == set(advice.point)
-    data = json.loads(advice.to_json())
-    assert data["schema"] == "dbscale.laws/allocation/2" and data["arm"] == advice.arm and "sentence" not in data
 
 
 def test_a_close_race_is_no_certainty(grid, arms) -> None:

@@ -318,7 +318,7 @@ def test_an_absent_or_constant_variable_loses_its_term(grid, arms) -> None:
 
 def test_json_holds_what_the_fit_found() -> None:
     fit = fit_law("power_plus", X, NOISY["power_plus"], fixed={"E": 0.0}, seed=3)
-    data = json.loads(fit.to_json())
+    data = json.loads(json.dumps(fit.to_dict(), allow_nan=False))
     assert data["schema"] == "dbscale.laws/law_fit/2" and data["form"] == "power_plus"
     assert data["params"] == fit.params and data["stderr"]["E"] is None and data["fixed"] == ["E"]
     assert data["range"] == {"x": [1e3, pytest.approx(1e6)]} and data["num_points"] == 16 and data["seed"] == 3
@@ -330,6 +330,9 @@ def test_the_report_names_equation_parameters_and_warnings() -> None:
     lines = fit.report().splitlines()
     assert "E + b*x^c" in lines[0] and lines[1].split() == ["E", "0.1", "fixed"]
     assert lines[2].split()[:2] == ["b", "8"] and "±" in lines[2]
+    said = fit.report({"E": (0.1, 0.1), "b": (7.5, 8.5), "c": None}).splitlines()
+    assert said[1] == lines[1] and said[2] == f"{lines[2]}  (90 %: 7.5 to 8.5)"
+    assert said[3].split(maxsplit=2)[2] == "not determined by the table"
     assert "4 points" in lines[4] and lines[5].startswith("  warning: 4 distinct points for 3 parameters")
 
 
@@ -486,7 +489,7 @@ def test_fuzzed_tables_raise_nothing_but_law_errors(count: int) -> None:
             continue
         fitted += 1
         assert np.isfinite(fit.objective) and np.all(np.isfinite(fit.predict(x)))
-        json.loads(fit.to_json())
+        json.loads(json.dumps(fit.to_dict(), allow_nan=False))
     assert count / 10 < fitted < count
 
 
