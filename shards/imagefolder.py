@@ -99,7 +99,7 @@ class ImageFolder(FileSource):
             )  # fmt: skip
             raise DataError(f"{folder}: no such folder ({hint})")
         names = sorted(
-            entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and not _is_hidden(entry.name)
+            entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and _hidden(entry.name) is None
         )
         names = [name for name in names if not self._is_excluded(os.path.normpath(f"{split}/{name}"))]
         if not names:
@@ -191,10 +191,6 @@ class ImageFolder(FileSource):
         ]
         self._matched.update(dict.fromkeys(matching, True))
         return bool(matching)
-
-
-def _is_hidden(name: str) -> bool:
-    return _hidden(name) is not None
 
 
 def _hidden(name: str) -> str | None:
