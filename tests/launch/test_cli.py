@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from launch.cli import main, make_parser
 from launch.commands.plan import design_of
@@ -268,3 +271,24 @@ def test_shipped_deepspeed_configs_are_found_from_any_folder(tmp_path: Path, mon
     assert _deepspeed_config("own.json") == tmp_path / "own.json"
     with pytest.raises(ConfigError, match=r"names nowhere\.json, which is neither here nor in"):
         _deepspeed_config("nowhere.json")
+
+
+def test_a_dataset_without_test_split_is_refused_by_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data" / "flowers").mkdir(parents=True)
+    pixels = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(pixels, "PNG")
+    with tarfile.open(tmp_path / "data" / "flowers" / "train-0.tar", "w") as tar:
+        for number in range(6):
+            for suffix, content in (("png", pixels.getvalue()), ("cls", str(number % 2).encode())):
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "grid.yaml").write_text(
+        f"extends: {DEFAULT_GRID}\nname: flowers\ndatasets:\n"
+        "  flowers: {source: webdataset, path: flowers, train: 'train-*.tar', test: null}\n"
+        "downstream: [{dataset: flowers, num_samples: [6]}]\n"
+    )
+    where = ["--grid", str(tmp_path / "grid.yaml"), "--data", str(tmp_path / "data")]
+    assert main(["shards", "pack", "flowers", *where]) == 0
+    assert main(["plan", *where, "--store", str(tmp_path / "out")]) == 1
+    assert "dataset 'flowers' has no test split, on which errors are measured" in capsys.readouterr().err

@@ -275,3 +275,8 @@ def test_every_shipped_grid_validates_and_expands_without_data() -> None:
         assert grid.name == path.stem
         assert merged_cells(expand(grid, {}))
         assert set(datasets_in_use(grid)) <= set(grid.datasets)
+
+
+def test_images_that_patches_do_not_divide_are_refused_before_anything_is_planned() -> None:
+    with pytest.raises(ConfigError, match=r"image_size 18 is not a multiple of patch_size 8 of model 'h6'"):
+        load_grid(GRIDS / "demo.yaml", ["image_size=18"])
