@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fix test test-slow test-slurm chaos shards plan grid status cancel reduce report export clean \
-        bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-launch
+        bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-launch replicate
 
 help: ## List the targets
 	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
@@ -91,6 +91,9 @@ bench-verdicts: ## Verdicts of simulated studies with real noise (ARGS="rows.par
 bench-launch: ## Planning, submitting and reducing large grids
 bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-launch: $(STAMP)
 	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
+
+replicate: $(STAMP) ## Run the grid ten times with other seeds and compare the verdicts (hours; type it again to resume)
+	@$(VENV)/bin/python tests/bench/bench_replicate.py --grid "$$GRID" --store "$$STORE" --data "$$DATA" $(ARGS)
 
 export: $(STAMP) ## Draw the report's figures as SVG and PDF
 	@$(RUN) export $(WHERE) $(ARGS)

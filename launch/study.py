@@ -111,13 +111,21 @@ class Study:
 
     @cached_property
     def manifests(self) -> dict[str, tuple[str, int]]:
-        """Fingerprint and number of training samples of each dataset in use that is packed."""
+        """Fingerprint and number of training samples of each dataset in use that is packed.
+
+        Raises ConfigError for one without a test split, which no error can be measured on.
+        """
         from dbscale.data.manifest import MANIFEST_NAME, load_manifest
 
         found = {}
         for name in self.used_datasets:
             if (self.dataset_dir(name) / MANIFEST_NAME).exists():
                 manifest = load_manifest(self.dataset_dir(name))
+                if "test" not in manifest.splits:
+                    raise ConfigError(
+                        f"dataset {name!r} has no test split, on which errors are measured; add one to its source, or "
+                        f"`test: 0.2` to its entry in the grid, then remove {self.dataset_dir(name)} to pack it anew"
+                    )
                 found[name] = (manifest.fingerprint, manifest.split("train").num_samples)
         return found
 

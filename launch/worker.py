@@ -243,7 +243,7 @@ def staged(keys: Sequence[str], store: Store, data_dir: Path, staging: str | Non
     if staging is None:
         yield data_dir
         return
-    from dbscale.data.stage import let_go, remove_unused
+    from dbscale.data.stage import release, remove_unused
 
     folder = Path(os.path.expandvars(staging)) / "dbscale"
     held: list[Path] = []
@@ -251,7 +251,7 @@ def staged(keys: Sequence[str], store: Store, data_dir: Path, staging: str | Non
         yield _stage(keys, store, data_dir, folder, held)
     finally:
         for each in held:
-            let_go(each)
+            release(each)
     if not stop.requested:
         remove_unused(folder)
 

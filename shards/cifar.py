@@ -109,7 +109,7 @@ def _from_archive(path: Path) -> tuple[Layout, dict[str, bytes]]:
                 names = (*layout.train, layout.test, layout.classes)
                 if all(name in members for name in names):
                     return layout, {name: archive.extractfile(members[name]).read() for name in names}  # type: ignore[union-attr]
-    except Exception as error:  # of tarfile and of each kind of compression
+    except Exception as error:  # tarfile and each kind of compression raise their own
         raise DataError(f"{path}: damaged archive ({one_line(error)}); fetch it again") from error
     raise DataError(f"{path}: not one of CIFAR's archives: a layout's files are missing")
 

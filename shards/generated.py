@@ -37,7 +37,7 @@ class Digits(Source):
     """Side in px."""
     num_test: Annotated[int, Field(ge=10, le=1787)] = 597
     seed: int = 0
-    """Of the split."""
+    """Seed of the split."""
     default_encoding: ClassVar[Encoding] = "raw"
 
     @property

@@ -7,8 +7,7 @@
 import fnmatch
 import os
 import re
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -47,32 +46,11 @@ IMAGE_SUFFIXES = frozenset(
 _LITTER = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 
 
-class _OneFileEach(FileSource):
-    """What both layouts share: names are files below `path`."""
-
-    def file_of(self, name: str) -> Path:
-        return self.root / name
-
-    def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[bytes]:
-        return map(self._read_file, names)  # unlike a generator, it goes on after a file that cannot be read
-
-    def _read_file(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
-
-    @property
-    @abstractmethod
-    def _class_folders(self) -> Iterable[Path]:
-        """Folders in which files come and go."""
-
-    def watched(self) -> Iterable[Path]:
-        return self._class_folders
-
-
 def _class_list(value: Any) -> Any:
     return value if value is None or isinstance(value, str) else class_names(value)
 
 
-class ImageFolder(_OneFileEach):
+class ImageFolder(FileSource):
     """Every file below a class folder is a sample, except hidden ones and those that are excluded."""
 
     train: Local = "train"
@@ -121,17 +99,26 @@ class ImageFolder(_OneFileEach):
             )  # fmt: skip
             raise DataError(f"{folder}: no such folder ({hint})")
         names = sorted(
-            entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and not _is_hidden(entry.name)
+            entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and _hidden(entry.name) is None
         )
         names = [name for name in names if not self._is_excluded(os.path.normpath(f"{split}/{name}"))]
         if not names:
             raise DataError(f"{folder}: holds no class folders; expected <class>/<image> below it")
         return names
 
-    @property
-    def _class_folders(self) -> Iterable[Path]:
+    def watched(self) -> Iterable[Path]:
+        """The split folders and the class folders."""
         folders = [self.root / split for split in self._splits.values()]
         return (*folders, *(folder / name for folder in folders for name in self._folders))
+
+    def file_of(self, name: str) -> Path:
+        return self.root / name
+
+    def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[bytes]:
+        return map(self._read_file, names)  # unlike a generator, it goes on after a file that cannot be read
+
+    def _read_file(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
 
     def listings(self) -> dict[str, Listing]:
         listings = {name: self._listing(folder) for name, folder in self._splits.items()}
@@ -206,10 +193,6 @@ class ImageFolder(_OneFileEach):
         return bool(matching)
 
 
-def _is_hidden(name: str) -> bool:
-    return _hidden(name) is not None
-
-
 def _hidden(name: str) -> str | None:
     """Why a file or folder is passed over by its name: what systems leave behind, or a dot in front."""
     if name in _LITTER or name.startswith("._") or name == ".DS_Store":
@@ -217,74 +200,51 @@ def _hidden(name: str) -> str | None:
     return "that is hidden" if name.startswith(".") else None
 
 
-def _names_in(path: Path) -> tuple[str, ...]:
-    """The names (say, WordNet ids) at the start of each line of a text file."""
+def _lines_of(path: Path, remedy: str) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: class list cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    names = tuple(line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise DataError(f"{path}: class list is empty or names a class twice: {', '.join(twice[:5])}")
-    return names
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}){remedy}") from error
 
 
-class TinyImageNet(_OneFileEach):
-    """200 classes at 64 px; the official validation split serves as the test split."""
+def _names_in(path: Path, remedy: str = "") -> tuple[str, ...]:
+    """The names (say, WordNet ids) at the start of each line of a text file."""
+    lines = (line for line in _lines_of(path, remedy) if line.strip() and not line.lstrip().startswith("#"))
+    try:
+        return class_names([line.split()[0] for line in lines])
+    except ValueError as error:
+        raise DataError(f"{path}: class list {error}") from error
 
+
+class TinyImageNet(ImageFolder):
+    """200 classes at 64 px; the official validation split, whose labels stand in a file, serves as the test split."""
+
+    test: TestFolder = "val"
     remedy: ClassVar[str] = "unzip the archive again, or remove such files"
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        names = tuple(self._text("wnids.txt").split())
-        if len(set(names)) < len(names) or not names or any("/" in name or name.startswith(".") for name in names):
-            raise DataError(f"{self.root / 'wnids.txt'}: is empty, or names a class twice, or none; unzip it again")
-        return names
+    @cached_property
+    def _folders(self) -> tuple[str, ...]:
+        return _names_in(self.root / "wnids.txt", "; point `path` at the unzipped tiny-imagenet-200")
 
-    def _text(self, name: str) -> str:
-        try:
-            return (self.root / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = getattr(error, "strerror", None) or error
-            raise DataError(
-                f"{self.root / name}: cannot be read ({what}); point `path` at the unzipped tiny-imagenet-200"
-            ) from error
-
-    @property
-    def _class_folders(self) -> Iterable[Path]:
-        folders = (self.root / "train" / name / "images" for name in self.classes)
+    def watched(self) -> Iterable[Path]:
+        """Where images lie, and the file of annotations."""
+        folders = (self.root / "train" / name / "images" for name in self._folders)
         return (*folders, self.root / "val/images", self.root / "val/val_annotations.txt")
 
-    def listings(self) -> dict[str, Listing]:
-        label_of = {wordnet_id: label for label, wordnet_id in enumerate(self.classes)}
-        return {"train": self._train(label_of), "test": self._validation(label_of)}
+    def _is_excluded(self, relative: str) -> bool:
+        return relative.endswith("_boxes.txt") or super()._is_excluded(relative)
 
-    def _train(self, label_of: Mapping[str, int]) -> Listing:
-        labels: list[int] = []
-        names: list[str] = []
-        unused = Unused()
-        for wordnet_id, label in label_of.items():
-            folder = self.root / "train" / wordnet_id / "images"
-            files = sorted(path.name for path in folder.glob("*"))
-            images = [name for name in files if name.endswith(".JPEG")]
-            if not images:
-                raise DataError(f"{folder}: class folder is empty or missing; unzip the archive again")
-            labels += [label] * len(images)
-            names += [f"train/{wordnet_id}/images/{name}" for name in images]
-            for name in set(files) - set(images):
-                unused.add(
-                    "file without the suffix .JPEG", name, lost=name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
-                )
-        return Listing(np.array(labels, np.int64), names, unused)
-
-    def _validation(self, label_of: Mapping[str, int]) -> Listing:
-        rows = [line.split("\t") for line in self._text("val/val_annotations.txt").splitlines() if line]
+    def _listing(self, split: str) -> Listing:
+        if split != "val":
+            return super()._listing(split)
+        path = self.root / "val/val_annotations.txt"
+        label_of = {wordnet_id: label for label, wordnet_id in enumerate(self._folders)}
+        rows = [line.split("\t") for line in _lines_of(path, "; unzip the archive again") if line]
         for row in rows:
             if len(row) < 2 or row[1] not in label_of or not re.fullmatch(r"[\w-]+\.JPEG", row[0]):
-                raise DataError(f"{self.root / 'val/val_annotations.txt'}: unknown class or file in line {row!r}")
+                raise DataError(f"{path}: unknown class or file in line {row!r}")
         unused = Unused()
-        for name in {path.name for path in (self.root / "val/images").glob("*")} - {row[0] for row in rows}:
+        for name in sorted({entry.name for entry in (self.root / "val/images").glob("*")} - {row[0] for row in rows}):
             unused.add("validation image without annotation", name, lost=True)
         labels = np.array([label_of[row[1]] for row in rows], np.int64)
         return Listing(labels, [f"val/images/{row[0]}" for row in rows], unused)

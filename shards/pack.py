@@ -237,7 +237,7 @@ class ShardJob:
     shard: int
     first_position: int
     numbers: NDArray[np.int64]
-    """Of the samples, in the source's listing."""
+    """Where the samples stand in the source's listing."""
     names: list[str]
     labels: NDArray[np.int64]
     encoding: Encoding
@@ -333,7 +333,10 @@ def encode(content: Content, encoding: Encoding, raw_size: int | None) -> tuple[
     256 px. Raises DecodeError on what is no image.
     """
     if encoding == "original" and isinstance(content, bytes):
-        return image_suffix(content), content, *image_shape(content)
+        suffix = image_suffix(content)
+        if suffix not in ("jpg", "png"):
+            decode_image(content)  # rare formats have rare variants; what cannot be read is known before training
+        return suffix, content, *image_shape(content)
     pixels = decode_image(content) if isinstance(content, bytes) else content
     if encoding == "jpeg256":
         return _encode_jpeg(content, pixels)

@@ -134,7 +134,7 @@ class Source(Strict, ABC):
     shard_samples: Size | None = None
     """Samples per tar; None chooses by encoding."""
     pack_seed: int = 0
-    """Of the stratified order."""
+    """Seed of the stratified order."""
     allow_unused: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of a split's images that may stay unused before packing is refused."""
     default_encoding: ClassVar[Encoding] = "original"

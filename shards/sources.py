@@ -11,7 +11,7 @@ from shards.cifar import Cifar
 from shards.generated import Digits, Fractals
 from shards.imagefolder import ImageFolder, TinyImageNet
 from shards.parquet import Parquet
-from shards.source import Source, listing_digest
+from shards.source import FileSource, Source, listing_digest
 from shards.webdataset import WebDatasetTars
 
 KINDS: dict[str, type[Source]] = {
@@ -53,14 +53,16 @@ def source_change(folder: Path, data_dir: str | Path, *, quick: bool = True) -> 
     pack. A source that is gone cannot have changed.
     """
     manifest = load_manifest(folder)
-    source = source_of(manifest.name, manifest.source, data_dir)
     packed_at = (folder / MANIFEST_NAME).stat().st_mtime_ns
     try:
-        if not any(path.stat().st_mtime_ns >= packed_at for path in source.watched()) and quick:
+        source = source_of(manifest.name, manifest.source, data_dir)
+        if isinstance(source, FileSource) and not source.root.exists():
+            return None
+        if quick and not any(path.stat().st_mtime_ns >= packed_at for path in source.watched()):
             return None
         listings = source.listings()
     except (OSError, ValueError) as error:
-        return None if not getattr(source, "root", folder).exists() else f"its source cannot be listed again: {error}"
+        return f"its source cannot be listed again: {error}"
     if listing_digest(source.classes, listings) == manifest.extra.get("listing"):
         return None
     counts = ", ".join(

@@ -2,7 +2,6 @@
 compare them with what their source holds now."""
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ from dbscale.data.decode import DecodeError, decode_image
 from dbscale.data.manifest import MANIFEST_NAME, Manifest, SplitInfo, load_manifest, mend
 from dbscale.data.read import checksum, open_index, split_fingerprint
 from dbscale.errors import DataError
-from shards.pack import WORK_FOLDER, ShardJob, default_processes, encode, index_is_damaged, make_plan, plan_jobs
-from shards.source import Source
+from shards.pack import ShardJob, default_processes, encode, index_is_damaged, make_plan, plan_jobs
+from shards.source import FileSource, Source
 from shards.sources import source_change, source_of
 from shards.webdataset import Member, walk_tar
 
@@ -33,7 +33,7 @@ class Problem:
     file: str
     """Name inside the dataset's folder."""
     key: str | None
-    """Of the sample; None where the whole file is meant."""
+    """The sample; None where the whole file is meant."""
     what: str
 
     def __str__(self) -> str:
@@ -210,33 +210,34 @@ def _class_lines(manifest: Manifest) -> list[str]:
 def exact_source_change(folder: Path, data_dir: str | Path) -> str | None:
     """As `source_change`, but the source is listed again in any case, and files newer than the pack are compared.
 
-    Where nothing changed the manifest's time is renewed, so that those files need not be read the next time.
+    Where nothing changed the manifest's time is renewed, so that those files need not be read the next time. In a folder
+    that cannot be written to only the listing is compared.
     """
     change = source_change(folder, data_dir, quick=False)
+    if change is not None:
+        return change
     manifest = load_manifest(folder)
     source = source_of(manifest.name, manifest.source, data_dir)
-    try:
-        listings = {} if change or not list(source.watched()) else source.listings()
-    except (OSError, ValueError):  # it is gone
+    if not isinstance(source, FileSource) or not source.root.exists() or not os.access(folder, os.W_OK):
         return None
+    listings = source.listings()
     is_newer = partial(_is_newer, source, (folder / MANIFEST_NAME).stat().st_mtime_ns, {})
     other: list[str] = []
-    for job in plan_jobs(folder, listings, make_plan(source, listings, manifest.name, manifest.source)):
-        slots = [slot for slot, name in enumerate(job.names) if is_newer(name)]
-        if slots:
-            some = replace(job, numbers=job.numbers[slots], names=[job.names[slot] for slot in slots])
-            packed = open_index(folder, manifest.split(job.split))["checksum"][job.first_position + np.array(slots)]
-            other += _differing(source.prepare(folder / WORK_FOLDER), some, packed.tolist())
-    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    with TemporaryDirectory(prefix=".compare-", dir=folder) as work:
+        for job in plan_jobs(folder, listings, make_plan(source, listings, manifest.name, manifest.source)):
+            slots = [slot for slot, name in enumerate(job.names) if is_newer(name)]
+            if slots:
+                some = replace(job, numbers=job.numbers[slots], names=[job.names[slot] for slot in slots])
+                packed = open_index(folder, manifest.split(job.split))["checksum"][job.first_position + np.array(slots)]
+                other += _differing(source.prepare(Path(work)), some, packed.tolist())
     if other:
         return (
             f"its source now holds other images in place of {len(other):,} packed ones, the first "
             f"{source.origin(other[0])}; results keep to what is packed: remove {folder} to pack it anew"
         )
-    if listings:
-        with suppress(OSError):
-            os.utime(folder / MANIFEST_NAME)
-    return change
+    with suppress(OSError):
+        os.utime(folder / MANIFEST_NAME)
+    return None
 
 
 def _is_newer(source: Source, packed_at: int, known: dict[Path | None, bool], name: str) -> bool:

@@ -8,54 +8,36 @@ here and must answer at once.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from dbscale.data.manifest import Manifest, load_manifest
-from dbscale.errors import DataError
+from dbscale.data.manifest import Manifest as Manifest
+from dbscale.data.manifest import load_manifest as load_manifest
+from dbscale.errors import DataError as DataError
 
 if TYPE_CHECKING:
-    from dbscale.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform, make_transform
-    from dbscale.data.dataset import Dataset, Subset, open_dataset
-    from dbscale.data.loader import Batch, EvalLoader, TrainLoader, make_eval_loader, make_loader
-    from dbscale.data.mix import MixTarget, mix_batch
+    from dbscale.data.augment import IMAGENET_MEAN as IMAGENET_MEAN
+    from dbscale.data.augment import IMAGENET_STD as IMAGENET_STD
+    from dbscale.data.augment import Transform as Transform
+    from dbscale.data.augment import make_transform as make_transform
+    from dbscale.data.dataset import Dataset as Dataset
+    from dbscale.data.dataset import Subset as Subset
+    from dbscale.data.dataset import open_dataset as open_dataset
+    from dbscale.data.loader import Batch as Batch
+    from dbscale.data.loader import EvalLoader as EvalLoader
+    from dbscale.data.loader import TrainLoader as TrainLoader
+    from dbscale.data.loader import make_eval_loader as make_eval_loader
+    from dbscale.data.loader import make_loader as make_loader
+    from dbscale.data.mix import MixTarget as MixTarget
+    from dbscale.data.mix import mix_batch as mix_batch
 
-_HOME = {
-    "Dataset": "dataset",
-    "Subset": "dataset",
-    "open_dataset": "dataset",
-    "Batch": "loader",
-    "EvalLoader": "loader",
-    "TrainLoader": "loader",
-    "make_eval_loader": "loader",
-    "make_loader": "loader",
-    "MixTarget": "mix",
-    "mix_batch": "mix",
-    "IMAGENET_MEAN": "augment",
-    "IMAGENET_STD": "augment",
-    "Transform": "augment",
-    "make_transform": "augment",
+_ROOMS = {
+    "augment": ("IMAGENET_MEAN", "IMAGENET_STD", "Transform", "make_transform"),
+    "dataset": ("Dataset", "Subset", "open_dataset"),
+    "loader": ("Batch", "EvalLoader", "TrainLoader", "make_eval_loader", "make_loader"),
+    "mix": ("MixTarget", "mix_batch"),
 }
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "Batch",
-    "DataError",
-    "Dataset",
-    "EvalLoader",
-    "Manifest",
-    "MixTarget",
-    "Subset",
-    "TrainLoader",
-    "Transform",
-    "load_manifest",
-    "make_eval_loader",
-    "make_loader",
-    "make_transform",
-    "mix_batch",
-    "open_dataset",
-]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{room}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,7 +54,7 @@ class Augmentation:
     random_erasing: float = 0.0
 
 
-_FIELDS_OF_OTHERS = {"mixup", "cutmix", "mix_share", "mix_switch_share", "repeats"}  # of `mix` and of `order`
+_FIELDS_OF_OTHERS = {"mixup", "cutmix", "mix_share", "mix_switch_share", "repeats"}  # they belong to `mix` and `order`
 
 
 def make_transform(
@@ -256,7 +256,7 @@ def resize_boxes(images_BCHW: Tensor, boxes_B4: Ints, flip_B: Flags, size: int) 
     for tall in np.unique(tall_B):
         slots = np.flatnonzero(tall_B == tall)
         where = torch.from_numpy(slots).to(device)
-        images = images_BCHW[where].float()
+        images = (images_BCHW if len(slots) == len(images_BCHW) else images_BCHW[where]).float()
         rows_B1SH = torch.from_numpy(rows[slots]).to(device)[:, None]
         columns_B1WS = torch.from_numpy(columns[slots]).to(device).transpose(1, 2)[:, None]
         # Pillow rounds and clips between its two passes; so must we, or overshoot would pile up.

@@ -47,7 +47,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of the whole dataset: what a cell id is made from."""
+        """The whole dataset's, from which a cell id is made."""
         return self.manifest.fingerprint
 
     @property
@@ -60,7 +60,7 @@ class Dataset:
 
     @cached_property
     def index(self) -> NDArray[np.void]:
-        """Memory-mapped records (see `index.index_dtype`)."""
+        """Memory-mapped records (see `read.index_dtype`)."""
         return open_index(self.folder, self.split)
 
     @cached_property
@@ -175,7 +175,7 @@ def open_dataset(
         cache_dir: folder of the resident tier's decoded array; None keeps it beside the shards.
 
     Raises:
-        DataError: nothing is packed there, no such split, or a tier the encoding cannot serve.
+        DataError: nothing is packed there, no such split, a damaged index, or a tier the encoding cannot serve.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -183,7 +183,9 @@ def open_dataset(
     chosen = tier or default_tier(manifest)
     _check_tier(manifest, chosen)
     size = _resident_size(manifest, image_size) if chosen == "resident" else None
-    return Dataset(folder, manifest, split, chosen, size, Path(cache_dir) if cache_dir else None)
+    dataset = Dataset(folder, manifest, split, chosen, size, Path(cache_dir) if cache_dir else None)
+    _ = dataset.index  # damage is found here, rather than in the middle of a run
+    return dataset
 
 
 def default_tier(manifest: Manifest) -> Tier:

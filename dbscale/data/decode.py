@@ -86,7 +86,7 @@ def _formats() -> tuple[str, ...]:
 def _open_pillow(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of bombs: our own limit is lower, and an error
+            warnings.simplefilter("ignore")  # about bombs: our own limit is lower, and an error
             image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise DecodeError(f"refused as a decompression bomb: {error}") from error

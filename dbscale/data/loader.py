@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ class TrainLoader:
         self._max_bad_share = max_bad_share
         self._bad_ids: set[int] = set()
         self._next = consumed // self._global_batch
-        self._batches = serve(batches, count(self._next), num_workers)
+        self._batches = _serve(batches, count(self._next), num_workers)
 
     @property
     def consumed(self) -> int:
@@ -249,7 +249,7 @@ class EvalLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return serve(self._batches, range(len(self._batches)), self._num_workers)
+        return _serve(self._batches, range(len(self._batches)), self._num_workers)
 
 
 def make_eval_loader(
@@ -269,33 +269,20 @@ def make_eval_loader(
     return EvalLoader(_EvalBatches(subset, batch_size, rank, world_size, transform), num_workers)
 
 
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Batches(Protocol[T_co]):
-    """Batches of a subset, by number."""
-
-    @property
-    def subset(self) -> Subset: ...
-
-    def __getitem__(self, number: int, /) -> T_co: ...
-
-
 @dataclass(frozen=True)
 class _Carried:
     """Hands errors over as they are: a DataLoader would bury what they say under the worker's traceback."""
 
-    batches: Batches[object]
+    batches: _TrainBatches | _EvalBatches
 
-    def __getitem__(self, number: int) -> object:
+    def __getitem__(self, number: int) -> Batch | DataError:
         try:
             return self.batches[number]
         except DataError as error:
             return error
 
 
-def serve(batches: Batches[T], numbers: Iterable[int], num_workers: int) -> Iterator[T]:
+def _serve(batches: _TrainBatches | _EvalBatches, numbers: Iterable[int], num_workers: int) -> Iterator[Batch]:
     """The batches of these numbers, in order, prepared by `num_workers` processes; 0 prepares each when asked for."""
     if num_workers == 0:
         return (batches[number] for number in numbers)
@@ -308,19 +295,18 @@ def serve(batches: Batches[T], numbers: Iterable[int], num_workers: int) -> Iter
             batch_size=None,
             sampler=numbers,
             num_workers=num_workers,
-            collate_fn=_identity,  # type: ignore[arg-type]
+            collate_fn=_as_it_is,
             # A generator of its own: the loader must not draw from, and so change, the caller's random state.
             generator=torch.Generator(),
         )
-        return _unpacked(iter(loader))
+        return map(_or_raise, iter(loader))
 
 
-def _unpacked(items: Iterator[T | DataError]) -> Iterator[T]:
-    for item in items:
-        if isinstance(item, DataError):
-            raise item
-        yield item
+def _or_raise(item: Batch | DataError) -> Batch:
+    if isinstance(item, DataError):
+        raise item
+    return item
 
 
-def _identity(batch: T) -> T:
+def _as_it_is(batch: Any) -> Any:
     return batch

@@ -50,7 +50,7 @@ def stage_subset(subset: Subset, staging: str | Path) -> Subset:
             shard, is_whole = dataset.split.shards[number], partial(_is_whole, dataset, local, number)
             _stage_file(dataset.folder, local, shard.name, is_whole, shard)
     except BaseException:
-        let_go(local)
+        release(local)
         raise
     cache = dataset.cache_dir or local / "cache"
     staged = Dataset(local, dataset.manifest, dataset.split_name, dataset.tier, dataset.image_size, cache)
@@ -74,11 +74,13 @@ def needed_shards(subset: Subset) -> list[int]:
 def remove_unused(staging: str | Path) -> list[Path]:
     """Remove the folders that no living process uses; returns what was removed. Several processes may do so at once."""
     removed = []
-    for leftover in Path(staging).glob(f".*{_REMOVED}"):  # of a process that was killed meanwhile
+    for leftover in Path(staging).glob(f".*{_REMOVED}"):  # left by a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     for users in sorted(Path(staging).glob(f"*/{_USERS}")):
+        if users.parent.is_symlink():  # not ours: staging folders are made as folders
+            continue
         try:
-            descriptor = os.open(users, os.O_RDWR)
+            descriptor = os.open(users, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue
         try:
@@ -96,13 +98,8 @@ def remove_unused(staging: str | Path) -> list[Path]:
     return removed
 
 
-def release(subset: Subset) -> None:
-    """Say that this process no longer uses the folder of a staged subset."""
-    let_go(subset.dataset.folder)
-
-
-def let_go(local: Path) -> None:
-    """Undo `hold`."""
+def release(local: Path) -> None:
+    """Undo `hold`: this process no longer uses the folder."""
     descriptor = _held.pop(local, None)
     if descriptor is not None:
         os.close(descriptor)
@@ -114,7 +111,7 @@ def hold(local: Path) -> None:
         return
     while True:
         make_folder(local)
-        descriptor = os.open(local / _USERS, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(local / _USERS, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         # Another process may have removed the folder between opening and locking.
         if (local / _USERS).exists() and os.stat(local / _USERS).st_ino == os.fstat(descriptor).st_ino:
@@ -176,7 +173,7 @@ def _is_whole(dataset: Dataset, local: Path, number: int) -> bool:
 
 @contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

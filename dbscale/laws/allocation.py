@@ -6,7 +6,6 @@ done for every draw from the laws' uncertainty, which gives the split its own. F
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -21,8 +20,6 @@ LEVERS = ("upstream_samples", "num_params", "downstream_samples")
 TEACHER_CASES = ("free", "inference", "training", "training_and_inference")
 FORWARD_FLOPS, TRAIN_FLOPS = 2.0, 6.0  # per parameter and token: forward; forward and backward
 STEPS = 48
-STRETCH = 4.0
-"""How far beyond the measured range a lever may be advised, unless limits are given."""
 Triple = tuple[float, float, float]
 
 
@@ -90,7 +87,7 @@ class Allocation:
     """The three levers."""
     expected_error: float
     error_interval: tuple[float, float]
-    """Of the true curve at `point`."""
+    """Interval of the true curve at `point`."""
     spend: dict[str, float]
     """Money by purpose, and what is unspent."""
     ranges: dict[str, tuple[float, float]]
@@ -103,9 +100,6 @@ class Allocation:
     other_error: float | None
     """The other arm's error at its own best point under the same budget."""
     level: float
-
-    def to_json(self) -> str:
-        return json.dumps({"schema": "dbscale.laws/allocation/2", **asdict(self)}, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -132,7 +126,7 @@ def allocate(
     """Split `budget` between upstream images, parameters, labels and distillation.
 
     `arms` maps plain and/or distilled to laws over any of the levers; `at` gives the levers that no law varies;
-    `limits` the allowed range of each lever (default: measured range, stretched 4 times). Raises LawError when nothing
+    `limits` the allowed range of each lever (default: what was measured). Raises LawError when nothing
     within the limits is affordable.
     """
     if not arms or not set(arms) <= {"plain", "distilled"}:
@@ -169,7 +163,7 @@ def lever_range(
     measured = [laws.measured()[name] for laws in arms.values() if name in laws.columns]
     if not measured:
         raise LawError(f"allocate: no law varies {name}; give it in at={{...}} or limits={{...}}")
-    return min(low for low, _ in measured) / STRETCH, max(high for _, high in measured) * STRETCH
+    return min(low for low, _ in measured), max(high for _, high in measured)
 
 
 def plan_arm(arm: str, laws: Selection, prices: Prices, budget: float, ranges: Mapping) -> ArmPlan:

@@ -6,7 +6,6 @@ Nothing in a fit depends on the unit of x or y: both are divided by their geomet
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Mapping
@@ -23,10 +22,10 @@ from dbscale.laws.table import check_table
 Bounds = Mapping[str, tuple[float | None, float | None]]
 SCHEMA = "dbscale.laws/law_fit/2"
 SCREENED_PER_PARAM, RACED, RACE_STEPS, WINNERS = 48, 24, 10, 6
-"""Starts drawn for each parameter, those that take a few steps together, how many steps, and those finished by scipy.
+"""Starts drawn for each parameter, those that take a few steps together, how many steps, and those that go on.
 
-Stepping 24 starts at once costs as much as stepping 3; finishing one start costs scipy 2 to 10 ms and the batched
-solver 5 to 20 (docs/benchmarks/laws.md).
+The winners go on together: 78 ms for a BNSL fit where scipy, one start after the other, takes 212. scipy finishes the
+best one, where a batch has nothing to share (docs/benchmarks/laws.md).
 """
 SAME_OBJECTIVE = 1e-6
 NEGLIGIBLE = 1e-8
@@ -140,27 +139,28 @@ class LawFit:
         y = self.predict(self.x)
         return np.log(y) - np.log(self.y) if self.loss.is_log else y - self.y
 
-    def note(self, name: str) -> str:
-        """What stands beside a parameter's value: its standard error, or why it has none."""
-        for names, text in (
-            (self.fixed, "fixed"),
-            (self.at_bound, "at its bound"),
-            (self.undetermined, "not determined by the table"),
-        ):
-            if name in names:
-                return text
-        return f"± {self.stderr[name]:.3g}"
-
-    def report(self) -> str:
-        """A page of text: the equation, parameters with errors, quality, and every warning."""
+    def report(self, intervals: Mapping[str, tuple[float, float] | None] | None = None) -> str:
+        """A page of text: the equation, parameters with errors (and 90 % intervals, where given), every warning."""
         rms = float(np.sqrt(np.average(self.residuals**2, weights=self.weights)))
         lines = [f"{self.name}: {self.form.equation}   ({self.form.source})"]
-        lines += [f"  {name:10s} {value:12.6g}  {self.note(name)}" for name, value in self.params.items()]
+        lines += [
+            f"  {name:10s} {value:12.6g}  {self._note(name, intervals or {})}" for name, value in self.params.items()
+        ]
         lines += [
             f"  {len(self.y)} points, objective {self.objective:.8g} ({self.loss.kind}, {self.loss.space}), "
             f"rms residual {rms:.4g}; {self.num_starts_reached} of {self.num_starts} starts reached it"
         ]
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
+
+    def _note(self, name: str, intervals: Mapping[str, tuple[float, float] | None]) -> str:
+        """What stands beside a parameter's value: its errors, or why it has none."""
+        ends = intervals.get(name)
+        if name in self.fixed:
+            return "fixed"
+        if name in self.undetermined or (name in intervals and ends is None):
+            return "not determined by the table"
+        size = "at its bound" if name in self.at_bound else f"± {self.stderr[name]:.3g}"
+        return size if ends is None else f"{size}  (90 %: {ends[0]:.6g} to {ends[1]:.6g})"
 
     def to_dict(self) -> dict:
         """JSON-ready; what is not finite becomes null."""
@@ -183,9 +183,6 @@ class LawFit:
             "seed": self.seed,
             "range": {k: [float(v.min()), float(v.max())] for k, v in self.x.items()},
         }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), allow_nan=False)
 
 
 def finite_or_none(value: float) -> float | None:
@@ -328,7 +325,6 @@ class Search:
     def finish(self, ends: list[tuple[np.ndarray, float, bool]]) -> LawFit:
         """The value handed to the user: optimum, covariance, what lies at a bound, and what to be wary of."""
         problem, (theta, objective, converged) = self.problem(self.form), ends[0]
-        theta = without_ghosts(problem, theta, objective, self.weights)
         near = 1e-6 * (1 + np.abs(theta))
         stuck = (theta - problem.lower < near) | (problem.upper - theta < near)
         covariance, lost = theta_covariance(problem, theta, self.weights, free=~stuck)
@@ -351,7 +347,7 @@ class Search:
 
 
 def geometric_mean(values: np.ndarray) -> float:
-    """Of the sizes above 0; 1 where there are none."""
+    """Geometric mean of the sizes above 0; 1 where there are none."""
     sizes = np.abs(values[values != 0])
     return float(np.exp(np.mean(np.log(sizes)))) if sizes.size else 1.0
 
@@ -389,14 +385,6 @@ def spread_starts(problem: Problem, count: int, seed: int) -> np.ndarray:
         place = (rng.permutation(count) + rng.random(count)) / count if count > 1 else 0.5
         theta[:, k] = low + (high - low) * place
     return np.clip(theta, problem.lower, problem.upper)
-
-
-def without_ghosts(problem: Problem, theta: np.ndarray, objective: float, weights: np.ndarray) -> np.ndarray:
-    """`theta` [p] with amplitudes of terms too small to be seen set to their floor, where that costs nothing."""
-    _, slopes = problem.residual_jacobian(theta[None])
-    unseen = problem.form.is_log & (np.abs(slopes[0]).max(axis=1) < NEGLIGIBLE)
-    floored = np.where(unseen & (problem.lower <= np.log(LOG_FLOOR) + 1), problem.lower, theta)
-    return floored if problem.objective(floored[None], weights[None])[0] <= objective * (1 + 1e-9) else theta
 
 
 def theta_covariance(

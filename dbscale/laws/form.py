@@ -87,23 +87,23 @@ class Contains:
 
 @dataclass(frozen=True)
 class Form:
-    """A functional form.
+    """A functional form, given by `value`, by `gradient`, or by both.
 
     `value(x, p)` is the equation: columns [n] (or broadcastable) and parameters [..., 1] give y [..., n]; it must accept
-    complex parameters, from which Jacobians follow. `gradient(x, p)` may give the same derivatives by hand, y and one
-    ∂y/∂parameter per name, where speed matters; a test holds the two together.
+    complex parameters, from which Jacobians follow. `gradient(x, p)` gives y and one ∂y/∂parameter per name by hand,
+    where speed matters; a test holds the two together.
     """
 
     name: str
     equation: str
     variables: tuple[Variable, ...]
     params: tuple[Param, ...]
-    value: Callable[[Columns, Values], np.ndarray]
+    scaling: tuple[Scaling, ...]
     domain: str
     source: str
-    scaling: tuple[Scaling, ...] = ()
-    contains: tuple[Contains, ...] = ()
+    value: Callable[[Columns, Values], np.ndarray] | None = None
     gradient: Callable[[Columns, Values], tuple[np.ndarray, Values]] | None = None
+    contains: tuple[Contains, ...] = ()
     restrict: Callable[[tuple[str, ...]], Form] | None = None
     """Makes the form over fewer variables, where the law allows that (a grid of one model size has no M term)."""
 
@@ -137,7 +137,11 @@ class Form:
     def evaluate(self, x: Columns, theta: np.ndarray) -> np.ndarray:
         """y [..., n] at coordinates [..., p]; values outside the domain are nan or inf, without warnings."""
         with np.errstate(all="ignore"):
-            return np.asarray(self.value(x, self.natural(theta)))
+            p = self.natural(theta)
+            if self.value is not None:
+                return np.asarray(self.value(x, p))
+            assert self.gradient is not None
+            return self.gradient(x, p)[0]
 
     def jacobian(self, x: Columns, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """y [S, n] and ∂y/∂coordinates [S, p, n], by hand where the form has it, else by complex steps."""

@@ -60,65 +60,49 @@ def offset_param(name: str) -> Param:
 
 
 def exponent_param(name: str, sign: float, *, signed: bool = False) -> Param:
-    """An exponent in [0, 10], or in [-10, 10] when `signed`; guessed on the side on which y falls."""
+    """An exponent in [0, 2], or in [-10, 10] when `signed`; guessed on the side on which y falls.
+
+    Beyond 2 an exponent only says that its term vanished after the first level, and extrapolates by a cliff.
+    """
     start = EXPONENT_START if sign < 0 else (-EXPONENT_START[1], -EXPONENT_START[0])
     return Param(name, "linear", start, *(EXPONENT if signed else (0.0, 2.0)))
 
 
 def power_sum(
-    name: str,
-    equation: str,
-    variables: tuple[Variable, ...],
-    terms: tuple[Term, ...],
-    *,
-    offset: str | None = "E",
-    signed: bool = False,
-    domain: str = "all variables > 0",
-    **about,
-) -> Form:
+    name: str, equation: str, variables: tuple[Variable, ...], terms: tuple[Term, ...], source: str,
+    *, offset: str | None = "E", signed: bool = False, domain: str = "all variables > 0", **about,
+) -> Form:  # fmt: skip
     """A sum of power laws as a form; `about` are the rest of `Form`'s fields."""
     exponents = {e: s for t in terms for _, e, s in t.factors}
-    params = [Param(t.amplitude, "log", (0.02, 1.5), unit="y_mid") for t in terms]
+    params = [offset_param(offset)] if offset else []
+    params += [Param(t.amplitude, "log", (0.02, 1.5), unit="y_mid") for t in terms]
     params += [exponent_param(e, s, signed=signed) for e, s in exponents.items()]
-    return Form(
-        name,
-        equation,
-        variables,
-        tuple([offset_param(offset), *params] if offset else params),
-        value=lambda x, p: power_sum_gradient(x, p, offset, terms)[0],
-        gradient=lambda x, p: power_sum_gradient(x, p, offset, terms),
-        scaling=tuple(rule for t in terms for rule in (*t.scaling(), Scaling(t.amplitude, "y", None, 1.0))),
-        domain=domain,
-        **about,
-    )
+    scaling = tuple(rule for t in terms for rule in (*t.scaling(), Scaling(t.amplitude, "y", None, 1.0)))
+    return Form(name, equation, variables, tuple(params), scaling, domain, source,
+                gradient=lambda x, p: power_sum_gradient(x, p, offset, terms), **about)  # fmt: skip
 
 
 def additive_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
     """E = E∞ + A·D_p^-α + B·M^-β + C·D_f^-γ over those of the three variables that vary."""
     used = [row for row in GRID if row[0].name in names]
-    return power_sum(
-        "additive",
-        "E = E_inf + " + " + ".join(f"{a}*{v.symbol}^-{e}" for v, a, e in used),
-        tuple(v for v, _, _ in used),
-        tuple(Term(a, ((v.name, e, -1.0),)) for v, a, e in used),
-        offset="E_inf",
-        source="2504.13219, one reading of its Eq. 1",
-        restrict=additive_form,
-    )
+    equation = "E = E_inf + " + " + ".join(f"{a}*{v.symbol}^-{e}" for v, a, e in used)
+    return power_sum("additive", equation, tuple(v for v, _, _ in used),
+                     tuple(Term(a, ((v.name, e, -1.0),)) for v, a, e in used),
+                     "2504.13219, one reading of its Eq. 1", offset="E_inf", restrict=additive_form)  # fmt: skip
+
+
+def product_term(names: tuple[str, ...]) -> tuple[str, tuple[Variable, ...], Term]:
+    """K·D_p^-α·M^-β·D_f^-γ over those of the three variables that vary, as text, its variables, and as a term."""
+    used = [row for row in GRID if row[0].name in names]
+    text = "K" + "".join(f"*{v.symbol}^-{e}" for v, _, e in used)
+    return text, tuple(v for v, _, _ in used), Term("K", tuple((v.name, e, -1.0) for v, _, e in used))
 
 
 def product_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
     """E = E∞ + K·D_p^-α·M^-β·D_f^-γ over those of the three variables that vary."""
-    used = [row for row in GRID if row[0].name in names]
-    return power_sum(
-        "product",
-        "E = E_inf + K" + "".join(f"*{v.symbol}^-{e}" for v, _, e in used),
-        tuple(v for v, _, _ in used),
-        (Term("K", tuple((v.name, e, -1.0) for v, _, e in used)),),
-        offset="E_inf",
-        source="2504.13219, the other reading: separable, additive in the log domain",
-        restrict=product_form,
-    )
+    text, variables, term = product_term(names)
+    return power_sum("product", f"E = E_inf + {text}", variables, (term,), offset="E_inf", restrict=product_form,
+                     source="2504.13219, the other reading: separable, additive in the log domain")  # fmt: skip
 
 
 def transfer_gap_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
@@ -128,15 +112,12 @@ def transfer_gap_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
     size = (("num_params", "delta", -1.0),) if "num_params" in names else ()
     shared = (*size, ("downstream_samples", "beta", -1.0))
     return power_sum(
-        "transfer_gap",
-        f"E = (A*D_p^-alpha + G)*{'M^-delta*' if size else ''}D_f^-beta + E_inf",
+        "transfer_gap", f"E = (A*D_p^-alpha + G)*{'M^-delta*' if size else ''}D_f^-beta + E_inf",
         tuple(v for v, _, _ in GRID if v.name in names),
-        (Term("A", (("upstream_samples", "alpha", -1.0), *shared)), Term("G", shared)),
-        offset="E_inf",
+        (Term("A", (("upstream_samples", "alpha", -1.0), *shared)), Term("G", shared)), offset="E_inf",
         source="Barnett 2408.16947; without E_inf Mikami et al. 2108.11018; M^-delta as in the product law",
-        contains=(Contains("product", product_as_gap),),
-        restrict=transfer_gap_form,
-    )
+        contains=(Contains("product", product_as_gap),), restrict=transfer_gap_form,
+    )  # fmt: skip
 
 
 def product_as_gap(p: Mapping[str, float]) -> dict[str, float]:
@@ -146,9 +127,9 @@ def product_as_gap(p: Mapping[str, float]) -> dict[str, float]:
 
 
 POWER_TERM = (Term("b", (("x", "c", 1.0),)),)
-POWER = power_sum("power", "y = b*x^c", (ANY,), POWER_TERM, offset=None, signed=True, source="M1 of 2209.06640")
+POWER = power_sum("power", "y = b*x^c", (ANY,), POWER_TERM, "M1 of 2209.06640", offset=None, signed=True)
 POWER_PLUS = power_sum(
-    "power_plus", "y = E + b*x^c", (ANY,), POWER_TERM, signed=True, source="M2 of 2209.06640",
+    "power_plus", "y = E + b*x^c", (ANY,), POWER_TERM, "M2 of 2209.06640", signed=True,
     contains=(Contains("power", lambda p: {"E": 0.0, **p}),),
 )  # fmt: skip
 CHINCHILLA = power_sum(
@@ -159,7 +140,7 @@ CHINCHILLA = power_sum(
 EFFECTIVE_DATA = power_sum(
     "effective_data", "D_T = k*D_f^alpha*M^beta", (DOWNSTREAM, SIZE),
     (Term("k", (("downstream_samples", "alpha", 1.0), ("num_params", "beta", 1.0))),),
-    offset=None, signed=True, source="Hernandez et al. 2102.01293",
+    "Hernandez et al. 2102.01293", offset=None, signed=True,
     domain="low-data regime: D_f at most 10 % of the data that training from scratch would need",
 )  # fmt: skip
 
@@ -183,11 +164,9 @@ SATURATING = Form(
         Param("g", "log", (1e-3, 3.0)),
         Param("c", "linear", EXPONENT_START, *EXPONENT),
     ),
-    value=lambda x, p: saturating_gradient(x, p)[0],
-    gradient=saturating_gradient,
-    scaling=(Scaling("b", "x", "c", 1.0), Scaling("g", "x", None, -1.0), Scaling("b", "y", None, 1.0)),
+    (Scaling("b", "x", "c", 1.0), Scaling("g", "x", None, -1.0), Scaling("b", "y", None, 1.0)),
+    "x > 0", "M3 of 2209.06640", gradient=saturating_gradient,
     contains=(Contains("power", lambda p: {"b": p["b"], "g": 0.0, "c": -p["c"]}),),
-    domain="x > 0", source="M3 of 2209.06640",
 )  # fmt: skip
 
 
@@ -235,15 +214,13 @@ BNSL = Form(
         Param("d1", "log", (0.03, 30.0)),
         Param("f1", "log", (0.05, 2.0), 1e-2, 1e2),
     ),
-    value=lambda x, p: bnsl_gradient(x, p)[0],
-    gradient=bnsl_gradient,
-    scaling=(Scaling("b", "x", "c0", 1.0), Scaling("d1", "x", None, 1.0), Scaling("b", "y", None, 1.0)),
+    (Scaling("b", "x", "c0", 1.0), Scaling("d1", "x", None, 1.0), Scaling("b", "y", None, 1.0)),
+    "x > 0; one break", "Caballero et al. 2210.14891", gradient=bnsl_gradient,
     contains=(
-        Contains("power_plus", lambda p: {"a": p["E"], "b": p["b"], "c0": -p["c"], "c1": 0.0, "d1": 1.0, "f1": 0.5}),
+        Contains("power_plus", lambda p: {"a": p["E"], "b": p["b"], "c0": -p["c"], "c1": 0.0}),
         Contains("saturating", lambda p: {"a": 0.0, "b": p["b"], "c0": p["c"], "c1": -p["c"], "d1": 1 / p["g"], "f1": 1.0}),
         Contains("rectified", rectified_as_bnsl),
     ),
-    domain="x > 0; one break", source="Caballero et al. 2210.14891",
 )  # fmt: skip
 
 
@@ -264,11 +241,9 @@ RECTIFIED = Form(
         Param("D_l", "log", (1e-2, 1e1)),
         Param("beta", "linear", (0.05, 1.5), *EXPONENT),
     ),
-    value=lambda x, p: rectified_gradient(x, p)[0],
-    gradient=rectified_gradient,
-    scaling=(Scaling("B", "x", "beta", 1.0), Scaling("D_l", "x", "beta", 1.0), Scaling("B", "y", None, 1.0)),
+    (Scaling("B", "x", "beta", 1.0), Scaling("D_l", "x", "beta", 1.0), Scaling("B", "y", None, 1.0)),
+    "x > 0 (finetuning sizes)", "Lin et al. 2402.02314", gradient=rectified_gradient,
     contains=(Contains("power_plus", lambda p: {"E": p["E"], "B": p["b"], "D_l": 0.0, "beta": -p["c"]}),),
-    domain="x > 0 (finetuning sizes)", source="Lin et al. 2402.02314",
 )  # fmt: skip
 
 LOG_LAW = Form(
@@ -278,10 +253,9 @@ LOG_LAW = Form(
         Param("alpha", "linear", (0.01, 2.0), 0.0, 10.0),
         Param("beta", "linear", (0.1, 3.0), *EXPONENT),
     ),
+    (Scaling("A", "x", "alpha", -1.0),),  # a power of a logarithm: not the same law in another unit of y
+    "A*x^alpha > 1; for downstream metrics such as BLEU, which rise", "Isik et al. 2402.04177; Huber delta 0.1 there",
     value=lambda x, p: np.exp(p["beta"] * np.log(np.log(p["A"]) + p["alpha"] * np.log(x["x"]))),
-    scaling=(Scaling("A", "x", "alpha", -1.0),),  # a power of a logarithm: not the same law in another unit of y
-    domain="A*x^alpha > 1; for downstream metrics such as BLEU, which rise",
-    source="Isik et al. 2402.04177; Huber delta 0.1 there",
 )  # fmt: skip
 
 
@@ -349,31 +323,28 @@ def m4_gradient(x: Columns, p: Values, offset: str, term: Term) -> tuple[np.ndar
     }  # fmt: skip
 
 
-def m4_form(name: str, equation: str, variables: tuple[Variable, ...], offset: str, term: Term, **about) -> Form:
+def m4_form(
+    name: str, equation: str, variables: tuple[Variable, ...], offset: str, term: Term, source: str, **about
+) -> Form:  # fmt: skip
     """A law of this family; `about` are the rest of `Form`'s fields."""
     in_y = (Scaling(term.amplitude, "y", None, 1.0), Scaling(term.amplitude, "y", "a", -1.0))
-    return Form(
-        name,
-        equation,
-        variables,
-        (
-            offset_param(offset),
-            Param("E0", "linear", (1.001, 1.6), 0.0, np.inf, unit="y_high", is_ceiling=True),
-            Param("a", "linear", (0.0, 2.0), 0.0, 20.0),
-            Param(term.amplitude, "log", (0.02, 5.0), unit="y_mid"),
-            *(exponent_param(e, s, signed=s > 0) for _, e, s in term.factors),
-        ),
-        value=lambda x, p: m4_value(x, p, offset, term),
-        gradient=lambda x, p: m4_gradient(x, p, offset, term),
-        scaling=(*term.scaling(), *in_y),
-        domain="all variables > 0, E < y < E0; for error rates E0 is at most 1",
-        **about,
+    params = (
+        offset_param(offset),
+        Param("E0", "linear", (1.001, 1.6), 0.0, np.inf, unit="y_high", is_ceiling=True),
+        Param("a", "linear", (0.0, 2.0), 0.0, 20.0),
+        Param(term.amplitude, "log", (0.02, 5.0), unit="y_mid"),
+        *(exponent_param(e, s, signed=s > 0) for _, e, s in term.factors),
     )
+    return Form(
+        name, equation, variables, params, (*term.scaling(), *in_y),
+        "all variables > 0, E < y < E0; for error rates E0 is at most 1", source,
+        value=lambda x, p: m4_value(x, p, offset, term), gradient=lambda x, p: m4_gradient(x, p, offset, term), **about,
+    )  # fmt: skip
 
 
 M4 = m4_form(
     "m4", "(y - E)/(E0 - y)^a = b*x^c", (ANY,), "E", *POWER_TERM, source="M4 of Alabdulmohsin et al. 2209.06640",
-    contains=(Contains("power_plus", lambda p: {**p, "E0": 1.0, "a": 0.0}),),
+    contains=(Contains("power_plus", lambda p: {**p, "a": 0.0}),),
 )  # fmt: skip
 
 
@@ -382,17 +353,10 @@ def m4_product_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
 
     The product law with a ceiling: errors near chance hardly fall, then fall ever faster.
     """
-    used = [row for row in GRID if row[0].name in names]
-    return m4_form(
-        "m4_product",
-        "(E - E_inf)/(E0 - E)^a = K" + "".join(f"*{v.symbol}^-{e}" for v, _, e in used),
-        tuple(v for v, _, _ in used),
-        "E_inf",
-        Term("K", tuple((v.name, e, -1.0) for v, _, e in used)),
-        contains=(Contains("product", lambda p: {**p, "E0": 1.0, "a": 0.0}),),
-        restrict=m4_product_form,
-        source="the product law of 2504.13219 inside M4 of 2209.06640",
-    )
+    text, variables, term = product_term(names)
+    return m4_form("m4_product", f"(E - E_inf)/(E0 - E)^a = {text}", variables, "E_inf", term,
+                   "the product law of 2504.13219 inside M4 of 2209.06640", restrict=m4_product_form,
+                   contains=(Contains("product", lambda p: {**p, "a": 0.0}),))  # fmt: skip
 
 
 # Laws of training runs: repeated data, and distillation with the teacher's loss.
@@ -434,16 +398,13 @@ def log_effective(log_base: np.ndarray, repeats: np.ndarray, decay: np.ndarray) 
 
 
 DATA_CONSTRAINED = Form(
-    "data_constrained",
-    "L = E + A/N'^alpha + B/D'^beta, X' = U + U*R*(1 - exp(-r/R)), r = X/U - 1",
+    "data_constrained", "L = E + A/N'^alpha + B/D'^beta, X' = U + U*R*(1 - exp(-r/R)), r = X/U - 1",
     (LM_SIZE, SAMPLES, Variable("unique_samples", "U_D", aliases=("unique_tokens",), unit_of="num_samples")),
     (*LM_PARAMS, Param("R_D", "log", (1.0, 100.0), 1e-3), Param("R_N", "log", (1.0, 100.0), 1e-3)),
-    value=data_constrained_value,
-    scaling=(*LM_SCALING, Scaling("A", "y", None, 1.0), Scaling("B", "y", None, 1.0)),
+    (*LM_SCALING, Scaling("A", "y", None, 1.0), Scaling("B", "y", None, 1.0)),
+    "num_samples >= unique_samples > 0", "Muennighoff et al. 2305.16264", value=data_constrained_value,
     contains=(Contains("chinchilla", lambda p: {**p, "R_D": 1e20, "R_N": 1e20}),),
-    domain="num_samples >= unique_samples > 0",
-    source="Muennighoff et al. 2305.16264",
-)
+)  # fmt: skip
 
 
 def log_apple_sum(x: Columns, p: Values) -> np.ndarray:
@@ -461,38 +422,20 @@ def apple_distillation_value(x: Columns, p: Values) -> np.ndarray:
 
 GAMMA = Param("gamma", "linear", (0.2, 1.5), 1e-2, 10.0)
 APPLE_SUPERVISED = Form(
-    "apple_supervised",
-    "L = E + (A/N^alpha + B/D^beta)^gamma",
-    (LM_SIZE, SAMPLES),
-    (*LM_PARAMS, GAMMA),
+    "apple_supervised", "L = E + (A/N^alpha + B/D^beta)^gamma", (LM_SIZE, SAMPLES), (*LM_PARAMS, GAMMA), LM_SCALING,
+    "all variables > 0", "Busbridge et al. 2502.08606, the supervised law",
     value=lambda x, p: p["E"] + np.exp(log_apple_sum(x, p)),
-    scaling=LM_SCALING,
     contains=(Contains("chinchilla", lambda p: {**p, "gamma": 1.0}),),
-    domain="all variables > 0",
-    source="Busbridge et al. 2502.08606, the supervised law",
-)
+)  # fmt: skip
 APPLE_DISTILLATION = Form(
-    "apple_distillation",
-    "L_S = L_T + L_T^-c0*(1 + (L_T/(L~_S*d1))^(1/f1))^(-c1*f1)*(A/N_S^alpha + B/D_S^beta)^gamma",
-    (
-        LM_SIZE,
-        SAMPLES,
-        Variable("teacher_loss", "L_T", scaled=False),
-        Variable("supervised_loss", "L~_S", aliases=("L_S",), scaled=False),
-    ),
-    (
-        *LM_PARAMS[1:],
-        GAMMA,
-        Param("c0", "linear", (0.0, 4.0), -20.0, 20.0),
-        Param("c1", "linear", (0.0, 20.0), -10.0, 1e4),
-        Param("d1", "log", (0.7, 2.0), 1e-2, 1e2),
-        Param("f1", "log", (0.03, 1.0), 1e-3, 1e2),
-    ),
-    value=apple_distillation_value,
-    scaling=LM_SCALING,
-    domain="student loss above the teacher's; supervised_loss: what apple_supervised predicts for the same N and D",
-    source="Busbridge et al. 2502.08606; c1 is weakly identified",
-)
+    "apple_distillation", "L_S = L_T + L_T^-c0*(1 + (L_T/(L~_S*d1))^(1/f1))^(-c1*f1)*(A/N_S^alpha + B/D_S^beta)^gamma",
+    (LM_SIZE, SAMPLES, Variable("teacher_loss", "L_T", scaled=False),
+     Variable("supervised_loss", "L~_S", aliases=("L_S",), scaled=False)),
+    (*LM_PARAMS[1:], GAMMA, Param("c0", "linear", (0.0, 4.0), -20.0, 20.0), Param("c1", "linear", (0.0, 20.0), -10.0, 1e4),
+     Param("d1", "log", (0.7, 2.0), 1e-2, 1e2), Param("f1", "log", (0.03, 1.0), 1e-3, 1e2)),
+    LM_SCALING, "student loss above the teacher's; supervised_loss: what apple_supervised predicts for the same N and D",
+    "Busbridge et al. 2502.08606; c1 is weakly identified", value=apple_distillation_value,
+)  # fmt: skip
 
 ONE_VARIABLE = ("power", "power_plus", "saturating", "rectified", "m4", "bnsl")
 FORMS: dict[str, Form] = {

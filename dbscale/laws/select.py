@@ -7,7 +7,6 @@ for new measurements. Fits are `fit`'s, resamples `uncertainty`'s; nothing is kn
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -214,15 +213,6 @@ def smooth_curves(table: Mapping[str, np.ndarray], ranges: Mapping[str, np.ndarr
     return total
 
 
-def prediction_interval(
-    fit: LawFit, x: Mapping[str, object] | object, level: float = 0.9
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bound [n], [n] for a new measurement at `x` by one law, calibrated on its rolling origins."""
-    calibration = Calibration.make(in_sample_noise(fit), rolling_origins(fit))
-    half = calibration.half_width(distance_beyond(fit.x, fit.form.columns(x)), level)
-    return band(fit.predict(x), half, is_log=fit.loss.is_log)
-
-
 def distance_beyond(table: Mapping[str, np.ndarray], x: Mapping[str, np.ndarray]) -> np.ndarray:
     """How far the points `x` [n] lie beyond the table's largest values; 0 inside."""
     logs = [np.maximum(np.log(np.asarray(x[name]) / table[name].max()), 0.0) for name in table]
@@ -267,7 +257,7 @@ class Selection:
 
     candidates: tuple[Candidate, ...]
     columns: tuple[str, ...]
-    """Names of the variables that vary in the table; ("x",) where one array was given."""
+    """The table's names of the variables that vary, in the order of the laws; ("x",) where one array was given."""
     calibration: Calibration
     resampling: Resampling
     without_last: Callable[[], Selection]
@@ -314,10 +304,14 @@ class Selection:
         return {n: np.atleast_1d(c) for n, c in zip(self.columns, np.broadcast_arrays(
             *(as_numbers(name, x[name]) for name in self.columns)), strict=True)}  # fmt: skip
 
+    @cached_property
+    def fitted(self) -> dict[str, np.ndarray]:
+        """The columns that were fitted, by the table's names."""
+        return dict(zip(self.columns, self.best.x.values(), strict=True))
+
     def measured(self) -> dict[str, tuple[float, float]]:
         """Smallest and largest value of every variable that was fitted."""
-        ranges = [(float(c.min()), float(c.max())) for c in self.best.x.values()]
-        return dict(zip(self.columns, ranges, strict=True))
+        return {name: (float(c.min()), float(c.max())) for name, c in self.fitted.items()}
 
     def extrapolated(self, x: Mapping[str, object] | object) -> tuple[str, ...]:
         """Variables of which any value in `x` lies outside the measured range."""
@@ -350,10 +344,10 @@ class Selection:
             drawn = fit.predict_draws(_of(fit, table), theta)
             y[rows] = drawn * np.exp(-shift)[:, None] if is_log else drawn - shift[:, None]
         rng = np.random.default_rng([self.resampling.seed, zlib.crc32(self.best.y.tobytes())])
-        measured, known = dict(zip(self.columns, self.best.x.values(), strict=True)), self.calibration
+        known = self.calibration
         size = rng.choice(known.scores, len(y)) if len(known.scores) else np.abs(rng.standard_normal(len(y)))
-        misfit = (size * rng.choice([-1.0, 1.0], len(y)))[:, None] * known.drift * distance_beyond(measured, table)
-        misfit = misfit + known.misfit * smooth_curves(table, measured, len(y), rng)
+        misfit = (size * rng.choice([-1.0, 1.0], len(y)))[:, None] * known.drift * distance_beyond(self.fitted, table)
+        misfit = misfit + known.misfit * smooth_curves(table, self.fitted, len(y), rng)
         return y * np.exp(misfit) if is_log else y + misfit
 
     @cached_property
@@ -383,7 +377,7 @@ class Selection:
         widened by how far its laws disagree."""
         table, each = self.table(x), self._each(x)
         shares = np.array([c.weight for c in self.members])
-        distance = distance_beyond(dict(zip(self.columns, self.best.x.values(), strict=True)), table)
+        distance = distance_beyond(self.fitted, table)
         spread = np.sqrt(np.maximum(shares @ (each - shares @ each) ** 2, 0.0))
         half = np.hypot(self.calibration.half_width(distance, level), spread)
         return band(self.predict(x), half, is_log=self.best.loss.is_log)
@@ -396,21 +390,20 @@ class Selection:
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Predicted and measured y of the rows at the largest level of the first column, by the average of laws that
         did NOT see them, in the table's order. nan predictions where no law could be fitted without them."""
-        first = next(iter(self.best.x.values()))
+        first = self.fitted[self.columns[0]]
         last = first == first.max()
-        x = {name: column[last] for name, column in zip(self.columns, self.best.x.values(), strict=True)}
         try:
-            return self.without_last().predict(x), self.best.y[last]
+            return self.without_last().predict({n: c[last] for n, c in self.fitted.items()}), self.best.y[last]
         except LawError:
             return np.full(int(last.sum()), np.nan), self.best.y[last]
 
-    def report(self) -> str:
+    def report(self, intervals: Mapping[str, tuple[float, float] | None] | None = None) -> str:
         """Scores of every law as text, and the best law's parameters."""
         lines = [f"{'law':14s} weight   in-sample  held-out   covers"]
         for c in self.candidates:
             scores = f"{c.weight:6.3f}   {c.in_sample:.4f}     {c.held_out:.4f}     {c.coverage:.0%}"
             lines.append(f"{c.name:14s} {scores if c.fit else c.reason}")
-        return "\n".join([*lines, "", self.best.report()])
+        return "\n".join([*lines, "", self.best.report(intervals)])
 
     def to_dict(self) -> dict:
         """JSON-ready: scores, weights, reasons, and each fitted law's `LawFit.to_dict`."""
@@ -431,9 +424,6 @@ class Selection:
             "drift": self.calibration.drift,
             "coverage": finite_or_none(self.coverage),
         }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), allow_nan=False)
 
 
 def _of(fit: LawFit, table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -472,8 +462,7 @@ def select_law(
     for form in forms:
         limits = (bounds or {}).get(form.name, {})
         try:
-            own = dict(columns) if len(form.variables) > 1 else next(iter(columns.values()))
-            search = Search.make(form, own, y, weights, loss, limits, {}, ceiling, seed)
+            search = Search.make(form, columns_for(form, columns, x), y, weights, loss, limits, {}, ceiling, seed)
             if not limits:  # what a law contains need not be searched for twice
                 search.found = shared.setdefault(str(sorted(search.units().items())), {})
             fits.append(search.fit())
@@ -481,22 +470,38 @@ def select_law(
             failures.append((form.name, error))
     if not fits:
         raise failures[0][1]
+    names = column_names(fits[0].form, columns)
+    odd = [fit for fit in fits if column_names(fit.form, columns) != names]
+    failures += [(fit.name, LawError(f"not over {', '.join(names)} as {fits[0].name} is")) for fit in odd]
     how = Resampling.make(len(fits[0].y), num_resamples, clusters, within, stderr, seed)
 
     def without_last() -> Selection:
-        first = next(iter(columns.values()))
-        seen = first < first.max()
+        seen = columns[names[0]] < columns[names[0]].max()
         own, w = (None if c is None else np.asarray(c)[seen] for c in (y, weights))
-        return select_law({n: c[seen] for n, c in columns.items()}, own, laws=forms, weights=w, loss=loss,
+        return select_law({n: columns[n][seen] for n in names}, own, laws=forms, weights=w, loss=loss,
                           bounds=bounds, ceiling=ceiling, seed=seed)  # fmt: skip
 
-    return make_selection(fits, failures, tuple(columns), how, without_last)
+    return make_selection([fit for fit in fits if fit not in odd], failures, names, how, without_last)
+
+
+def column_names(form: Form, columns: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """The table's names of a law's variables, in the law's order."""
+    if len(form.variables) == 1:
+        return (next(iter(columns)),)
+    return tuple(str(v.found_in(columns)) for v in form.variables)
 
 
 def varying_columns(x: Mapping[str, object] | object) -> dict[str, np.ndarray]:
     """The table's columns that vary, by their own names; all of them where none does."""
     columns = {n: as_numbers(n, c) for n, c in x.items()} if isinstance(x, Mapping) else {"x": as_numbers("x", x)}
     return {n: c for n, c in columns.items() if c.size and np.any(c != c.flat[0])} or columns
+
+
+def columns_for(form: Form, columns: Mapping[str, np.ndarray], x: Mapping[str, object] | object) -> object:
+    """What a law is fitted over: the columns that vary, or all, where it would have to say what it lacks."""
+    if len(form.variables) == 1 and len(columns) == 1:
+        return next(iter(columns.values()))
+    return columns if form.restrict is not None else x
 
 
 def default_laws(columns: Mapping[str, np.ndarray]) -> list[Form]:

@@ -20,7 +20,11 @@ from dbscale.laws.fit import LOST, LawFit, make_problem, smooth_curvature, sprea
 from dbscale.laws.form import as_numbers
 from dbscale.laws.solver import Problem, minimise, polish
 
-BATCH = 64  # resamples per batch: small enough for their Jacobians to stay in cache
+BATCH = 64
+"""Resamples per batch: small enough for their Jacobians to stay in cache. A refit takes 0.1 to 1.1 ms in a batch and
+1.3 to 6 by scipy.optimize.least_squares (docs/benchmarks/laws.md)."""
+UNSEEN = 20.0
+"""Logarithm of how far below a first guess an amplitude is surely too small to be seen."""
 REACH = 40
 """Doublings of the step after which a profile that has not risen is taken as open."""
 
@@ -252,11 +256,10 @@ class Profile:
         self.problem = make_problem(fit.form, fit.x, fit.y, units, fit.loss, (lower, upper))
         self.low, self.high = lower[k], upper[k]
         self.best = float(self.problem.objective(self.theta[None], fit.weights[None])[0])
-        # An amplitude that vanished is sought from the smallest value that a first guess would take.
-        vanished = self.is_log and fit.theta[k] <= fit.lower[k] + 1.0
-        regrown = np.where(np.arange(len(self.theta)) == k, smallest_starts(fit), fit.theta)
-        self.middle = float(fit.to_plain(regrown)[k]) if vanished else float(self.theta[k])
-        self.vanished = vanished
+        # An amplitude that vanished is sought from far below the smallest value that a first guess would take.
+        self.vanished = self.is_log and bool(fit.theta[k] <= fit.lower[k] + 1.0)
+        regrown = np.where(np.arange(len(self.theta)) == k, smallest_starts(fit) - UNSEEN, fit.theta)
+        self.middle = float(fit.to_plain(regrown)[k]) if self.vanished else float(self.theta[k])
 
     def rise(self, value: float, start: np.ndarray) -> tuple[float, np.ndarray]:
         """Twice the rise of the log-likelihood at `value`, and the optimum there [p]."""
@@ -287,6 +290,7 @@ class Profile:
             return -np.inf
         size = float(np.sqrt(max(self.fit.plain_covariance[self.k, self.k], 0.0)))
         step = size or (1.0 if self.is_log else 0.01 * (1 + abs(self.middle)))
+        close = 1e-3 * step
         inside, known, start = self.middle, -limit, self.theta
         for _ in range(REACH):
             value = inside + side * step
@@ -296,7 +300,7 @@ class Profile:
                 ends = {inside: known, value: rise - limit}
                 found = brentq(
                     lambda v, s=start, e=ends: e[v] if v in e else self.rise(v, s)[0] - limit,
-                    inside, value, xtol=1e-3 * step,
+                    inside, value, xtol=close,
                 )  # fmt: skip
                 return float(found)  # type: ignore[arg-type]
             if value == bound:

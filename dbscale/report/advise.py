@@ -6,22 +6,16 @@ The advice follows from the same verdicts as the page; laws add expected errors,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
-from dbscale.errors import LawError, TableError, nearest
-from dbscale.laws import NOISE_TABLES, NoiseModel, fit_noise, power
+from dbscale.errors import TableError, nearest
 from dbscale.report.findings import Question, family_of, study_questions
 from dbscale.report.law_findings import AXIS_NAMES, ArmLaws, Options, arm_laws
-from dbscale.report.pairing import pair_arms
 from dbscale.report.schema import AxisName, ContrastRecord, Estimate
 from dbscale.report.table import RunTable, Setting
-from dbscale.report.words import AXES, advice, answer, percent, power_lines, say, stratum
-
-ASSUMED_SLOPE = 0.02
-"""ΔE per octave at a boundary that plans suppose: as steep as those of the paper's curves and of this project's studies."""
-USUAL_NOISE = "cifar10_fashion"
+from dbscale.report.words import AXES, advice, answer, percent, say, stratum
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Advice:
     outside: tuple[str, ...]
     """Every axis on which the point lies outside what was measured, said."""
     expected: Mapping[str, Estimate]
-    """Error at the point by the laws of each arm; empty without laws."""
+    """Error at the point by the laws of each arm; empty without laws, and outside what was measured."""
 
     @property
     def sentence(self) -> str:
@@ -70,7 +64,7 @@ def advise(
     for name, value in point.items():
         if not (np.isfinite(value) and value > 0):
             raise TableError(f"{name} is {value:g}; it must be above 0")
-    options = options or Options()
+    options = options or Options(min_effect=table.min_effect)
     arms = arm_laws(table, options, metrics=("error_rate",))
     questions = study_questions(table, wrong or {}, options)
     return tuple(_advice(arms, setting, point, questions, options) for setting in settings)
@@ -89,10 +83,10 @@ def _advice(
         record = closer if decided else record
     if record.verdict is None:
         raise TableError(f"{setting.label(arms.table)}: {record.reason}")
-    return Advice(
-        setting.label(arms.table), record, point["upstream_samples"],
-        tuple(_outside(arms.table, setting, point)), _expected(arms, setting, point, options.level),
-    )  # fmt: skip
+    outside = tuple(_outside(arms.table, setting, point))
+    # No prediction stands beside a warning against it.
+    expected = {} if outside else _expected(arms, setting, point, options.level)
+    return Advice(setting.label(arms.table), record, point["upstream_samples"], outside, expected)
 
 
 def _nearest(table: RunTable, questions: list[Question], point: Mapping[AxisName, float]) -> Question | None:
@@ -126,43 +120,3 @@ def _expected(arms: ArmLaws, setting: Setting, point: Mapping[AxisName, float], 
         low, high = law.curve_interval(at, level)
         found[arm] = Estimate(value=float(law.predict(at)[0]), low=float(low[0]), high=float(high[0]))
     return found
-
-
-@dataclass(frozen=True)
-class Design:
-    """What a grid plans to measure of its main contrast."""
-
-    num_x: int
-    num_seeds: int
-    num_students: int
-    num_labels: int
-    finetunes: int
-    """Draws of each finetune."""
-    step_octaves: float
-    """Mean distance of neighbouring D_p."""
-    cost_upstream: float
-    cost_finetune: float
-    """Device-seconds of one upstream run, and of one draw of its finetunes at all D_f."""
-
-
-def plan_power(design: Design, table: RunTable | None, noise_table: str = "") -> list[str]:
-    """Lines for `dbscale plan`: what the design can tell apart, by the noise of rows at hand or of a default table.
-
-    `table` holds the rows that the grid has already, a pilot perhaps; `noise_table` names one of
-    `dbscale.laws.NOISE_TABLES`, an unknown name stands for the usual one.
-    """
-    noise, source = (_noise_at_hand(table) if table is not None else None), "the rows at hand"
-    if noise is None:
-        name = noise_table if noise_table in NOISE_TABLES else USUAL_NOISE
-        noise, source = NOISE_TABLES[name], f"the default table {name}"
-    try:
-        found = power(noise, slope=ASSUMED_SLOPE, **asdict(design))
-    except LawError as error:
-        return [say("plan_nothing", reason=str(error))]
-    return power_lines(found, source, ASSUMED_SLOPE)
-
-
-def _noise_at_hand(table: RunTable) -> NoiseModel | None:
-    """Noise of the main contrast in rows that are there; None without two seeds of a pair."""
-    pairs = pair_arms(table, table.settings[0])[0] if table.settings else None
-    return fit_noise(pairs) if pairs is not None else None

@@ -85,7 +85,7 @@ def log_x(title: str, values: Iterable[float], margin: float = 1.25) -> alt.X:
     """A log axis with a tick at every measured value."""
     ticks = sorted(set(values))
     domain = [ticks[0] / margin, ticks[-1] * margin]
-    axis = alt.Axis(values=ticks, format=".2~s", labelOverlap="parity")
+    axis = alt.Axis(values=ticks, format=".3~s", labelOverlap="parity")
     return alt.X("x:Q", title=title, axis=axis, scale=alt.Scale(type="log", domain=domain, nice=False))
 
 

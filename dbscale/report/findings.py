@@ -29,7 +29,7 @@ from dbscale.report.words import answers, count, listed, note, size_text, where
 from dbscale.study.cell import canonical_json
 from dbscale.study.store import Store
 
-METHOD_VERSION = 8
+METHOD_VERSION = 9
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
 """Of a table that comes without a grid."""
@@ -86,7 +86,7 @@ def _current(
     table: RunTable, folder: Path, options: Options | None, load_wrong: Callable[[], dict[str, np.ndarray]]
 ) -> Findings:
     """The findings stored in `folder` where they are of this table, else new ones."""
-    options = options or Options()
+    options = options or Options(min_effect=table.min_effect)
     wanted = digest(table, options)
     try:
         found = Findings(
@@ -117,7 +117,7 @@ def find(
     `wrong` maps keys of runs to their mistakes [test samples]; with it intervals cover the test set too. What cannot be
     judged or fitted is recorded with its reason; nothing here raises for poor data.
     """
-    options = options or Options()
+    options = options or Options(min_effect=table.min_effect)
     arms, laws = study_laws(table, options, source)
     questions = study_questions(table, wrong or {}, options)
     contrasts = tuple(question.record(arms, options, family_of(questions)) for question in questions)
@@ -329,11 +329,12 @@ def _notes_on_regime(table: RunTable) -> Iterator[Note]:
         curves = {f"plain {name}": _curve(runs.where(arm="plain", student=name), "upstream_error_rate")
                   for name in runs.both_arms.students}  # fmt: skip
         teacher = {"the teacher": _curve(runs.where(arm="distilled"), "teacher_error_rate")}
-        for who, curve in (curves | teacher).items():
-            yield from _not_falling(who, curve)
-            yield from _near_chance(who, curve, f"the test images of {dataset}")
+        for who, curve in curves.items():
+            yield from _not_falling("not_falling", who, curve)
         for who, curve in teacher.items():
-            yield from _steepest_last(who, curve)
+            yield from (*_not_falling("teacher_flat", who, curve), *_steepest_last(who, curve))
+        for who, curve in (curves | teacher).items():
+            yield from _near_chance(who, curve, f"the test images of {dataset}")
         yield from _same_steps(runs)
 
 
@@ -347,10 +348,10 @@ def _curve(runs: RunTable, column: str) -> dict[int, float]:
     return {size: float(np.mean(list(values.values()))) for size, values in sorted(found.items())}
 
 
-def _not_falling(who: str, curve: Mapping[int, float]) -> Iterator[Note]:
+def _not_falling(code: str, who: str, curve: Mapping[int, float]) -> Iterator[Note]:
     for (before, first), (after, last) in pairwise(curve.items()):
         if last >= first:
-            yield note("not_falling", who=who, before=before, after=after, first=first, last=last)
+            yield note(code, who=who, before=before, after=after, first=first, last=last)
 
 
 def _steepest_last(who: str, curve: Mapping[int, float]) -> Iterator[Note]:
@@ -370,9 +371,9 @@ def _near_chance(who: str, curve: Mapping[int, float], what: str) -> Iterator[No
 
 
 def _same_steps(runs: RunTable) -> Iterator[Note]:
-    """D_p whose runs saw no more images, repeats counted, than those of the smallest D_p."""
+    """D_p whose runs saw no more images, repeats counted, than those of the smallest D_p; a floor, unless all do."""
     seen = {run.upstream_samples: run.upstream_samples_seen for run in runs if run.upstream_samples_seen}
     floor = min(seen.values(), default=0)
     sizes = sorted(size for size, number in seen.items() if number <= SAME_STEPS * floor)
-    if len(sizes) > 1:
+    if 1 < len(sizes) < len(seen):
         yield note("same_steps", sizes=listed(map(count, sizes)), seen=floor)

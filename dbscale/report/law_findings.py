@@ -257,7 +257,7 @@ def _finite(value: float) -> float | None:
 
 
 def _rounded(values: np.ndarray) -> tuple[float | None, ...]:
-    return tuple(float(f"{value:.5g}") if np.isfinite(value) else None for value in values.tolist())
+    return tuple(float(f"{value:.6g}") if np.isfinite(value) else None for value in values.tolist())
 
 
 def _curves(arms: ArmLaws, key: Key, level: float) -> Iterator[schema.LawCurve]:

@@ -49,7 +49,7 @@ def collect(store: Store, plan: PlanRecord) -> RunTable:
             missing.append(_missing(store, point, rows))
         else:
             runs.append(_run(point, row, rows))
-    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question)
+    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question, plan.min_effect)
     return checked(table, [f"grid {plan.grid}, cell {run.key}" for run in runs])
 
 
@@ -93,11 +93,10 @@ def _upstream(row: Row, upstream: Row | None) -> dict[str, Any]:
 def _missing(store: Store, point: PointRecord, rows: dict[str, Row | None]) -> MissingPoint:
     path = [key for key in (point.teacher_cell, point.upstream_cell, point.cell) if key is not None]
     culprit = next(key for key in path if rows.get(key) is None)
-    attempt = store.last_attempt(culprit)
-    state = store.state(culprit)
-    reason = (
-        attempt.reason if attempt and attempt.reason else f"the cell is {'not started' if state == 'new' else state}"
-    )
+    found = store.standing(culprit)
+    attempt, state = found.attempt, found.state
+    told = found.note or (attempt.reason if attempt else None)
+    reason = told or f"the cell is {'not started' if state == 'new' else state}"
     return MissingPoint(
         point.variant, point.arm, point.student, point.upstream_num_samples, point.dataset, point.num_samples,
         point.seed,

@@ -152,6 +152,8 @@ class RunTable:
     warnings: tuple[str, ...] = ()
     grid: str = ""
     question: str = ""
+    min_effect: float = 0.005
+    """δ: the difference of error rates that matters to who asked."""
 
     def __len__(self) -> int:
         return len(self.runs)

@@ -95,6 +95,8 @@ SENTENCES = {
     # Notes on the regime: limited by data, or by steps?
     "not_falling": "Upstream error of {who} does not fall from {before:count} to {after:count} upstream images "
     "({first:percent} to {last:percent}): training there may be limited by steps rather than by data.",
+    "teacher_flat": "Upstream error of {who} does not fall from {before:count} to {after:count} upstream images "
+    "({first:percent} to {last:percent}): it has learnt what its size and its number of steps allow.",
     "steepest_last": "Upstream error of {who} falls fastest at the last step, from {first:percent} to {last:percent} at "
     "{after:count} upstream images: training has not begun to level off, and on such a slope the luck of a seed is largest.",
     "near_chance": "{who} errs on {error:percent} of {where} at {size:count} upstream images, close to chance: "

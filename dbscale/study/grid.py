@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from dbscale.errors import ConfigError, nearest
 from dbscale.strict import Strict, load_extended, override, set_path, validate
 from dbscale.study.cell import Arm, Cell
-from dbscale.study.recipe import SEEDS, Data, Distill, Model, Positive, Recipe, Stage, Tier, Training, draw_seed
+from dbscale.study.recipe import SEEDS, Data, DeiT, Distill, Model, Positive, Recipe, Stage, Tier, Training, draw_seed
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 """Becomes a folder name: letters, digits, dot, underscore and hyphen."""
@@ -86,6 +86,19 @@ class Grid(Strict):
                 raise ValueError(f"{axis} repeats a value: {list(values)}")
         if "distilled" in self.arms and (self.distill is None or not self.teachers):
             raise ValueError("the distilled arm needs `distill:` settings and `teachers:`, or leave it out of `arms:`")
+        return self
+
+    @model_validator(mode="after")
+    def _patches_divide_images(self) -> Grid:
+        for name in dict.fromkeys(
+            (*self.students, *(self.teachers.get(student, student) for student in self.students))
+        ):
+            model = self.models[name]
+            if isinstance(model, DeiT) and self.image_size % model.patch_size:
+                raise ValueError(
+                    f"image_size {self.image_size} is not a multiple of patch_size {model.patch_size} of model {name!r}; "
+                    "choose sizes that divide"
+                )
         return self
 
     def _references(self) -> Iterator[tuple[str, Sequence[str], Mapping[str, Any]]]:

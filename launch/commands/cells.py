@@ -15,7 +15,7 @@ from dbscale.files import holder, is_held
 from dbscale.study.grid import load_grid
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
-from launch.cluster import load_cluster
+from launch.cluster import CONFIGS, load_cluster
 from launch.study import (
     CLUSTER_PREFIX,
     AddCommand,
@@ -81,9 +81,23 @@ def as_launched(resources: Resources) -> Resources:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         zero_stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
         if config:
-            zero_stage = int(json.loads(Path(config).read_text())["zero_optimization"]["stage"])
+            path = _deepspeed_config(config)
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)  # the engine reads it again
+            zero_stage = int(json.loads(path.read_text())["zero_optimization"]["stage"])
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     return resources.model_copy(update={"zero_stage": zero_stage, "num_processes": num_processes})
+
+
+def _deepspeed_config(name: str) -> Path:
+    """The file that an Accelerate config names: from the current folder or, as the shipped ones do, from the checkout.
+
+    Raises ConfigError where neither holds it.
+    """
+    path = next((each for each in (Path(name), CONFIGS.parent / name) if each.exists()), None)
+    if path is None:
+        raise ConfigError(f"the Accelerate config names {name}, which is neither here nor in {CONFIGS.parent}; "
+                          "give an absolute path as deepspeed_config_file")  # fmt: skip
+    return path.resolve()
 
 
 def logs(arguments: argparse.Namespace) -> int:

@@ -1,12 +1,13 @@
-"""`dbscale fit|compare|advise`: a law for anyone's table, which of two procedures is better, and whether to distill."""
+"""`dbscale fit|compare|advise|allocate`: laws for anyone's table, which procedure is better, and where the money goes."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.files import atomic_open
@@ -14,9 +15,10 @@ from launch.commands.results import add_table, columns_of, grid_name
 from launch.study import AddCommand, add_data, add_grid, add_store, store_of
 
 if TYPE_CHECKING:
-    from dbscale.laws import LawFit, Selection
+    from dbscale.laws import Allocation, Selection
     from dbscale.laws.form import Variable
     from dbscale.report.sheet import Sheet
+    from dbscale.report.table import RunTable
 
 
 def add_commands(add: AddCommand) -> None:
@@ -31,8 +33,10 @@ def add_commands(add: AddCommand) -> None:
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
     )
     parser.add_argument("--weights", metavar="COLUMN", help="relative inverse variances of the rows")
-    parser.add_argument("--cluster", metavar="COLUMN", help="rows that are drawn together, such as one run's: prints "
-                        "90 % intervals from resampling them")  # fmt: skip
+    parser.add_argument("--cluster", metavar="COLUMN", help="rows that are drawn together, such as one run's: "
+                        "intervals come from resampling them, not from the curvature")  # fmt: skip
+    parser.add_argument("--at", action="append", default=[], metavar="[COLUMN=]VALUE[,COLUMN=VALUE…]",
+                        help="predict a measurement there, with its 90 %% interval; repeatable")  # fmt: skip
     parser.add_argument("--ceiling", type=float, help="largest value that y can take: 1 for error rates")
     parser.add_argument(
         "--loss", help="huber_log (default), least_squares_log (default of auto), huber or least_squares"
@@ -46,6 +50,16 @@ def add_commands(add: AddCommand) -> None:
     for name, what in (("dp", "upstream samples"), ("df", "downstream samples"), ("params", "student's parameters")):
         parser.add_argument(f"--{name}", required=True, metavar="COUNT", help=f"{what}: 2000, 200k, 22M")
     parser.add_argument("--dataset", help="one downstream set; default: all")
+    add_source(parser)
+    parser = add("allocate", allocate, "split a budget between upstream images, model size and labels, by the laws")
+    parser.add_argument("--budget", type=float, required=True, metavar="MONEY", help="in the currency of the prices")
+    parser.add_argument("--price", action="append", default=[], metavar="NAME=VALUE",
+                        help="upstream_image, downstream_label, train_flop, teacher_params, …; repeatable")  # fmt: skip
+    parser.add_argument("--dataset", help="one downstream set; default: all")
+    add_source(parser)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
     add_table(parser)
     add_grid(parser)
     add_store(parser)
@@ -75,6 +89,7 @@ def add_compare(add: AddCommand) -> None:
 
 
 def fit(arguments: argparse.Namespace) -> int:
+    from dbscale.laws import parameter_intervals
     from dbscale.laws.forms import GRID, find_form
     from dbscale.report.reader import read_sheet
 
@@ -82,9 +97,10 @@ def fit(arguments: argparse.Namespace) -> int:
     is_auto = arguments.law == "auto"
     variables = auto_variables(GRID, arguments.x, sheet) if is_auto else find_form(arguments.law).variables
     names = variable_columns(variables, arguments.x, sheet)
-    x = {variable: sheet.measured(column) for variable, column in names.items()}
-    found, intervals = fitted(x, sheet.measured(arguments.y), sheet, arguments)
-    print("\n".join([found.report(), *interval_lines(intervals)]))
+    found = fitted({name: sheet.measured(column) for name, column in names.items()}, sheet, arguments)
+    shown = found if is_auto else found.best
+    intervals = found.bootstrap.interval() if arguments.cluster else parameter_intervals(found.best)
+    print("\n".join([shown.report(intervals), *prediction_lines(found, arguments.at, names)]))
     for note in sheet.notes:
         print(f"  warning: {note}")
     used = {*names.values(), arguments.y, arguments.weights, arguments.cluster} - {None}
@@ -93,38 +109,47 @@ def fit(arguments: argparse.Namespace) -> int:
               f"{', …' if len(values) > 6 else ''}); --where {column}={values[0]} keeps one")  # fmt: skip
     if arguments.out:
         with atomic_open(arguments.out, "w") as file:
-            json.dump(found.to_dict(), file, indent=1)
+            json.dump(shown.to_dict(), file, indent=1)
     return 0
 
 
-def fitted(
-    x: Mapping[str, Sequence[float]], y: Sequence[float], sheet: Sheet, arguments: argparse.Namespace
-) -> tuple[LawFit | Selection, Mapping[str, tuple[float, float] | None]]:
-    """The law or the selection that was asked for, and intervals of its parameters where rows are resampled."""
-    from dbscale.laws import bootstrap, fit_law, select_law
+def fitted(x: Mapping[str, Sequence[float]], sheet: Sheet, arguments: argparse.Namespace) -> Selection:
+    """The laws that were asked for: the one that was named, or all that the columns allow."""
+    from dbscale.laws import select_law
 
-    is_auto = arguments.law == "auto"
-    limits = bounds(arguments.bound)
+    limits, is_auto = bounds(arguments.bound), arguments.law == "auto"
     if is_auto and limits:
         raise ConfigError("--bound limits one law's parameters; name the law instead of --law auto")
-    weights = sheet.measured(arguments.weights) if arguments.weights else None
-    clusters = [str(cell) for cell in sheet.cells(arguments.cluster)] if arguments.cluster else None
-    loss = arguments.loss or ("least_squares_log" if is_auto else "huber_log")
-    if is_auto:
-        found = select_law(x, y, weights=weights, clusters=clusters, loss=loss, ceiling=arguments.ceiling,
-                           seed=arguments.seed)  # fmt: skip
-        return found, found.bootstrap.interval() if clusters else {}
-    law = fit_law(arguments.law, x, y, weights=weights, loss=loss, bounds=limits or None, ceiling=arguments.ceiling,
-                  seed=arguments.seed)  # fmt: skip
-    return law, bootstrap(law, clusters=clusters, seed=arguments.seed).interval() if clusters else {}
+    return select_law(
+        x, sheet.measured(arguments.y), laws=None if is_auto else [arguments.law],
+        weights=sheet.measured(arguments.weights) if arguments.weights else None,
+        clusters=[str(cell) for cell in sheet.cells(arguments.cluster)] if arguments.cluster else None,
+        loss=arguments.loss or ("least_squares_log" if is_auto else "huber_log"),
+        bounds={arguments.law: limits} if limits else None, ceiling=arguments.ceiling, num_resamples=1000,
+        seed=arguments.seed,
+    )  # fmt: skip
 
 
-def interval_lines(intervals: Mapping[str, tuple[float, float] | None]) -> list[str]:
-    """One line a parameter, for a terminal."""
-    said = {
-        n: "not determined by the table" if e is None else f"{e[0]:.6g} to {e[1]:.6g}" for n, e in intervals.items()
-    }
-    return [*(["  90 % intervals, clusters resampled:"] if said else []), *(f"  {n:10s} {e}" for n, e in said.items())]
+def prediction_lines(found: Selection, given: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """A new measurement at each `--at`, with its interval; says where that lies outside what was measured."""
+    lines = []
+    for text in given:
+        point = {}
+        for each in text.split(","):
+            column, equals, value = each.rpartition("=")
+            variable = next((v for v, c in names.items() if column in (v, c)), None) if equals else next(iter(names))
+            try:
+                point[variable] = float(value)
+            except ValueError:
+                point = {}
+                break
+        if set(point) != set(names):
+            raise ConfigError(f"--at {text!r}: write a value for each of {', '.join(f'{n}=…' for n in names.values())}")
+        (low,), (high,) = found.interval(point)
+        outside = found.extrapolated(point)
+        lines.append(f"  at {text}: {found.predict(point)[0]:.6g} (90 %: {low:.6g} to {high:.6g})"
+                     f"{'; outside what was measured' if outside else ''}")  # fmt: skip
+    return lines
 
 
 def auto_variables(grid: Sequence[tuple[Variable, str, str]], given: Sequence[str], sheet: Sheet) -> list[Variable]:
@@ -230,17 +255,77 @@ def advise(arguments: argparse.Namespace) -> int:
     from dbscale.report.advise import advise as ask
     from dbscale.report.findings import load_mistakes
     from dbscale.report.numerals import parse_count
-    from dbscale.report.reduce import collect, load_plan
-    from dbscale.report.table import read_table
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
-    store = store_of(arguments)
-    if arguments.table is not None:
-        table, wrong = read_table(arguments.table, columns_of(arguments)), None
-    else:
-        table = collect(store, load_plan(store, grid_name(arguments)))
-        wrong = load_mistakes(store, {run.key for run in table})
+    table = runs_of(arguments)
+    wrong = None if arguments.table is not None else load_mistakes(store_of(arguments), {run.key for run in table})
     print("\n\n".join(advice.text() for advice in ask(table, *point, dataset=arguments.dataset, wrong=wrong)))
     for note in table.warnings:
         print(f"  warning: {note}")
     return 0
+
+
+def runs_of(arguments: argparse.Namespace) -> RunTable:
+    """The runs of `--table`, or else of the grid in its store."""
+    from dbscale.report.reduce import collect, load_plan
+    from dbscale.report.table import read_table
+
+    if arguments.table is not None:
+        return read_table(arguments.table, columns_of(arguments))
+    store = store_of(arguments)
+    return collect(store, load_plan(store, grid_name(arguments)))
+
+
+def allocate(arguments: argparse.Namespace) -> int:
+    from dbscale.laws import Prices
+    from dbscale.laws import allocate as split
+    from dbscale.report.law_findings import AXIS_NAMES, Options, arm_laws
+
+    prices, table = Prices(**price_options(arguments.price)), runs_of(arguments)
+    laws = arm_laws(table, Options(), metrics=("error_rate",))
+    settings = [each for each in table.settings if arguments.dataset in (None, each.dataset)]
+    if not settings:
+        raise ConfigError(f"no runs on {arguments.dataset!r}; {nearest(arguments.dataset, table.values('dataset'))}")
+    for setting in settings:
+        arms = {arm: law for arm in table.arms if (law := laws.of(setting, "error_rate", arm)) is not None}
+        if not arms:
+            raise ConfigError(f"{setting.label(table)}: no arm has a law; `dbscale report` says why")
+        first = laws.runs(setting, "error_rate", next(iter(arms))).runs[0]
+        held = {
+            name: float(getattr(first, name))
+            for name in AXIS_NAMES
+            if not any(name in a.columns for a in arms.values())
+        }
+        print("\n".join(allocation_lines(setting.label(table), split(arms, prices, arguments.budget, at=held))))
+    return 0
+
+
+def price_options(given: Sequence[str]) -> dict[str, Any]:
+    """`Prices` by name, as `--price NAME=VALUE` gives them."""
+    from dbscale.laws import Prices
+
+    known, found = [each.name for each in fields(Prices)], {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise ConfigError(f"--price {text!r}: write NAME=VALUE; {nearest(name, known)}")
+        try:
+            found[name] = value if name == "teacher_case" else float(value)
+        except ValueError:
+            raise ConfigError(f"--price {text!r}: {value!r} is not a number") from None
+    return found
+
+
+def allocation_lines(label: str, found: Allocation) -> Iterator[str]:
+    """The split as a table: each lever with its range, what it costs, and what the laws expect."""
+    low, high = found.error_interval
+    yield f"{label}: {found.arm} (better in {found.arm_probability:.0%} of the draws)"
+    yield f"  expected error {found.expected_error:.4f} ({low:.4f} to {high:.4f})" + (
+        f"; the other arm {found.other_error:.4f}" if found.other_error is not None else "")  # fmt: skip
+    for name, value in found.point.items():
+        few, many = found.ranges[name]
+        far = "; outside what was measured" if name in found.extrapolated else ""
+        yield f"  {name:20s} {value:14,.0f}   ({few:,.0f} to {many:,.0f}){far}"
+    yield from (f"  {name:20s} {money:14,.2f}" for name, money in found.spend.items() if money > 0)
+    for name, (value, few, many) in found.exchange_rates.items():
+        yield f"  {name.replace('_', ' ')}: {value:,.3g} ({few:,.3g} to {many:,.3g})"

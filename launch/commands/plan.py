@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dbscale.errors import ConfigError
+from dbscale.errors import ConfigError, FileError
 from dbscale.files import hostname
 from dbscale.study import cost as costs
 from dbscale.study.cell import Cell
@@ -95,10 +95,12 @@ def power_text(study: Study, plan: Plan, cost: CostModel) -> list[str]:
     design = design_of(plan, cost)
     if design is None:
         return []
-    from dbscale.report.advise import Design, plan_power
+    from dbscale.report.power import Design, plan_power
     from dbscale.report.reduce import collect
 
-    known = read_plan(study.store, plan.grid.name) if plan.count()["done"] else None
+    known = None
+    with contextlib.suppress(ConfigError, FileError):  # the plan's notes name a damaged plan.json
+        known = read_plan(study.store, plan.grid.name) if plan.count()["done"] else None
     table = collect(study.store, known) if known is not None else None
     return ["", *plan_power(Design(**design), table, f"{plan.grid.name}_{plan.grid.downstream[0].dataset}")]
 

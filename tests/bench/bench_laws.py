@@ -1,8 +1,9 @@
-"""Fits of public scaling-law tables, with time per fit: `make bench-laws`, or `python tests/bench/bench_laws.py`.
+"""Fits of public scaling-law tables and of fresh learning curves: `make bench-laws`, or `python tests/bench/bench_laws.py`.
 
-Prints one markdown table: what was measured, the figure, and the goal. The tables are read from ../shared/data/laws (or
-$DBSCALE_SHARED/data/laws) and their README states the protocols; without the folder it says so and stops.
-`--simulate N` adds N simulated worlds for parameter coverage; verdicts have `bench_verdicts.py`. One core is enough.
+Prints markdown tables: what was measured, the figure, and the goal. The tables are read from ../shared/data/laws (or
+$DBSCALE_SHARED/data/laws) and their README states the protocols; without the folder it says so and leaves them out.
+`--fresh` adds learning curves of 25 classifiers trained here (minutes), `--simulate N` the coverage of parameter
+intervals in N simulated tables. One core is enough.
 """
 
 from __future__ import annotations
@@ -13,16 +14,28 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from scipy.optimize import least_squares
 
-from dbscale.laws import Prices, allocate, bootstrap, fit_law, select_law
+from dbscale.laws import (
+    Candidate,
+    Prices,
+    Selection,
+    allocate,
+    bootstrap,
+    fit_law,
+    parameter_intervals,
+    select_law,
+    transfer_gap,
+)
+from dbscale.laws.select import POINTS_PER_PARAM
 
 T = TypeVar("T")
-Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-LOSS = {"E0": (None, float("inf"))}  # these losses lie below 1 by chance; error rates are bounded there by default
+HALF_POINTS = 10
 
 
 def table_folder() -> Path | None:
@@ -31,8 +44,8 @@ def table_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def show(what: str, figure: str, goal: str = "") -> None:
-    print(f"| {what} | {figure} | {goal} |", flush=True)
+def show(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
@@ -44,6 +57,170 @@ def rmsle(predicted: np.ndarray, y: np.ndarray) -> float:
     return float(np.sqrt(np.mean((np.log(predicted) - np.log(y)) ** 2)))
 
 
+# Learning curves: the average against plain means of the same fits.
+
+
+@dataclass(frozen=True)
+class Curve:
+    family: str
+    x: np.ndarray
+    y: np.ndarray
+    ahead: np.ndarray
+    truth: np.ndarray
+    ceiling: float | None = None
+
+
+SETS = {"bird": "image: birds", "cal": "image: Caltech", "c": "image: CIFAR", "inet": "image: ImageNet"}
+
+
+def public_curves(folder: Path) -> Iterator[Curve]:
+    """The protocol of the tables, and a second one inside the rows to fit: their smaller half (in log x) foretells the
+    next factor of four."""
+    rows = defaultdict(list)
+    with (folder / "revisiting.csv").open() as file:
+        for row in csv.DictReader(file):
+            rows[row["domain"], row["task"], row["model"]].append(
+                (float(row["seen_examples"]), float(row["loss"]), row["split"] == "fit")
+            )
+    for (domain, task, _), curve in rows.items():
+        x, y, seen = np.array(sorted(curve)).T
+        seen = seen > 0
+        image = domain == "IC"
+        ceiling = 1.0 if image else None
+        family = SETS[task.rsplit("_", 1)[0]] if image else domain
+        yield Curve(family, x[seen], y[seen], x[~seen], y[~seen], ceiling)
+        few = seen & (x <= max(np.sqrt(x[seen].min() * x[seen].max()), np.sort(x[seen])[:HALF_POINTS][-1]))
+        near = seen & ~few & (x <= 4 * x[few].max())
+        if image and near.any():
+            yield Curve("image, half of each curve", x[few], y[few], x[near], y[near], ceiling)
+    with (folder / "rectified_flan.csv").open() as file:
+        for row in csv.DictReader(file):
+            sizes = [c for c in row if c.isdigit() and c != "0"]
+            x, y = np.array([float(s) for s in sizes]), np.array([float(row[s]) for s in sizes])
+            for name, end, reach in (("FLAN", 204_800, np.inf), ("FLAN, shorter", 51_200, 204_800)):
+                near = (x > end) & (x <= reach)
+                yield Curve(name, x[x <= end], y[x <= end], x[near], y[near])
+
+
+def fresh_curves() -> Iterator[Curve]:
+    """Test errors of five classifiers on five sets, 17 sizes each: the last five are foretold from 12, the last eight
+    from nine."""
+    from sklearn.datasets import load_digits, make_classification, make_gaussian_quantiles
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.naive_bayes import GaussianNB
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.tree import DecisionTreeClassifier
+
+    digits = load_digits(return_X_y=True)
+    shapes = ((40, 10, 5, 1.0, 0.0), (20, 15, 3, 0.7, 0.05), (100, 20, 10, 1.5, 0.0))
+    made = [
+        make_classification(12_000, d, n_informative=i, n_redundant=0, n_classes=c, n_clusters_per_class=3,
+                            class_sep=s, flip_y=f, random_state=k) for k, (d, i, c, s, f) in enumerate(shapes)
+    ]  # fmt: skip
+    rings = make_gaussian_quantiles(n_samples=12_000, n_features=10, n_classes=4, random_state=3)
+    models = (LogisticRegression, KNeighborsClassifier, GaussianNB, LinearDiscriminantAnalysis, DecisionTreeClassifier)
+    for features, labels in ((digits[0] / 16, digits[1]), *made, rings):
+        order = np.random.default_rng(0).permutation(len(labels))
+        test, train = order[: len(labels) // 3], order[len(labels) // 3 :]
+        sizes = np.unique(np.round(np.geomspace(30, len(train), 17)).astype(int))
+        for model in models:
+            y = []
+            for size in sizes:
+                picks = [np.random.default_rng(seed).permutation(train)[:size] for seed in range(5)]
+                made_of = [model().fit(features[p], labels[p]).predict(features[test]) for p in picks]
+                y.append(np.mean([np.mean(guess != labels[test]) for guess in made_of]))
+            x, errors = sizes.astype(float), np.array(y)
+            for name, kept in (("classifiers, 12 sizes", 12), ("classifiers, 9 sizes", 9)):
+                yield Curve(name, x[:kept], errors[:kept], x[kept:], errors[kept:], 1.0)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One curve's selection, and every law's log prediction ahead."""
+
+    curve: Curve
+    selection: Selection
+    logs: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, curve: Curve) -> Judged:
+        found = select_law(curve.x, curve.y, ceiling=curve.ceiling)
+        return cls(curve, found, {c.name: np.log(c.fit.predict(curve.ahead)) for c in found.candidates if c.fit})
+
+    def error(self, log_prediction: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((log_prediction - np.log(self.curve.truth)) ** 2)))
+
+    def candidate(self, name: str) -> Candidate:
+        return next(c for c in self.selection.candidates if c.name == name)
+
+    def rule(self, laws: tuple[str, ...], points: float, trust: float, shift: bool) -> np.ndarray:
+        """What an average by another rule foretells."""
+        distinct = len(np.unique(self.curve.x))
+        known = [self.candidate(name) for name in laws if name in self.logs]
+        used = [c for c in known if c.fit is not None and distinct >= points * c.fit.num_free] or known[:1]
+        weight = np.array([max(c.in_sample, 1e-9) ** -trust for c in used])
+        each = np.array([self.logs[c.name] - shift * c.shift for c in used])
+        return weight @ each / weight.sum()
+
+
+FOUR = ("saturating", "rectified", "m4", "bnsl")
+RULES = {
+    f"{len(laws)} laws, {points} points a parameter, trust {trust:g}{', level moved' if shift else ''}": (
+        laws, points, trust, shift,
+    )
+    for laws in (FOUR, ("power_plus", *FOUR), ("power", "power_plus", *FOUR))
+    for points in (0, POINTS_PER_PARAM)
+    for trust in (0.0, 0.5, 1.0, 2.0)
+    for shift in (False, True)
+}  # fmt: skip
+
+
+def averages(curves: Iterator[Curve]) -> None:
+    """Mean over curves of the rms error of log y ahead, by family."""
+    judged = defaultdict(list)
+    seconds = []
+    for curve in curves:
+        one, took = timed(lambda c=curve: Judged.of(c))
+        judged[curve.family].append(one)
+        seconds.append(took)
+    heads = "family (curves) | the average | equal mean of saturating, m4, bnsl | median of all | best single law"
+    print(f"\n| {heads} | 90 % covers, log-width |\n|---|---|---|---|---|---|")
+    for family, each in judged.items():
+        own = np.mean([rmsle(j.selection.predict(j.curve.ahead), j.curve.truth) for j in each])
+        equal = np.mean([j.error(np.mean([j.logs[n] for n in ("saturating", "m4", "bnsl")], axis=0)) for j in each])
+        median = np.mean([j.error(np.median(list(j.logs.values()), axis=0)) for j in each])
+        single = {n: np.mean([j.error(j.logs[n]) for j in each]) for n in each[0].logs}
+        best = min(single, key=lambda n: single[n])
+        ends = [j.selection.interval(j.curve.ahead, 0.9) for j in each]
+        inside = [
+            np.mean((low <= j.curve.truth) & (j.curve.truth <= high)) for (low, high), j in zip(ends, each, strict=True)
+        ]
+        width = np.median(np.concatenate([np.log(high / low) for low, high in ends]))
+        show(f"{family} ({len(each)})", f"{own:.5f}", f"{equal:.5f}", f"{median:.5f}", f"{best} {single[best]:.5f}",
+             f"{np.mean(inside):.2f}, {width:.3f}")  # fmt: skip
+    show("CPU seconds a curve, mean (most)", f"{np.mean(seconds):.2f} ({max(seconds):.2f})", "", "", "", "")
+    leave_one_out(judged)
+
+
+def leave_one_out(judged: dict[str, list[Judged]]) -> None:
+    """Would another rule have been chosen on the other families, and how does it do on the one left out?"""
+    error = {
+        (rule, family): np.mean([j.error(j.rule(*options)) for j in each])
+        for rule, options in RULES.items() for family, each in judged.items()
+    }  # fmt: skip
+    own = next(rule for rule, options in RULES.items() if options == (FOUR, POINTS_PER_PARAM, 0.5, True))
+    print("\n| family left out | rule with the least mean log error on the others | its error there | the rule in use |\n"
+          "|---|---|---|---|")  # fmt: skip
+    for family in judged:
+        others = [f for f in judged if f != family]
+        best = min(RULES, key=lambda r: np.mean([np.log(error[r, f]) for f in others]))
+        show(family, best, f"{error[best, family]:.5f}", f"{error[own, family]:.5f}")
+
+
+# Single tables.
+
+
 def chinchilla(folder: Path, num_resamples: int) -> None:
     with (folder / "chinchilla.csv").open() as file:
         rows = np.array([[float(v) for v in row.values()] for row in csv.DictReader(file)])
@@ -52,65 +229,12 @@ def chinchilla(folder: Path, num_resamples: int) -> None:
     fits, seconds = zip(*(timed(lambda s=s: fit_law("chinchilla", x, loss, seed=s)) for s in range(10)), strict=True)
     show("Chinchilla objective, worst of 10 seeds", f"{max(f.objective for f in fits):.9f}", "≤ 0.00101828")
     show("Chinchilla parameters", ", ".join(f"{k} {v:.6g}" for k, v in fits[0].params.items()), "within 1 %")
-    show("Chinchilla, CPU seconds per fit (mean)", f"{np.mean(seconds):.3f}")
+    show("Chinchilla, CPU seconds per fit (mean)", f"{np.mean(seconds):.3f}", "")
     resampled, took = timed(lambda: bootstrap(fits[0], num_resamples=num_resamples))
-    show(
-        f"Chinchilla standard errors, {num_resamples:,} resamples",
-        ", ".join(f"{k} {v:.4g}" for k, v in resampled.stderr.items()),
-        "A 124.5, B 1293, E .0257, alpha .0154, beta .0206 within 10 %",
-    )
+    errors = ", ".join(f"{k} {v:.4g}" for k, v in resampled.stderr.items())
+    show(f"Chinchilla standard errors, {num_resamples:,} resamples", errors,
+         "A 124.5, B 1293, E .0257, alpha .0154, beta .0206 within 10 %")  # fmt: skip
     show("… CPU seconds on one core", f"{took:.1f}", "≤ 15 s on two cores")
-
-
-def revisiting(folder: Path, domain: str) -> Iterator[Curve]:
-    rows = defaultdict(list)
-    with (folder / "revisiting.csv").open() as file:
-        for row in csv.DictReader(file):
-            if row["domain"] == domain:
-                key = row["task"], row["model"]
-                rows[key].append((float(row["seen_examples"]), float(row["loss"]), row["split"] == "fit"))
-    for curve in rows.values():
-        x, y, seen = np.array(curve).T
-        seen = seen > 0
-        yield x[seen], y[seen], x[~seen], y[~seen]
-
-
-GOALS = {
-    ("IC", "m4"): "≤ .034", ("IC", "bnsl"): "≤ .0315", ("IC", "own pick"): "≤ .030",
-    ("NMT", "own pick"): "≤ .0105", ("LM", "own pick"): "≤ .0009",
-}  # fmt: skip
-
-
-TIMED_CURVES = 6
-
-
-def learning_curves(folder: Path, domain: str, limit: int | None) -> None:
-    errors, seconds, covered, widths = defaultdict(list), defaultdict(list), [], []
-    bounds = {} if domain == "IC" else {"m4": LOSS}
-    for number, (x, y, ahead, truth) in enumerate(list(revisiting(folder, domain))[:limit]):
-        start = time.process_time()
-        own = select_law(x, y, bounds=bounds)
-        seconds["own pick"].append(time.process_time() - start)
-        errors["own pick"].append(rmsle(own.predict(ahead), truth))
-        for law in own.candidates:
-            if law.fit is not None:
-                errors[law.name].append(rmsle(law.fit.predict(ahead), truth))
-            if number < TIMED_CURVES:
-                start = time.process_time()
-                fit_law(law.name, x, y, loss="least_squares_log", bounds=bounds.get(law.name))
-                seconds[law.name].append(time.process_time() - start)
-        low, high = own.interval(ahead, 0.9)
-        covered.append((low <= truth) & (truth <= high))
-        widths.append(np.log(high / low))
-    for name, each in errors.items():
-        took = f"{np.mean(seconds[name]):.2f} s, at most {max(seconds[name]):.2f}"
-        figure = f"{np.mean(each):.5f} (median {np.median(each):.4f}; {took})"
-        show(f"{domain}, {len(each)} curves: {name}", figure, GOALS.get((domain, name), ""))
-    inside, width = np.concatenate(covered), np.concatenate(widths)
-    coverage = f"{inside.mean():.2f}; {np.mean([c.mean() for c in covered]):.2f}"
-    image = domain == "IC"
-    show(f"{domain}: 90 % prediction intervals, coverage by point; by curve", coverage, "≥ .75" if image else "")
-    show(f"{domain}: median log-width of those intervals", f"{np.median(width):.3f}", "≤ .15" if image else "")
 
 
 def rectified(folder: Path) -> None:
@@ -121,8 +245,7 @@ def rectified(folder: Path) -> None:
     inside, ahead, plain = [], [], []
     for row in rows:
         y = np.array([float(row[s]) for s in sizes])
-        fit = fit_law("rectified", x, y, loss="least_squares_log")
-        inside.append(rmsle(fit.predict(x), y))
+        inside.append(rmsle(fit_law("rectified", x, y, loss="least_squares_log").predict(x), y))
         plain.append(rmsle(fit_law("power_plus", x, y, loss="least_squares_log").predict(x), y))
         early = x <= 204_800
         short = fit_law("rectified", x[early], y[early], loss="least_squares_log")
@@ -134,21 +257,83 @@ def rectified(folder: Path) -> None:
 
 def syn2real(folder: Path) -> None:
     with (folder / "syn2real.csv").open() as file:
-        rows = [r for r in csv.DictReader(file) if float(r["upstream_samples"]) > 0]
-    names = ("upstream_samples", "downstream_samples")
-    for model in dict.fromkeys(r["model"] for r in rows):
-        mine = [r for r in rows if r["model"] == model]
-        x = {n: np.array([float(r[n]) for r in mine]) for n in names}
-        if len(np.unique(x["downstream_samples"])) < 2:
-            continue
-        y = np.array([float(r["error_rate"]) for r in mine])
-        try:
-            gap, small = (fit_law(n, x, y, loss="least_squares_log") for n in ("transfer_gap", "product"))
-        except ValueError as error:
-            show(f"syn2real {model}", str(error))
-            continue
-        figure = f"{gap.objective:.3g} against {small.objective:.3g}, G {gap.params['G']:.3g}"
-        show(f"syn2real {model}: transfer_gap against product, objective", figure, "never worse")
+        rows = [r for r in csv.DictReader(file) if float(r["upstream_samples"]) > 0 and r["model"] == "r50"]
+    x = {n: np.array([float(r[n]) for r in rows]) for n in ("upstream_samples", "downstream_samples")}
+    y = np.array([float(r["error_rate"]) for r in rows])
+    gap, small = (fit_law(n, x, y, loss="least_squares_log", ceiling=1.0) for n in ("transfer_gap", "product"))
+    figure = f"{gap.objective:.4g} against {small.objective:.4g}"
+    show("syn2real, ResNet-50: transfer_gap against product, objective", figure, "never worse")
+    found = transfer_gap(gap)
+    show("… G by profile likelihood", f"{found.gap:.3g} ({found.interval[0]:.3g} to {found.interval[1]:.3g})", "")
+
+
+# Solvers.
+
+
+def solvers(curves: Iterator[Curve]) -> None:
+    """The whole fit against scipy alone from the same number of starts, and batched refits against scipy's."""
+    curves = [c for c in curves if c.family.startswith("image: ")][::4]
+    heads = (
+        "law, 12 image curves | our fit, CPU ms | scipy from the best 6 starts, ms | scipy's objective / ours, worst"
+    )
+    print(f"\n| {heads} | refit, batched, ms | by scipy, ms | scipy's / ours, worst |\n|---|---|---|---|---|---|---|")
+    for name in ("power_plus", "saturating", "rectified", "m4", "bnsl"):
+        took, peer, ratio, batched, single, worst = [], [], [], [], [], []
+        for curve in curves:
+            fit, seconds = timed(lambda c=curve, n=name: fit_law(n, c.x, c.y, loss="least_squares_log"))
+            took.append(seconds)
+            found, seconds = timed(lambda f=fit: scipy_fit(f))
+            peer.append(seconds)
+            ratio.append(found / fit.objective)
+        weights = np.random.default_rng(0).exponential(size=(64, len(curve.y)))
+        theirs, seconds = timed(lambda f=fit, w=weights: [scipy_refit(f, row, f.theta) for row in w])
+        single.append(seconds / 64)
+        ours, seconds = timed(lambda f=fit, w=weights: batched_refits(f, w))
+        batched.append(seconds / 64)
+        worst.append(np.max(np.array(theirs) / ours))
+        show(name, *(f"{1e3 * np.mean(v):.1f}" for v in (took, peer)), f"{max(ratio):.4f}",
+             *(f"{1e3 * np.mean(v):.2f}" for v in (batched, single)), f"{max(worst):.4f}")  # fmt: skip
+
+
+def batched_refits(fit, weights: np.ndarray) -> np.ndarray:
+    from dbscale.laws.uncertainty import refit
+
+    theta = refit(fit, weights)
+    return np.array([fit.problem.objective(t[None], w[None])[0] for t, w in zip(theta, weights, strict=True)])
+
+
+def scipy_refit(fit, weights: np.ndarray, start: np.ndarray) -> float:
+    """scipy.optimize.least_squares with the law's own derivatives."""
+    problem, root = fit.problem, np.sqrt(weights)
+    free = problem.lower < problem.upper
+    margin = 1e-9 * (1 + np.abs(start))
+    inner = np.clip(start, problem.lower + margin, problem.upper - margin)[free]
+
+    def at(part: np.ndarray) -> np.ndarray:
+        whole = fit.theta.copy()
+        whole[free] = part
+        return whole[None]
+
+    def residual(part: np.ndarray) -> np.ndarray:
+        r = problem.residual(at(part))[0]
+        return root * np.where(np.isfinite(r), r, 1e6)
+
+    def slopes(part: np.ndarray) -> np.ndarray:
+        return (root * problem.residual_jacobian(at(part))[1][0][free]).T
+
+    with np.errstate(all="ignore"):
+        return float(
+            least_squares(residual, inner, slopes, (problem.lower[free], problem.upper[free]), x_scale="jac").cost
+        )
+
+
+def scipy_fit(fit) -> float:
+    """scipy from the best six of the starts that the fit screens."""
+    from dbscale.laws.fit import spread_starts
+
+    starts = spread_starts(fit.problem, 48 * len(fit.theta), fit.seed)
+    order = np.argsort(fit.problem.objective(starts, fit.weights[None]), kind="stable")[:6]
+    return min(scipy_refit(fit, fit.weights, starts[k]) for k in order)
 
 
 def simulated_coverage(count: int) -> None:
@@ -158,11 +343,11 @@ def simulated_coverage(count: int) -> None:
         y = (0.1 + 8 * x**-0.4) * np.exp(0.03 * np.random.default_rng(seed).standard_normal(20))
         fit = fit_law("power_plus", x, y, loss="least_squares_log")
         for kind, found in (
-            ("curvature", fit.parameter_interval(0.9)),
+            ("curvature", parameter_intervals(fit, 0.9)),
             ("bootstrap", bootstrap(fit, num_resamples=300).interval(0.9)),
         ):
-            for name, (low, high) in found.items():
-                hits[kind, name] += low <= truth[name] <= high
+            for name, ends in found.items():
+                hits[kind, name] += ends is not None and ends[0] <= truth[name] <= ends[1]
     for kind in ("curvature", "bootstrap"):
         figure = ", ".join(f"{n} {hits[kind, n] / count:.3f}" for n in truth)
         show(f"coverage of 90 % parameter intervals, {kind}, {count} draws", figure, ".85 to .95")
@@ -173,32 +358,34 @@ def allocation() -> None:
     d_p, size, d_f = (c.ravel() for c in np.meshgrid(*axes))
     y = 0.03 + 6 * d_p**-0.35 + 20 * size**-0.35 + 1.5 * d_f**-0.35
     x = {"upstream_samples": d_p, "num_params": size, "downstream_samples": d_f}
-    law, took = timed(lambda: fit_law("additive", x, y, loss="least_squares_log"))
-    show("additive on 45 cells, CPU seconds per fit", f"{took:.2f}")
+    laws, took = timed(lambda: select_law(x, y, ceiling=1.0))
+    show("selection among four laws on 45 cells, CPU seconds", f"{took:.2f}", "")
     prices = Prices(upstream_image=1e-3, downstream_label=0.1, train_flop=1e-16)
-    _, took = timed(lambda: allocate({"plain": law}, prices, 500.0))
-    show("allocate, CPU seconds", f"{took:.2f}")
+    _, took = timed(lambda: allocate({"plain": laws}, prices, 500.0))
+    show("allocate with 200 draws, CPU seconds", f"{took:.2f}", "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("--resamples", type=int, default=4000)
-    parser.add_argument("--curves", type=int, default=None, help="only the first N curves of each domain")
-    parser.add_argument("--simulate", type=int, default=0, help="simulated worlds for coverage")
+    parser.add_argument("--fresh", action="store_true", help="also train classifiers for curves that no table holds")
+    parser.add_argument("--simulate", type=int, default=0, help="simulated tables for coverage of parameters")
     options = parser.parse_args()
     folder = table_folder()
     print("| measured | figure | goal |\n|---|---|---|")
     if folder is None:
-        show("public tables", "skipped: shared/data/laws is not here; set DBSCALE_SHARED to its shared folder")
+        show("public tables", "skipped: shared/data/laws is not here; set DBSCALE_SHARED to its shared folder", "")
     else:
         chinchilla(folder, options.resamples)
         rectified(folder)
         syn2real(folder)
-        for domain in ("NMT", "LM", "IC"):
-            learning_curves(folder, domain, options.curves)
     allocation()
     if options.simulate:
         simulated_coverage(options.simulate)
+    curves = [*(public_curves(folder) if folder else ()), *(fresh_curves() if options.fresh else ())]
+    if curves:
+        averages(iter(curves))
+        solvers(iter(curves))
 
 
 if __name__ == "__main__":

@@ -28,23 +28,23 @@ def test_only_the_needed_shards_are_copied(folder: Path, tmp_path: Path) -> None
     assert staged.dataset.folder.parent == tmp_path
     assert staged.fingerprint == subset.fingerprint
     assert np.array_equal(images(staged), images(subset))
-    release(staged)
+    release(staged.dataset.folder)
 
 
 def test_the_same_samples_in_other_shards_are_staged_anew(make_folder_of, tmp_path: Path) -> None:
     one, other = (open_dataset(make_folder_of((9, 9), shard_samples=n), tier="raw").subset() for n in (4, 7))
     assert one.fingerprint == other.fingerprint
-    release(stage_subset(one, tmp_path))
+    release(stage_subset(one, tmp_path).dataset.folder)
     staged = stage_subset(other, tmp_path)
     assert np.array_equal(images(staged), images(other))
-    release(staged)
+    release(staged.dataset.folder)
 
 
 def test_the_resident_tier_is_staged_whole(folder: Path, tmp_path: Path) -> None:
     subset = open_dataset(folder).subset(3)
     staged = stage_subset(subset, tmp_path)
     assert np.array_equal(images(staged), images(subset))
-    release(staged)
+    release(staged.dataset.folder)
 
 
 def test_a_cut_off_copy_goes_on(folder: Path, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_cut_off_copy_goes_on(folder: Path, tmp_path: Path) -> None:
     again = stage_subset(subset, tmp_path)
     assert np.array_equal(images(again), images(subset))
     assert whole.stat().st_mtime_ns == stamp
-    release(again)
+    release(again.dataset.folder)
 
 
 def staged_files(folder: Path) -> list[Path]:
@@ -94,7 +94,7 @@ def test_copies_are_read_back_once_and_that_is_recorded(
     os.utime(staged.dataset.folder / "train-000001.tar")
     stage_subset(subset, tmp_path)
     assert len(calls) == 28
-    release(staged)
+    release(staged.dataset.folder)
 
 
 def test_a_sample_that_is_bad_at_its_source_is_staged_as_it_is(own_folder: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_sample_that_is_bad_at_its_source_is_staged_as_it_is(own_folder: Path,
     path.write_bytes(content)
     staged = stage_subset(open_dataset(own_folder, tier="raw").subset(15), tmp_path)
     assert staged.dataset.reader.fetch(np.arange(15))[1] == [6]
-    release(staged)
+    release(staged.dataset.folder)
 
 
 def test_a_disk_that_returns_other_bytes_is_named(
@@ -134,7 +134,7 @@ def test_a_name_cannot_lead_out_of_the_staging_folder(folder: Path, tmp_path: Pa
 def test_folders_in_use_are_kept_and_others_removed(folder: Path, tmp_path: Path) -> None:
     staged = stage_subset(open_dataset(folder, tier="raw").subset(5), tmp_path)
     assert remove_unused(tmp_path) == []
-    release(staged)
+    release(staged.dataset.folder)
     assert remove_unused(tmp_path) == [staged.dataset.folder]
     assert not staged.dataset.folder.exists()
     assert remove_unused(tmp_path) == []
@@ -144,14 +144,14 @@ def test_a_folder_that_comes_while_the_old_one_goes_is_whole(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subset = open_dataset(folder, tier="raw").subset(15)
-    release(stage_subset(subset, tmp_path))
+    release(stage_subset(subset, tmp_path).dataset.folder)
     remove = shutil.rmtree
 
     def remove_while_another_job_starts(path: Path, **options: bool) -> None:
         staged = stage_subset(subset, tmp_path)
         remove(path, **options)
         assert np.array_equal(images(staged), images(subset))
-        release(staged)
+        release(staged.dataset.folder)
 
     monkeypatch.setattr(shutil, "rmtree", remove_while_another_job_starts)
     remove_unused(tmp_path)
@@ -178,7 +178,7 @@ def test_a_full_disk_frees_unused_folders_first(
     folder: Path, make_folder_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = stage_subset(open_dataset(make_folder_of((3, 3)), tier="raw").subset(), tmp_path)
-    release(old)
+    release(old.dataset.folder)
     copy = shutil.copyfileobj
 
     def copy_while_there_is_room(reader, writer, length) -> None:
@@ -189,7 +189,7 @@ def test_a_full_disk_frees_unused_folders_first(
     monkeypatch.setattr(shutil, "copyfileobj", copy_while_there_is_room)
     staged = stage_subset(open_dataset(folder, tier="raw").subset(5), tmp_path)
     assert len(images(staged)) == 5
-    release(staged)
+    release(staged.dataset.folder)
 
 
 def test_a_full_disk_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

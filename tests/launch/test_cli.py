@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import socket
+import subprocess
+import sys
+import tarfile
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from launch.cli import main, make_parser
-from launch.study import DEFAULT_GRID, study_of
+from launch.commands.plan import design_of
+from launch.study import DEFAULT_GRID, plan_study, study_of
 
 
 @pytest.fixture
@@ -137,6 +143,28 @@ def test_plan_lists_what_a_grid_needs_and_writes_nothing(dbscale: Any, workplace
     assert not workplace.store.root.exists()
 
 
+def test_plan_says_what_the_main_contrast_can_tell_apart(workplace: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the tiny grid: 16 and 32 images, one student with a teacher, 10 and 20 labels, here with three seeds."""
+    words = ["plan", *workplace.where, "--set", "seeds=[0,1,2]"]
+    plan, cost = plan_study(study_of(make_parser().parse_args(words)))
+    design = design_of(plan, cost)
+    assert design is not None
+    upstream = [cell for cell in plan.cells if cell.recipe.stage != "finetune" and cell.recipe.model.heads == 2]
+    finetunes = [cell for cell in plan.cells if cell.recipe.stage == "finetune" and cell.recipe.model.heads == 2]
+    assert len(upstream) == 12 and len(finetunes) == 24
+    assert design == {
+        "num_x": 2, "num_seeds": 3, "num_students": 1, "num_labels": 2, "finetunes": 1, "step_octaves": 1.0,
+        "cost_upstream": pytest.approx(sum(map(cost.seconds, upstream)) / 12),
+        "cost_finetune": pytest.approx(sum(map(cost.seconds, finetunes)) / 12),
+    }  # fmt: skip
+    assert main(words) == 0
+    assert "this design finds a ΔE of" in capsys.readouterr().out
+    assert main(["plan", *workplace.where]) == 0
+    assert "this design finds nothing: power of 1 seed(s)" in capsys.readouterr().out
+    assert main([*words, "--set", "arms=[plain]"]) == 0
+    assert "this design" not in capsys.readouterr().out
+
+
 def test_a_run_in_this_process_fills_status_logs_and_run(dbscale: Any, workplace: Any, num_cells: int) -> None:
     workplace.behave(fail=["distill"])
     assert dbscale("submit", "--cluster", "inline")[0] == 3
@@ -181,7 +209,7 @@ def test_fit_finds_a_law_in_any_table(tmp_path: Path, capsys: pytest.CaptureFixt
     for wrong, named in (
         ([*words[:-1], "los"], "did you mean 'loss'"),
         ([*words, "--where", "knd=a"], "did you mean 'kind'"),
-        ([*words[:-1], "kind"], "row 1"),
+        ([*words[:-1], "kind"], "line 2: kind"),
         ([*words, "--bound", "c=0"], "write PARAM=LOW:HIGH"),
         ([*words, "--bound", "gamma=:1"], "no parameter 'gamma'"),
         (["fit", str(tmp_path / "x.csv"), *words[2:]], "no table"),
@@ -222,3 +250,45 @@ def test_a_tracker_is_named_by_an_option_of_its_own(workplace: Any) -> None:
     resources = study_of(make_parser().parse_args(words)).cluster.shape("pretrain").resources
     assert (resources.tracker, resources.threads) == ("mlflow", 2)
     assert study_of(make_parser().parse_args(words[:-2])).cluster.shape("pretrain").resources.tracker is None
+
+
+def test_the_script_for_accelerate_runs_a_cell_as_the_command_does(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "launch" / "train.py"
+    command = [sys.executable, str(script), "--cell", "pretrain-nobody-000000000000", "--store", "out"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "pretrain-nobody-000000000000" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_shipped_deepspeed_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dbscale.errors import ConfigError
+    from launch.cluster import CONFIGS
+    from launch.commands.cells import _deepspeed_config
+
+    monkeypatch.chdir(tmp_path)
+    assert _deepspeed_config("configs/deepspeed/zero1.json") == CONFIGS / "deepspeed" / "zero1.json"
+    (tmp_path / "own.json").write_text("{}")
+    assert _deepspeed_config("own.json") == tmp_path / "own.json"
+    with pytest.raises(ConfigError, match=r"names nowhere\.json, which is neither here nor in"):
+        _deepspeed_config("nowhere.json")
+
+
+def test_a_dataset_without_test_split_is_refused_by_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data" / "flowers").mkdir(parents=True)
+    pixels = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(pixels, "PNG")
+    with tarfile.open(tmp_path / "data" / "flowers" / "train-0.tar", "w") as tar:
+        for number in range(6):
+            for suffix, content in (("png", pixels.getvalue()), ("cls", str(number % 2).encode())):
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "grid.yaml").write_text(
+        f"extends: {DEFAULT_GRID}\nname: flowers\ndatasets:\n"
+        "  flowers: {source: webdataset, path: flowers, train: 'train-*.tar', test: null}\n"
+        "downstream: [{dataset: flowers, num_samples: [6]}]\n"
+    )
+    where = ["--grid", str(tmp_path / "grid.yaml"), "--data", str(tmp_path / "data")]
+    assert main(["shards", "pack", "flowers", *where]) == 0
+    assert main(["plan", *where, "--store", str(tmp_path / "out")]) == 1
+    assert "dataset 'flowers' has no test split, on which errors are measured" in capsys.readouterr().err

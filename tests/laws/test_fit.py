@@ -97,6 +97,19 @@ def test_parameters_move_with_units_as_the_equation_says(unit: float) -> None:
     assert other.stderr["E"] == pytest.approx(unit * first.stderr["E"], rel=1e-3)
 
 
+def test_hubers_corner_follows_y_where_the_law_itself_cannot() -> None:
+    """apple_supervised keeps no unit of y: its corner under linear losses is read off the table all the same."""
+    rng = np.random.default_rng(0)
+    x = {"num_params": np.exp(rng.normal(15, 1, 40)), "num_samples": np.exp(rng.normal(12, 2, 40))}
+    y = (0.5 + (300 * x["num_params"] ** -0.4 + 20 * x["num_samples"] ** -0.3) ** 0.8) * np.exp(
+        0.05 * rng.standard_t(2, 40)
+    )
+    one, many = (fit_law("apple_supervised", x, scale * y, loss=Loss("huber", "linear", 0.02)) for scale in (1, 50))
+    np.testing.assert_allclose(many.predict(x), 50 * one.predict(x), rtol=2e-3)
+    squares = fit_law("apple_supervised", x, y, loss="least_squares")
+    assert np.abs(squares.predict(x) / one.predict(x) - 1).max() > 0.01
+
+
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), x_unit=st.sampled_from([1e-4, 1e6]), y_unit=st.sampled_from([1e-5, 1e4]))
 def test_grids_do_not_depend_on_units(seed: int, x_unit: float, y_unit: float) -> None:
@@ -191,6 +204,23 @@ def test_weights_act_like_copies() -> None:
     assert weighted.params == pytest.approx(copied.params, rel=1e-6)
     assert weighted.objective == pytest.approx(copied.objective, rel=1e-9)
     assert weighted.params["c"] != pytest.approx(fit_law("power_plus", X, y).params["c"], rel=1e-4)
+
+
+def test_a_huber_location_and_its_error_by_hand() -> None:
+    """log y = 0, .02, −.02, .5 and δ = .05: three rows pull by their distance, one by δ, so log b = .05/3. The sandwich:
+    Σψ²/3² times n/(n − p) = 4/3; the median residual, .027·1.48, lies below δ, so the window is δ."""
+    y = np.exp([0.0, 0.02, -0.02, 0.5])
+    fit = fit_law("power", [1.0, 2, 3, 4], y, fixed={"c": 0.0}, loss=Loss("huber", "log", 0.05))
+    middle = 0.05 / 3
+    assert np.log(fit.params["b"]) == pytest.approx(middle, rel=1e-6)
+    psi = np.array([middle, middle - 0.02, middle + 0.02, -0.05])
+    assert fit.stderr["b"] / fit.params["b"] == pytest.approx(np.sqrt(psi @ psi / 9 * 4 / 3), rel=1e-6)
+    assert fit.objective == pytest.approx(0.5 * psi[:3] @ psi[:3] + 0.05 * (0.5 - middle - 0.025), rel=1e-9)
+    wide = fit_law("power", [1.0, 2, 3, 4], y, fixed={"c": 0.0}, loss=Loss("huber", "log", 0.01))
+    far = 1.4826 * np.median(np.abs(wide.residuals))  # beyond δ: curvature counts rows in the residuals' own spread
+    inside = np.sum(np.abs(wide.residuals) <= far) * 0.01 / far
+    own = np.clip(wide.residuals, -0.01, 0.01)
+    assert wide.stderr["b"] / wide.params["b"] == pytest.approx(np.sqrt(own @ own / inside**2 * 4 / 3), rel=1e-6)
 
 
 def test_huber_errors_are_those_of_repeated_worlds() -> None:
@@ -288,7 +318,7 @@ def test_an_absent_or_constant_variable_loses_its_term(grid, arms) -> None:
 
 def test_json_holds_what_the_fit_found() -> None:
     fit = fit_law("power_plus", X, NOISY["power_plus"], fixed={"E": 0.0}, seed=3)
-    data = json.loads(fit.to_json())
+    data = json.loads(json.dumps(fit.to_dict(), allow_nan=False))
     assert data["schema"] == "dbscale.laws/law_fit/2" and data["form"] == "power_plus"
     assert data["params"] == fit.params and data["stderr"]["E"] is None and data["fixed"] == ["E"]
     assert data["range"] == {"x": [1e3, pytest.approx(1e6)]} and data["num_points"] == 16 and data["seed"] == 3
@@ -300,6 +330,9 @@ def test_the_report_names_equation_parameters_and_warnings() -> None:
     lines = fit.report().splitlines()
     assert "E + b*x^c" in lines[0] and lines[1].split() == ["E", "0.1", "fixed"]
     assert lines[2].split()[:2] == ["b", "8"] and "±" in lines[2]
+    said = fit.report({"E": (0.1, 0.1), "b": (7.5, 8.5), "c": None}).splitlines()
+    assert said[1] == lines[1] and said[2] == f"{lines[2]}  (90 %: 7.5 to 8.5)"
+    assert said[3].split(maxsplit=2)[2] == "not determined by the table"
     assert "4 points" in lines[4] and lines[5].startswith("  warning: 4 distinct points for 3 parameters")
 
 
@@ -456,7 +489,7 @@ def test_fuzzed_tables_raise_nothing_but_law_errors(count: int) -> None:
             continue
         fitted += 1
         assert np.isfinite(fit.objective) and np.all(np.isfinite(fit.predict(x)))
-        json.loads(fit.to_json())
+        json.loads(json.dumps(fit.to_dict(), allow_nan=False))
     assert count / 10 < fitted < count
 
 

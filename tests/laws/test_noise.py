@@ -80,7 +80,12 @@ def test_one_student_or_one_value_leaves_addresses_together() -> None:
     assert cell.correlation_labels is None
     pairs = balanced()
     one_x = fit_noise(pairs.rows(np.flatnonzero(pairs.x == 4)))
-    assert one_x is not None and "teacher_in_seed" in one_x.confounded and "seed" in sds(one_x)
+    assert (
+        one_x is not None
+        and "teacher_in_seed" in one_x.confounded
+        and set(sds(one_x)) == {"seed", "upstream", "finetune"}
+    )
+    assert one_x.correlation_students == pytest.approx(one_x.components[0].share)
 
 
 def test_draws_tell_the_finetune_from_the_labels() -> None:
@@ -104,6 +109,9 @@ def test_students_with_teachers_of_their_own_share_none() -> None:
     )
     model = fit_noise(own)
     assert model is not None and "teacher" not in sds(model) and "teacher_in_upstream" in model.confounded
+    share = {c.name: c.share for c in model.components}
+    assert model.correlation_students == pytest.approx(share["seed"])
+    assert model.correlation_labels == pytest.approx(share["seed"] + share["upstream"])
 
 
 def test_the_test_set_is_taken_out_of_the_last_address() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dbscale.laws import LawError, NotEnoughData, fit_law, prediction_interval, select_law
+from dbscale.laws import LawError, NotEnoughData, fit_law, select_law
 from dbscale.laws.select import (
     Calibration,
     Candidate,
@@ -149,18 +149,18 @@ def test_held_out_errors_of_an_average_by_hand() -> None:
 
 
 def test_calibration_by_hand() -> None:
-    """noise .03; excesses √(.05² − .03²) = .04 at 1, √(.13² − .03²)/2 at 2, 0 at .5: median drift .04; scores by size."""
+    """Drift is the median excess over the noise per unit of distance; scores are errors over their predicted size."""
     distance = np.array([[0.0, 1.0, nan, nan], [0.0, 0.0, 0.5, 1.2]])
-    error = np.array([[nan, -0.05, nan, nan], [nan, nan, 0.03, 0.13]])
+    error = np.array([[nan, -0.031, nan, nan], [nan, nan, 0.035, 0.13]])
     found = Calibration.make(0.03, RollingErrors(np.nan_to_num(distance), error), misfit=0.7)
-    excess = np.sqrt(np.array([0.05, 0.03, 0.13]) ** 2 - 0.03**2) / np.array([1.0, 0.5, 1.2])
+    excess = np.sqrt(np.array([0.031, 0.035, 0.13]) ** 2 - 0.03**2) / np.array([1.0, 0.5, 1.2])
     drift = max(float(np.median(excess)), 0.03)
     assert (found.noise, found.misfit) == (0.03, 0.7) and found.drift == pytest.approx(drift)
-    scores = np.array([0.05, 0.03, 0.13]) / np.hypot(0.03, drift * np.array([1.0, 0.5, 1.2]))
+    scores = np.array([0.031, 0.035, 0.13]) / np.hypot(0.03, drift * np.array([1.0, 0.5, 1.2]))
     assert found.scores == pytest.approx(np.sort(scores))
     # Each origin against the other's 95 % quantile.
     inside = [scores[0] <= np.quantile(scores[1:], 0.95), *(scores[1:] <= scores[0])]
-    assert found.coverage == pytest.approx(np.mean(inside))
+    assert found.coverage == pytest.approx(np.mean(inside)) and sum(inside) == 1
     z = max(float(np.quantile(scores, 0.9)), stats.norm.ppf(0.9))
     assert found.half_width(np.array([0.0, 2.0]), 0.8) == pytest.approx(z * np.hypot(0.03, drift * np.array([0, 2])))
 
@@ -199,14 +199,14 @@ def test_misfit_curves_are_smooth_and_of_size_one() -> None:
 
 
 def test_one_laws_interval_is_its_calibrations() -> None:
-    fit = fit_law("power", SHORT, bent(SHORT), loss="least_squares_log")
     far = np.array([2e5, 8e5])
-    known = Calibration.make(in_sample_noise(fit), rolling_origins(fit))
+    found = select_law(SHORT, bent(SHORT), laws=["power"], num_resamples=5)
+    known = Calibration.make(in_sample_noise(found.best), rolling_origins(found.best))
     half = known.half_width(np.log(far / 1e5), 0.8)
-    low, high = prediction_interval(fit, far, 0.8)
-    np.testing.assert_allclose([low, high], [fit.predict(far) * np.exp(s * half) for s in (-1, 1)])
-    linear = fit_law("power", SHORT, bent(SHORT), loss="least_squares")
-    low, high = prediction_interval(linear, far)
+    low, high = found.interval(far, 0.8)
+    np.testing.assert_allclose([low, high], [found.predict(far) * np.exp(s * half) for s in (-1, 1)])
+    linear = select_law(SHORT, bent(SHORT), laws=["power"], loss="least_squares", num_resamples=5)
+    low, high = linear.interval(far)
     np.testing.assert_allclose((low + high) / 2, linear.predict(far))
 
 
@@ -216,7 +216,7 @@ def test_intervals_of_a_true_law_cover_two_sided() -> None:
     rng, hits = np.random.default_rng(0), []
     for _ in range(60):
         y = 8 * np.append(x, ahead) ** -0.3 * np.exp(0.05 * rng.standard_normal(11))
-        low, high = prediction_interval(fit_law("power", x, y[:10], loss="least_squares_log"), ahead, 0.9)
+        low, high = select_law(x, y[:10], laws=["power"], num_resamples=1).interval(ahead, 0.9)
         hits.append(low[0] <= y[10] <= high[0])
     assert 0.82 <= np.mean(hits) <= 0.99
 
@@ -267,15 +267,16 @@ def test_a_linear_loss_averages_y_itself() -> None:
 def test_draws_are_refits_moved_to_their_own_end() -> None:
     """One law inside the data, where nothing is foretold: row s is the fit to resample s."""
     y = bent(SHORT, 1, 0.03)
-    found = select_law(SHORT, y, laws=["power"], clusters=np.arange(12) // 2, num_resamples=9, seed=4)
-    weights = Resampling(9, clusters=np.arange(12) // 2, seed=4).weights(12)
+    clusters = np.arange(1, 13) // 2  # the last row is alone in its cluster
+    found = select_law(SHORT, y, laws=["power"], clusters=clusters, num_resamples=9, seed=4)
+    weights = Resampling(9, clusters=clusters, seed=4).weights(12)
     drawn = found.draws(SHORT)
     for s in range(9):
         alone = fit_law("power", SHORT, y, weights=weights[s], loss="least_squares_log")
         shift = np.average(alone.residuals[-2:], weights=weights[s][-2:])
         np.testing.assert_allclose(drawn[s], alone.predict(SHORT) * np.exp(-shift), rtol=2e-3)
     np.testing.assert_array_equal(drawn, found.draws(SHORT))
-    other = select_law(SHORT, y, laws=["power"], clusters=np.arange(12) // 2, num_resamples=9, seed=5)
+    other = select_law(SHORT, y, laws=["power"], clusters=clusters, num_resamples=9, seed=5)
     assert not np.allclose(other.draws(SHORT), drawn)
 
 
@@ -385,6 +386,26 @@ def test_grids_choose_among_the_laws_of_their_columns(grid, arms) -> None:
         chosen.predict({n: grid[n] for n in ("upstream_samples", "downstream_samples")})
 
 
+def test_columns_may_come_in_any_order_and_by_any_of_their_names(grid, arms) -> None:
+    named = {"df": grid["downstream_samples"], "M": grid["num_params"], "D_p": grid["upstream_samples"]}
+    own, same = (select_law(x, arms["plain"], laws=["additive"], num_resamples=5) for x in (named, grid))
+    assert own.columns == ("D_p", "M", "df") and own.measured()["M"] == (2.5e6, 3.8e7)
+    np.testing.assert_allclose(own.predict(named), same.predict(grid))
+    np.testing.assert_allclose(own.draws(named), same.draws(grid))
+    np.testing.assert_allclose(own.held_out()[0], same.held_out()[0])
+    assert own.extrapolated({"df": 1e9, "M": 1e7, "D_p": 1e4}) == ("df",)
+
+
+def test_laws_over_other_columns_are_no_candidates() -> None:
+    rng = np.random.default_rng(0)
+    x = {"num_params": np.exp(rng.normal(15, 1, 30)), "num_samples": np.exp(rng.normal(12, 2, 30))}
+    x["unique_samples"] = x["num_samples"] / rng.choice([1, 2, 4], 30)
+    y = 0.5 + 40 * x["num_params"] ** -0.3 + 20 * x["num_samples"] ** -0.3
+    found = select_law(x, y, laws=["chinchilla", "data_constrained"], num_resamples=5)
+    assert found.columns == ("num_params", "num_samples") and found.best.name == "chinchilla"
+    assert found.candidates[1].reason == "not over num_params, num_samples as chinchilla is"
+
+
 def test_one_varying_column_gets_the_laws_of_one_variable(grid, arms) -> None:
     own = (grid["num_params"] == 1e7) & (grid["downstream_samples"] == 300)
     found = select_law({n: c[own] for n, c in grid.items()}, arms["plain"][own], num_resamples=5)
@@ -422,14 +443,14 @@ def test_not_enough_data_is_an_answer_per_law_and_in_all() -> None:
 
 
 def test_reports_and_json_hold_every_law(curve) -> None:
-    text, data = curve.report(), json.loads(curve.to_json())
+    text, data = curve.report(), json.loads(json.dumps(curve.to_dict(), allow_nan=False))
     assert all(c.name in text for c in curve.candidates) and curve.best.form.equation in text
     assert [c["name"] for c in data["candidates"]] == [c.name for c in curve.candidates]
     assert sum(c["weight"] for c in data["candidates"]) == pytest.approx(1)
     assert data["candidates"][0]["fit"]["form"] == curve.best.name and data["columns"] == ["x"]
     assert data["noise"] == curve.calibration.noise and data["coverage"] == curve.coverage
     short = select_law(X[:4], bent(X[:4]), laws=["power", "bnsl"], num_resamples=5)
-    assert json.loads(short.to_json())["candidates"][-1]["fit"] is None and "distinct points" in short.report()
+    assert short.to_dict()["candidates"][-1]["fit"] is None and "distinct points" in short.report()
 
 
 def test_the_best_laws_parameters_are_resampled_with_the_table(curve) -> None:

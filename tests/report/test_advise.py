@@ -7,15 +7,12 @@ from dataclasses import replace
 import pytest
 
 from dbscale.errors import TableError
-from dbscale.laws import NOISE_TABLES
-from dbscale.report.advise import ASSUMED_SLOPE, Design, advise, plan_power
+from dbscale.report.advise import advise
 from dbscale.report.findings import Options, find
 from dbscale.report.words import answer
 from tests.report.test_findings import study
 
 FAST = Options(num_draws=200, num_resamples=20)
-DESIGN = Design(num_x=5, num_seeds=4, num_students=2, num_labels=2, finetunes=1, step_octaves=1.0, cost_upstream=10.0,
-                cost_finetune=1.0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +51,7 @@ def test_advice_rests_on_the_page_s_own_verdict(table):
 def test_every_axis_beyond_what_was_measured_is_named(table, point, told):
     (found,) = advise(table, *point, options=FAST)
     assert found.sentence.endswith(f" This point is an extrapolation: {told}.")
+    assert found.expected == {} and "by its laws" not in found.text()
 
 
 def test_the_laws_add_what_error_to_expect(table):
@@ -89,24 +87,3 @@ def test_a_table_that_cannot_be_judged_says_why(table):
         advise(table.where(seed=0), 1000, 100, 5000, options=FAST)
     with pytest.raises(TableError, match="no runs with upstream data"):
         advise(table.where(arm="scratch"), 1000, 100, 5000, options=FAST)
-
-
-def test_a_plan_reads_the_noise_of_rows_at_hand(table):
-    quiet = plan_power(DESIGN, table)
-    assert quiet[0].endswith("(noise of the rows at hand)")
-    named = plan_power(DESIGN, None, "demo_digits")
-    assert named[0].endswith("(noise of the default table demo_digits)")
-    usual = plan_power(DESIGN, table.where(seed=0), "no such table")
-    assert usual[0].endswith("(noise of the default table cifar10_fashion)")
-    # Seeds of the study above differ by .002, those of the demo by .1.
-    size = [float(lines[0].split("a ΔE of ")[1].split(" points")[0]) for lines in (quiet, named)]
-    assert size[0] < 1 < size[1]
-
-
-def test_a_plan_of_more_seeds_finds_less_and_one_seed_nothing():
-    few, many = (plan_power(replace(DESIGN, num_seeds=seeds), None) for seeds in (3, 12))
-    size = [float(lines[0].split("a ΔE of ")[1].split(" points")[0]) for lines in (few, many)]
-    assert size[1] < 0.6 * size[0]
-    (nothing,) = plan_power(replace(DESIGN, num_seeds=1), None)
-    assert nothing.startswith("this design finds nothing: power of 1 seed")
-    assert "cifar10_fashion" in NOISE_TABLES and f"by {100 * ASSUMED_SLOPE:.0f} points per octave" in few[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ from dbscale.laws import make_pairs
 from dbscale.report import schema
 from dbscale.report.findings import Findings, Options, contrast, digest, find, refresh_table
 from dbscale.report.schema import BoundaryFile, LawsFile
-from dbscale.report.table import MissingPoint, Run, RunTable, to_csv
+from dbscale.report.table import MissingPoint, Run, RunTable, read_table, to_csv
 
+STUDY = Path(__file__).parents[2] / "docs" / "studies" / "cifar10"
 FAST = Options(num_draws=200, num_resamples=20)
 SIZES = (1000, 2000, 4000, 8000)
 DELTAS = {1000: 0.06, 2000: 0.04, 4000: -0.04, 8000: -0.06}
@@ -245,6 +248,15 @@ def test_a_floor_of_steps_is_named():
         "sets how long they train."
     ]
     assert regime(errors, seen={500: 32_000, 1000: 64_000, 4000: 90_000}) == []
+    assert regime(errors, seen={500: 32_000, 1000: 32_000, 4000: 32_000}) == []  # equal steps by design, no floor
+
+
+def test_a_teacher_that_has_learnt_what_it_can_is_told_apart():
+    falling = {1000: 0.5, 2000: 0.4, 4000: 0.3}
+    assert regime(falling, {1000: 0.7, 2000: 0.4, 4000: 0.41}) == [
+        "Upstream error of the teacher does not fall from 2,000 to 4,000 upstream images (40.0 % to 41.0 %): it has learnt "
+        "what its size and its number of steps allow."
+    ]
 
 
 def test_missing_points_are_counted_and_gaps_named():
@@ -258,6 +270,25 @@ def test_missing_points_are_counted_and_gaps_named():
 
 
 # Kept until something changes.
+
+
+def test_the_published_study_holds_the_verdict_of_its_rows():
+    """docs/studies/cifar10: `dbscale reduce --table docs/studies/cifar10/rows.csv` writes its files anew."""
+    table = read_table(STUDY / "rows.csv").where(dataset="fashion_mnist")
+    main = schema.read(BoundaryFile, STUDY / "boundary.json").contrasts[0]
+    laws = schema.read(LawsFile, STUDY / "laws.json")
+    assert main.verdict is not None and (main.dataset, main.main) == ("fashion_mnist", True)
+    errors = {
+        arm: [np.mean(table.where(arm=arm, upstream_samples=size, student="h2").column("error_rate")
+                      + table.where(arm=arm, upstream_samples=size, student="h3").column("error_rate"))
+              for size in (500, 1500, 5000, 15_000, 50_000)]
+        for arm in ("plain", "distilled")
+    }  # fmt: skip
+    expected = [plain - distilled for plain, distilled in zip(errors["plain"], errors["distilled"], strict=True)]
+    assert [point.delta for point in main.verdict.points] == pytest.approx(expected)
+    assert {(law.dataset, law.metric, law.arm) for law in laws.laws} == set(
+        itertools.product(("fashion_mnist", "mnist"), ("error_rate", "test_loss"), ("plain", "distilled"))
+    )
 
 
 def test_files_say_the_same_when_read_again(found: Findings, tmp_path):

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from dbscale.errors import TableError
+from dbscale.report.findings import Options, find
 from dbscale.report.reduce import collect, load_plan, read_mistakes, reduce_grid
 from dbscale.report.table import COLUMNS, read_table, to_csv
 from dbscale.study.store import Row, Store
@@ -128,12 +129,14 @@ def test_what_a_spreadsheet_does_to_rows_csv_is_undone(make_store):
         assert read_table(path).runs == table.runs
 
 
-def test_impossible_results_name_their_cell(make_store):
+def test_impossible_results_cost_their_own_cell_and_are_named(make_store):
     store = make_store()
     cell = load_plan(store, "tiny").points[3].cell
     store.write_row(store.read_row(cell).model_copy(update={"error_rate": 1.5}))
-    with pytest.raises(TableError, match=f"grid tiny, cell {cell}: error_rate is 1.5"):
-        reduce_grid(store, "tiny")
+    table = reduce_grid(store, "tiny")
+    assert len(table) == 71
+    (lost,) = table.missing
+    assert (lost.culprit, "row.json" in lost.reason, "error_rate" in lost.reason) == (cell, True, True)
 
 
 def test_mistakes_are_read_from_packed_bits(tmp_path: Path):
@@ -150,3 +153,13 @@ def test_a_damaged_file_of_mistakes_is_named(tmp_path: Path, raw: bytes):
     path.write_bytes(raw)
     with pytest.raises(TableError, match=r"correct\.npz cannot be read .*; remove the cell's folder to run it again"):
         read_mistakes(path)
+
+
+def test_the_grids_smallest_effect_reaches_the_verdicts(make_store):
+    store = make_store()
+    plan = load_plan(store, "tiny").model_copy(update={"min_effect": 0.03})
+    table = collect(store, plan)
+    assert table.min_effect == 0.03
+    assert Options().min_effect == 0.005
+    found = find(table, options=None)
+    assert found.boundary.min_effect == 0.03

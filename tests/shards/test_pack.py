@@ -228,3 +228,23 @@ def test_a_full_disk_is_said_and_finished_shards_are_kept(tree: Path, monkeypatc
     assert len(list(folder.glob("*.tar"))) >= 1 and not list(folder.glob("*.tmp"))
     monkeypatch.setattr(os, "fsync", real)
     assert verify(packed(tree)) == []
+
+
+@pytest.mark.parametrize("encoding", ["original", "raw"])
+def test_variants_that_cannot_be_decoded_are_known_when_packing(tree: Path, encoding: str) -> None:
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tree / "train/kind-0/float.tif")
+    source = make_source("imagefolder", path=str(tree), encoding=encoding)
+    with pytest.raises(DataError, match=r"train/kind-0/float.tif: grey values of 32 bits from 0.5 to 0.5"):
+        pack(source, tree / "out", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "TGA", "WEBP", "TIFF"])
+def test_other_formats_are_packed_as_they_are(tree: Path, make_image, kind: str) -> None:
+    """And decode in training as Pillow shows them."""
+    for path in list(tree.glob("*/*/*.png")):
+        path.write_bytes(make_image(int(path.stem.rsplit(".", 1)[1]), kind))
+    pack(make_source("imagefolder", path=str(tree)), tree / "out", progress=False)
+    images, bad = open_dataset(tree / "out", image_size=12).reader.fetch(np.arange(23))
+    assert not bad and verify(tree / "out") == []
+    expected = {np.asarray(Image.open(path).convert("RGB")).tobytes() for path in tree.glob("train/*/*.png")}
+    assert {image.transpose(1, 2, 0).tobytes() for image in np.asarray(images)} == expected

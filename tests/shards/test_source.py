@@ -1,14 +1,21 @@
 """What all sources share: strict options, the stored order, splits, and noticing that a source changed."""
 
+import io
 import os
 import pickle
+import subprocess
+import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dbscale.data import load_manifest
+from dbscale.data.manifest import save_manifest
 from dbscale.errors import ConfigError, DataError
 from shards.pack import ensure_packed, pack
 from shards.source import Listing, printable, split_off, stratified_order
@@ -104,10 +111,6 @@ def test_labels_beyond_the_classes_are_refused_whatever_the_source(tmp_path: Pat
         pack(source, tmp_path / "out", progress=False)
 
 
-def add_image(tree: Path, data: bytes) -> None:
-    (tree / "train/kind-0/new.png").write_bytes(data)
-
-
 def test_a_source_that_changed_is_noticed(tree: Path, make_image) -> None:
     """Quickly by the times of folders; exactly by its listing, and by the bytes of files newer than the pack."""
     folder = ensure_packed("photos", {"source": "imagefolder", "path": "photos"}, tree.parent, progress=False)
@@ -136,6 +139,60 @@ def test_a_source_that_changed_is_noticed(tree: Path, make_image) -> None:
     assert load_manifest(folder) == before
     os.rename(tree, tree.parent / "gone")
     assert source_change(folder, tree.parent) is None and exact_source_change(folder, tree.parent) is None
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet", "cifar"])
+def test_archives_that_changed_are_noticed(tmp_path: Path, make_image, kind: str) -> None:
+    """An image is exchanged for another of its size, then a file is added."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    images = [make_image(number, "BMP") for number in range(8)]
+
+    def write(name: str, chosen: list[bytes]) -> None:
+        if kind == "webdataset":
+            with tarfile.open(folder / f"{name}.tar", "w") as archive:
+                for number, image in enumerate(chosen):
+                    for suffix, data in (("bmp", image), ("cls", b"%d" % (number % 2))):
+                        info = tarfile.TarInfo(f"{number}.{suffix}")
+                        info.size = len(data)
+                        archive.addfile(info, io.BytesIO(data))
+        elif kind == "parquet":
+            table = pa.table(
+                {"image": pa.array([{"bytes": data} for data in chosen]), "label": [0, 1, 0, 1][: len(chosen)]}
+            )
+            pq.write_table(table, folder / f"{name}.parquet")
+        else:
+            for part in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+                records = [bytes([number % 2]) + (image * 10)[:3072] for number, image in enumerate(chosen)]
+                (folder / f"{part}.bin").write_bytes(b"".join(records if part == "data_batch_1" else records[:2]))
+            (folder / "batches.meta.txt").write_text("a\nb\n")
+
+    write("train-0", images[:4])
+    entry = {"source": kind, "path": "in", **({} if kind == "cifar" else {"test": None})}
+    packed = ensure_packed("x", entry, tmp_path, progress=False)
+    assert source_change(packed, tmp_path) is None and exact_source_change(packed, tmp_path) is None
+    write("train-0", [*images[:2], images[7], images[3]])
+    assert source_change(packed, tmp_path) is None
+    assert "other images in place of 1 packed ones" in str(exact_source_change(packed, tmp_path))
+    write("train-0", images[:4])
+    assert exact_source_change(packed, tmp_path) is None
+    write("train-0" if kind == "cifar" else "train-1", images[:5] if kind == "cifar" else images[4:6])
+    for change in (source_change(packed, tmp_path), exact_source_change(packed, tmp_path)):
+        assert "its source now holds other files (" in str(change)
+
+
+@pytest.mark.parametrize("entry", [{"source": "gone"}, {"source": "imagefolder", "path": "photos", "typo": 1}])
+def test_an_entry_that_is_no_longer_valid_is_a_sentence(tree: Path, entry: dict) -> None:
+    folder = ensure_packed("photos", {"source": "imagefolder", "path": "photos"}, tree.parent, progress=False)
+    save_manifest(folder, load_manifest(folder).model_copy(update={"source": entry}))
+    assert str(source_change(folder, tree.parent)).startswith("its source cannot be listed again: dataset 'photos'")
+
+
+def test_the_checks_of_a_plan_need_no_heavy_package() -> None:
+    heavy = {"torch", "pyarrow", "scipy", "sklearn", "pandas"}
+    code = f"import sys, shards.sources; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_sources_without_files_never_change(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_draws_that_must_share_labels_are_named(grid_data: dict[str, Any]) -> No
 
 GOLDEN_GRIDS = {
     "cifar10": (330, "0ab3821a48d0124b"),
-    "demo": (274, "e5e42f427c8bf095"),
+    "demo": (300, "5f6c0ad9df83b634"),
     "ablation_alpha": (264, "3f2d9ce2f903e90e"),
     "architecture_resnet": (420, "c198f361f074c97a"),
     "baseline": (1065, "8044a8f1c5af4215"),
@@ -176,7 +176,7 @@ def test_a_new_axis_value_keeps_every_old_cell(grid_data: dict[str, Any]) -> Non
 @settings(max_examples=50, deadline=None)
 def test_ids_follow_the_recipe_and_the_data(seed: int, size: int, lr: float) -> None:
     grid = load_grid(GRIDS / "demo.yaml", ["upstream.num_samples=[512]", "seeds=[0]", "students=[h2]", "scratch=false"])
-    cell = expand(grid, {"fractals": "a", "digits": "b"})[0].cell
+    cell = expand(grid, {"fractals": "a", "fractals_unseen": "b"})[0].cell
     recipe = cell.recipe
     changed = [
         recipe.model_copy(update={"seed": seed + 1}),
@@ -275,3 +275,8 @@ def test_every_shipped_grid_validates_and_expands_without_data() -> None:
         assert grid.name == path.stem
         assert merged_cells(expand(grid, {}))
         assert set(datasets_in_use(grid)) <= set(grid.datasets)
+
+
+def test_images_that_patches_do_not_divide_are_refused_before_anything_is_planned() -> None:
+    with pytest.raises(ConfigError, match=r"image_size 18 is not a multiple of patch_size 8 of model 'h6'"):
+        load_grid(GRIDS / "demo.yaml", ["image_size=18"])

@@ -241,7 +241,7 @@ def folder(tmp_path: Path) -> Path:
     from shards.pack import pack
     from shards.sources import make_source
 
-    pack(make_source("fractals", **OPTIONS), tmp_path / "shards" / "up", shard_samples=1, progress=False)
+    pack(make_source("fractals", **OPTIONS, shard_samples=1), tmp_path / "shards" / "up", progress=False)
     (tmp_path / "shards" / "up" / "train-000020.tar").unlink()
     return tmp_path / "shards" / "up"
 
