@@ -128,7 +128,7 @@ def _forward(
     grouped_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_maps,)](
         *map(_strided, (q_s, k_s, q_t, k_t)), rows, numbers, numbers_t, num_maps, num_tokens, scale_s, scale_t,
         GROUP_S=group_s, GROUP_T=group_t, SLOTS=triton.next_power_of_2(group_s),
-        LOG_GROUP=math.log(group_s),        **_widths(q_s, q_s, q_t), **shape,
+        LOG_GROUP=math.log(group_s), **_widths(q_s, q_s, q_t), **shape,
     )  # fmt: skip
     return outputs
 
