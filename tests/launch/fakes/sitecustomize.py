@@ -135,7 +135,13 @@ def ensure_packed(name: str, spec: dict, data_dir: Path) -> Path:
     save_manifest(
         folder,
         Manifest(
-            name=name, classes=("a", "b"), image=image, seed=0, source=spec, splits={"train": split}, fingerprint=name
+            name=name,
+            classes=("a", "b"),
+            image=image,
+            seed=0,
+            source=spec,
+            splits={"train": split, "test": split},
+            fingerprint=name,
         ),
     )
     return folder
