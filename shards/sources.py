@@ -9,7 +9,9 @@ from dbscale.errors import ConfigError, nearest
 from dbscale.shards.cifar import Cifar
 from dbscale.shards.generated import Digits, Fractals
 from dbscale.shards.imagefolder import ImageFolder, TinyImageNet
+from dbscale.shards.maskfolder import ADE20K, VOC, MaskFolder
 from dbscale.shards.parquet import Parquet
+from dbscale.shards.scenes import FractalBoxes, FractalMasks
 from dbscale.shards.source import FileSource, Source, listing_digest
 from dbscale.shards.webdataset import WebDatasetTars
 from dbscale.strict import validate
@@ -22,6 +24,11 @@ KINDS: dict[str, type[Source]] = {
     "webdataset": WebDatasetTars,
     "digits": Digits,
     "fractals": Fractals,
+    "maskfolder": MaskFolder,
+    "voc": VOC,
+    "ade20k": ADE20K,
+    "fractal_masks": FractalMasks,
+    "fractal_boxes": FractalBoxes,
 }
 
 

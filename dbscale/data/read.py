@@ -23,8 +23,9 @@ from dbscale.errors import DataError
 from dbscale.files import atomic_open
 
 
-def index_dtype(key_bytes: int) -> np.dtype:
-    """Record layout; `key_bytes` is the longest key's length."""
+def index_dtype(key_bytes: int, *, with_target: bool = False) -> np.dtype:
+    """Record layout; `key_bytes` is the longest key's length, `with_target` says where a mask or boxes lie."""
+    target = [("target_offset", "<u8"), ("target_size", "<u4"), ("target_checksum", "<u8")]
     return np.dtype(
         [
             ("shard", "<u4"),
@@ -34,9 +35,15 @@ def index_dtype(key_bytes: int) -> np.dtype:
             ("label", "<i4"),
             ("height", "<u2"),  # px, 0 where unknown
             ("width", "<u2"),
+            *(target if with_target else []),
             ("key", f"S{max(key_bytes, 1)}"),
         ]
     )
+
+
+def has_targets(index: NDArray[np.void]) -> bool:
+    """Whether the records say where masks or boxes lie."""
+    return "target_offset" in (index.dtype.names or ())
 
 
 def checksum(data: bytes | memoryview | NDArray[np.uint8]) -> int:
@@ -45,9 +52,11 @@ def checksum(data: bytes | memoryview | NDArray[np.uint8]) -> int:
 
 
 def split_fingerprint(index: NDArray[np.void]) -> str:
-    """sha256 over labels and checksums in order: how samples are cut into shards and named does not reach it."""
+    """sha256 over labels and checksums, of targets too, in order: how samples are cut into shards does not reach it."""
     digest = hashlib.sha256(np.ascontiguousarray(index["label"]).tobytes())
     digest.update(np.ascontiguousarray(index["checksum"]).tobytes())
+    if has_targets(index):
+        digest.update(np.ascontiguousarray(index["target_checksum"]).tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -99,7 +108,7 @@ def _index_problem(path: Path, split_json: str, _status: tuple[int, int, int]) -
         )
     index = np.load(path, mmap_mode="r", allow_pickle=False)
     again = f"it was written wrongly: remove {path.parent} and pack it again"
-    if index.dtype.names != index_dtype(1).names or len(index) != split.num_samples:
+    if index.dtype.names != index_dtype(1, with_target=has_targets(index)).names or len(index) != split.num_samples:
         return f"{len(index)} records of {index.dtype.names}, the manifest expects {split.num_samples}; {again}"
     for field, limit in (("label", len(split.class_counts)), ("shard", len(split.shards))):
         values = np.array(index[field])
@@ -155,6 +164,15 @@ class ShardFiles:
     def read(self, position: int) -> bytes:
         """The encoded bytes of one sample. Raises DecodeError when they changed since packing."""
         shard, size, offset, expected, *_ = self.index[position].item()
+        return self._checked(position, shard, offset, size, expected)
+
+    def read_target(self, position: int) -> bytes:
+        """The encoded mask or boxes of one sample. Raises DecodeError when they changed since packing."""
+        record = self.index[position]
+        shard, *place = (int(record[name]) for name in ("shard", "target_offset", "target_size", "target_checksum"))
+        return self._checked(position, shard, *place)
+
+    def _checked(self, position: int, shard: int, offset: int, size: int, expected: int) -> bytes:
         try:
             data = os.pread(self.open(shard).number, size, offset)
         except OSError as error:  # not the sample's fault: to replace it would train on other images

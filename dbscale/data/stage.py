@@ -20,10 +20,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dbscale.data.dataset import Dataset, Subset
 from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
-from dbscale.data.read import check_shard_size, checksum, file_checksum
+from dbscale.data.read import check_shard_size, checksum, file_checksum, has_targets
 from dbscale.errors import DataError, FileError
 from dbscale.files import atomic_open, cannot_write, make_folder, write_atomic
 
@@ -162,13 +163,19 @@ def _is_whole(dataset: Dataset, local: Path, number: int) -> bool:
         return False
     first = sum(other.num_samples for other in dataset.split.shards[:number])
     with open(path, "rb") as copy, open(dataset.folder / shard.name, "rb") as original:
-        for _, size, offset, expected, *_ in dataset.index[first : first + shard.num_samples].tolist():
+        for offset, size, expected in _members(dataset.index[first : first + shard.num_samples]):
             data = os.pread(copy.fileno(), size, offset)
             # A sample that is bad at its source too is the loader's to replace and to count.
             if checksum(data) != expected and data != os.pread(original.fileno(), size, offset):
                 return False
     write_atomic(note, stamp.encode())
     return True
+
+
+def _members(index: NDArray[np.void]) -> Iterator[tuple[int, int, int]]:
+    """Offset, size and checksum of every image, and of every mask or boxes where there are any."""
+    for prefix in ("", "target_") if has_targets(index) else ("",):
+        yield from index[[f"{prefix}{name}" for name in ("offset", "size", "checksum")]].tolist()
 
 
 @contextmanager
