@@ -45,8 +45,10 @@ class Detection(Strict):
     """A box and a class for every object; error = 1 − mAP. The head is FCOS (Tian et al., 1904.01355) on a pyramid."""
 
     kind: Literal["detection"] = "detection"
-    width: int = Field(default=DEFAULT_WIDTH, gt=0, multiple_of=32)
-    """Channels of the pyramid and of the head; group normalisation cuts them into 32 groups."""
+    width: int = Field(default=DEFAULT_WIDTH, ge=64, multiple_of=32)
+    """Channels of the pyramid and of the head, whose group normalisation cuts them into 32 groups of two or more."""
+    num_convs: int = Field(default=4, gt=0)
+    """Convolutions of each of the head's two towers, FCOS's four by default."""
 
 
 DenseTask = Annotated[Segmentation | Detection, Field(discriminator="kind")]

@@ -28,7 +28,8 @@ from dbscale.study.recipe import Attention, Distill, Recipe
 from dbscale.study.resources import Resources
 from dbscale.study.store import Store
 
-Target = Tensor | MixTarget
+Target = Tensor | MixTarget | list[dict[str, Tensor]]
+"""Labels [b], mixed labels, masks [b, S, S], or boxes and their labels image by image."""
 TERMS = ("loss", "ce", "kl", "hard", "attention_kl")
 CACHE_FOLDER = "teacher_logits"
 
@@ -120,7 +121,7 @@ class _DistillObjective:
         result = kd_loss(
             logits_BC,
             teacher_logits_BC,
-            (target.y_a, target.y_b, target.lam) if isinstance(target, MixTarget) else target,
+            (target.y_a, target.y_b, target.lam) if isinstance(target, MixTarget) else target,  # type: ignore[arg-type]
             alpha=alpha,
             temperature=self.settings.temperature,
             label_smoothing=self.smoothing,

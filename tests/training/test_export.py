@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from dbscale.data import make_eval_loader, make_transform, open_dataset
 from dbscale.study.cost import num_params
 from dbscale.study.recipe import Budget, TimmModel
 from dbscale.training.models import restore_model, timm_arguments
-from dbscale.training.results import evaluate
+from dbscale.training.evaluation import judge_split
+from dbscale.training.results import judge_classes, summarize
 
 
 def test_weights_load_into_plain_timm(bench):
@@ -122,7 +124,8 @@ def test_a_timm_checkpoint_is_judged_as_timm_judges_it(name, bench, tmp_path):
     )
     restored = restore_model(recipe_model, tmp_path / "model.safetensors", num_classes=6, image_size=16)
     loader = make_eval_loader(test.subset(), batch_size=7, transform=transform)
-    found = evaluate(restored, loader, test.num_samples, SimpleNamespace(device=torch.device("cpu"), num_processes=1))
+    alone: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    found = summarize(judge_split(restored, loader, test.num_samples, alone, judge_classes), num_classes=6)
     assert 0.2 < 1 - found.error_rate < 1
     assert (1 - found.error_rate, 1 - found.top5_error_rate) == pytest.approx((float(top1) / 100, float(top5) / 100))
     assert found.correct_N.tolist() == (logits.argmax(1) == labels).tolist()
