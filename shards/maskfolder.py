@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from dbscale.data.manifest import TargetKind
 from dbscale.data.target import Mask
 from dbscale.errors import DataError
 from dbscale.shards.imagefolder import IMAGE_SUFFIXES, hidden, lines_of
-from dbscale.shards.source import FileSource, Listing, Local, TestFolder, Unused, WithTarget, class_names, split_off
-from dbscale.shards.target import MAX_CLASSES, read_mask
+from dbscale.shards.source import FileSource, Listing, Local, TestFolder, Unused, WithTarget, split_off
+from dbscale.shards.target import mask_classes, read_mask
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -29,17 +29,9 @@ VOC_CLASSES = (
 ADE20K_CLASSES = 150
 
 
-def _names(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = [f"class {number}" for number in range(value)]
-    names = value if isinstance(value, str) else class_names(value)
-    if isinstance(names, tuple) and len(names) > MAX_CLASSES:
-        raise ValueError(f"{len(names)} classes; a mask has at most {MAX_CLASSES}")
-    return names
-
-
-MaskClasses = Annotated[tuple[str, ...] | str, BeforeValidator(_names)]
-"""Class names by label, their number, or a text file below `path` with a name on each line."""
+FolderClasses = Annotated[tuple[str, ...] | str, BeforeValidator(lambda value: value if isinstance(value, str) else
+                                                                 mask_classes(value))]  # fmt: skip
+"""The same, or a text file below `path` with a name on each line."""
 
 
 class MaskFolder(FileSource):
@@ -53,7 +45,7 @@ class MaskFolder(FileSource):
     masks: Local = "annotations/{split}"
     lists: Local | None = None
     """Text file with the names of a split's samples, one a line; None takes all that lie in the folder of images."""
-    class_names: MaskClasses
+    class_names: FolderClasses
     first_label: Annotated[int, Field(ge=0)] = 0
     """The number of the first class in the files; what lies below is ignored."""
     ignore_labels: tuple[int, ...] = (255,)
@@ -67,7 +59,7 @@ class MaskFolder(FileSource):
             return self.class_names
         path = self.root / self.class_names
         try:
-            return _names([line.strip() for line in lines_of(path, "; set `class_names`") if line.strip()])
+            return mask_classes([line.strip() for line in lines_of(path, "; set `class_names`") if line.strip()])
         except ValueError as error:
             raise DataError(f"{path}: class list {error}") from error
 
@@ -81,7 +73,8 @@ class MaskFolder(FileSource):
         return [self.root / pattern.format(split=split) for pattern in patterns for split in self._splits.values()]
 
     def file_of(self, name: str) -> Path:
-        return self.root / name
+        """The image or its mask, whichever changed last."""
+        return max(self.root / name, self._mask_path(name), key=lambda path: path.stat().st_mtime_ns)
 
     def listings(self) -> dict[str, Listing]:
         listings = {name: self._listing(split) for name, split in self._splits.items()}
@@ -161,13 +154,13 @@ class VOC(MaskFolder):
     images: Local = "JPEGImages"
     masks: Local = "SegmentationClass"
     lists: Local | None = "ImageSets/Segmentation/{split}.txt"
-    class_names: MaskClasses = VOC_CLASSES
+    class_names: FolderClasses = VOC_CLASSES
 
 
 class ADE20K(MaskFolder):
     """ADE20K's scene parsing benchmark as unzipped (ADEChallengeData2016): 150 classes, 0 is "other" and ignored."""
 
-    class_names: MaskClasses = "objectInfo150.txt"
+    class_names: FolderClasses = "objectInfo150.txt"
     first_label: Annotated[int, Field(ge=0)] = 1
 
     @cached_property

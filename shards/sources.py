@@ -7,10 +7,11 @@ from typing import Any
 from dbscale.data.manifest import MANIFEST_NAME, load_manifest
 from dbscale.errors import ConfigError, nearest
 from dbscale.shards.cifar import Cifar
+from dbscale.shards.coco import Coco
 from dbscale.shards.generated import Digits, Fractals
 from dbscale.shards.imagefolder import ImageFolder, TinyImageNet
 from dbscale.shards.maskfolder import ADE20K, VOC, MaskFolder
-from dbscale.shards.parquet import Parquet
+from dbscale.shards.parquet import MaskParquet, Parquet
 from dbscale.shards.scenes import FractalBoxes, FractalMasks
 from dbscale.shards.source import FileSource, Source, listing_digest
 from dbscale.shards.webdataset import WebDatasetTars
@@ -27,6 +28,8 @@ KINDS: dict[str, type[Source]] = {
     "maskfolder": MaskFolder,
     "voc": VOC,
     "ade20k": ADE20K,
+    "parquet_masks": MaskParquet,
+    "coco": Coco,
     "fractal_masks": FractalMasks,
     "fractal_boxes": FractalBoxes,
 }

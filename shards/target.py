@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from pydantic import BeforeValidator
 
 from dbscale.data.decode import MAX_PIXELS, DecodeError, image_shape
 from dbscale.data.manifest import Encoding
@@ -25,11 +27,25 @@ from dbscale.data.target import (
     resize_target,
     square_target,
 )
-from dbscale.shards.source import Content
+from dbscale.shards.source import Content, class_names
 
 MAX_CLASSES = IGNORE
 _TOLERANCE_PX = 1.0
 """By how much a box may reach over the border: annotations are rounded."""
+
+
+def mask_classes(value: Any) -> tuple[str, ...]:
+    """Checks the classes of masks: their names, or how many there are."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [f"class {number}" for number in range(value)]
+    names = class_names(value)
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"{len(names)} classes; a mask has at most {MAX_CLASSES}")
+    return names
+
+
+MaskClasses = Annotated[tuple[str, ...], BeforeValidator(mask_classes)]
+"""Class names by label, or their number."""
 
 
 def read_mask(data: bytes, *, num_classes: int, first_label: int = 0, ignore_labels: Sequence[int] = (IGNORE,)) -> Mask:

@@ -64,7 +64,7 @@ def encode_mask(mask_HW: Mask) -> bytes:
 def decode_mask(data: bytes) -> Mask:
     """uint8 [H, W] of an 8-bit grey PNG. Raises DecodeError."""
     height, width = image_shape(data)
-    end = len(data) - 16  # checksum of the data chunk, and the end chunk
+    end = max(len(data) - 16, _IDAT_AT + 8)  # before the checksum of the data chunk, and the end chunk
     one_chunk = data.startswith(_PNG_START) and data[_IDAT_AT : _IDAT_AT + 8] == struct.pack(">I", end - 41) + b"IDAT"
     try:
         if one_chunk and data[24:29] == b"\x08\0\0\0\0":

@@ -17,8 +17,8 @@ from timm.utils.metrics import accuracy
 from dbscale.data import make_eval_loader, make_transform, open_dataset
 from dbscale.study.cost import num_params
 from dbscale.study.recipe import Budget, TimmModel
-from dbscale.training.models import restore_model, timm_arguments
 from dbscale.training.evaluation import judge_split
+from dbscale.training.models import restore_model, timm_arguments
 from dbscale.training.results import judge_classes, summarize
 
 

@@ -19,9 +19,9 @@ from dbscale.training import results, run
 from dbscale.training.checkpoint import LoopState
 from dbscale.training.device import count_train_flops
 from dbscale.training.engine import Batching
+from dbscale.training.evaluation import Evaluation
 from dbscale.training.prepare import Context
 from dbscale.training.progress import LossRecord
-from dbscale.training.evaluation import Evaluation
 from dbscale.training.results import Trained, calibration_error, make_row, summarize
 
 
