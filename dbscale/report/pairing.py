@@ -307,9 +307,11 @@ def _arm_pairs(
 
 
 def _by_sample(one: str, other: str, wrong: Mistakes | None) -> np.ndarray | None:
-    """Wrong by the first − wrong by the second, per test sample in {-1, 0, 1}; None without both."""
+    """Error of the first − error of the second by test sample, in {-1, 0, 1} for classes; None without both."""
     a, b = (wrong or {}).get(one), (wrong or {}).get(other)
-    return None if a is None or b is None or len(a) != len(b) else a.astype(np.int8) - b.astype(np.int8)
+    if a is None or b is None or len(a) != len(b) or a.dtype != b.dtype:
+        return None
+    return a.astype(np.int8) - b.astype(np.int8) if a.dtype == bool else a.astype(np.float64) - b
 
 
 def _test_variance(one: Run, other: Run, metric: str, samples: np.ndarray | None) -> float:

@@ -123,14 +123,18 @@ def _members(name: str) -> tuple[Any, ...]:
 
 
 def read_mistakes(path: Path) -> np.ndarray:
-    """Which test samples a cell got wrong, booleans over those that could be decoded, from its correct.npz.
+    """What each test sample of a cell adds to its error, over those that could be decoded, from its correct.npz: booleans,
+    whether it was wrong, of a classification; floats of another task, whose mean is the error.
 
     Raises TableError where the file is damaged.
     """
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             count = int(file["num_samples"])
-            correct, counted = (np.unpackbits(file[name], count=count).astype(bool) for name in ("correct", "counted"))
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
+            counted = np.unpackbits(file["counted"], count=count).astype(bool)
+            if "errors" in file:
+                return file["errors"][counted]
+            correct = np.unpackbits(file["correct"], count=count).astype(bool)
+    except (OSError, KeyError, ValueError, IndexError, EOFError, BadZipFile) as error:
         raise TableError(f"{path} cannot be read ({error}); remove the cell's folder to run it again") from error
     return ~correct[counted]

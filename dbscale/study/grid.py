@@ -30,7 +30,7 @@ from dbscale.study.recipe import (
     draw_seed,
     unfit_training,
 )
-from dbscale.study.task import WrittenTask
+from dbscale.study.task import BESIDE, TARGETS, WrittenTask, task_name
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 """Becomes a folder name: letters, digits, dot, underscore and hyphen."""
@@ -203,6 +203,17 @@ def check_sizes(grid: Grid, available: Mapping[str, int]) -> None:
                 f"grid {grid.name}: num_samples {too_large} of dataset {axis.dataset!r} do not fit; "
                 f"it holds {largest} training samples, so {largest} is the largest value"
             )
+
+
+def misfit(grid: Grid, dataset: str, target: str | None) -> str | None:
+    """Why a packed dataset cannot serve its axes: `target` is what lies beside its images, None where that is a label."""
+    for axis in (axis for _, variant in variants_of(grid) for axis in variant.axes if axis.dataset == dataset):
+        if TARGETS[task_name(axis.task)] != target:
+            return (
+                f"grid {grid.name}: {task_name(axis.task)} needs {BESIDE[TARGETS[task_name(axis.task)]]} beside each image, "
+                f"and dataset {dataset!r} has {BESIDE[target]}; set `task` of its entry, or name another dataset"
+            )
+    return None
 
 
 def overlapping_draws(grid: Grid, available: Mapping[str, int]) -> list[str]:

@@ -16,6 +16,8 @@ from dbscale.strict import Strict
 TaskName = Literal["classification", "segmentation", "detection"]
 TARGETS: dict[str, str | None] = {"classification": None, "segmentation": "mask", "detection": "boxes"}
 """The member that a dataset's shards hold beside each image."""
+BESIDE: dict[str | None, str] = {None: "a label", "mask": "a mask", "boxes": "boxes"}
+"""The same in words."""
 ERRORS: dict[str, str] = {
     "classification": "top-1 error rate",
     "segmentation": "1 − mIoU (mean intersection over union of the classes that occur)",

@@ -21,7 +21,7 @@ from dbscale.keyed import derive_seed
 from dbscale.study.cell import CellSpec
 from dbscale.study.recipe import Recipe
 from dbscale.study.store import Store
-from dbscale.study.task import TARGETS, Detection, Segmentation, task_name
+from dbscale.study.task import BESIDE, TARGETS, Detection, Segmentation, task_name
 from dbscale.training import detection, segmentation
 from dbscale.training.dense import DenseModel, drawn
 from dbscale.training.evaluation import Evaluation, Judge
@@ -66,10 +66,9 @@ def check_dataset(task: Task | None, dataset: Dataset) -> None:
     """Raise TrainingError where a dataset lacks what a task learns from."""
     wanted, found = TARGETS[task_name(task)], dataset.manifest.target
     if wanted != found:
-        names = {None: "one label an image", "mask": "masks", "boxes": "boxes"}
         raise TrainingError(
-            f"{dataset.folder} holds {names[found]}, and {task_name(task)} needs {names[wanted]}; set `task` of the "
-            "downstream entry, or name another dataset"
+            f"{dataset.folder} has {BESIDE[found]} beside each image, and {task_name(task)} needs {BESIDE[wanted]}; set "
+            "`task` of the downstream entry, or name another dataset"
         )
 
 

@@ -146,9 +146,9 @@ def test_augmentation_reaches_masks(bench):
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ({"dataset": "down", "task": Segmentation()}, "holds one label an image, and segmentation needs masks; set `task`"),
-        ({"dataset": "masks", "task": None}, "holds masks, and classification needs one label an image; set `task`"),
-        ({**DETECT, "dataset": "masks"}, "holds masks, and detection needs boxes"),
+        ({"dataset": "down", "task": Segmentation()}, "has a label beside each image, and segmentation needs a mask"),
+        ({"dataset": "masks", "task": None}, "has a mask beside each image, and classification needs a label; set"),
+        ({**DETECT, "dataset": "masks"}, "has a mask beside each image, and detection needs boxes"),
         ({**SEGMENT, "model": {"kind": "timm", "name": "mlp_mixer_none"}}, "timm knows no model"),
     ],
 )  # fmt: skip
