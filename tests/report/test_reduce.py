@@ -97,7 +97,8 @@ def test_every_column_comes_from_its_own_field(make_store):
     assert dataclasses.asdict(run) == {
         "variant": "base", "arm": "distilled", "student": point.student, "model": point.model, "num_params": 104,
         "upstream_dataset": "fractals", "upstream_samples": point.upstream_num_samples, "dataset": "digits",
-        "downstream_samples": point.num_samples, "seed": 1, "finetune": 0, "task": "detection", "error_rate": 0.11, "test_loss": 0.114,
+        "downstream_samples": point.num_samples, "seed": 1, "finetune": 0, "task": "detection", "error_rate": 0.11,
+            "test_loss": 0.114,
         "top5_error_rate": 0.111, "calibration_error": 0.112, "num_test_samples": 108, "num_classes": 105,
         "train_loss": 0.115, "num_steps": 106, "samples_seen": 107, "train_flops": 0.113, "upstream_stage": "distill",
         "upstream_error_rate": 0.901, "upstream_test_loss": 0.214, "upstream_samples_seen": 207,

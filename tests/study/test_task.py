@@ -89,7 +89,9 @@ def test_what_cannot_be_is_refused_in_one_sentence(axis: Any, changes: Any, sent
 def test_what_masks_do_not_follow_is_refused_when_the_grid_is_read(name: str) -> None:
     augment = {name: "rand-m9-inc1" if name == "rand_augment" else 0.5}
     training = {"budget": {"steps": 10}, "optim": {"lr": 1e-3}, "global_batch": 8, "augment": augment}
-    with pytest.raises(ConfigError, match=f"dataset 'down': segmentation takes no {name}: its targets would not follow"):
+    with pytest.raises(
+        ConfigError, match=f"dataset 'down': segmentation takes no {name}: its targets would not follow"
+    ):
         grid_with({"task": "segmentation"}, finetune=training)
     grid_with({"task": "segmentation", "finetune": {**training, "augment": {"hflip": 0.5}}}, finetune=training)
     grid_with({}, finetune=training)
