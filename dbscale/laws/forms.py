@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dbscale.errors import LawError, nearest
-from dbscale.laws.form import Columns, Contains, Form, Param, Scaling, Values, Variable
+from dbscale.laws.form import Columns, Form, Param, Scaling, Values, Variable
 
 UPSTREAM = Variable("upstream_samples", "D_p", aliases=("num_upstream_samples", "dp"))
 SIZE = Variable("num_params", "M", aliases=("N", "params"))
@@ -116,7 +116,7 @@ def transfer_gap_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
         tuple(v for v, _, _ in GRID if v.name in names),
         (Term("A", (("upstream_samples", "alpha", -1.0), *shared)), Term("G", shared)), offset="E_inf",
         source="Barnett 2408.16947; without E_inf Mikami et al. 2108.11018; M^-delta as in the product law",
-        contains=(Contains("product", product_as_gap),), restrict=transfer_gap_form,
+        contains={"product": product_as_gap}, restrict=transfer_gap_form,
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ POWER_TERM = (Term("b", (("x", "c", 1.0),)),)
 POWER = power_sum("power", "y = b*x^c", (ANY,), POWER_TERM, "M1 of 2209.06640", offset=None, signed=True)
 POWER_PLUS = power_sum(
     "power_plus", "y = E + b*x^c", (ANY,), POWER_TERM, "M2 of 2209.06640", signed=True,
-    contains=(Contains("power", lambda p: {"E": 0.0, **p}),),
+    contains={"power": lambda p: {"E": 0.0, **p}},
 )  # fmt: skip
 CHINCHILLA = power_sum(
     "chinchilla", "L = E + A/N^alpha + B/D^beta", (LM_SIZE, SAMPLES),
@@ -166,7 +166,7 @@ SATURATING = Form(
     ),
     (Scaling("b", "x", "c", 1.0), Scaling("g", "x", None, -1.0), Scaling("b", "y", None, 1.0)),
     "x > 0", "M3 of 2209.06640", gradient=saturating_gradient,
-    contains=(Contains("power", lambda p: {"b": p["b"], "g": 0.0, "c": -p["c"]}),),
+    contains={"power": lambda p: {"b": p["b"], "g": 0.0, "c": -p["c"]}},
 )  # fmt: skip
 
 
@@ -174,25 +174,14 @@ def bnsl_gradient(x: Columns, p: Values) -> tuple[np.ndarray, Values]:
     """a + b·x^-c0·(1 + (x/d1)^(1/f1))^(-c1·f1) and its slopes."""
     log = np.log(x["x"])
     t = (log - np.log(p["d1"])) / p["f1"]
-    bend, gate = softplus(t), sigmoid(t)
+    bend = np.logaddexp(0.0, t)
+    gate = np.exp(t - bend)
     bare = np.exp(-p["c0"] * log - p["c1"] * p["f1"] * bend)
     part = p["b"] * bare
     return p["a"] + part, {
         "a": np.ones_like(part), "b": bare, "c0": -part * log, "c1": -part * p["f1"] * bend,
         "d1": part * p["c1"] * gate / p["d1"], "f1": part * p["c1"] * (gate * t - bend),
     }  # fmt: skip
-
-
-def softplus(t: np.ndarray) -> np.ndarray:
-    """log(1 + e^t) without overflow, for complex numbers too."""
-    above = np.real(t) > 0
-    return np.where(above, t, 0) + np.log1p(np.exp(np.where(above, -t, t)))
-
-
-def sigmoid(z: np.ndarray) -> np.ndarray:
-    """1/(1 + e^-z) without overflow."""
-    small = np.exp(-np.abs(z))
-    return np.where(np.real(z) >= 0, 1.0, small) / (1.0 + small)
 
 
 def rectified_as_bnsl(p: Mapping[str, float]) -> dict[str, float]:
@@ -216,11 +205,11 @@ BNSL = Form(
     ),
     (Scaling("b", "x", "c0", 1.0), Scaling("d1", "x", None, 1.0), Scaling("b", "y", None, 1.0)),
     "x > 0; one break", "Caballero et al. 2210.14891", gradient=bnsl_gradient,
-    contains=(
-        Contains("power_plus", lambda p: {"a": p["E"], "b": p["b"], "c0": -p["c"], "c1": 0.0}),
-        Contains("saturating", lambda p: {"a": 0.0, "b": p["b"], "c0": p["c"], "c1": -p["c"], "d1": 1 / p["g"], "f1": 1.0}),
-        Contains("rectified", rectified_as_bnsl),
-    ),
+    contains={
+        "power_plus": lambda p: {"a": p["E"], "b": p["b"], "c0": -p["c"], "c1": 0.0},
+        "saturating": lambda p: {"a": 0.0, "b": p["b"], "c0": p["c"], "c1": -p["c"], "d1": 1 / p["g"], "f1": 1.0},
+        "rectified": rectified_as_bnsl,
+    },
 )  # fmt: skip
 
 
@@ -243,7 +232,7 @@ RECTIFIED = Form(
     ),
     (Scaling("B", "x", "beta", 1.0), Scaling("D_l", "x", "beta", 1.0), Scaling("B", "y", None, 1.0)),
     "x > 0 (finetuning sizes)", "Lin et al. 2402.02314", gradient=rectified_gradient,
-    contains=(Contains("power_plus", lambda p: {"E": p["E"], "B": p["b"], "D_l": 0.0, "beta": -p["c"]}),),
+    contains={"power_plus": lambda p: {"E": p["E"], "B": p["b"], "D_l": 0.0, "beta": -p["c"]}},
 )  # fmt: skip
 
 LOG_LAW = Form(
@@ -287,34 +276,18 @@ def m4_root(right: np.ndarray, level: np.ndarray, a: np.ndarray) -> np.ndarray:
 
 
 def m4_parts(right: np.ndarray, p: Values, offset: str) -> tuple[np.ndarray, np.ndarray]:
-    """ε − E and E0 − ε, each without cancellation; nan where E0 ≤ E. Real parts only."""
-    right, level, a = np.real(right), np.real(p["E0"] - p[offset]), np.real(p["a"])
-    z = m4_root(right, level, a)
-    plain = np.exp(right)
+    """ε − E and E0 − ε, each without cancellation; nan where E0 ≤ E. At a = 0 the law is E + right side, whatever E0."""
+    level, a = p["E0"] - p[offset], p["a"]
+    z, plain = m4_root(right, level, a), np.exp(right)
     level = np.where(level > 0, level, np.nan)
-    above = np.where(a == 0, plain, level * sigmoid(z))
-    return above, np.where(a == 0, np.maximum(level - plain, 1e-12), np.maximum(level * sigmoid(-z), 1e-300))
-
-
-def m4_right(x: Columns, p: Values, term: Term) -> np.ndarray:
-    """log(amplitude · Π variable^(sign · exponent))."""
-    return np.log(p[term.amplitude]) + sum(s * p[e] * np.log(x[v]) for v, e, s in term.factors)
-
-
-def m4_value(x: Columns, p: Values, offset: str, term: Term) -> np.ndarray:
-    """ε. At a = 0 this is E + right side, whatever E0. Complex parts are carried by the implicit function's slope."""
-    right = m4_right(x, p, term)
-    above, below = m4_parts(right, p, offset)
-    if not any(np.iscomplexobj(v) for v in p.values()):
-        return p[offset] + above
-    a, shift = np.real(p["a"]), {name: np.imag(p[name]) for name in (offset, "E0", "a")}
-    moved = shift[offset] / above + a * shift["E0"] / below + shift["a"] * np.log(below) + np.imag(right)
-    return np.real(p[offset]) + above + 1j * moved / (1.0 / above + a / below)
+    above, below = (np.maximum(level * np.exp(-np.logaddexp(0.0, -end)), 1e-300) for end in (z, -z))
+    return np.where(a == 0, plain, above), np.where(a == 0, np.maximum(level - plain, 1e-12), below)
 
 
 def m4_gradient(x: Columns, p: Values, offset: str, term: Term) -> tuple[np.ndarray, Values]:
     """y and its slopes from the implicit equation F = log(ε − E) − a·log(E0 − ε) − right = 0."""
-    above, below = m4_parts(m4_right(x, p, term), p, offset)
+    right = np.log(p[term.amplitude]) + sum(s * p[e] * np.log(x[v]) for v, e, s in term.factors)
+    above, below = m4_parts(right, p, offset)
     slope = 1.0 / (1.0 / above + p["a"] / below)  # 1 / (∂F/∂ε)
     return p[offset] + above, {
         offset: slope / above, "E0": slope * p["a"] / below, "a": slope * np.log(below),
@@ -338,13 +311,13 @@ def m4_form(
     return Form(
         name, equation, variables, params, (*term.scaling(), *in_y),
         "all variables > 0, E < y < E0; for error rates E0 is at most 1", source,
-        value=lambda x, p: m4_value(x, p, offset, term), gradient=lambda x, p: m4_gradient(x, p, offset, term), **about,
+        gradient=lambda x, p: m4_gradient(x, p, offset, term), **about,
     )  # fmt: skip
 
 
 M4 = m4_form(
     "m4", "(y - E)/(E0 - y)^a = b*x^c", (ANY,), "E", *POWER_TERM, source="M4 of Alabdulmohsin et al. 2209.06640",
-    contains=(Contains("power_plus", lambda p: {**p, "a": 0.0}),),
+    contains={"power_plus": lambda p: {**p, "a": 0.0}},
 )  # fmt: skip
 
 
@@ -356,7 +329,7 @@ def m4_product_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
     text, variables, term = product_term(names)
     return m4_form("m4_product", f"(E - E_inf)/(E0 - E)^a = {text}", variables, "E_inf", term,
                    "the product law of 2504.13219 inside M4 of 2209.06640", restrict=m4_product_form,
-                   contains=(Contains("product", lambda p: {**p, "a": 0.0}),))  # fmt: skip
+                   contains={"product": lambda p: {**p, "a": 0.0}})  # fmt: skip
 
 
 # Laws of training runs: repeated data, and distillation with the teacher's loss.
@@ -383,9 +356,7 @@ def data_constrained_value(x: Columns, p: Values) -> np.ndarray:
     gain = np.exp(np.log(a * p["A"] / (b * p["B"])) / (a + b))
     log_optimal = np.log(gain) + (np.log(x["unique_samples"]) + np.log(gain)) * b / a
     log_size = np.log(x["num_params"])
-    least = log_size - FURTHEST
-    log_base = np.where(np.real(log_optimal) > least, log_optimal, least)
-    log_base = np.where(np.real(log_optimal) < log_size, log_base, log_size)
+    log_base = np.clip(log_optimal, log_size - FURTHEST, log_size)
     size = log_effective(log_base, np.exp(log_size - log_base) - 1, p["R_N"])
     repeats = x["num_samples"] / x["unique_samples"] - 1
     samples = log_effective(np.log(x["unique_samples"]), np.maximum(repeats, 0), p["R_D"])
@@ -403,7 +374,7 @@ DATA_CONSTRAINED = Form(
     (*LM_PARAMS, Param("R_D", "log", (1.0, 100.0), 1e-3), Param("R_N", "log", (1.0, 100.0), 1e-3)),
     (*LM_SCALING, Scaling("A", "y", None, 1.0), Scaling("B", "y", None, 1.0)),
     "num_samples >= unique_samples > 0", "Muennighoff et al. 2305.16264", value=data_constrained_value,
-    contains=(Contains("chinchilla", lambda p: {**p, "R_D": 1e20, "R_N": 1e20}),),
+    contains={"chinchilla": lambda p: {**p, "R_D": 1e20, "R_N": 1e20}},
 )  # fmt: skip
 
 
@@ -416,7 +387,7 @@ def log_apple_sum(x: Columns, p: Values) -> np.ndarray:
 def apple_distillation_value(x: Columns, p: Values) -> np.ndarray:
     """L_T + L_T^-c0·(1 + (L_T/(L̃_S·d1))^(1/f1))^(-c1·f1)·(A/N_S^α + B/D_S^β)^γ."""
     teacher = np.log(x["teacher_loss"])
-    bend = softplus((teacher - np.log(x["supervised_loss"]) - np.log(p["d1"])) / p["f1"])
+    bend = np.logaddexp(0.0, (teacher - np.log(x["supervised_loss"]) - np.log(p["d1"])) / p["f1"])
     return x["teacher_loss"] + np.exp(-p["c0"] * teacher - p["c1"] * p["f1"] * bend + log_apple_sum(x, p))
 
 
@@ -425,7 +396,7 @@ APPLE_SUPERVISED = Form(
     "apple_supervised", "L = E + (A/N^alpha + B/D^beta)^gamma", (LM_SIZE, SAMPLES), (*LM_PARAMS, GAMMA), LM_SCALING,
     "all variables > 0", "Busbridge et al. 2502.08606, the supervised law",
     value=lambda x, p: p["E"] + np.exp(log_apple_sum(x, p)),
-    contains=(Contains("chinchilla", lambda p: {**p, "gamma": 1.0}),),
+    contains={"chinchilla": lambda p: {**p, "gamma": 1.0}},
 )  # fmt: skip
 APPLE_DISTILLATION = Form(
     "apple_distillation", "L_S = L_T + L_T^-c0*(1 + (L_T/(L~_S*d1))^(1/f1))^(-c1*f1)*(A/N_S^alpha + B/D_S^beta)^gamma",

@@ -9,14 +9,15 @@ which is what pairs the arms of a study.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from dbscale.errors import LawError, nearest
-from dbscale.laws.fit import LOST, LawFit, make_problem, smooth_curvature, spread_starts
+from dbscale.laws.fit import LOST, Interval, LawFit, make_problem, smooth_curvature, spread_starts
 from dbscale.laws.form import as_numbers
 from dbscale.laws.solver import Problem, minimise, polish
 
@@ -32,44 +33,46 @@ REACH = 40
 @dataclass(frozen=True)
 class Resampling:
     """How a table is resampled: in a hierarchy of clusters (a cell), labels within them (a seed), and the noise of the
-    finite test set."""
+    finite test set. Two tables given the same labels and seed stay paired."""
 
     num_resamples: int = 1000
-    clusters: np.ndarray | None = None
+    clusters: Any = None
     """[n] labels of rows that are drawn together; None: each row alone."""
-    within: np.ndarray | None = None
+    within: Any = None
     """[n] labels of what is drawn again inside each cluster."""
-    stderr: np.ndarray | None = None
+    stderr: Any = None
     """[n] standard error of each y from its test set, redrawn as normal noise, in units of y."""
     seed: int = 0
 
-    @classmethod
-    def make(cls, num_rows: int, num_resamples: int, clusters, within, stderr, seed: int) -> Resampling:
-        """Checked for lengths and values. Raises LawError."""
-        columns = {
-            "clusters": None if clusters is None else np.asarray(clusters),
-            "within": None if within is None else np.asarray(within),
-            "stderr": None if stderr is None else as_numbers("stderr", stderr) * np.ones(num_rows),
-        }
+    def checked(self, num_rows: int) -> Resampling:
+        """With columns as arrays of one length. Raises LawError for other lengths and values."""
+        columns = {n: None if c is None else np.asarray(c) for n, c in (("clusters", self.clusters), ("within", self.within))}
+        columns["stderr"] = None if self.stderr is None else as_numbers("stderr", self.stderr) * np.ones(num_rows)
         for name, column in columns.items():
             if column is not None and column.shape != (num_rows,):
                 raise LawError(f"{name} has shape {column.shape}, the table {num_rows} rows")
         if columns["stderr"] is not None and not np.all(columns["stderr"] >= 0):
             raise LawError("stderr must not be negative")
-        if num_resamples < 1:
-            raise LawError(f"num_resamples must be at least 1, got {num_resamples}")
-        return cls(num_resamples, columns["clusters"], columns["within"], columns["stderr"], seed)
+        if self.num_resamples < 1:
+            raise LawError(f"num_resamples must be at least 1, got {self.num_resamples}")
+        return replace(self, **columns)
+
+    def _labels(self, num_rows: int) -> list[str]:
+        return [str(c) for c in (range(num_rows) if self.clusters is None else self.clusters)]
+
+    def num_clusters(self, num_rows: int) -> int:
+        """How many clusters are drawn."""
+        return len(set(self._labels(num_rows)))
 
     def weights(self, num_rows: int) -> np.ndarray:
         """Weight of each row in each resample [B, n], 1 on average."""
-        labels = [str(c) for c in (range(num_rows) if self.clusters is None else self.clusters)]
-        drawn = {label: self._drawn(label) for label in dict.fromkeys(labels)}
-        weights = np.stack([drawn[label] for label in labels], axis=1)
-        if self.within is None:
-            return weights
-        inner = [f"{outer}/{label}" for outer, label in zip(labels, self.within, strict=True)]
-        drawn = {label: self._drawn(label) for label in dict.fromkeys(inner)}
-        return weights * np.stack([drawn[label] for label in inner], axis=1)
+        outer = self._labels(num_rows)
+        inner = [] if self.within is None else [f"{a}/{b}" for a, b in zip(outer, self.within, strict=True)]
+        weights = np.ones((self.num_resamples, num_rows))
+        for labels in filter(None, (outer, inner)):
+            drawn = {label: self._drawn(label) for label in dict.fromkeys(labels)}
+            weights *= np.stack([drawn[label] for label in labels], axis=1)
+        return weights
 
     def _drawn(self, label: str) -> np.ndarray:
         return np.random.default_rng([self.seed, zlib.crc32(label.encode())]).beta(0.5, 1.5, self.num_resamples) * 4
@@ -79,12 +82,7 @@ class Resampling:
         if self.stderr is None:
             return None
         noise = np.random.default_rng([self.seed, 1]).standard_normal((self.num_resamples, len(fit.y))) * self.stderr
-        target = fit.problem.target
-        return target + noise / (fit.y if fit.loss.is_log else fit.units["y"])
-
-    def num_clusters(self, num_rows: int) -> int:
-        """How many clusters are drawn."""
-        return num_rows if self.clusters is None else len({str(c) for c in self.clusters})
+        return fit.problem.target + noise / (fit.y if fit.loss.is_log else fit.units["y"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +105,7 @@ class Bootstrap:
         sizes = self.params.std(axis=0, ddof=1)
         return dict(zip(self.fit.form.param_names, sizes.tolist(), strict=True))
 
-    def interval(self, level: float = 0.9) -> dict[str, tuple[float, float] | None]:
+    def interval(self, level: float = 0.9) -> dict[str, Interval]:
         """Percentile interval of each parameter, widened for small tables; None where it is not determined.
 
         Percentiles of n resampled rows are too narrow by √(n/(n − p)) and by Student's t over the normal quantile; both
@@ -128,22 +126,9 @@ class Bootstrap:
         return self.fit.predict_draws(x, self.theta)
 
 
-def bootstrap(
-    fit: LawFit,
-    *,
-    num_resamples: int = 1000,
-    clusters: object = None,
-    within: object = None,
-    stderr: object = None,
-    seed: int = 0,
-) -> Bootstrap:
-    """Refit `fit` to `num_resamples` resampled tables.
-
-    `clusters` [n] labels rows that are drawn together (default: each row alone; pass the cell), `within` [n] what is
-    drawn again inside each cluster (the seed), `stderr` [n] the standard error of each y from its finite test set. Two
-    arms given the same labels and seed stay paired. Raises LawError for columns of another length.
-    """
-    how = Resampling.make(len(fit.y), num_resamples, clusters, within, stderr, seed)
+def bootstrap(fit: LawFit, how: Resampling) -> Bootstrap:
+    """Refit `fit` to resampled tables. Raises LawError for columns of another length."""
+    how = how.checked(len(fit.y))
     theta = refit(fit, how.weights(len(fit.y)), how.targets(fit))
     return Bootstrap(fit, theta, how.num_clusters(len(fit.y)))
 
@@ -178,7 +163,7 @@ def smallest_starts(fit: LawFit) -> np.ndarray:
     return spread_starts(fit.problem, 64, fit.seed).min(axis=0)
 
 
-def parameter_intervals(fit: LawFit, level: float = 0.9) -> dict[str, tuple[float, float] | None]:
+def parameter_intervals(fit: LawFit, level: float = 0.9) -> dict[str, Interval]:
     """Student-t interval of each parameter from the curvature, symmetric in the coordinates (amplitudes stay positive).
 
     Parameters at a bound get their profile-likelihood interval, fixed ones no width, undetermined ones None.
@@ -188,15 +173,13 @@ def parameter_intervals(fit: LawFit, level: float = 0.9) -> dict[str, tuple[floa
     return intervals_of(fit, np.stack([middle - half, middle + half]), level, {})
 
 
-def intervals_of(
-    fit: LawFit, ends: np.ndarray, level: float, pressed: dict[str, bool]
-) -> dict[str, tuple[float, float] | None]:
+def intervals_of(fit: LawFit, ends: np.ndarray, level: float, pressed: dict[str, bool]) -> dict[str, Interval]:
     """Intervals in the table's units from coordinates `ends` [2, p], except where a rule overrides them."""
-    found: dict[str, tuple[float, float] | None] = {}
+    found: dict[str, Interval] = {}
     own = np.diag(fit.form.unscaling(fit.units)[0])
-    box = [np.where(fit.form.is_log, sign * np.inf, own * end) for sign, end in ((-1, fit.lower), (1, fit.upper))]
+    box = np.array([np.where(fit.form.is_log, side * np.inf, own * end) for side, end in ((-1, fit.lower), (1, fit.upper))])
     with np.errstate(over="ignore"):
-        low, high = np.where(fit.form.is_log, np.exp(ends), np.clip(ends, *box))
+        ends = np.where(fit.form.is_log, np.exp(ends), np.clip(ends, *box))
     for k, name in enumerate(fit.form.param_names):
         if name in fit.fixed:
             found[name] = (fit.params[name], fit.params[name])
@@ -204,9 +187,8 @@ def intervals_of(
             found[name] = None
         else:
             at_bound = name in fit.at_bound or pressed.get(name, False)
-            both = profile_interval(fit, name, level) if at_bound else (float(low[k]), float(high[k]))
-            empty = says_nothing(both, is_log=bool(fit.form.is_log[k]), box=(float(box[0][k]), float(box[1][k])))
-            found[name] = None if empty else both
+            both = profile_interval(fit, name, level) if at_bound else (float(ends[0, k]), float(ends[1, k]))
+            found[name] = None if says_nothing(both, is_log=bool(fit.form.is_log[k]), box=tuple(box[:, k])) else both
     return found
 
 
@@ -310,11 +292,11 @@ class Profile:
 
 
 @lru_cache(maxsize=256)
-def student_quantile(level: float, degrees: int) -> float:
+def student_quantile(level: float, degrees: float) -> float:
     """Half-width of the central interval of Student's t in standard errors; one degree of freedom is the least."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(max(degrees, 1), 0.5 + level / 2))
+    return float(stdtrit(max(degrees, 1.0), 0.5 + level / 2))
 
 
 def normal_quantile(level: float) -> float:

@@ -261,7 +261,7 @@ def test_a_vanished_gap_is_at_its_bound() -> None:
 
 # Laws that contain others.
 
-NESTED = [(f.name, c.name) for f in FORMS.values() for c in f.contains if len(f.variables) == 1]
+NESTED = [(f.name, inner) for f in FORMS.values() for inner in f.contains if len(f.variables) == 1]
 SHAPES = {
     "falling": lambda x, rng: 0.1 + rng.random() * x ** -rng.uniform(0, 1) * np.exp(0.1 * rng.standard_normal(len(x))),
     "loss": lambda x, rng: 2 + rng.random() * x ** -rng.uniform(0, 1) * np.exp(0.05 * rng.standard_normal(len(x))),
@@ -404,8 +404,8 @@ def changed(values: np.ndarray, row: int, value: float) -> np.ndarray:
         (X6, np.zeros(6), "0 in every row"),
         (X6, Y6[:4], "6 rows, y has 4"),
         ([], [], "no rows"),
-        (["1e3", "many"], [0.1, 0.2], "'many' is not a number"),
-        (X6, [["a"]], "not a number"),
+        (["1e3", "many"], [0.1, 0.2], "column 'x' must hold numbers: .*'many'"),
+        (X6, [["a"]], "must hold numbers"),
         (X6[None], Y6[None], "one-dimensional"),
     ],
 )
