@@ -14,13 +14,21 @@ from dbscale.laws.noise import NOISE_TABLES, Component, NoiseModel, fit_noise, n
 from dbscale.laws.select import Candidate, Selection, select_law
 from dbscale.laws.solver import LOSSES, Loss
 from dbscale.laws.table import error_weights, seed_spread
-from dbscale.laws.uncertainty import Bootstrap, Resampling, bootstrap, parameter_intervals, profile_interval
+from dbscale.laws.uncertainty import (
+    Bootstrap,
+    Premise,
+    Resampling,
+    bootstrap,
+    parameter_intervals,
+    premise,
+    profile_interval,
+)
 
 __all__ = [
-    "FORMS", "LOSSES", "NOISE_TABLES",
-    "Allocation", "Bootstrap", "Candidate", "Component", "DeltaCurves", "DeltaPoint", "Form", "LawError", "LawFit", "Loss",
-    "NoiseModel", "NotEnoughData", "Pairs", "Power", "Prices", "Resampling", "Selection", "TransferGap", "Verdict",
-    "allocate", "bootstrap", "delta_curves", "delta_points", "error_weights", "exchange_rates", "find_form", "fit_law",
-    "fit_noise", "judge", "make_pairs", "noise_of", "parameter_intervals", "power", "profile_interval", "seed_spread",
-    "select_law", "transfer_gap",
+    "FORMS", "LOSSES", "NOISE_TABLES", "Allocation", "Bootstrap", "Candidate", "Component", "DeltaCurves",
+    "DeltaPoint", "Form", "LawError", "LawFit", "Loss", "NoiseModel", "NotEnoughData", "Pairs", "Power", "Premise",
+    "Prices", "Resampling", "Selection", "TransferGap", "Verdict", "allocate", "bootstrap", "delta_curves",
+    "delta_points", "error_weights", "exchange_rates", "find_form", "fit_law", "fit_noise", "judge", "make_pairs",
+    "noise_of", "parameter_intervals", "power", "premise", "profile_interval", "seed_spread", "select_law",
+    "transfer_gap",
 ]  # fmt: skip

@@ -109,7 +109,12 @@ def judge(
         family=family,
         min_effect=min_effect,
         num_seeds=int(np.median([p.num_seeds for p in points])),
-        smallest_effect=detectable(*(float(np.median([getattr(p, n) for p in points])) for n in ("stderr", "degrees")), len(points), level, family),
+        smallest_effect=detectable(
+            *(float(np.median([getattr(p, n) for p in points])) for n in ("stderr", "degrees")),
+            len(points),
+            level,
+            family,
+        ),
         more_seeds=_more_seeds(points, curves, min_effect, level, family) if kind == "undecided" else None,
         notes=tuple(name for name, true in notes.items() if true),
         **found,

@@ -238,7 +238,9 @@ class Search:
                 "fix parameters, or use a smaller law"
             )
         if num_distinct <= num_params + 1:
-            self.warnings.append(f"{num_distinct} distinct points for {num_params} parameters: the fit all but interpolates")
+            self.warnings.append(
+                f"{num_distinct} distinct points for {num_params} parameters: the fit all but interpolates"
+            )
         return self.finish(self.run(self.form))
 
     def units(self) -> dict[str, float]:

@@ -133,8 +133,13 @@ class Form:
         """y [S, n] and ∂y/∂coordinates [S, p, n]: by hand where the form has it, else by central differences."""
         with np.errstate(all="ignore"):
             if self.gradient is None:
-                ends = [self.evaluate(x, theta + side * STEP * row) for row in np.eye(len(self.params)) for side in (1, -1)]
-                y, rows = self.evaluate(x, theta), [(a - b) / (2 * STEP) for a, b in zip(ends[::2], ends[1::2], strict=True)]
+                ends = [
+                    self.evaluate(x, theta + side * STEP * row) for row in np.eye(len(self.params)) for side in (1, -1)
+                ]
+                y, rows = (
+                    self.evaluate(x, theta),
+                    [(a - b) / (2 * STEP) for a, b in zip(ends[::2], ends[1::2], strict=True)],
+                )
             else:
                 p = self.natural(theta)
                 y, slopes = self.gradient(x, p)

@@ -7,7 +7,7 @@ of them), curves of one variable that saturate, bend or break, and laws of train
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ GRID = ((UPSTREAM, "A", "alpha"), (SIZE, "B", "beta"), (DOWNSTREAM, "C", "gamma"
 GRID_NAMES = tuple(v.name for v, _, _ in GRID)
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """amplitude · Π variable^(sign · exponent)."""
 
     amplitude: str
@@ -34,8 +33,20 @@ class Term:
     """(variable, exponent, sign) each."""
 
     def scaling(self) -> tuple[Scaling, ...]:
-        """How the amplitude moves with the units of its variables."""
-        return tuple(Scaling(self.amplitude, v, e, -s) for v, e, s in self.factors)
+        """How the amplitude moves with the units of its variables and of y."""
+        return (
+            *(Scaling(self.amplitude, v, e, -s) for v, e, s in self.factors),
+            Scaling(self.amplitude, "y", None, 1.0),
+        )
+
+    def log_product(self, x: Columns, p: Values) -> np.ndarray:
+        """Logarithm of the term over its amplitude."""
+        return np.asarray(sum(s * p[e] * np.log(x[v]) for v, e, s in self.factors))
+
+
+def falling(amplitude: str, *pairs: tuple[str, str]) -> Term:
+    """amplitude · Π variable^-exponent, from (variable, exponent) each."""
+    return Term(amplitude, tuple((v, e, -1.0) for v, e in pairs))
 
 
 def power_sum_gradient(x: Columns, p: Values, offset: str | None, terms: tuple[Term, ...]) -> tuple[np.ndarray, Values]:
@@ -43,12 +54,11 @@ def power_sum_gradient(x: Columns, p: Values, offset: str | None, terms: tuple[T
     total: np.ndarray | float = p[offset] if offset else 0.0
     slopes: dict[str, np.ndarray] = {}
     for term in terms:
-        logs = {e: s * np.log(x[v]) for v, e, s in term.factors}
-        slopes[term.amplitude] = np.exp(sum(p[e] * log for e, log in logs.items()))
+        slopes[term.amplitude] = np.exp(term.log_product(x, p))
         part = p[term.amplitude] * slopes[term.amplitude]
         total = total + part
-        for e, log in logs.items():
-            slopes[e] = slopes.get(e, np.zeros(())) + part * log
+        for v, e, s in term.factors:
+            slopes[e] = slopes.get(e, np.zeros(())) + part * s * np.log(x[v])
     if offset:
         slopes[offset] = np.ones_like(total)
     return np.asarray(total), slopes
@@ -77,7 +87,7 @@ def power_sum(
     params = [offset_param(offset)] if offset else []
     params += [Param(t.amplitude, "log", (0.02, 1.5), unit="y_mid") for t in terms]
     params += [exponent_param(e, s, signed=signed) for e, s in exponents.items()]
-    scaling = tuple(rule for t in terms for rule in (*t.scaling(), Scaling(t.amplitude, "y", None, 1.0)))
+    scaling = tuple(rule for t in terms for rule in t.scaling())
     return Form(name, equation, variables, tuple(params), scaling, domain, source,
                 gradient=lambda x, p: power_sum_gradient(x, p, offset, terms), **about)  # fmt: skip
 
@@ -87,7 +97,7 @@ def additive_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
     used = [row for row in GRID if row[0].name in names]
     equation = "E = E_inf + " + " + ".join(f"{a}*{v.symbol}^-{e}" for v, a, e in used)
     return power_sum("additive", equation, tuple(v for v, _, _ in used),
-                     tuple(Term(a, ((v.name, e, -1.0),)) for v, a, e in used),
+                     tuple(falling(a, (v.name, e)) for v, a, e in used),
                      "2504.13219, one reading of its Eq. 1", offset="E_inf", restrict=additive_form)  # fmt: skip
 
 
@@ -95,7 +105,7 @@ def product_term(names: tuple[str, ...]) -> tuple[str, tuple[Variable, ...], Ter
     """K·D_p^-α·M^-β·D_f^-γ over those of the three variables that vary, as text, its variables, and as a term."""
     used = [row for row in GRID if row[0].name in names]
     text = "K" + "".join(f"*{v.symbol}^-{e}" for v, _, e in used)
-    return text, tuple(v for v, _, _ in used), Term("K", tuple((v.name, e, -1.0) for v, _, e in used))
+    return text, tuple(v for v, _, _ in used), falling("K", *((v.name, e) for v, _, e in used))
 
 
 def product_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
@@ -109,12 +119,12 @@ def transfer_gap_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
     """E = (A·D_p^-α + G)·D_f^-β + E∞, times M^-δ where model sizes vary: a product law with a gap."""
     if not {"upstream_samples", "downstream_samples"} <= set(names):
         raise LawError(f"transfer_gap needs upstream_samples and downstream_samples to vary; only {names} do")
-    size = (("num_params", "delta", -1.0),) if "num_params" in names else ()
-    shared = (*size, ("downstream_samples", "beta", -1.0))
+    size = (("num_params", "delta"),) if "num_params" in names else ()
+    shared = (*size, ("downstream_samples", "beta"))
     return power_sum(
         "transfer_gap", f"E = (A*D_p^-alpha + G)*{'M^-delta*' if size else ''}D_f^-beta + E_inf",
         tuple(v for v, _, _ in GRID if v.name in names),
-        (Term("A", (("upstream_samples", "alpha", -1.0), *shared)), Term("G", shared)), offset="E_inf",
+        (falling("A", ("upstream_samples", "alpha"), *shared), falling("G", *shared)), offset="E_inf",
         source="Barnett 2408.16947; without E_inf Mikami et al. 2108.11018; M^-delta as in the product law",
         contains={"product": product_as_gap}, restrict=transfer_gap_form,
     )  # fmt: skip
@@ -134,7 +144,7 @@ POWER_PLUS = power_sum(
 )  # fmt: skip
 CHINCHILLA = power_sum(
     "chinchilla", "L = E + A/N^alpha + B/D^beta", (LM_SIZE, SAMPLES),
-    (Term("A", (("num_params", "alpha", -1.0),)), Term("B", (("num_samples", "beta", -1.0),))),
+    (falling("A", ("num_params", "alpha")), falling("B", ("num_samples", "beta"))),
     source="Hoffmann et al. 2203.15556; data and fit of 2404.10102",
 )  # fmt: skip
 EFFECTIVE_DATA = power_sum(
@@ -286,8 +296,7 @@ def m4_parts(right: np.ndarray, p: Values, offset: str) -> tuple[np.ndarray, np.
 
 def m4_gradient(x: Columns, p: Values, offset: str, term: Term) -> tuple[np.ndarray, Values]:
     """y and its slopes from the implicit equation F = log(ε − E) − a·log(E0 − ε) − right = 0."""
-    right = np.log(p[term.amplitude]) + sum(s * p[e] * np.log(x[v]) for v, e, s in term.factors)
-    above, below = m4_parts(right, p, offset)
+    above, below = m4_parts(np.log(p[term.amplitude]) + term.log_product(x, p), p, offset)
     slope = 1.0 / (1.0 / above + p["a"] / below)  # 1 / (∂F/∂ε)
     return p[offset] + above, {
         offset: slope / above, "E0": slope * p["a"] / below, "a": slope * np.log(below),
@@ -300,7 +309,6 @@ def m4_form(
     name: str, equation: str, variables: tuple[Variable, ...], offset: str, term: Term, source: str, **about
 ) -> Form:  # fmt: skip
     """A law of this family; `about` are the rest of `Form`'s fields."""
-    in_y = (Scaling(term.amplitude, "y", None, 1.0), Scaling(term.amplitude, "y", "a", -1.0))
     params = (
         offset_param(offset),
         Param("E0", "linear", (1.001, 1.6), 0.0, np.inf, unit="y_high", is_ceiling=True),
@@ -309,7 +317,7 @@ def m4_form(
         *(exponent_param(e, s, signed=s > 0) for _, e, s in term.factors),
     )
     return Form(
-        name, equation, variables, params, (*term.scaling(), *in_y),
+        name, equation, variables, params, (*term.scaling(), Scaling(term.amplitude, "y", "a", -1.0)),
         "all variables > 0, E < y < E0; for error rates E0 is at most 1", source,
         gradient=lambda x, p: m4_gradient(x, p, offset, term), **about,
     )  # fmt: skip

@@ -19,14 +19,14 @@ from dbscale.laws.fit import Bounds, Interval, LawFit, Search, finite_or_none, s
 from dbscale.laws.form import Form, as_numbers
 from dbscale.laws.forms import FORMS, ONE_VARIABLE, find_form
 from dbscale.laws.solver import Loss, minimise
-from dbscale.laws.uncertainty import Bootstrap, Resampling, bootstrap, normal_quantile, refit, student_quantile
+from dbscale.laws.uncertainty import Bootstrap, Resampling, bootstrap, central_quantile, refit
 
 POINTS_PER_PARAM = 1.5
 """The average holds the laws for which the table has that many distinct points per parameter; a closer fit is luck."""
 TRUST, FAR = 4.0, 0.5
 """Near the data weights are 1 / (rms residual)⁴; from FAR of the measured range (in log x) beyond it on, where residuals
 say nothing, each law counts alike but the lowest and the highest, which are left out. In between the two are mixed.
-Chosen with whole families of curves left out, and no worse on any than plain means of the same fits: docs/benchmarks/laws.md.
+No worse on any family of learning curves tried than plain means of the same fits: docs/benchmarks/laws.md.
 """
 LEVEL_SHARE = 0.05
 """A law of one variable is moved to the level of the data's end: of the largest 5 % of the rows, two rows at least."""
@@ -94,7 +94,9 @@ class Origins:
         if any(able):
             masks = self.masks[able]
             residual = refit_origins(fit, masks)
-            shift = [level_shift(fit, r[None], mask * fit.weights[None]) for r, mask in zip(residual, masks, strict=True)]
+            shift = [
+                level_shift(fit, r[None], mask * fit.weights[None]) for r, mask in zip(residual, masks, strict=True)
+            ]
             found[able] = np.where(masks, np.nan, residual - shift)
         return np.where(np.isfinite(found), found, np.nan)
 
@@ -186,7 +188,9 @@ class Calibration:
     """What the average misses inside the data and no noise explains; 0 where no point was measured twice."""
 
     @classmethod
-    def make(cls, noise: float, origins: Origins, errors: np.ndarray, num_axes: int, misfit: float = 0.0) -> Calibration:
+    def make(
+        cls, noise: float, origins: Origins, errors: np.ndarray, num_axes: int, misfit: float = 0.0
+    ) -> Calibration:
         """From the average's held-out errors [O, n]. All rows of one origin err together, so each origin counts once."""
         near = origins.near(errors)
         usable = near.any(axis=1)
@@ -203,7 +207,9 @@ class Calibration:
         for origin in np.flatnonzero(usable):
             others = drift_of(int(origins.axis[origin]), origin)
             if np.isfinite(others[1]):
-                half = cls(noise, *np.array([others]).T, np.nan).half_width(origins.distance[origin, near[origin]][None], 0.9)
+                half = cls(noise, *np.array([others]).T, np.nan).half_width(
+                    origins.distance[origin, near[origin]][None], 0.9
+                )
                 inside.append(np.abs(errors[origin, near[origin]]) <= half)
         return cls(noise, drift, degrees, float(np.mean(np.concatenate(inside))) if inside else np.nan, misfit)
 
@@ -211,8 +217,8 @@ class Calibration:
         """Half the interval [n] at distances [variables, n] beyond the data, where the laws lie `spread` apart (sd)."""
         if not 0 < level < 1:
             raise LawError(f"level must lie between 0 and 1, got {level}")
-        growth = np.array([student_quantile(level, each) for each in self.degrees]) * self.drift
-        return np.sqrt(normal_quantile(level) ** 2 * (self.noise**2 + spread**2) + growth**2 @ distance**2)
+        growth = np.array([central_quantile(level, each) for each in self.degrees]) * self.drift
+        return np.sqrt(central_quantile(level) ** 2 * (self.noise**2 + spread**2) + growth**2 @ distance**2)
 
 
 def in_sample_noise(fit: LawFit) -> float:
@@ -389,7 +395,9 @@ class Selection:
             rows, targets = np.flatnonzero(owner == k), self.resampling.targets(fit)
             own = fit.problem.target if targets is None else targets[rows]
             theta = refit(fit, weights[rows], None if targets is None else own)
-            residual = (fit.problem.residual(theta) + fit.problem.target - own) * (1.0 if fit.loss.is_log else fit.units["y"])
+            residual = (fit.problem.residual(theta) + fit.problem.target - own) * (
+                1.0 if fit.loss.is_log else fit.units["y"]
+            )
             found.append((rows, theta, level_shift(fit, residual, weights[rows] * fit.weights)))
         return found
 

@@ -17,7 +17,6 @@ import numpy as np
 from dbscale.errors import LawError, nearest
 from dbscale.laws.form import Columns, Form
 
-
 PROBE = 0.1
 """Share of a step at which its bend is measured."""
 
@@ -147,7 +146,9 @@ class State(NamedTuple):
     @classmethod
     def at(cls, problem: Problem, theta: np.ndarray, weights: np.ndarray, shift: np.ndarray) -> State:
         residual, jacobian = problem.residual_jacobian(theta)
-        return cls(theta, residual - shift, jacobian, total_loss(problem.loss, residual - shift, weights), weights, shift)
+        return cls(
+            theta, residual - shift, jacobian, total_loss(problem.loss, residual - shift, weights), weights, shift
+        )
 
     def take(self, rows: np.ndarray) -> State:
         return State(*(column[rows] for column in self))
@@ -271,13 +272,17 @@ def _least_squares(
         return whole[None]
 
     def residual(part: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(problem.residual(full(part))[0], nan=1e6, posinf=1e6)  # outside the domain: never a minimum
+        return np.nan_to_num(
+            problem.residual(full(part))[0], nan=1e6, posinf=1e6
+        )  # outside the domain: never a minimum
 
     def weighted(z: np.ndarray) -> np.ndarray:
         """Weight times ρ and its two derivatives, in scipy's z = (r / f_scale)²."""
         outside = z > (1.0 if problem.loss.kind == "huber" else np.inf)
         size = np.sqrt(np.where(outside, z, 1.0))
-        return weights * np.stack([np.where(outside, 2 * size - 1, z), 1 / size, np.where(outside, -0.5 / size**3, 0.0)])
+        return weights * np.stack(
+            [np.where(outside, 2 * size - 1, z), 1 / size, np.where(outside, -0.5 / size**3, 0.0)]
+        )
 
     jacobian: Any = lambda part: problem.residual_jacobian(full(part))[1][0][free].T  # noqa: E731
     box: Any = (problem.lower[free], problem.upper[free])

@@ -11,21 +11,24 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from dbscale.errors import LawError, nearest
 from dbscale.laws.fit import LOST, Interval, LawFit, make_problem, smooth_curvature, spread_starts
 from dbscale.laws.form import as_numbers
-from dbscale.laws.solver import Problem, minimise, polish
+from dbscale.laws.solver import minimise, polish
 
 BATCH = 64
 """Resamples per batch: small enough for their Jacobians to stay in cache. A refit takes 0.1 to 1.1 ms in a batch and
 1.3 to 6 by scipy.optimize.least_squares (docs/benchmarks/laws.md)."""
 UNSEEN = 20.0
 """Logarithm of how far below a first guess an amplitude is surely too small to be seen."""
+WITH_FLOOR = ("power_plus", "additive", "product", "transfer_gap")
+"""Laws that are a floor and a factor times a power of the first variable."""
+Triple = tuple[float, float, float]
+"""Value, lower and upper end."""
 REACH = 40
 """Doublings of the step after which a profile that has not risen is taken as open."""
 
@@ -46,7 +49,9 @@ class Resampling:
 
     def checked(self, num_rows: int) -> Resampling:
         """With columns as arrays of one length. Raises LawError for other lengths and values."""
-        columns = {n: None if c is None else np.asarray(c) for n, c in (("clusters", self.clusters), ("within", self.within))}
+        columns = {
+            n: None if c is None else np.asarray(c) for n, c in (("clusters", self.clusters), ("within", self.within))
+        }
         columns["stderr"] = None if self.stderr is None else as_numbers("stderr", self.stderr) * np.ones(num_rows)
         for name, column in columns.items():
             if column is not None and column.shape != (num_rows,):
@@ -114,12 +119,12 @@ class Bootstrap:
         """
         fit, tails = self.fit, [0.5 - level / 2, 0.5 + level / 2]
         spare = max(self.num_clusters - fit.num_free, 1)
-        wider = np.sqrt(self.num_clusters / spare) * student_quantile(level, spare) / normal_quantile(level)
+        wider = np.sqrt(self.num_clusters / spare) * central_quantile(level, spare) / central_quantile(level)
         middle = fit.to_plain(fit.theta)
         ends = middle + wider * (np.quantile(fit.to_plain(self.theta), tails, axis=0) - middle)
         near = 1e-6 * (1 + np.abs(self.theta))
-        pressed = np.mean((self.theta - fit.lower < near) | (fit.upper - self.theta < near), axis=0) > tails[0]
-        return intervals_of(fit, ends, level, dict(zip(fit.form.param_names, pressed.tolist(), strict=True)))
+        at_end = (self.theta - fit.lower < near) | (fit.upper - self.theta < near)
+        return intervals_of(fit, ends, level, at_end.mean(axis=0) > tails[0])
 
     def draws(self, x: object) -> np.ndarray:
         """The curve of every resample [B, n] at flat columns x."""
@@ -168,27 +173,30 @@ def parameter_intervals(fit: LawFit, level: float = 0.9) -> dict[str, Interval]:
 
     Parameters at a bound get their profile-likelihood interval, fixed ones no width, undetermined ones None.
     """
-    half = student_quantile(level, fit.degrees) * np.sqrt(np.maximum(np.diag(fit.plain_covariance), 0.0))
+    half = central_quantile(level, fit.degrees) * np.sqrt(np.maximum(np.diag(fit.plain_covariance), 0.0))
     middle = fit.to_plain(fit.theta)
-    return intervals_of(fit, np.stack([middle - half, middle + half]), level, {})
+    return intervals_of(fit, np.stack([middle - half, middle + half]), level, np.zeros(len(half), bool))
 
 
-def intervals_of(fit: LawFit, ends: np.ndarray, level: float, pressed: dict[str, bool]) -> dict[str, Interval]:
-    """Intervals in the table's units from coordinates `ends` [2, p], except where a rule overrides them."""
+def intervals_of(fit: LawFit, ends: np.ndarray, level: float, pressed: np.ndarray) -> dict[str, Interval]:
+    """Intervals in the table's units from coordinates `ends` [2, p]; by profile likelihood where the estimate, or what
+    was resampled (`pressed` [p]), lies at a bound."""
     found: dict[str, Interval] = {}
-    own = np.diag(fit.form.unscaling(fit.units)[0])
-    box = np.array([np.where(fit.form.is_log, side * np.inf, own * end) for side, end in ((-1, fit.lower), (1, fit.upper))])
+    is_log, own = fit.form.is_log, np.diag(fit.form.unscaling(fit.units)[0])
+    box = np.array([np.where(is_log, side * np.inf, own * end) for side, end in ((-1, fit.lower), (1, fit.upper))])
     with np.errstate(over="ignore"):
-        ends = np.where(fit.form.is_log, np.exp(ends), np.clip(ends, *box))
+        ends = np.where(is_log, np.exp(ends), np.clip(ends, *box))
     for k, name in enumerate(fit.form.param_names):
         if name in fit.fixed:
             found[name] = (fit.params[name], fit.params[name])
         elif name in fit.undetermined:
             found[name] = None
         else:
-            at_bound = name in fit.at_bound or pressed.get(name, False)
-            both = profile_interval(fit, name, level) if at_bound else (float(ends[0, k]), float(ends[1, k]))
-            found[name] = None if says_nothing(both, is_log=bool(fit.form.is_log[k]), box=tuple(box[:, k])) else both
+            low, high = (
+                profile_interval(fit, name, level) if pressed[k] or name in fit.at_bound else ends[:, k].tolist()
+            )
+            empty = says_nothing((low, high), is_log=bool(is_log[k]), box=(box[0, k], box[1, k]))
+            found[name] = None if empty else (low, high)
     return found
 
 
@@ -213,7 +221,7 @@ def profile_interval(fit: LawFit, name: str, level: float = 0.9) -> tuple[float,
         raise LawError(f"{name!r} was fixed; there is nothing to profile")
     profile = Profile(fit, fit.form.param_names.index(name))
     is_square = fit.loss.kind == "least_squares"
-    limit = student_quantile(level, fit.degrees) if is_square else normal_quantile(level)
+    limit = central_quantile(level, fit.degrees) if is_square else central_quantile(level)
     ends = [profile.end(side, limit**2) for side in (-1, 1)]
     with np.errstate(over="ignore"):
         return (float(np.exp(ends[0])), float(np.exp(ends[1]))) if profile.is_log else (ends[0], ends[1])
@@ -224,19 +232,16 @@ class Profile:
 
     def __init__(self, fit: LawFit, k: int) -> None:
         self.fit, self.k, self.is_log = fit, k, bool(fit.form.is_log[k])
-        units = dict.fromkeys(fit.units, 1.0)
         matrix, shift = fit.form.unscaling(fit.units)
+        own, self.theta = np.diag(matrix), fit.to_plain(fit.theta)
         # A box over scaled coordinates is none over plain ones where an exponent mixes in; those ends stay open.
-        own = np.diag(matrix)
-        lower, upper = (np.where(np.isfinite(e), own * e + shift, e) for e in (fit.lower, fit.upper))
-        mixed = (matrix - np.diag(own)).any(axis=1)
-        self.theta = fit.to_plain(fit.theta)
-        fixed = np.isin(fit.form.param_names, fit.fixed)
-        lower, upper = (
-            np.where(fixed, self.theta, np.where(mixed, s * np.inf, e)) for s, e in ((-1, lower), (1, upper))
-        )
-        self.problem = make_problem(fit.form, fit.x, fit.y, units, fit.loss, (lower, upper))
-        self.low, self.high = lower[k], upper[k]
+        mixed, fixed = (matrix - np.diag(own)).any(axis=1), np.isin(fit.form.param_names, fit.fixed)
+        box = [
+            np.where(fixed, self.theta, np.where(mixed, side * np.inf, np.where(np.isfinite(e), own * e + shift, e)))
+            for side, e in ((-1, fit.lower), (1, fit.upper))
+        ]
+        self.problem = make_problem(fit.form, fit.x, fit.y, dict.fromkeys(fit.units, 1.0), fit.loss, box)
+        self.low, self.high = box[0][k], box[1][k]
         self.best = float(self.problem.objective(self.theta[None], fit.weights[None])[0])
         # An amplitude that vanished is sought from far below the smallest value that a first guess would take.
         self.vanished = self.is_log and bool(fit.theta[k] <= fit.lower[k] + 1.0)
@@ -246,9 +251,8 @@ class Profile:
     def rise(self, value: float, start: np.ndarray) -> tuple[float, np.ndarray]:
         """Twice the rise of the log-likelihood at `value`, and the optimum there [p]."""
         at = np.where(np.arange(len(start)) == self.k, value, start)
-        lower, upper = self.problem.lower.copy(), self.problem.upper.copy()
-        lower[self.k] = upper[self.k] = value
-        problem = Problem(self.problem.form, self.problem.x, self.problem.target, self.problem.loss, lower, upper)
+        box = [np.where(np.arange(len(start)) == self.k, value, e) for e in (self.problem.lower, self.problem.upper)]
+        problem = replace(self.problem, lower=box[0], upper=box[1])
         theta, _ = minimise(problem, at[None], self.fit.weights[None], max_steps=60)
         theta, objective, _ = polish(problem, theta[0], self.fit.weights)
         return self.deviance(objective), theta
@@ -272,33 +276,78 @@ class Profile:
             return -np.inf
         size = float(np.sqrt(max(self.fit.plain_covariance[self.k, self.k], 0.0)))
         step = size or (1.0 if self.is_log else 0.01 * (1 + abs(self.middle)))
-        close = 1e-3 * step
-        inside, known, start = self.middle, -limit, self.theta
+        close, inside, known, start = 1e-3 * step, self.middle, -limit, self.theta
         for _ in range(REACH):
-            value = inside + side * step
-            value = max(value, bound) if side < 0 else min(value, bound)
+            value = float(np.clip(inside + side * step, self.low, self.high))
             rise, there = self.rise(value, start)
             if rise > limit:
                 ends = {inside: known, value: rise - limit}
-                found = brentq(
-                    lambda v, s=start, e=ends: e[v] if v in e else self.rise(v, s)[0] - limit,
-                    inside, value, xtol=close,
-                )  # fmt: skip
-                return float(found)  # type: ignore[arg-type]
+                excess = lambda v, s=start, e=ends: e[v] if v in e else self.rise(v, s)[0] - limit  # noqa: E731
+                return float(brentq(excess, inside, value, xtol=close))  # type: ignore[arg-type]
             if value == bound:
                 return float(bound)
             inside, known, start, step = value, rise - limit, there, 2 * step
         return side * np.inf
 
 
+@dataclass(frozen=True)
+class Premise:
+    """Whether the premise of Theorem 1 (2504.13219) holds: the distilled floor E∞ lies above the plain one, and the
+    distilled arm has the larger exponent or the larger factor. Each difference is distilled − plain, with its interval."""
+
+    verdict: Literal["holds", "fails", "not determined"]
+    floor: Triple
+    """E∞, in units of y."""
+    exponent: Triple
+    """Of the law's first variable, such as D_p."""
+    log_factor: Triple
+    """Of the term's factor, at 1 in the variable's unit."""
+    level: float
+
+
+def premise(plain: Bootstrap, distilled: Bootstrap, level: float = 0.9) -> Premise:
+    """Test the premise on one law fitted to both arms, and resampled.
+
+    Every difference combines the arms' own intervals (percentiles, profile likelihood at bounds) by MOVER (Zou & Donner
+    2008), as if the arms were independent, which pairing makes cautious. `holds` and `fails` follow from the ends of the
+    intervals; a parameter that a table does not determine leaves its difference open. Raises LawError for two laws, and
+    for laws that are no sum of a floor and powers.
+    """
+    form = plain.fit.form
+    if form.equation != distilled.fit.form.equation:
+        raise LawError(f"premise: fit one law to both arms, not {form.equation} and {distilled.fit.form.equation}")
+    if form.name not in WITH_FLOOR:
+        raise LawError(
+            f"premise: {form.name} has no floor, exponent and factor to compare; use {', '.join(WITH_FLOOR)}"
+        )
+    rule = next(r for r in form.scaling if r.variable == form.variable_names[0] and r.exponent)
+    names = (form.param_names[0], str(rule.exponent), rule.amplitude)
+    arms = [(bootstrap.fit.params, bootstrap.interval(level)) for bootstrap in (distilled, plain)]
+
+    def difference(name: str) -> Triple:
+        ends = np.array([(p[name], *(found[name] or (-np.inf, np.inf))) for p, found in arms])
+        if name == rule.amplitude:
+            with np.errstate(divide="ignore"):
+                ends = np.log(np.maximum(ends, 0.0))
+        elif name == rule.exponent and rule.sign < 0:  # a rising power: the law falls with -exponent
+            ends = -ends[:, [0, 2, 1]]
+        (high_arm, low, high), (low_arm, other_low, other_high) = ends.tolist()
+        middle = high_arm - low_arm
+        return (
+            middle,
+            middle - np.hypot(high_arm - low, other_high - low_arm),
+            middle + np.hypot(high - high_arm, low_arm - other_low),
+        )
+
+    floor, exponent, factor = map(difference, names)
+    holds = floor[1] > 0 and (exponent[1] > 0 or factor[1] > 0)
+    fails = floor[2] <= 0 or (exponent[2] < 0 and factor[2] < 0)
+    return Premise("holds" if holds else "fails" if fails else "not determined", floor, exponent, factor, level)
+
+
 @lru_cache(maxsize=256)
-def student_quantile(level: float, degrees: float) -> float:
-    """Half-width of the central interval of Student's t in standard errors; one degree of freedom is the least."""
+def central_quantile(level: float, degrees: float = np.inf) -> float:
+    """Half-width in standard errors of the central interval of Student's t (at least 1 degree), by default the normal."""
     from scipy.special import stdtrit
 
     return float(stdtrit(max(degrees, 1.0), 0.5 + level / 2))
-
-
-def normal_quantile(level: float) -> float:
-    """Half-width of the central interval of the normal distribution in standard errors."""
-    return NormalDist().inv_cdf(0.5 + level / 2)

@@ -24,6 +24,7 @@ from scipy.optimize import least_squares
 from dbscale.laws import (
     Candidate,
     Prices,
+    Resampling,
     Selection,
     allocate,
     bootstrap,
@@ -230,7 +231,7 @@ def chinchilla(folder: Path, num_resamples: int) -> None:
     show("Chinchilla objective, worst of 10 seeds", f"{max(f.objective for f in fits):.9f}", "≤ 0.00101828")
     show("Chinchilla parameters", ", ".join(f"{k} {v:.6g}" for k, v in fits[0].params.items()), "within 1 %")
     show("Chinchilla, CPU seconds per fit (mean)", f"{np.mean(seconds):.3f}", "")
-    resampled, took = timed(lambda: bootstrap(fits[0], num_resamples=num_resamples))
+    resampled, took = timed(lambda: bootstrap(fits[0], Resampling(num_resamples)))
     errors = ", ".join(f"{k} {v:.4g}" for k, v in resampled.stderr.items())
     show(f"Chinchilla standard errors, {num_resamples:,} resamples", errors,
          "A 124.5, B 1293, E .0257, alpha .0154, beta .0206 within 10 %")  # fmt: skip
@@ -344,7 +345,7 @@ def simulated_coverage(count: int) -> None:
         fit = fit_law("power_plus", x, y, loss="least_squares_log")
         for kind, found in (
             ("curvature", parameter_intervals(fit, 0.9)),
-            ("bootstrap", bootstrap(fit, num_resamples=300).interval(0.9)),
+            ("bootstrap", bootstrap(fit, Resampling(300)).interval(0.9)),
         ):
             for name, ends in found.items():
                 hits[kind, name] += ends is not None and ends[0] <= truth[name] <= ends[1]
