@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fix test test-slow test-slurm chaos shards plan grid status cancel reduce report export clean \
-        bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-launch replicate
+        bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-launch replicate mutants
 
 help: ## List the targets
 	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
@@ -94,6 +94,9 @@ bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts be
 
 replicate: $(STAMP) ## Run the grid ten times with other seeds and compare the verdicts (hours; type it again to resume)
 	@$(VENV)/bin/python tests/bench/bench_replicate.py --grid "$$GRID" --store "$$STORE" --data "$$DATA" $(ARGS)
+
+mutants: $(STAMP) ## Plant faults in a wing and say which its fast tests let pass (WING=dbscale/laws ARGS="--count 250")
+	@$(VENV)/bin/python tests/bench/mutants.py $(or $(WING),dbscale/laws) $(ARGS)
 
 export: $(STAMP) ## Draw the report's figures as SVG and PDF
 	@$(RUN) export $(WHERE) $(ARGS)

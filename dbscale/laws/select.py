@@ -140,19 +140,17 @@ def average_weights(fits: Sequence[LawFit]) -> np.ndarray:
     return share / share.sum()
 
 
-def shares_at(weights: np.ndarray, reach: np.ndarray) -> np.ndarray:
-    """Shares of the laws [L, n] at points this far beyond the data, as a part of the measured range: from `weights` [L]
-    to equal ones."""
-    far = np.clip(reach / FAR, 0.0, 1.0)
-    return (1 - far) * weights[:, None] + far / len(weights)
+def blend(each: np.ndarray, weights: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The average [n] of the laws' predictions (or errors) [L, n], and their sd about their mean [n].
 
-
-def blend(each: np.ndarray, weights: np.ndarray, reach: np.ndarray) -> np.ndarray:
-    """The average [n] of the laws' predictions (or errors) [L, n]: by `weights` [L] near the data, far from them the
-    mean without the lowest and the highest."""
+    `reach` [n] is how far the points lie beyond the data, as a part of the measured range: by `weights` [L] near the data,
+    far from them the mean without the lowest and the highest, all laws alike.
+    """
     far = np.clip(reach / FAR, 0.0, 1.0)
     middle = np.sort(each, axis=0)[1:-1] if len(each) > 2 else each
-    return (1 - far) * (weights @ each) + far * middle.mean(axis=0)
+    shares = (1 - far) * weights[:, None] + far / len(weights)
+    spread = np.sqrt((shares * (each - (shares * each).sum(axis=0)) ** 2).sum(axis=0))
+    return (1 - far) * (weights @ each) + far * middle.mean(axis=0), spread
 
 
 def average_errors(origins: Origins, each: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -163,7 +161,7 @@ def average_errors(origins: Origins, each: np.ndarray, weights: np.ndarray) -> n
         held = np.isfinite(errors).any(axis=0)
         have = np.isfinite(errors[:, held]).all(axis=1) & (weights > 0)
         if held.any() and have.any():
-            row[held] = blend(errors[have][:, held], weights[have] / weights[have].sum(), reach[held])
+            row[held] = blend(errors[have][:, held], weights[have] / weights[have].sum(), reach[held])[0]
     return found
 
 
@@ -356,7 +354,7 @@ class Selection:
     def predict(self, x: Mapping[str, object] | object) -> np.ndarray:
         """The average's y [n]: of log y, or of y under linear losses (`blend`)."""
         table = self.table(x)
-        mean = blend(self._each(table), self.weights, self._beyond(table)[1])
+        mean, _ = blend(self._each(table), self.weights, self._beyond(table)[1])
         return np.exp(mean) if self.best.loss.is_log else mean
 
     def draws(self, x: Mapping[str, object] | object) -> np.ndarray:
@@ -374,7 +372,7 @@ class Selection:
             for (_, fit), (rows, theta, shift) in zip(self.members, self._drawn, strict=True):
                 drawn = fit.predict_draws(table, theta)
                 y[rows] = (np.log(drawn) if is_log else drawn) - shift[:, None]
-        y += blend(each, self.weights, reach) - self.weights @ each
+        y += blend(each, self.weights, reach)[0] - self.weights @ each
         rng = np.random.default_rng([self.resampling.seed, zlib.crc32(self.best.y.tobytes())])
         for size, degrees, beyond in zip(known.drift, known.degrees, distance, strict=True):
             t = rng.standard_t(degrees, len(y)) if np.isfinite(degrees) else rng.standard_normal(len(y))
@@ -410,16 +408,10 @@ class Selection:
         """Lower and upper bound [n], [n] for a new measurement at `x`: calibrated on the average's own held-out errors,
         widened by how far its laws disagree."""
         table = self.table(x)
-        (distance, reach), each = self._beyond(table), self._each(table)
-        shares = shares_at(self.weights, reach)
-        spread = np.sqrt((shares * (each - (shares * each).sum(axis=0)) ** 2).sum(axis=0))
-        half, y = self.calibration.half_width(distance, level, spread), blend(each, self.weights, reach)
+        distance, reach = self._beyond(table)
+        y, spread = blend(self._each(table), self.weights, reach)
+        half = self.calibration.half_width(distance, level, spread)
         return (np.exp(y - half), np.exp(y + half)) if self.best.loss.is_log else (y - half, y + half)
-
-    @property
-    def coverage(self) -> float:
-        """Share of held-out rows inside the average's 90 % interval; nan where the table is too short to say."""
-        return self.calibration.coverage
 
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Predicted and measured y of the rows at the largest level of the first column, by the average of laws that

@@ -183,7 +183,7 @@ def _record(arms: ArmLaws, key: Key, options: Options, held: Mapping[Key, tuple[
                             held_out=_finite(each.held_out), reason=each.reason)
             for each in found.candidates
         ),
-        held_out=held_out, noise=noise, coverage=_finite(found.coverage),
+        held_out=held_out, noise=noise, coverage=_finite(found.calibration.coverage),
         no_extrapolation=tuple(_closed(runs, _loose(found.best.name, params), residual, held_out, noise)),
     )  # fmt: skip
 

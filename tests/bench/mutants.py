@@ -1,9 +1,10 @@
 """Which faults the fast tests would let pass: `make mutants WING=dbscale/laws`, or run this file.
 
-Draws places in the code of a wing at random (by --seed), plants one of cosmic-ray's faults at each, and runs the tests of
-that room (tests/laws/test_fit.py for dbscale/laws/fit.py) on a copy of the checkout; what survives them meets the tests of
-the whole wing. Every mutant runs in a fork that has numpy, scipy and pytest loaded: seconds instead of half a minute.
-Prints a markdown line for every survivor, then the count. docs/mutation.md keeps the last results.
+Draws places in the code of a wing at random (by --seed) and plants one of cosmic-ray's faults at each, on a copy of the
+checkout. Every mutant meets the tests that reach its statement, those of its own room (tests/laws/test_fit.py for
+dbscale/laws/fit.py) first, the quick ones before the slow ones, up to --budget seconds of them. It runs in a fork that
+has numpy, scipy and pytest loaded, so that 250 mutants take minutes. Prints a markdown line for every survivor, then the
+count; docs/mutation.md keeps the last results.
 """
 
 from __future__ import annotations
@@ -14,23 +15,28 @@ import contextlib
 import io
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
 import sys
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
+import coverage
+import pytest
 from cosmic_ray import plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"form": "forms", "table": "fit"}
-"""Rooms whose tests stand in another file; the others' file has their name."""
+"""Rooms whose tests stand in another file."""
 CPU_SECONDS = 90
 """A mutant that computes longer than this never ends: it counts as killed."""
 
@@ -95,30 +101,69 @@ def draw(wing: str, count: int, seed: int) -> list[Mutant]:
     return found
 
 
-def run_tests(folder: str, tests: list[str]) -> None:
-    """In a fork: exit 0 where the tests pass, 1 where one fails."""
-    import pytest
+class Coverage:
+    """A pytest plugin that writes down which test reaches which line of the wing, and how long each takes."""
 
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    def __init__(self, folder: str, wing: str) -> None:
+        self.coverage = coverage.Coverage(data_file=None, include=[f"{folder}/{wing}/*"])
+        self.seconds: dict[str, float] = {}
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(item.nodeid)
+        start = time.process_time()
+        yield
+        self.seconds[item.nodeid] = time.process_time() - start
+        self.coverage.switch_context("")
+
+
+def run_tests(folder: str, tests: Sequence[str], wing: str = "", out: str = "") -> None:
+    """In a fork: exit with pytest's code; with `out`, write {file: {line: tests}} and {test: seconds} there."""
     os.chdir(folder)
     sys.path.insert(0, folder)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not bench", *tests])
-    os._exit(int(code != 0))
+    plugin = Coverage(folder, wing) if out else None
+    if plugin is None:
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    else:
+        plugin.coverage.start()
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not bench and not gpu and not slurm"]
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.redirect_stderr(io.StringIO()):
+        code = int(pytest.main([*options, *tests], plugins=[plugin] if plugin else None))
+    if plugin is not None:
+        plugin.coverage.stop()
+        data = plugin.coverage.get_data()
+        lines = {str(Path(f).relative_to(folder)): data.contexts_by_lineno(f) for f in data.measured_files()}
+        Path(out).write_bytes(pickle.dumps((lines, plugin.seconds, text.getvalue()[-2000:])))
+    os._exit(code)
 
 
-def survives(folder: str, tests: list[str]) -> bool:
-    """Whether the tests pass on the copy of the checkout as it stands."""
-    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
+def in_fork(*arguments) -> int | None:
+    """Exit code of `run_tests` in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=arguments)
     process.start()
     process.join()
-    return process.exitcode == 0
+    return process.exitcode
 
 
-def tests_of(path: str, *, whole: bool) -> list[str]:
-    """The tests of a file's room, or of its whole wing."""
-    wing, room = Path("tests") / Path(path).parent.name, Path(path).stem
-    return [str(wing if whole else wing / f"test_{ROOMS.get(room, room)}.py")]
+def statement_at(source: str, line: int) -> range:
+    """Lines of the smallest statement that holds this line."""
+    spans = [
+        range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt)
+    ]
+    return min((span for span in spans if line in span), key=len, default=range(line, line + 1))
+
+
+def tests_for(mutant: Mutant, lines: Mapping, seconds: Mapping[str, float], budget: float) -> list[str]:
+    """Tests that reach the mutant's statement, its room's first and the quick ones before the slow, within the budget."""
+    reached = lines.get(mutant.path, {})
+    span = statement_at((ROOT / mutant.path).read_text(), mutant.line)
+    found = {test for line in span for test in reached.get(line, ()) if test}
+    path = Path(mutant.path)
+    room = f"tests/{path.parent.name}/test_{ROOMS.get(path.stem, path.stem)}.py"
+    found = found or {test for test in seconds if test.startswith(room)}  # what runs at import
+    ordered = sorted(found, key=lambda test: (not test.startswith(room), seconds.get(test, 0.0)))
+    total = list(accumulate(seconds.get(test, 0.0) for test in ordered))
+    return [test for test, sum_so_far in zip(ordered, total, strict=True) if sum_so_far <= budget] or ordered[:1]
 
 
 def main() -> None:
@@ -126,7 +171,7 @@ def main() -> None:
     parser.add_argument("wing", help="folder of the code, such as dbscale/laws")
     parser.add_argument("--count", type=int, default=250, help="mutants to draw")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--room", action="store_true", help="do not try the wing's other tests on survivors")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests that a mutant meets at most")
     parser.add_argument("--only", default="", help="rooms to run of those drawn: fit,solver")
     options = parser.parse_args()
     import numpy  # noqa: F401, loaded once for all forks
@@ -142,16 +187,17 @@ def main() -> None:
         for name in ("dbscale", "tests", "pyproject.toml"):
             source, target = ROOT / name, Path(folder) / name
             shutil.copytree(source, target, symlinks=True) if source.is_dir() else shutil.copy(source, target)
-        tries = (False,) if options.room else (False, True)
-        for tests in sorted({tuple(tests_of(m.path, whole=whole)) for m in drawn for whole in tries}):
-            if not survives(folder, list(tests)):
-                raise SystemExit(f"{tests[0]} fails without any fault; mend that first")
+        out = f"{folder}/coverage.pickle"
+        code = in_fork(folder, [f"tests/{Path(options.wing).name}"], options.wing, out)
+        lines, seconds, text = pickle.loads(Path(out).read_bytes())
+        if code:
+            raise SystemExit(f"the tests of {options.wing} fail without any fault; mend that first:\n{text}")
         print(f"{total} mutants of {options.wing}, seed {options.seed}", flush=True)
         for mutant in drawn:
             target = Path(folder) / mutant.path
             target.write_text(mutant.source)
             try:
-                alive = all(survives(folder, tests_of(mutant.path, whole=whole)) for whole in tries)
+                alive = in_fork(folder, tests_for(mutant, lines, seconds, options.budget)) == 0
             finally:
                 shutil.copy(ROOT / mutant.path, target)
             killed += not alive

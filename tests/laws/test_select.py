@@ -20,7 +20,6 @@ from dbscale.laws.select import (
     in_sample_noise,
     lack_of_fit,
     level_shift,
-    shares_at,
     smooth_curves,
 )
 from dbscale.laws.uncertainty import Resampling, refit
@@ -142,13 +141,13 @@ def test_laws_are_blended_by_hand() -> None:
     """By weight at the data, by half a range beyond the mean of the middle laws, halfway between at a quarter."""
     each = np.array([[1.0] * 4, [2.0] * 4, [4.0] * 4, [90.0] * 4])
     weights, reach = np.array([0.5, 0.25, 0.25, 0.0]), np.array([0.0, 0.25, 0.5, 2.0])
-    assert blend(each, weights, reach) == pytest.approx([2.0, 2.5, 3.0, 3.0])
-    assert blend(each[:2], np.array([0.25, 0.75]), reach) == pytest.approx(
-        [1.75, 1.625, 1.5, 1.5]
-    )  # two have no middle
-    shares = shares_at(weights, reach)
-    assert shares[:, 0] == pytest.approx(weights) and shares[:, 2:] == pytest.approx(np.full((4, 2), 0.25))
-    assert shares[:, 1] == pytest.approx([0.375, 0.25, 0.25, 0.125])
+    mean, spread = blend(each, weights, reach)
+    assert mean == pytest.approx([2.0, 2.5, 3.0, 3.0])
+    # shares ½, ¼, ¼, 0 of 1, 2, 4, 90: variance 1.5; then equal ones; ⅜, ¼, ¼, ⅛ between
+    assert spread == pytest.approx([np.sqrt(1.5), np.average((each[:, 1] - 13.125) ** 2, weights=[3, 2, 2, 1]) ** 0.5,
+                                    each[:, 2].std(), each[:, 3].std()])  # fmt: skip
+    two, _ = blend(each[:2], np.array([0.25, 0.75]), reach)
+    assert two == pytest.approx([1.75, 1.625, 1.5, 1.5])  # two have no middle
 
 
 def test_held_out_errors_of_an_average_by_hand() -> None:
@@ -281,7 +280,6 @@ def test_the_averages_interval_adds_the_disagreement_of_its_laws(curve) -> None:
     low, high = curve.interval(far)
     np.testing.assert_allclose(np.log(high / low), 2 * half)
     assert np.log(np.divide(*curve.interval(far, 0.5)[::-1]))[0] < 2 * half[0]
-    assert curve.coverage == curve.calibration.coverage
 
 
 def test_a_linear_loss_averages_y_itself() -> None:
@@ -478,7 +476,7 @@ def test_reports_and_json_hold_every_law(curve) -> None:
     assert [c["name"] for c in data["candidates"]] == [c.name for c in curve.candidates]
     assert sum(c["weight"] for c in data["candidates"]) == pytest.approx(1)
     assert data["candidates"][0]["fit"]["form"] == curve.best.name and data["columns"] == ["x"]
-    assert data["noise"] == curve.calibration.noise and data["coverage"] == curve.coverage
+    assert data["noise"] == curve.calibration.noise and data["coverage"] == curve.calibration.coverage
     short = select_law(X[:4], bent(X[:4]), laws=["power", "bnsl"], num_resamples=5)
     assert short.to_dict()["candidates"][-1]["fit"] is None and "distinct points" in short.report()
 
