@@ -104,12 +104,6 @@ class Bootstrap:
         """[B, p] in the table's units, columns in the order of `fit.form.param_names`."""
         return self.fit.to_params(self.theta)
 
-    @property
-    def stderr(self) -> dict[str, float]:
-        """Standard deviation over the resamples."""
-        sizes = self.params.std(axis=0, ddof=1)
-        return dict(zip(self.fit.form.param_names, sizes.tolist(), strict=True))
-
     def interval(self, level: float = 0.9) -> dict[str, Interval]:
         """Percentile interval of each parameter, widened for small tables; None where it is not determined.
 
@@ -125,10 +119,6 @@ class Bootstrap:
         near = 1e-6 * (1 + np.abs(self.theta))
         at_end = (self.theta - fit.lower < near) | (fit.upper - self.theta < near)
         return intervals_of(fit, ends, level, at_end.mean(axis=0) > tails[0])
-
-    def draws(self, x: object) -> np.ndarray:
-        """The curve of every resample [B, n] at flat columns x."""
-        return self.fit.predict_draws(x, self.theta)
 
 
 def bootstrap(fit: LawFit, how: Resampling) -> Bootstrap:

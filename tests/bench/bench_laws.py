@@ -254,7 +254,8 @@ def chinchilla(folder: Path, num_resamples: int) -> None:
     show("Chinchilla parameters", ", ".join(f"{k} {v:.6g}" for k, v in fits[0].params.items()), "within 1 %")
     show("Chinchilla, CPU seconds per fit (mean)", f"{np.mean(seconds):.3f}", "")
     resampled, took = timed(lambda: bootstrap(fits[0], Resampling(num_resamples)))
-    errors = ", ".join(f"{k} {v:.4g}" for k, v in resampled.stderr.items())
+    sizes = zip(fits[0].params, resampled.params.std(axis=0, ddof=1), strict=True)
+    errors = ", ".join(f"{k} {v:.4g}" for k, v in sizes)
     show(f"Chinchilla standard errors, {num_resamples:,} resamples", errors,
          "A 124.5, B 1293, E .0257, alpha .0154, beta .0206 within 10 %")  # fmt: skip
     show("… CPU seconds on one core", f"{took:.1f}", "≤ 15 s on two cores")

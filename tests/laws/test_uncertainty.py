@@ -72,8 +72,6 @@ def test_every_resample_is_the_weighted_fit_by_hand() -> None:
     how = Resampling(7, np.array(["a", "b", "b", "c", "d"]), np.array([0, 0, 1, 0, 0]), None, 2)
     intercept, slope = line(how.weights(5) * own, np.tile(np.log(LINE_Y), (7, 1)))
     np.testing.assert_allclose(drawn.params, np.stack([np.exp(intercept), slope], axis=1), rtol=1e-5)
-    assert drawn.stderr["c"] == pytest.approx(slope.std(ddof=1), rel=1e-4)
-    np.testing.assert_allclose(drawn.draws(np.array([10.0]))[:, 0], np.exp(intercept) * 10**slope, rtol=1e-5)
     assert drawn.num_clusters == 4
 
 
@@ -353,7 +351,8 @@ def test_nominal_90_percent_intervals_cover_85_to_95(kind: str) -> None:
 def test_chinchilla_errors_are_near_those_published(chinchilla) -> None:
     published = {"A": 124.5, "E": 0.0257, "alpha": 0.0154, "beta": 0.0206}
     fit = fit_law("chinchilla", *chinchilla)
-    drawn = bootstrap(fit, Resampling(num_resamples=600)).stderr
+    resampled = bootstrap(fit, Resampling(600)).params.std(axis=0)
+    drawn = dict(zip(fit.form.param_names, resampled, strict=True))
     for name, size in published.items():
         assert drawn[name] == pytest.approx(size, rel=0.12), name
         assert fit.stderr[name] == pytest.approx(size, rel=0.25), name
@@ -361,4 +360,6 @@ def test_chinchilla_errors_are_near_those_published(chinchilla) -> None:
 
 @pytest.mark.slow
 def test_chinchillas_longest_tail_needs_4000_resamples(chinchilla) -> None:
-    assert bootstrap(fit_law("chinchilla", *chinchilla), Resampling(4000)).stderr["B"] == pytest.approx(1293, rel=0.2)
+    fit = fit_law("chinchilla", *chinchilla)
+    drawn = bootstrap(fit, Resampling(4000)).params[:, fit.form.param_names.index("B")]
+    assert drawn.std() == pytest.approx(1293, rel=0.2)
