@@ -23,10 +23,11 @@ from dbscale.laws.uncertainty import Bootstrap, Resampling, bootstrap, central_q
 
 POINTS_PER_PARAM = 1.5
 """The average holds the laws for which the table has that many distinct points per parameter; a closer fit is luck."""
-TRUST, FAR = 4.0, 0.5
+TRUST, FAR, TRIM = 4.0, 0.5, 0.2
 """Near the data weights are 1 / (rms residual)⁴; from FAR of the measured range (in log x) beyond it on, where residuals
-say nothing, each law counts alike but the lowest and the highest, which are left out. In between the two are mixed.
-No worse on any family of learning curves tried than plain means of the same fits: docs/benchmarks/laws.md.
+say nothing, all laws weigh alike; between the two both are mixed. Each is a mean without a fifth of the weight at either
+end, as one law that shoots off spoils any other. No worse than plain means of the same fits on families of learning curves
+that were left out (docs/benchmarks/laws.md).
 """
 LEVEL_SHARE = 0.05
 """A law of one variable is moved to the level of the data's end: of the largest 5 % of the rows, two rows at least."""
@@ -140,17 +141,22 @@ def average_weights(fits: Sequence[LawFit]) -> np.ndarray:
     return share / share.sum()
 
 
-def blend(each: np.ndarray, weights: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The average [n] of the laws' predictions (or errors) [L, n], and their sd about their mean [n].
+def trimmed_mean(each: np.ndarray, weights: np.ndarray, trim: float = TRIM) -> np.ndarray:
+    """Mean [n] over laws of `each` [L, n] by `weights` [L], without `trim` of the weight at the low and at the high end."""
+    order = np.argsort(each, axis=0)
+    share = weights[order]
+    top = np.cumsum(share, axis=0)
+    kept = np.clip(np.minimum(top, 1 - trim) - np.maximum(top - share, trim), 0.0, None)
+    return (kept * np.take_along_axis(each, order, axis=0)).sum(axis=0) / kept.sum(axis=0)
 
-    `reach` [n] is how far the points lie beyond the data, as a part of the measured range: by `weights` [L] near the data,
-    far from them the mean without the lowest and the highest, all laws alike.
-    """
-    far = np.clip(reach / FAR, 0.0, 1.0)
-    middle = np.sort(each, axis=0)[1:-1] if len(each) > 2 else each
-    shares = (1 - far) * weights[:, None] + far / len(weights)
+
+def blend(each: np.ndarray, weights: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The average [n] of the laws' predictions (or errors) [L, n] and their sd [n], by `weights` [L] near the data and alike
+    far from them; `reach` [n] is how far the points lie beyond, as a part of the measured range."""
+    far, alike = np.clip(reach / FAR, 0.0, 1.0), np.full(len(weights), 1 / len(weights))
+    shares = (1 - far) * weights[:, None] + far * alike[:, None]
     spread = np.sqrt((shares * (each - (shares * each).sum(axis=0)) ** 2).sum(axis=0))
-    return (1 - far) * (weights @ each) + far * middle.mean(axis=0), spread
+    return (1 - far) * trimmed_mean(each, weights) + far * trimmed_mean(each, alike), spread
 
 
 def average_errors(origins: Origins, each: np.ndarray, weights: np.ndarray) -> np.ndarray:

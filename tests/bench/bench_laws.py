@@ -32,7 +32,7 @@ from dbscale.laws import (
     select_law,
     transfer_gap,
 )
-from dbscale.laws.select import FAR, TRUST
+from dbscale.laws.select import FAR, TRIM, TRUST, trimmed_mean
 
 T = TypeVar("T")
 HALF_POINTS = 10
@@ -166,16 +166,16 @@ class Judged:
     def error(self, log_prediction: np.ndarray) -> float:
         return float(np.sqrt(np.mean((log_prediction - np.log(self.curve.truth)) ** 2)))
 
-    def rule(self, trust: float, far: float, middle: bool, shift: bool) -> np.ndarray:
+    def rule(self, trust: float, far: float, trim: float, shift: bool) -> np.ndarray:
         """What an average by another rule foretells: weights near the data 1/rms^trust, from `far` of the measured range
-        beyond it all alike, or without the lowest and the highest."""
+        beyond it all alike, each without `trim` of the weight at either end."""
         each = np.array([self.logs[c.name] - shift * c.shift for c, _ in self.selection.members])
         noise = np.maximum([c.in_sample for c, _ in self.selection.members], 1e-9)
-        weight = (noise.min() / noise) ** trust
+        weight, alike = (noise.min() / noise) ** trust, np.full(len(each), 1 / len(each))
         x = self.curve.x
         share = np.clip(np.log(self.curve.ahead / x.max()) / np.log(x.max() / x.min()) / far, 0, 1)
-        kept = np.sort(each, axis=0)[1:-1] if middle and len(each) > 2 else each
-        return (1 - share) * (weight @ each / weight.sum()) + share * kept.mean(axis=0)
+        near, middle = (trimmed_mean(each, w, trim) for w in (weight / weight.sum(), alike))
+        return (1 - share) * near + share * middle
 
     @property
     def equal(self) -> float:
@@ -189,11 +189,11 @@ class Judged:
 
 
 RULES = {
-    f"trust {trust}, alike from {far:.2g} ranges on, {'middle' if middle else 'mean'}{', level moved' if shift else ''}": (
-        trust, far, middle, shift,
+    f"trust {trust}, alike from {far:.2g} ranges on, {trim:.2g} trimmed{', level moved' if shift else ''}": (
+        trust, far, trim, shift,
     )
     for trust in (0, 1, 2, 3, 4, 6) for far in (0.25, 1 / 3, 0.5, 2 / 3, 1.0, 1e9)
-    for middle in (False, True) for shift in (False, True)
+    for trim in (0.0, 0.1, 0.2, 0.3) for shift in (False, True)
 }  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def leave_one_out(judged: dict[str, list[Judged]]) -> None:
         (rule, family): np.mean([j.error(j.rule(*options)) for j in each]) / plain[family]
         for rule, options in RULES.items() for family, each in judged.items()
     }  # fmt: skip
-    own = next(rule for rule, options in RULES.items() if options == (TRUST, FAR, True, True))
+    own = next(rule for rule, options in RULES.items() if options == (TRUST, FAR, TRIM, True))
     print("\n| family left out | rule chosen on the others | its error there | the rule in use | the better plain mean |\n"
           "|---|---|---|---|---|")  # fmt: skip
     for family in judged:

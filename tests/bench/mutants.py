@@ -50,10 +50,12 @@ class Mutant:
     operator: str
     source: str
     """The whole file with the fault in it."""
+    original: str
+    """The file without it."""
 
     def changed(self) -> str:
         """The line that the fault changes, before and after."""
-        lines = zip((ROOT / self.path).read_text().splitlines(), self.source.splitlines(), strict=False)
+        lines = zip(self.original.splitlines(), self.source.splitlines(), strict=False)
         old, new = next(pair for pair in lines if pair[0] != pair[1])
         return f"`{old.strip()}` → `{new.strip()}`"
 
@@ -88,16 +90,17 @@ def draw(wing: str, count: int, seed: int) -> list[Mutant]:
     for path in sorted((ROOT / wing).glob("*.py")):
         for start, name, k in mutants_of(path) if path.name != "__init__.py" else ():
             by_place[str(path.relative_to(ROOT)), start].append((name, k))
-    places = sorted(by_place)
+    places, code_of = sorted(by_place), {path: (ROOT / path).read_text() for path, _ in by_place}
+    means = {path: meaning(code) for path, code in code_of.items()}
     rng.shuffle(places)
     for path, start in places:
         if len(found) == count:
             break
         name, k = rng.choice(by_place[path, start])
-        code = (ROOT / path).read_text()
-        source = mutate_code(code, plugins.get_operator(name)(), k)
-        if source is not None and meaning(source) != meaning(code):
-            found.append(Mutant(path, start[0], name.removeprefix("core/"), source))
+        source = mutate_code(code_of[path], plugins.get_operator(name)(), k)
+        with contextlib.suppress(SyntaxError):  # a fault in punctuation is none that tests could let pass
+            if source is not None and meaning(source) != means[path]:
+                found.append(Mutant(path, start[0], name.removeprefix("core/"), source, code_of[path]))
     return found
 
 
@@ -156,7 +159,7 @@ def statement_at(source: str, line: int) -> range:
 def tests_for(mutant: Mutant, lines: Mapping, seconds: Mapping[str, float], budget: float) -> list[str]:
     """Tests that reach the mutant's statement, its room's first and the quick ones before the slow, within the budget."""
     reached = lines.get(mutant.path, {})
-    span = statement_at((ROOT / mutant.path).read_text(), mutant.line)
+    span = statement_at(mutant.original, mutant.line)
     found = {test for line in span for test in reached.get(line, ()) if test}
     path = Path(mutant.path)
     room = f"tests/{path.parent.name}/test_{ROOMS.get(path.stem, path.stem)}.py"
@@ -184,7 +187,7 @@ def main() -> None:
     drawn = [m for m in draw(options.wing, options.count, options.seed) if not wanted or Path(m.path).stem in wanted]
     killed, total = 0, len(drawn)
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("dbscale", "tests", "pyproject.toml"):
+        for name in ("dbscale", "launch", "shards", "configs", "tests", "pyproject.toml"):
             source, target = ROOT / name, Path(folder) / name
             shutil.copytree(source, target, symlinks=True) if source.is_dir() else shutil.copy(source, target)
         out = f"{folder}/coverage.pickle"
@@ -199,7 +202,7 @@ def main() -> None:
             try:
                 alive = in_fork(folder, tests_for(mutant, lines, seconds, options.budget)) == 0
             finally:
-                shutil.copy(ROOT / mutant.path, target)
+                target.write_text(mutant.original)
             killed += not alive
             if alive:
                 print(f"| {mutant.path}:{mutant.line} | {mutant.operator} | {mutant.changed()} |", flush=True)

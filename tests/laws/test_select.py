@@ -21,6 +21,7 @@ from dbscale.laws.select import (
     lack_of_fit,
     level_shift,
     smooth_curves,
+    trimmed_mean,
 )
 from dbscale.laws.uncertainty import Resampling, refit
 
@@ -137,17 +138,26 @@ def test_shares_of_the_average_by_hand() -> None:
     assert average_weights(few).tolist() == [1, 0]  # neither has 1.5 points a parameter: the smaller law
 
 
+def test_a_fifth_of_the_weight_is_left_out_at_either_end() -> None:
+    """Shares ½, ¼, ⅛, ⅛ in the order 2, 1, 4, 90: of 1 stays .05, of 2 all, of 4 .05, of 90 nothing."""
+    each = np.array([[2.0, -2.0], [1.0, -1.0], [4.0, -4.0], [90.0, -90.0]])
+    by_hand = (0.05 * 1 + 0.5 * 2 + 0.05 * 4) / 0.6
+    assert trimmed_mean(each, np.array([0.5, 0.25, 0.125, 0.125])) == pytest.approx([by_hand, -by_hand])
+    assert trimmed_mean(each[:2], np.array([0.5, 0.5])) == pytest.approx([1.5, -1.5])
+    assert trimmed_mean(each[:1], np.array([1.0])) == pytest.approx([2.0, -2.0])
+
+
 def test_laws_are_blended_by_hand() -> None:
-    """By weight at the data, by half a range beyond the mean of the middle laws, halfway between at a quarter."""
+    """By weight at the data, alike from half a range beyond on, halfway between at a quarter."""
     each = np.array([[1.0] * 4, [2.0] * 4, [4.0] * 4, [90.0] * 4])
     weights, reach = np.array([0.5, 0.25, 0.25, 0.0]), np.array([0.0, 0.25, 0.5, 2.0])
     mean, spread = blend(each, weights, reach)
-    assert mean == pytest.approx([2.0, 2.5, 3.0, 3.0])
-    # shares ½, ¼, ¼, 0 of 1, 2, 4, 90: variance 1.5; then equal ones; ⅜, ¼, ¼, ⅛ between
-    assert spread == pytest.approx([np.sqrt(1.5), np.average((each[:, 1] - 13.125) ** 2, weights=[3, 2, 2, 1]) ** 0.5,
-                                    each[:, 2].std(), each[:, 3].std()])  # fmt: skip
-    two, _ = blend(each[:2], np.array([0.25, 0.75]), reach)
-    assert two == pytest.approx([1.75, 1.625, 1.5, 1.5])  # two have no middle
+    near = (0.3 * 1 + 0.25 * 2 + 0.05 * 4) / 0.6
+    far = (0.05 * 1 + 0.25 * 2 + 0.25 * 4 + 0.05 * 90) / 0.6
+    assert mean == pytest.approx([near, (near + far) / 2, far, far])
+    # shares ½, ¼, ¼, 0 of 1, 2, 4, 90: variance 1.5; then equal ones; ⅜, ¼, ¼, ⅛ between, with mean 13.125
+    between = np.average((each[:, 1] - 13.125) ** 2, weights=[3, 2, 2, 1]) ** 0.5
+    assert spread == pytest.approx([1.5**0.5, between, each[:, 2].std(), each[:, 3].std()])
 
 
 def test_held_out_errors_of_an_average_by_hand() -> None:
@@ -157,7 +167,8 @@ def test_held_out_errors_of_an_average_by_hand() -> None:
         [[[nan, 0.1, 0.4], [nan, nan, 0.7]], [[nan, 0.3, 0.8], [nan, nan, nan]], [[nan, 9, 9], [nan, nan, 9]]]
     )
     error = average_errors(origins, each, np.array([0.75, 0.25, 0.0]))
-    assert np.isnan(error[0, 0]) and error[0, 1:] == pytest.approx([0.15, 0.6])
+    near = (0.55 * 0.1 + 0.05 * 0.3) / 0.6
+    assert np.isnan(error[0, 0]) and error[0, 1:] == pytest.approx([near, 0.6])
     assert np.isnan(error[1, :2]).all() and error[1, 2] == pytest.approx(0.7)
 
 
@@ -256,13 +267,14 @@ def curve():
 
 
 def test_the_average_predicts_as_its_formula_says(curve) -> None:
-    """Inside by weight; a quarter of the range (log 100) beyond, the half of it is the mean of the middle laws."""
+    """Inside by weight; a quarter of the range (log 100) beyond, in half of it all laws weigh alike."""
     inside, far = np.array([5e4]), np.array([1e5 * 100**0.25])
     shares = np.array([c.weight for c in curve.candidates])
     assert len(curve.candidates) == len(curve.members) == 6 and shares.sum() == pytest.approx(1)
     near, logs = (np.array([np.log(c.fit.predict(x)[0]) - c.shift for c in curve.candidates]) for x in (inside, far))
-    assert np.log(curve.predict(inside)) == pytest.approx(shares @ near)
-    assert np.log(curve.predict(far)) == pytest.approx((shares @ logs + np.sort(logs)[1:-1].mean()) / 2)
+    assert np.log(curve.predict(inside)) == pytest.approx(trimmed_mean(near[:, None], shares))
+    both = [trimmed_mean(logs[:, None], w)[0] for w in (shares, np.full(6, 1 / 6))]
+    assert np.log(curve.predict(far)) == pytest.approx(np.mean(both))
     np.testing.assert_allclose(curve.predict({"x": far, "other": 0.0}), curve.predict(far))
     for c in curve.candidates:
         assert c.score == pytest.approx(np.sqrt(c.in_sample * c.held_out))
@@ -284,10 +296,10 @@ def test_the_averages_interval_adds_the_disagreement_of_its_laws(curve) -> None:
 
 def test_a_linear_loss_averages_y_itself() -> None:
     found = select_law(SHORT, bent(SHORT), laws=["saturating", "rectified"], loss="least_squares", num_resamples=10)
-    far = np.array([3e4])
-    expected = sum(c.weight * (c.fit.predict(far) - c.shift) for c in found.candidates)
-    np.testing.assert_allclose(found.predict(far), expected)
-    assert found.draws(far).shape == (10, 1)
+    inside = np.array([3e4])
+    each = np.array([fit.predict(inside) - c.shift for c, fit in found.members])
+    np.testing.assert_allclose(found.predict(inside), trimmed_mean(each, found.weights))
+    assert found.draws(inside).shape == (10, 1)
 
 
 def test_draws_are_refits_moved_to_their_own_end() -> None:
