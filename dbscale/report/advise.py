@@ -15,7 +15,7 @@ from dbscale.report.findings import Question, family_of, study_questions
 from dbscale.report.law_findings import AXIS_NAMES, ArmLaws, Options, arm_laws
 from dbscale.report.schema import AxisName, ContrastRecord, Estimate
 from dbscale.report.table import RunTable, Setting
-from dbscale.report.words import AXES, advice, answer, percent, say, stratum
+from dbscale.report.words import AXES, advice, answer, percent, say, span, stratum
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _outside(table: RunTable, setting: Setting, point: Mapping[AxisName, float])
         low, high = runs.values(axis)[0], runs.values(axis)[-1]
         if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
             side = "below" if value < low else "above"
-            yield say("outside_axis", value=value, axis=AXES[axis], side=side, low=low, high=high)
+            yield say("outside_axis", value=value, axis=AXES[axis], side=side, span=span(low, high))
 
 
 def _expected(arms: ArmLaws, setting: Setting, point: Mapping[AxisName, float], level: float) -> dict[str, Estimate]:

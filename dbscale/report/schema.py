@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from dbscale.errors import TableError
 from dbscale.files import atomic_open, read_json
 from dbscale.laws import NoiseModel, Power, Verdict
+from dbscale.report.table import Setting
 from dbscale.strict import Strict, validate
 
 SCHEMA_VERSION = 3
@@ -49,6 +50,10 @@ class OfSetting(Strict):
     variant: str = ""
     upstream_dataset: str = ""
     dataset: str
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.variant, self.upstream_dataset, self.dataset)
 
 
 class ContrastRecord(OfSetting):
@@ -259,18 +264,16 @@ File = TypeVar("File", LawsFile, BoundaryFile)
 
 
 def write(path: Path, value: LawsFile | BoundaryFile) -> None:
-    """One record a line, so that a file can be read, searched and compared by eye."""
-    fields = value.model_dump(mode="json").items()
-    lines = [f' "{name}": {_block(field)}' for name, field in fields]
+    """One item of a list a line, so that a file can be read, searched and compared by eye."""
+    lines = []
+    for name, field in value.model_dump(mode="json").items():
+        items = [json.dumps(item, allow_nan=False) for item in (field if isinstance(field, list) else [field])]
+        whole = (
+            "[\n  " + ",\n  ".join(items) + "\n ]" if isinstance(field, list) and field else items[0] if items else "[]"
+        )
+        lines.append(f' "{name}": {whole}')
     with atomic_open(path, "w") as file:
         file.write("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def _block(field: Any) -> str:
-    """A field's value: lists with one item a line, all else in one."""
-    if not (isinstance(field, list) and field):
-        return json.dumps(field, allow_nan=False)
-    return "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in field) + "\n ]"
 
 
 def read(kind: type[File], path: Path) -> File:

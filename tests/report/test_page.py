@@ -12,9 +12,8 @@ import pytest
 
 from dbscale.laws import make_pairs
 from dbscale.report import schema
-from dbscale.report.background import of_table
 from dbscale.report.findings import Options, contrast, find
-from dbscale.report.page import compare_page, export_table_figures, write_page, write_table_report
+from dbscale.report.page import compare_page, export_table_figures, of_table, write_page, write_table_report
 from dbscale.report.schema import BoundaryFile
 from dbscale.report.table import RunTable, read_table, to_csv
 from dbscale.study.store import Store
