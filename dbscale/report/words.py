@@ -140,12 +140,7 @@ def stratum(record: ContrastRecord) -> str:
 
 def where(record: OfSetting, all_records: Iterable[OfSetting] = ()) -> str:
     """Names the test set, and of variant and upstream set what differs among `all_records`."""
-    others, words = list(all_records), [record.dataset]
-    if len({other.upstream_dataset for other in others}) > 1 and record.upstream_dataset != record.dataset:
-        words.append(f"from {record.upstream_dataset}")
-    if len({other.variant for other in others}) > 1:
-        words.append(f"({record.variant})")
-    return " ".join(words)
+    return record.setting.among(other.setting for other in all_records)
 
 
 # Sentences.
