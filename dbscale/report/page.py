@@ -26,7 +26,7 @@ from dbscale.report.findings import Findings, refresh, refresh_table
 from dbscale.report.reduce import load_plan
 from dbscale.report.schema import ContrastRecord, Note
 from dbscale.report.table import MissingPoint, Run, RunTable
-from dbscale.report.words import count, duration, listed, percent, say, span, symbols
+from dbscale.report.words import duration, say
 from dbscale.study.cell import CellSpec
 from dbscale.study.plan import PlanRecord
 from dbscale.study.store import Row, Store
@@ -180,41 +180,6 @@ def day(seconds: float | None = None) -> str:
     return f"{moment:%d %B %Y %H:%M} UTC"
 
 
-def answered_checklist(table: RunTable, findings: Findings, specs: Sequence[CellSpec]) -> dict[str, dict[str, str]]:
-    """The reproducibility checklist of arXiv 2502.18969, filled in from the study's own files."""
-
-    def values(column: str) -> str:
-        return ", ".join(f"{value:,}" for value in table.pretrained.values(column))
-
-    fitted = [law for law in findings.laws.laws if not law.reason and law.metric == "error_rate"]
-    shares = [run.upstream_samples_seen / run.upstream_samples for run in table.pretrained if run.upstream_samples_seen]
-    return words.checklist(
-        forms=symbols("; ".join(dict.fromkeys(f"{law.law}: {law.equation}" for law in fitted))),
-        tried=listed(dict.fromkeys(each.law for law in fitted for each in law.candidates)),
-        students=", ".join(f"{name} ({table.params(name):,} parameters)" for name in table.students),
-        data=f"D_p {values('upstream_samples')}; D_f {values('downstream_samples')}", seeds=values("seed"),
-        optimiser=_optimiser(specs), epochs=f"{span(min(shares), max(shares))} times" if shares else "",
-        datasets=listed(table.values("dataset")),
-        test_sizes=listed(map(count, sorted({run.num_test_samples for run in table if run.num_test_samples}))),
-        scratch=str(len(table.scratch)), missing=str(len(table.missing)),
-        points="; ".join(f"{law.dataset}, {law.arm}: {law.num_runs} runs" for law in fitted),
-        held_out=listed(percent(law.held_out) for law in fitted if law.held_out is not None),
-        verdicts=str(sum(record.verdict is not None for record in findings.boundary.contrasts)),
-        level=percent(findings.boundary.level, 0),
-    )  # fmt: skip
-
-
-def _optimiser(specs: Sequence[CellSpec]) -> str:
-    texts = []
-    for stage in STAGES:
-        recipe = next((spec.recipe for spec in specs if spec.recipe.stage == stage), None)
-        if recipe is not None:
-            optim, training = recipe.training.optim, recipe.training
-            texts.append(f"{stage}: AdamW, lr {optim.lr:g}, weight decay {optim.weight_decay:g}, warm-up and cosine, "
-                         f"batch {training.global_batch}, {training.precision}")  # fmt: skip
-    return "; ".join(texts)
-
-
 # The page.
 
 
@@ -224,9 +189,7 @@ def write_page(table: RunTable, findings: Findings, background: Background, fold
     return _write(
         folder / "report.html", title=table.grid, question=table.question, contrasts=boundary.contrasts,
         figures=study_figures(table, laws, boundary), notes=(*boundary.notes, *laws.notes), origin=background.origin,
-        study={"laws": laws, "settings": table.settings, "table": table, "background": background,
-               "tiles": _tiles(table, findings, background),
-               "checklist": answered_checklist(table, findings, background.specs)},
+        study={"laws": laws, "settings": table.settings, "table": table, "background": background},
     )  # fmt: skip
 
 
@@ -241,17 +204,6 @@ def compare_page(record: ContrastRecord, folder: Path, *, notes: Sequence[str] =
     )  # fmt: skip
 
 
-def _tiles(table: RunTable, findings: Findings, background: Background) -> list[tuple[str, str]]:
-    """Figures of the study and what they count."""
-    tiles = [(f"{len(table)} of {len(table) + len(table.missing)}", "measured points finished")]
-    main = findings.boundary.contrasts[0].verdict if findings.boundary.contrasts else None
-    if main is not None:
-        tiles.append((count(main.num_seeds), "seeds behind the main verdict"))
-        tiles.append((f"± {words.size_text(main.min_effect, 'error_rate')}", "differences below this do not matter"))
-    time = sum(stage["device_time_s"] for stage in background.stages)
-    return [*tiles, *([(duration(time), "device time of the finished cells")] if time else [])]
-
-
 def _write(
     path: Path, *, contrasts: Sequence[ContrastRecord], figures: Mapping[str, Figure], notes: Sequence[Note],
     origin: str, study: Mapping[str, Any], **texts: str,
@@ -264,7 +216,9 @@ def _write(
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: value for name, value in vars(words).items() if callable(value)} | {"slug": slug}
+    environment.filters |= {name: value for name, value in vars(words).items() if callable(value)}
+    environment.filters |= {"slug": slug, "epochs": lambda run: run.upstream_samples_seen / run.upstream_samples}
+    environment.globals["span"] = words.span
     parts = {name: Markup((TEMPLATES / f"report.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
     html = environment.get_template("report.html.j2").render(
         contrasts=contrasts, main=next((record for record in contrasts if record.main), None), figures=figures,

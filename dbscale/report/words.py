@@ -32,7 +32,6 @@ SYMBOLS = (
     ("E_inf", "E∞"), ("^-alpha", "^(−α)"), ("^-beta", "^(−β)"), ("^-gamma", "^(−γ)"), ("alpha", "α"), ("beta", "β"),
     ("gamma", "γ"), ("*", "·"), (" - ", " − "), ("E0", "E₀"),
 )  # fmt: skip
-UNKNOWN = "not recorded in rows.csv; see the grid’s YAML"
 NAMELESS = 1e11
 """Counts from here on have no name that people use."""
 
@@ -324,17 +323,6 @@ def answers(contrasts: Sequence[ContrastRecord]) -> Iterator[str]:
     pooled = sorted((record for record in contrasts if record.pooled), key=lambda record: not record.main)
     for record in pooled:
         yield say("on", where=where(record, contrasts), what=answer(record))
-
-
-def checklist(**facts: str) -> dict[str, dict[str, str]]:
-    """Part -> question -> answer; an answer whose fact is empty says that it is not recorded."""
-
-    def answered(text: str) -> str:
-        names = [name for _, name, _, _ in string.Formatter().parse(text) if name]
-        return text.format(**facts) if all(facts[name] for name in names) else UNKNOWN
-
-    return {part: {question: answered(text) for question, text in asked.items()}
-            for part, asked in TABLE["checklist"].items()}  # fmt: skip
 
 
 # What the terminal prints.

@@ -310,16 +310,6 @@ def test_a_plan_says_what_it_finds_and_what_more_would_cost():
     ]
 
 
-def test_the_checklist_says_what_is_not_recorded():
-    asked = [text for part in words.TABLE["checklist"].values() for text in part.values()]
-    names = {name for text in asked for name in re.findall(r"\{(\w+)\}", text)}
-    filled = words.checklist(**dict.fromkeys(names, "known"))
-    assert filled["Training"]["How many models, of which sizes?"] == "known"
-    empty = words.checklist(**dict.fromkeys(names, ""))["Training"]
-    assert empty["How many models, of which sizes?"] == words.UNKNOWN
-    assert empty["How is compute counted?"].startswith("multiply-adds")
-
-
 # No two sentences disagree: each names a side only where its sign is established.
 
 SIDE = "(distillation|plain pretraining)"
