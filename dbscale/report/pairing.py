@@ -15,7 +15,7 @@ import numpy as np
 from dbscale.errors import TableError
 from dbscale.laws import Pairs, make_pairs
 from dbscale.report.sheet import Sheet, near_spellings, shown
-from dbscale.report.table import Place, Run, RunTable, Setting, student_of_size
+from dbscale.report.table import PLACE, Run, RunTable, Setting, student_of_size
 
 Key = tuple[Hashable, ...]
 Curves = dict[Key, dict[float, float]]
@@ -182,7 +182,7 @@ def pair_arms(
 
     `metric` is a column of runs; `wrong` gives the test set's own noise. Without a pair None, and why.
     """
-    return _pair(table, setting._asdict(), Place._fields, metric, "key", wrong)
+    return _pair(table, setting._asdict(), PLACE, metric, "key", wrong)
 
 
 def pair_upstream(

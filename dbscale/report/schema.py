@@ -90,22 +90,6 @@ class ContrastRecord(OfSetting):
         return self.student is None and self.downstream_samples is None
 
 
-# Readings of a verdict.
-
-
-def established(verdict: Verdict, side: str | None, beyond: float = 0.0) -> list[float]:
-    """Measured x where `side` is established to have the lower y, by more than `beyond`."""
-    lowest = {p.x: p.low_all if side == "b" else -p.high_all for p in verdict.points}
-    return [x for x, size in lowest.items() if side and size > beyond]
-
-
-def excludes(verdict: Verdict) -> frozenset[str]:
-    """`harm`: B's y exceeds A's by δ at no measured x; `gain`: it is below A's by δ at none; both, or neither."""
-    harm = all(point.low_all > -verdict.min_effect for point in verdict.points)
-    gain = all(point.high_all < verdict.min_effect for point in verdict.points)
-    return frozenset(name for name, holds in (("harm", harm), ("gain", gain)) if holds)
-
-
 class Note(Strict):
     """Something that a reader must know before relying on the results."""
 

@@ -40,14 +40,8 @@ class Setting(NamedTuple):
         return " ".join([self.dataset, *upstream, *[f"({self.variant})"] * (len(variants) > 1)])
 
 
-class Place(NamedTuple):
-    """A point on the axes of a setting: what the runs of a pair share."""
-
-    student: str
-    upstream_samples: int
-    downstream_samples: int
-    seed: int
-    finetune: int
+PLACE = ("student", "upstream_samples", "downstream_samples", "seed", "finetune")
+"""A point on the axes of a setting: what the runs of a pair share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +101,6 @@ class Run:
     @property
     def setting(self) -> Setting:
         return Setting(self.variant, self.upstream_dataset, self.dataset)
-
-    @property
-    def place(self) -> Place:
-        return Place(self.student, self.upstream_samples, self.downstream_samples, self.seed, self.finetune)
 
 
 COLUMNS = tuple(field.name for field in fields(Run))
@@ -308,10 +298,10 @@ def _check_values(run: Run, place: str) -> None:
 
 
 def _without_repeats(table: RunTable, places: Sequence[str]) -> tuple[tuple[Run, ...], list[str]]:
-    seen: dict[tuple[Setting, str, Place], tuple[Run, str]] = {}
+    seen: dict[tuple[Any, ...], tuple[Run, str]] = {}
     repeats = 0
     for run, place in zip(table.runs, places, strict=True):
-        first, where = seen.setdefault((run.setting, run.arm, run.place), (run, place))
+        first, where = seen.setdefault((run.setting, run.arm, *(getattr(run, name) for name in PLACE)), (run, place))
         repeats += first is not run
         if first.error_rate != run.error_rate:
             raise TableError(

@@ -13,17 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dbscale.laws import Power, Verdict
-from dbscale.report.schema import (
-    BoundaryFile,
-    ContrastRecord,
-    LawRecord,
-    LawsFile,
-    Note,
-    OfSetting,
-    ParamRecord,
-    established,
-    excludes,
-)  # fmt: skip
+from dbscale.report.schema import BoundaryFile, ContrastRecord, LawRecord, LawsFile, Note, OfSetting, ParamRecord
 
 TABLE = tomllib.loads((Path(__file__).parent / "templates" / "sentences.toml").read_text(encoding="utf-8"))
 SIDES, AXES, METRICS, COMPONENTS = (TABLE[name] for name in ("sides", "axes", "metrics", "components"))
@@ -183,6 +173,19 @@ def notes_of(record: ContrastRecord, place: str) -> Iterator[Note]:
 # Verdicts.
 
 
+def established(verdict: Verdict, side: str | None, beyond: float = 0.0) -> list[float]:
+    """Measured x where `side` is established to have the lower y, by more than `beyond`."""
+    lowest = {p.x: p.low_all if side == "b" else -p.high_all for p in verdict.points}
+    return [x for x, size in lowest.items() if side and size > beyond]
+
+
+def excludes(verdict: Verdict) -> frozenset[str]:
+    """`harm`: B's y exceeds A's by δ at no measured x; `gain`: it is below A's by δ at none; both, or neither."""
+    harm = all(point.low_all > -verdict.min_effect for point in verdict.points)
+    gain = all(point.high_all < verdict.min_effect for point in verdict.points)
+    return frozenset(name for name, holds in (("harm", harm), ("gain", gain)) if holds)
+
+
 def state_of(verdict: Verdict) -> str:
     """Which of the table's states a verdict is in."""
     if verdict.kind == "crossing":
@@ -232,8 +235,9 @@ def sentences(record: ContrastRecord) -> list[str]:
         return [say("no_verdict", reason=record.reason)]
     values = _values(record, verdict)
     told = [fill(text, **values) for text in TABLE["states"][state_of(verdict)]["answer"]]
-    if verdict.law_interval is not None:
-        told.append(say("law_root", root=verdict.law_root, interval=span(*verdict.law_interval)))
+    ends, laws = verdict.interval, verdict.law_interval
+    if ends and laws and laws[1] / laws[0] < ends[1] / ends[0]:  # laws sharpen a root, or are not worth a sentence
+        told.append(say("law_root", root=verdict.law_root, interval=span(*laws)))
     return told
 
 
@@ -307,8 +311,10 @@ def noise_text(record: ContrastRecord) -> str:
     noise = record.noise
     if noise is None:
         return ""
-    pairs = ([COMPONENTS.get(name, name) for name in code.split("_in_")] for code in noise.confounded)
-    apart = "".join(say("confounded", first=first, second=second) for first, second in pairs)
+    hidden: dict[str, list[str]] = {}
+    for first, second in (code.split("_in_") for code in noise.confounded):
+        hidden.setdefault(COMPONENTS.get(second, second), []).append(COMPONENTS.get(first, first))
+    apart = "".join(say("confounded", first=listed(names), second=name) for name, names in hidden.items())
     return say("noise", sd=size_text(noise.sd, record.metric)) + apart
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -158,7 +159,7 @@ def test_the_ends_of_a_range_are_told_apart(ends, expected):
 def test_what_an_undecided_answer_says_its_evidence_does_not_say_again():
     record = make_contrast(make_verdict(OPEN), power=make_power())
     assert "8 seeds find a difference of 2.1 points" in words.answer(record)
-    assert list(words.evidence(record))[1] == "To find half as small a difference takes 30 seeds in all."
+    assert list(words.evidence(record))[1] == "To find differences half as small as now takes 30 seeds in all."
     bare = list(words.evidence(make_contrast(make_verdict(OPEN))))
     assert len(bare) == 2 and bare[1].startswith("A repetition on two disjoint halves")
 
@@ -168,6 +169,23 @@ def test_laws_sharpen_a_crossing():
     assert words.answer(make_contrast(verdict)).endswith(
         " The fitted laws put the turn at about 5,000 (4,500 to 5,600)."
     )
+
+
+def test_laws_that_do_not_sharpen_are_not_said():
+    verdict = make_verdict(HELPS_THEN_HURTS, law_root=5000.0, law_interval=(2000.0, 8000.0), law_name="additive")
+    assert words.answer(make_contrast(verdict)) == ANSWERS[0][1]
+
+
+@pytest.mark.parametrize("metric", ["error_rate", "test_loss"])
+def test_notes_on_a_verdict_name_its_metric(metric):
+    codes = ("incomplete_pairs", "single_seed_points", "within_min_effect", "several_crossings", "laws_do_not_cross",
+             "laws_disagree")  # fmt: skip
+    verdict = make_verdict(HELPS_THEN_HURTS, notes=codes)
+    notes = {each.code: each.text for each in words.notes_of(make_contrast(verdict, metric=metric), "digits")}
+    assert list(notes) == list(codes)
+    for text in notes.values():
+        assert words.metric_of(metric) in text and text.startswith("On digits ") and "{" not in text
+    assert notes["several_crossings"].endswith("the last turn from distillation to plain pretraining.")
 
 
 def test_a_study_that_no_seeds_decide_says_so():
@@ -205,7 +223,7 @@ def test_evidence_holds_means_power_and_the_repetition():
     assert list(words.evidence(record)) == [
         "Measured differences in points (pooled, 8 seeds): +5.0 at 1,000, +0.0 at 4,000 and −4.0 at 16,000 upstream images.",
         "8 seeds find a difference of 2.1 points four times in five. The interval of a boundary would span about 1.3 "
-        "octaves. To find half as small a difference takes 30 seeds in all or 5 finetunes of each upstream run.",
+        "octaves. To find differences half as small as now takes 30 seeds in all or 5 finetunes of each upstream run.",
         "The same question put to two disjoint halves of the seeds: seeds 0 and 2: distillation lower; seeds 1 and 3: "
         "undecided. 75 % of one half’s 90 % intervals, widened for the other half’s own noise, hold the other’s mean.",
     ]
@@ -220,7 +238,12 @@ def test_noise_says_its_size_and_what_is_confounded():
     record = make_contrast(make_verdict(OPEN), noise=make_noise())
     assert words.noise_text(record) == (
         "One difference of one seed, student and number of labels scatters by 5.7 points (standard deviation). These runs "
-        "do not tell teacher run from upstream run: the two are counted together."
+        "do not tell teacher run from upstream run: they are counted together."
+    )
+    more = replace(make_noise(), confounded=("teacher_in_upstream", "finetune_in_upstream", "seed_in_test_set"))
+    assert words.noise_text(make_contrast(make_verdict(OPEN), noise=more)).endswith(
+        " These runs do not tell teacher run and finetune draw from upstream run: they are counted together. These runs do "
+        "not tell seed (images drawn, initialisation) from test images: they are counted together."
     )
 
 
