@@ -275,21 +275,22 @@ def _arm_layers(x: alt.X, metric: str, rows: Rows, title: str = "") -> Layers:
 # What the results rest on.
 
 
-def predicted_figure(name: str, laws: LawsFile, setting: Setting) -> Figure | None:
-    """Measured against predicted error, by laws that saw the run and by laws that did not."""
-    panels = ("laws fitted to all runs", "largest D_p held out")
-    known = [each for each in laws.predictions if each.predicted and each.measured > 0 and each.setting == setting]
+def predicted_figure(name: str, laws: LawsFile, setting: Setting, metric: str = "error_rate") -> Figure | None:
+    """Measured against predicted, by laws that saw the run and by laws that did not."""
+    panels, what = ("laws fitted to all runs", "largest D_p held out"), metric_of(metric)
+    own = [each for each in laws.predictions if (each.setting, each.metric) == (setting, metric)]
+    known = [each for each in own if each.predicted and each.measured > 0]
     rows = [_run_row(panels[each.held_out], each, each.measured, each.predicted) for each in known]
     if not rows:
         return None
     ends = [end(row[name] for row in rows for name in "xy") for end in (min, max)]
     rows += [{"panel": panel, "part": "guide", "x": end, "y": end} for panel in panels for end in ends]
-    x = alt.X("x:Q", title="measured error", axis=alt.Axis(format=".1~%", tickCount=5),
-              scale=alt.Scale(type="log", nice=False, padding=8))  # fmt: skip
-    *_, runs = _arm_layers(x, "error_rate", rows, "predicted error")
+    x = alt.X("x:Q", title=f"measured {what}", scale=alt.Scale(type="log", nice=False, padding=8),
+              axis=alt.Axis(format=".1~%" if is_rate(metric) else ".2~f", tickCount=5))  # fmt: skip
+    *_, runs = _arm_layers(x, metric, rows, f"predicted {what}")
     diagonal = part("guide").mark_line(style="guide").encode(x=x, y=runs[1].encoding.y)
     return panelled(
-        name, [("guide", diagonal), runs], rows, 260, f"predicted against measured error, {setting.dataset}"
+        name, [("guide", diagonal), runs], rows, 260, f"predicted against measured {what}, {setting.dataset}"
     )
 
 
@@ -361,6 +362,7 @@ def _study_figures(table: RunTable, laws: LawsFile, contrasts: Sequence[Contrast
         if len(own.students) > 1:
             yield error_figure(f"size-{name}", table, laws, setting, axis="num_params")
         yield predicted_figure(f"predicted-{name}", laws, setting)
+        yield predicted_figure(f"predicted_loss-{name}", laws, setting, "test_loss")
 
 
 def slug(*names: str) -> str:

@@ -7,6 +7,7 @@ Asks the engine (`dbscale.laws.select_law`) once for every setting, metric and a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -80,6 +81,11 @@ class ArmLaw:
     reason: str = ""
 
     @property
+    def names(self) -> dict[str, Any]:
+        """What every record of it begins with."""
+        return {**self.setting._asdict(), "metric": self.metric, "arm": self.arm}
+
+    @property
     def laws(self) -> Selection:
         """The selection where there is one."""
         assert self.selection is not None, self.reason
@@ -140,14 +146,13 @@ def study_laws(table: RunTable, options: Options, source: str) -> tuple[ArmLaws,
     arms = arm_laws(table, options)
     laws = [(each, _record(each, options.level)) for each in arms.found.values()]
     known = [(each, record) for each, record in laws if not record.reason]
-    errors = [(each, record) for each, record in known if record.metric == "error_rate"]
     return arms, schema.LawsFile(
         grid=table.grid, source=source, level=options.level, num_draws=options.num_resamples, seed=options.seed,
         laws=tuple(record for _, record in laws),
         curves=tuple(curve for each, _ in known for curve in _curves(each, options.level)),
-        predictions=tuple(prediction for each, _ in errors for prediction in _predictions(each)),
-        transfer=tuple(_transfer(table, options)),
-        levers=tuple(_lever(each, record, options.level) for each, record in errors),
+        predictions=tuple(prediction for each, _ in known for prediction in _predictions(each)),
+        transfer=tuple(gap for each in arms.found.values() for gap in _transfer(each, options)),
+        levers=tuple(_lever(each, record, options.level) for each, record in known),
         predictors=tuple(_predictors(table, options.level)),
         notes=tuple(told for each, _ in laws for told in _notes(each, table)),
     )  # fmt: skip
@@ -220,9 +225,7 @@ def law_delta(arms: ArmLaws, setting: Setting, metric: str, pairs: Pairs) -> Del
 
 
 def _record(own: ArmLaw, level: float) -> LawRecord:
-    names: dict[str, Any] = {
-        **own.setting._asdict(), "metric": own.metric, "arm": own.arm, "num_runs": len(own.runs), "reason": own.reason
-    }  # fmt: skip
+    names = own.names | {"num_runs": len(own.runs), "reason": own.reason}
     if own.selection is None:
         return LawRecord(**names)
     best, intervals = own.laws.best, own.laws.bootstrap.interval(level)
@@ -285,28 +288,20 @@ def _rounded(values: np.ndarray) -> tuple[float | None, ...]:
 def _curves(own: ArmLaw, level: float) -> Iterator[schema.LawCurve]:
     """The average along each axis over its measured range, at every measured combination of the others."""
     for axis in AXIS_NAMES:
-        low, *_, high = [*own.runs.values(axis), own.runs.values(axis)[-1]]
-        if low == high:
+        sizes = own.runs.values(axis)
+        if len(sizes) == 1:
             continue
-        grid = np.geomspace(low, high, CURVE_POINTS)
+        grid = np.geomspace(sizes[0], sizes[-1], CURVE_POINTS)
         # A student fixes the size of the model.
-        columns = {
-            "student": "num_params",
-            "upstream_samples": "upstream_samples",
-            "downstream_samples": "downstream_samples",
-        }
-        fixed = [name for name, size in columns.items() if size != axis]
-        for place in sorted({tuple(getattr(run, name) for name in fixed) for run in own.runs}, key=str):
-            names: dict[str, Any] = dict.fromkeys(columns) | dict(zip(fixed, place, strict=True))
-            sizes = {
-                columns[name]: own.runs.params(names[name]) if name == "student" else names[name] for name in fixed
-            }
-            at = {axis: grid} | {name: np.full(CURVE_POINTS, float(size)) for name, size in sizes.items()}
+        fixed = [name for name in ("student", "upstream_samples", "downstream_samples") if name != axis]
+        fixed = fixed[1:] if axis == "num_params" else fixed
+        for run in {tuple(getattr(run, name) for name in fixed): run for run in own.runs}.values():
+            at = {name: np.full(CURVE_POINTS, float(getattr(run, name))) for name in AXIS_NAMES} | {axis: grid}
+            names = dict.fromkeys(("student", "upstream_samples", "downstream_samples"))
+            names |= {name: getattr(run, name) for name in fixed}
             ends = map(_rounded, (own.laws.predict(at), *own.laws.curve_interval(at, level)))
             band = schema.Band(x=tuple(grid.tolist()), **dict(zip(("y", "low", "high"), ends, strict=True)))
-            yield schema.LawCurve(
-                **own.setting._asdict(), metric=own.metric, arm=own.arm, axis=axis, **names, band=band
-            )
+            yield schema.LawCurve(**own.names, axis=axis, **names, band=band)
 
 
 def _predictions(own: ArmLaw) -> Iterator[schema.Prediction]:
@@ -316,27 +311,26 @@ def _predictions(own: ArmLaw) -> Iterator[schema.Prediction]:
     for runs, predicted in (own.runs, own.laws.predict(columns_of(own.runs.runs))), (largest, own.held_out[0]):
         for run, value in zip(runs, predicted.tolist(), strict=True):
             yield schema.Prediction(
-                **{name: getattr(run, name) for name in names}, measured=run.error_rate, predicted=_finite(value),
-                held_out=runs is largest,
+                metric=own.metric, **{name: getattr(run, name) for name in names}, measured=getattr(run, own.metric),
+                predicted=_finite(value), held_out=runs is largest,
             )  # fmt: skip
 
 
-def _transfer(table: RunTable, options: Options) -> Iterator[schema.TransferRecord]:
-    """The gap G of every student and arm that has the values for it."""
-    for setting, arm, student in product(table.settings, table.arms, table.students):
-        runs = table.pretrained.where(setting=setting, arm=arm, student=student)
-        if len(runs.values("upstream_samples")) < FEWEST_SIZES or len(runs.values("downstream_samples")) < 2:
-            continue
+def _transfer(own: ArmLaw, options: Options) -> Iterator[schema.TransferRecord]:
+    """The gap G of every student that has the values for it."""
+    for student in own.runs.students:
+        runs = own.runs.where(student=student)
         columns = {name: values for name, values in columns_of(runs.runs).items() if name != "num_params"}
-        try:
-            fit = fit_law("transfer_gap", columns, np.maximum(runs.column("error_rate"), SMALLEST), seed=options.seed)
-            found = transfer_gap(fit, options.level)
-        except LawError:
+        distinct = [len(set(values)) for values in columns.values()]
+        if distinct[0] < FEWEST_SIZES or distinct[1] < 2:
             continue
-        low, high = map(_finite, found.interval)
-        yield schema.TransferRecord(**setting._asdict(), arm=arm, student=student, share=float(found.share),
-                             gap=Estimate(value=float(found.gap), low=low, high=high),
-                             gap_error=float(found.gap_error))  # fmt: skip
+        with suppress(LawError):
+            fit = fit_law("transfer_gap", columns, np.maximum(runs.column(own.metric), SMALLEST), seed=options.seed)
+            found = transfer_gap(fit, options.level)
+            low, high = map(_finite, found.interval)
+            gap = Estimate(value=float(found.gap), low=low, high=high)
+            yield schema.TransferRecord(**own.names, student=student, gap=gap, gap_error=float(found.gap_error),
+                                        share=float(found.share))  # fmt: skip
 
 
 def _lever(own: ArmLaw, law: LawRecord, level: float) -> schema.LeverRecord:
@@ -356,7 +350,7 @@ def _lever(own: ArmLaw, law: LawRecord, level: float) -> schema.LeverRecord:
     rate = exchange_rates(own.laws, point, level).get("upstream_samples_per_downstream_sample")
     both = set(largest) <= set(axes)
     return schema.LeverRecord(
-        **own.setting._asdict(), arm=own.arm, student=student, **largest, error=error(),
+        **own.names, student=student, **largest, error=error(),
         doubled={axis: error(axis) for axis in axes},
         images_per_label=Estimate(value=rate[0], low=rate[1], high=rate[2]) if rate and both else None,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from dbscale.laws import NoiseModel, Power, Verdict
 from dbscale.report.table import Setting
 from dbscale.strict import Strict, validate
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 AxisName = Literal["upstream_samples", "downstream_samples", "num_params"]
 
 
@@ -135,11 +135,16 @@ class CandidateRecord(Strict):
     """Why there is no fit."""
 
 
-class LawRecord(OfSetting):
-    """What the laws say of one arm: the average that predicts, and the law that is named where one must be."""
+class OfArm(OfSetting):
+    """The arm and the metric that laws were fitted to."""
 
     metric: str
     arm: str
+
+
+class LawRecord(OfArm):
+    """What the laws say of one arm: the average that predicts, and the law that is named where one must be."""
+
     num_runs: int
     reason: str = ""
     """Why no law could be fitted."""
@@ -160,11 +165,9 @@ class LawRecord(OfSetting):
     """Axes along which the laws must not be read beyond the measured values."""
 
 
-class LawCurve(OfSetting):
+class LawCurve(OfArm):
     """The average of the laws along one axis, the other axes fixed."""
 
-    metric: str
-    arm: str
     axis: AxisName
     student: str | None
     upstream_samples: int | None
@@ -172,11 +175,10 @@ class LawCurve(OfSetting):
     band: Band
 
 
-class Prediction(OfSetting):
-    """Measured against predicted error of one run."""
+class Prediction(OfArm):
+    """Measured against predicted error or loss of one run."""
 
     key: str
-    arm: str
     student: str
     upstream_samples: int
     downstream_samples: int
@@ -187,30 +189,28 @@ class Prediction(OfSetting):
     """By laws that never saw this D_p."""
 
 
-class TransferRecord(OfSetting):
+class TransferRecord(OfArm):
     """What `transfer_gap` says of one student and arm: E = (A·D_p^-α + G)·D_f^-β + E∞."""
 
-    arm: str
     student: str
     gap: Estimate
     """G, with its profile-likelihood interval."""
     gap_error: float
-    """The gap as an error rate at the largest D_f: G·D_f^-β."""
+    """The gap as error or loss at the largest D_f: G·D_f^-β."""
     share: float
     """G over A·D_p^-α + G at the largest D_p: near 1, more upstream data of this kind no longer helps."""
 
 
-class LeverRecord(OfSetting):
+class LeverRecord(OfArm):
     """What twice as much of each lever would do at the largest point measured, by the laws of one arm."""
 
-    arm: str
     student: str
     upstream_samples: int
     downstream_samples: int
     error: Estimate
     """At that point."""
     doubled: dict[AxisName, Estimate]
-    """Error with twice as much of one lever; left out are levers that must not be read beyond what was measured."""
+    """The same with twice as much of one lever; left out are levers that must not be read beyond what was measured."""
     images_per_label: Estimate | None
     """Upstream images that lower the error as much as one more label does."""
 

@@ -70,6 +70,11 @@ def size_text(value: float, metric: str) -> str:
     return f"{100 * abs(value):.2g} points" if is_rate(metric) else f"{abs(value):.2g}"
 
 
+def level_text(value: float | None, metric: str) -> str:
+    """A measured or predicted value of a metric."""
+    return percent(value) if is_rate(metric) or value is None else f"{value:.3g}"
+
+
 def effect(value: float, metric: str) -> str:
     """A difference with its sign."""
     text = f"{100 * value:+.1f}" if is_rate(metric) else f"{value:+.3g}"

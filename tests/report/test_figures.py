@@ -171,7 +171,7 @@ def test_predictions_stand_against_measurements_seen_and_held_out():
         "seed": 0,
         "key": "k",
     }
-    made = [Prediction(**names, arm="plain", measured=0.4, predicted=value, held_out=out)
+    made = [Prediction(**names, metric="error_rate", arm="plain", measured=0.4, predicted=value, held_out=out)
             for value, out in ((0.5, False), (0.2, True), (None, True))]  # fmt: skip
     figure = figures.predicted_figure("predicted", laws_file(predictions=tuple(made)), SETTING)
     assert [(row["panel"], row["x"], row["y"]) for row in rows_of(figure, "run")] == [
