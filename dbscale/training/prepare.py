@@ -20,7 +20,7 @@ from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import device_name
 from dbscale.training.engine import AMP_DTYPE, Batching, engine_name
 from dbscale.training.loop import Run
-from dbscale.training.losses import CachedTeacher, make_objective, open_cache, wants_maps
+from dbscale.training.losses import CachedTeacher, Objective, make_objective, open_cache, wants_maps
 from dbscale.training.models import load_teacher
 from dbscale.training.optimizer import EMA, make_optimizer
 from dbscale.training.progress import Reporter, truncate_metrics
@@ -49,10 +49,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     teacher = load_teacher(context.store, spec, num_classes=dataset.num_classes, device=accelerator.device)
     for model in (student, teacher):
         set_precision(model, recipe, accelerator)
-    if recipe.task is not None:
-        objective = make_dense_objective(recipe)
-    else:
-        objective = make_objective(recipe, context.resources, teacher, student, _make_answer(spec, teacher, context))
+    objective = _make_objective(spec, teacher, student, context)
     if context.resources.compile:
         student.compile()
     optimizer = make_optimizer(student, recipe.training.optim)
@@ -86,6 +83,13 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         checkpoint_interval_s=context.resources.checkpoint_interval_s,
         checkpoint_stall_share=context.resources.checkpoint_stall_share,
     )
+
+
+def _make_objective(spec: CellSpec, teacher: nn.Module | None, student: nn.Module, context: Context) -> Objective:
+    if spec.recipe.task is not None:
+        return make_dense_objective(spec.recipe)
+    answer = _make_answer(spec, teacher, context)
+    return make_objective(spec.recipe, context.resources, teacher, student, answer)
 
 
 def _make_answer(spec: CellSpec, teacher: nn.Module | None, context: Context) -> CachedTeacher | None:
