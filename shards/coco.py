@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dbscale.data.manifest import TargetKind
 from dbscale.data.target import MIN_SIDE_PX, Boxes
 from dbscale.errors import DataError
-from dbscale.files import atomic_open, make_folder
+from dbscale.files import atomic_open, make_folder, write_atomic
 from dbscale.shards.source import (
     FileSource,
     Listing,
@@ -101,8 +101,10 @@ class Coco(FileSource):
                 )
         return dict(sorted(train.items()))
 
-    @property
+    @cached_property
     def classes(self) -> tuple[str, ...]:
+        if self._boxes_folder is not None:
+            return tuple(json.loads((self._boxes_folder / "classes.json").read_text()))
         return tuple(self._categories.values())
 
     @cached_property
@@ -156,6 +158,7 @@ class Coco(FileSource):
         prepared = self.model_copy()
         prepared._boxes_folder = work / "boxes"
         make_folder(prepared._boxes_folder)
+        write_atomic(prepared._boxes_folder / "classes.json", json.dumps(self.classes).encode())
         for split, found in self._read.items():
             with atomic_open(prepared._boxes_folder / f"{split}.npz") as file:
                 np.savez(

@@ -76,10 +76,11 @@ def pixel_loss(logits_BChw: Tensor, masks_BSS: Tensor, *, label_smoothing: float
     a mean over counted pixels would weigh an image by how much of its neighbours is ignored.
     """
     enlarged_BCSS = enlarge(logits_BChw, (masks_BSS.shape[1], masks_BSS.shape[2]))
-    summed = functional.cross_entropy(
-        enlarged_BCSS, masks_BSS.long(), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+    # Summed by a second step: on a GPU the sum inside of cross_entropy over pixels is not deterministic.
+    each_BSS = functional.cross_entropy(
+        enlarged_BCSS, masks_BSS.long(), ignore_index=IGNORE, reduction="none", label_smoothing=label_smoothing
     )
-    return summed / masks_BSS.numel()
+    return each_BSS.sum() / masks_BSS.numel()
 
 
 def make_objective(label_smoothing: float):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,19 @@ def test_boxes_that_cannot_be_are_named_with_one_sentence(
 ) -> None:
     with pytest.raises(DataError, match=sentence):
         packed(coco(annotation), tmp_path)
+
+
+def test_prepared_copies_in_other_processes_need_no_json(coco: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    entry = coco()
+    source = source_of("coco", entry)
+    names = source.listings()["train"].names
+    prepared = source.prepare(tmp_path / "work")
+    for path in Path(entry["path"]).glob("annotations/*.json"):
+        path.unlink()
+    copy = pickle.loads(pickle.dumps(prepared))
+    assert copy.classes == ("cat", "dog")
+    (pair,) = copy.read("train", np.array([1]), [names[1]])
+    assert pair.target.boxes_N4.tolist() == [[15.5, 5, 20.5, 10.5]]
 
 
 def test_categories_must_agree_between_splits(coco: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
