@@ -71,7 +71,7 @@ class Coco(FileSource):
     annotations: Local = "annotations/instances_{split}.json"
     unannotated: Literal["leave_out", "keep"] = "leave_out"
     """What becomes of images without a box: left out (and counted against `allow_unused`), or kept as empty scenes."""
-    target: ClassVar[TargetKind] = "boxes"
+    target: ClassVar[TargetKind | None] = "boxes"
     remedy: ClassVar[str] = "mend or remove their annotations"
     _boxes_folder: Path | None = None
     """Where `prepare` left the arrays."""
@@ -101,8 +101,12 @@ class Coco(FileSource):
                 )
         return dict(sorted(train.items()))
 
-    @cached_property
+    @property
     def classes(self) -> tuple[str, ...]:
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
         if self._boxes_folder is not None:
             return tuple(json.loads((self._boxes_folder / "classes.json").read_text()))
         return tuple(self._categories.values())

@@ -50,11 +50,15 @@ class MaskFolder(FileSource):
     """The number of the first class in the files; what lies below is ignored."""
     ignore_labels: tuple[int, ...] = (255,)
     """Numbers in the files that are no class."""
-    target: ClassVar[TargetKind] = "mask"
+    target: ClassVar[TargetKind | None] = "mask"
     remedy: ClassVar[str] = "mend or remove such files"
 
-    @cached_property
+    @property
     def classes(self) -> tuple[str, ...]:
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
         if isinstance(self.class_names, tuple):
             return self.class_names
         path = self.root / self.class_names
@@ -164,10 +168,10 @@ class ADE20K(MaskFolder):
     first_label: Annotated[int, Field(ge=0)] = 1
 
     @cached_property
-    def classes(self) -> tuple[str, ...]:
+    def _names(self) -> tuple[str, ...]:
         if self.class_names != "objectInfo150.txt":
-            return super().classes
-        path = self.root / self.class_names
+            return super()._names
+        path = self.root / "objectInfo150.txt"
         rows = [line.split("\t") for line in lines_of(path, "; point `path` at ADEChallengeData2016")[1:] if line]
         names = tuple(row[-1].strip() for row in rows)
         if len(set(names)) < len(names) or len(names) != ADE20K_CLASSES:

@@ -183,7 +183,7 @@ class MaskParquet(Parquet):
     """The number of the first class in the masks; what lies below is ignored."""
     ignore_labels: tuple[int, ...] = (255,)
     """Numbers in the masks that are no class."""
-    target: ClassVar[TargetKind] = "mask"
+    target: ClassVar[TargetKind | None] = "mask"
     wanted: ClassVar[str] = "rows with image bytes and mask bytes"
 
     @property

@@ -130,7 +130,7 @@ class FractalScenes(Source):
 class FractalMasks(FractalScenes):
     """Segmentation: the ground is class 0, the families follow."""
 
-    target: ClassVar[TargetKind] = "mask"
+    target: ClassVar[TargetKind | None] = "mask"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -146,7 +146,7 @@ class FractalMasks(FractalScenes):
 class FractalBoxes(FractalScenes):
     """Detection: a box around the surface of each fractal that is still to be seen."""
 
-    target: ClassVar[TargetKind] = "boxes"
+    target: ClassVar[TargetKind | None] = "boxes"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def filled(visited_OSS: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Pixels with at least three visited ones among the nine around them; never nothing."""
     padded = np.pad(visited_OSS, ((0, 0), (1, 1), (1, 1))).astype(np.int64)
     size = visited_OSS.shape[1]
-    around = sum(padded[:, y : y + size, x : x + size] for y in range(3) for x in range(3))
+    around = np.sum([padded[:, y : y + size, x : x + size] for y in range(3) for x in range(3)], axis=0)
     surface = around >= _FILLED_FROM
     none = ~surface.any(axis=(1, 2))
     surface[none] = visited_OSS[none]

@@ -156,7 +156,7 @@ def match(truths: Sequence[Boxes], finds: Sequence[NDArray[np.float64]], num_cla
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-        truth = COCO()
+        truth: Any = COCO()
         truth.dataset = {
             "images": [{"id": number} for number in range(len(truths))],
             "categories": [{"id": label} for label in range(num_classes)],

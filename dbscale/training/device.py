@@ -36,7 +36,7 @@ def measure(model: Model, *, num_classes: int, image_size: int, task: Task | Non
     """Count parameters and operations, exactly and for any timm model: torch counts on a model without memory."""
     if task is None:
         return _measure(skeleton(model, num_classes=num_classes, image_size=image_size), image_size)
-    return _measure_dense(model.model_dump_json(), type(model), task, num_classes, image_size)
+    return _measure_dense(model.model_dump_json(), type(model), task, num_classes, image_size)  # type: ignore[arg-type]
 
 
 @cache

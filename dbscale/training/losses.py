@@ -139,6 +139,7 @@ def _cross_entropy(logits_BC: Tensor, target: Target, smoothing: float) -> Tenso
     """Mean cross-entropy in float32; of a mixed batch, the mixture of both labels' (Zhang et al., 1710.09412)."""
     logits_BC = logits_BC.float()
     if not isinstance(target, MixTarget):
+        assert isinstance(target, Tensor), "boxes have losses of their own"
         return cross_entropy(logits_BC, target, label_smoothing=smoothing)
     first = cross_entropy(logits_BC, target.y_a, label_smoothing=smoothing)
     if target.lam == 1.0:

@@ -6,6 +6,8 @@ order, to the same mIoU. Backbones and the pyramid are `dense`'s.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,7 +20,7 @@ from dbscale.data.target import IGNORE
 from dbscale.study.task import DEFAULT_WIDTH, Segmentation
 from dbscale.training.dense import DenseModel, Pyramid
 from dbscale.training.evaluation import Evaluation
-from dbscale.training.losses import Losses
+from dbscale.training.losses import Losses, Objective, Target
 
 
 class Segmenter(DenseModel):
@@ -83,10 +85,11 @@ def pixel_loss(logits_BChw: Tensor, masks_BSS: Tensor, *, label_smoothing: float
     return each_BSS.sum() / masks_BSS.numel()
 
 
-def make_objective(label_smoothing: float):
+def make_objective(label_smoothing: float) -> Objective:
     """(model, images, masks uint8 [B, S, S]) -> Losses."""
 
-    def objective(model: nn.Module, images: Tensor, masks_BSS: Tensor) -> Losses:
+    def objective(model: nn.Module, images: Tensor, masks_BSS: Target) -> Losses:
+        assert isinstance(masks_BSS, Tensor), "a segmentation's targets are masks"
         loss = pixel_loss(model(images), masks_BSS, label_smoothing=label_smoothing)
         return Losses(loss, loss.detach())
 
@@ -99,8 +102,8 @@ def judge(model: nn.Module, images: Tensor, batch: Batch, num_classes: int) -> T
     At the resolution of the masks as they are stored: logits are enlarged to it.
     """
     logits_BChw = model(images)
-    assert batch.targets is not None
-    rows = [_judge_one(logits_BChw[slot : slot + 1], mask, num_classes) for slot, mask in enumerate(batch.targets)]
+    masks: Any = batch.targets
+    rows = [_judge_one(logits_BChw[slot : slot + 1], mask, num_classes) for slot, mask in enumerate(masks)]
     return torch.stack(rows)
 
 
