@@ -53,7 +53,7 @@ class Verdict:
     """Crossing only: `b_to_a` is Δ positive, then negative (the distillation boundary)."""
     root: float | None = None
     interval: tuple[float, float] | None = None
-    """Crossing only, at `level`; within the bracket."""
+    """Crossing only, at `level`; within the bracket. Reaches further down where the bracket starts at the first x."""
     bracket: tuple[float, float] | None = None
     """Crossing only: last x with the one sign established, first x with the other."""
     law_root: float | None = None
@@ -86,10 +86,14 @@ def judge(
     pooled = pairs.pooled()
     points = delta_points(pooled, level=level, family=family)
     curves = delta_curves(pooled, num_draws=num_draws, seed=seed)
+    band = _band(curves, level ** (1 / family))
     low, high = (np.array([getattr(p, end) for p in points]) for end in ("low_all", "high_all"))
     positive, negative = low > 0, high < 0
     kind = str(decide(low, high, min_effect))
     beyond = (low > min_effect) | (high < -min_effect)
+    num_seeds, stderr, degrees = (
+        float(np.median([getattr(p, name) for p in points])) for name in ("num_seeds", "stderr", "degrees")
+    )
     notes = {
         "incomplete_pairs": pooled.left_out > 0,
         "single_seed_points": min(p.num_seeds for p in points) < 2,
@@ -97,24 +101,19 @@ def judge(
     }
     found: dict[str, Any] = {}
     if kind == "crossing":
-        found, more = _crossing(curves, law_curves, _bracket([p.x for p in points], positive, negative), level)
+        found, more = _crossing(curves, law_curves, _bracket([p.x for p in points], positive, negative), band, level)
         notes |= more
     return Verdict(
         kind=cast(Kind, kind),
         better=None if kind == "crossing" else "b" if positive.any() else "a" if negative.any() else None,
         points=points,
-        curve=_band(curves, level ** (1 / family)),
+        curve=band,
         doubt=_doubt(curves),
         level=level,
         family=family,
         min_effect=min_effect,
-        num_seeds=int(np.median([p.num_seeds for p in points])),
-        smallest_effect=detectable(
-            *(float(np.median([getattr(p, n) for p in points])) for n in ("stderr", "degrees")),
-            len(points),
-            level,
-            family,
-        ),
+        num_seeds=int(num_seeds),
+        smallest_effect=detectable(stderr, degrees, len(points), level, family),
         more_seeds=_more_seeds(points, curves, min_effect, level, family) if kind == "undecided" else None,
         notes=tuple(name for name, true in notes.items() if true),
         **found,
@@ -141,11 +140,21 @@ def decide(low: np.ndarray, high: np.ndarray, min_effect: float) -> np.ndarray:
 
 
 def _crossing(
-    curves: DeltaCurves, laws: DeltaCurves | None, where: tuple[Direction, tuple[float, float], bool], level: float
+    curves: DeltaCurves,
+    laws: DeltaCurves | None,
+    where: tuple[Direction, tuple[float, float], bool],
+    band: dict[str, list[float]],
+    level: float,
 ) -> tuple[dict[str, Any], dict[str, bool]]:
     """Fields of a crossing's verdict, and notes."""
     direction, bracket, several = where
     root, interval = _root(curves, bracket, direction, level)
+    if bracket[0] == band["x"][0]:
+        # Such a crossing is seen only where luck adds to the sign at the first x, so its root is placed too high and
+        # intervals would hold .84 of them: they begin where the simultaneous band meets 0 (docs/calibration.md).
+        inside = zip(band["x"], band["low"], band["high"], strict=True)
+        meets = next((x for x, low, high in inside if low <= 0 <= high), interval[0])
+        interval = min(interval[0], meets), interval[1]
     found: dict[str, Any] = {"direction": direction, "bracket": bracket, "root": root, "interval": interval}
     notes = {"several_crossings": several}
     if laws is None:

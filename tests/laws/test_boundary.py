@@ -116,6 +116,19 @@ def test_the_root_lies_on_the_curve_between_the_points() -> None:
     assert c < a < b < d and a < 2000 * 2**0.5 < b
 
 
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_root_in_the_first_step_reaches_down_to_where_the_band_meets_zero(side: int) -> None:
+    """Its sign at the first x may be luck; a sign that further points support needs no more than the curve says."""
+    first = judge(pairs_of(side * np.array([0.06, -0.1, -0.1]), 0.01))
+    x, low, high = (np.array(first.curve[name]) for name in ("x", "low", "high"))
+    assert first.bracket == (1000, 2000) and first.interval is not None and first.root is not None
+    assert first.interval[0] == x[(low <= 0) & (high >= 0)].min() < first.root < first.interval[1]
+    later = judge(pairs_of(side * np.array([0.08, 0.06, -0.1, -0.1]), 0.01))
+    x, low, high = (np.array(later.curve[name]) for name in ("x", "low", "high"))
+    assert later.bracket == (2000, 4000) and later.interval is not None
+    assert later.interval[0] > x[(low <= 0) & (high >= 0)].min()
+
+
 def law(roots, slope: float = 0.02, grid=None) -> DeltaCurves:
     """Straight curves in log2 x with these roots."""
     at = np.geomspace(500, 10_000, 60) if grid is None else np.array(grid)
