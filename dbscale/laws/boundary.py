@@ -178,7 +178,7 @@ def _bracket(
     Of several changes of sign the last from positive to negative counts: beyond it distilling no longer pays. Where
     there is none, the last from negative to positive.
     """
-    established = np.flatnonzero(positive | negative)
+    established = np.flatnonzero(positive | negative).tolist()
     changes = [(j, k) for j, k in pairwise(established) if positive[j] != positive[k]]
     last = max(changes, key=lambda change: (positive[change[0]], change))
     return "b_to_a" if positive[last[0]] else "a_to_b", (x[last[0]], x[last[1]]), len(changes) > 1
