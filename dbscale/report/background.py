@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dbscale.report.schema import BoundaryFile, LawsFile
+from dbscale.errors import FileError
+from dbscale.report.schema import BoundaryFile, LawsFile, Note
 from dbscale.report.table import MissingPoint, RunTable
 from dbscale.report.words import checklist, count, duration, listed, percent, say, symbols
 from dbscale.study.cell import CellSpec
@@ -49,6 +50,8 @@ class Background:
     cells: tuple[dict[str, Any], ...] = ()
     """Unfinished ones first."""
     specs: tuple[CellSpec, ...] = ()
+    notes: tuple[Note, ...] = ()
+    """Damaged files that the page does without."""
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -75,14 +78,27 @@ def _sums(cells: Sequence[CellCost]) -> dict[str, Any]:
 def of_grid(store: Store, plan: PlanRecord, table: RunTable) -> Background:
     """All that the store holds of a planned grid."""
     rows = {key: store.read_row(key) for key in plan.cells}
-    specs = [store.read_spec(key) for key in plan.cells if (store.cell_dir(key) / "recipe.json").exists()]
+    specs, notes = _specs(store, plan)
     costs = tuple(_cost_of_row(row) for row in rows.values() if row is not None)
     entries = [_entry(store, key, row) for key, row in rows.items()]
     return Background(
         f"Planned {day(plan.created)}", costs, _cost_text(costs, len(plan.cells), plan.predicted_device_s),
         tuple(_lost_cells(table, store, plan)), tuple(sorted(entries, key=lambda entry: entry["state"] == "done")),
-        tuple(specs),
+        tuple(specs), tuple(notes),
     )  # fmt: skip
+
+
+def _specs(store: Store, plan: PlanRecord) -> tuple[list[CellSpec], list[Note]]:
+    """The recipes that can be read, and a note on each that cannot."""
+    specs, notes = [], []
+    for key in plan.cells:
+        if not (store.cell_dir(key) / "recipe.json").exists():
+            continue
+        try:
+            specs.append(store.read_spec(key))
+        except FileError as error:
+            notes.append(Note(code="table", text=str(error)))
+    return specs, notes
 
 
 def of_table(path: Path, table: RunTable) -> Background:

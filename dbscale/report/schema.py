@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dbscale.errors import TableError
-from dbscale.files import atomic_open, read_json
+from dbscale.files import atomic_open, read_json, sealed
 from dbscale.laws import NoiseModel, Power, Verdict
 from dbscale.strict import Strict, validate
 
@@ -263,7 +263,7 @@ def write(path: Path, value: LawsFile | BoundaryFile) -> None:
     fields = value.model_dump(mode="json").items()
     lines = [f' "{name}": {_block(field)}' for name, field in fields]
     with atomic_open(path, "w") as file:
-        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+        file.write(sealed("{\n" + ",\n".join(lines) + "\n}"))
 
 
 def _block(field: Any) -> str:

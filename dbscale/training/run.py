@@ -299,8 +299,11 @@ def _told_to_main(admission: Admission) -> tuple[str, Failure] | None:
     paths = sorted(admission.store.cell_dir(admission.key).glob(FAULT_NAME.format("*")))
     if not paths:
         return None
-    told = read_json(paths[0])
-    return told["reason"], Failure(told["failure"])
+    try:
+        told = read_json(paths[0])
+        return str(told["reason"]), Failure(told["failure"])
+    except (OSError, ValueError, LookupError, TypeError):  # cut off while it was written: this rank's own reason has to do
+        return None
 
 
 def _failure_of(error: Exception) -> Failure:

@@ -7,6 +7,7 @@ are computed from the rows in the store.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -192,7 +193,8 @@ def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
             store=study.store, total=len(plan.cells), done=plan.count()["done"],
             predicted_s={cell.key: cost.seconds(cell) for cell in plan.todo}, workers=study.cluster.num_workers(),
         )  # fmt: skip
-        folder = study.store.grid_dir(study.grid.name).absolute() / "jobs" / time.strftime("%Y%m%d-%H%M%S")
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = study.store.own_grid_dir(study.grid.name).absolute() / "jobs" / name
         local = LocalRun(
             store=study.store, data_dir=study.data_dir, cluster=study.cluster, job_folder=folder, stop=stop,
             display=display, waiting=list(tasks),
