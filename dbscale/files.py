@@ -111,7 +111,9 @@ def others_who_write(folder: Path) -> str | None:
     except KeyError:
         return f"group {status.st_gid}"
     # Where every user has a group of his own, that group means nobody else.
-    is_private = group.gr_gid == owner.pw_gid and group.gr_name == owner.pw_name and not set(group.gr_mem) - {owner.pw_name}
+    is_private = (
+        group.gr_gid == owner.pw_gid and group.gr_name == owner.pw_name and not set(group.gr_mem) - {owner.pw_name}
+    )
     return None if is_private else f"the group {group.gr_name}"
 
 
@@ -141,7 +143,9 @@ def unsealed(data: bytes, path: str | Path) -> tuple[bytes, bool]:
     Files that a hand or an earlier release wrote have none.
     """
     body, mark, rest = data.rpartition(SEAL)
-    if not mark and re.search(rb'"seal"\s*:\s*"[^"]*"\s*}\s*$', data[-200:]) is None:  # not one that an editor reformatted
+    if (
+        not mark and re.search(rb'"seal"\s*:\s*"[^"]*"\s*}\s*$', data[-200:]) is None
+    ):  # not one that an editor reformatted
         return data, False
     if rest != f'{_digest(body)}"\n}}\n'.encode():
         raise FileError(f"{path} is damaged (it does not match its own checksum)")
@@ -297,7 +301,9 @@ def holder(store_root: Path) -> Holder | None:
     try:
         with _open_lock(store_root / LOCK_NAME, os.O_RDONLY) as file:
             found = json.loads(file.read())
-        known = Holder(ProcessMark(**found["process"]), str(found["command"]), str(found["grid"]), float(found["started"]))
+        known = Holder(
+            ProcessMark(**found["process"]), str(found["command"]), str(found["grid"]), float(found["started"])
+        )
         is_sound = isinstance(known.process.pid, int) and known.process.pid > 1 and 0 <= known.started <= LATEST
         return known if is_sound else None
     except (OSError, ValueError, TypeError, LookupError, RecursionError):  # FileError among them

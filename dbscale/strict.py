@@ -101,7 +101,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: a list or mapping cannot be a key; write a name")
+                raise ConfigError(
+                    f"line {key_node.start_mark.line + 1}: a list or mapping cannot be a key; write a name"
+                )
             if key in seen:
                 raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice, first on line "
                                   f"{seen[key].line + 1}; remove one")  # fmt: skip

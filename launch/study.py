@@ -129,6 +129,12 @@ class Study:
                 found[name] = (manifest.fingerprint, manifest.split("train").num_samples)
         return found
 
+    def num_classes(self, name: str) -> int:
+        """Of a packed dataset; 0 before that."""
+        from dbscale.data.manifest import load_manifest
+
+        return load_manifest(self.dataset_dir(name)).num_classes if name in self.manifests else 0
+
     def dataset_dir(self, name: str) -> Path:
         return self.data_dir / "shards" / name
 

@@ -92,9 +92,7 @@ def load_mistakes(store: Store, keys: Iterable[str]) -> Mistakes:
     return found, tuple(damaged)
 
 
-def _current(
-    table: RunTable, folder: Path, options: Options | None, load_wrong: Callable[[], Mistakes]
-) -> Findings:
+def _current(table: RunTable, folder: Path, options: Options | None, load_wrong: Callable[[], Mistakes]) -> Findings:
     """The findings stored in `folder` where they are of this table, else new ones."""
     options = options or Options(min_effect=table.min_effect)
     wanted = digest(table, options)

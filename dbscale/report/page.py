@@ -60,7 +60,8 @@ def write_page(table: RunTable, findings: Findings, background: Background, fold
     figures = study_figures(table, laws, boundary)
     html = render(
         title=table.grid, question=table.question, contrasts=boundary.contrasts, figures=figures,
-        notes=(*boundary.notes, *laws.notes, *background.notes), laws=laws, settings=table.settings, table=table, background=background,
+        notes=(*boundary.notes, *laws.notes, *background.notes), laws=laws, settings=table.settings, table=table,
+        background=background,
         tiles=_tiles(table, findings, background),
         checklist=answered_checklist(table, laws, boundary, background.specs), origin=background.origin,
     )  # fmt: skip

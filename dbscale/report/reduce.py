@@ -139,7 +139,9 @@ def read_mistakes(path: Path, row: Row) -> np.ndarray:
             raise ValueError("it is not what the cell's row describes")
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             count, bits = int(file["num_samples"]), [file[name] for name in ("correct", "counted")]
-        if any(len(each) != -(-count // 8) for each in bits):  # unpackbits would fill up with as many zeros as it is told
+        if any(
+            len(each) != -(-count // 8) for each in bits
+        ):  # unpackbits would fill up with as many zeros as it is told
             raise ValueError(f"it does not hold a bit for each of {count} samples")
         correct, counted = (np.unpackbits(each, count=count).astype(bool) for each in bits)
     except NOT_A_BITMAP as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from dbscale.errors import ConfigError
 from dbscale.files import holder, is_held, read_json
 from dbscale.launch.cluster import CONFIGS, load_cluster
+from dbscale.launch.preflight import store_notes
 from dbscale.launch.study import (
     CLUSTER_PREFIX,
     AddCommand,
@@ -59,6 +60,8 @@ def add_commands(add: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """130 when it was stopped, 0 when the cell is done, else 3."""
     store, stop = store_of(arguments), StopRequest()
+    for note in store_notes(store.root):
+        print(f"note: {note}", file=sys.stderr)
     with stop_on_signals(stop):
         if arguments.grid is None:
             overrides = [each.removeprefix(CLUSTER_PREFIX) for each in arguments.overrides]
@@ -106,7 +109,9 @@ def _zero_stage(path: Path) -> int:
     try:
         return int(read_json(path)["zero_optimization"]["stage"])
     except (LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} names no zero_optimization.stage ({error}); see configs/deepspeed/zero1.json") from None
+        raise ConfigError(
+            f"{path} names no zero_optimization.stage ({error}); see configs/deepspeed/zero1.json"
+        ) from None
 
 
 def logs(arguments: argparse.Namespace) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -259,8 +259,8 @@ def advise(arguments: argparse.Namespace) -> int:
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     table = runs_of(arguments)
-    wrong, damaged = ({}, ()) if arguments.table is not None else load_mistakes(
-        store_of(arguments), {run.key for run in table}
+    wrong, damaged = (
+        ({}, ()) if arguments.table is not None else load_mistakes(store_of(arguments), {run.key for run in table})
     )
     for each in damaged:
         print(each, file=sys.stderr)

@@ -183,7 +183,9 @@ def test_a_damaged_bitmap_costs_its_cell_and_is_named(make_store, tmp_path: Path
     row = a_row(make_store()).model_copy(update={"num_test_samples": 9})
     path = bitmap(tmp_path / "correct.npz")
     DAMAGE[damage](path)
-    with pytest.raises(TableError, match=r"correct\.npz (cannot be used|counts 6 samples, the cell's row 9).*run the cell again"):
+    with pytest.raises(
+        TableError, match=r"correct\.npz (cannot be used|counts 6 samples, the cell's row 9).*run the cell again"
+    ):
         read_mistakes(path, row)
 
 

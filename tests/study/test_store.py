@@ -91,7 +91,9 @@ def test_a_recipe_that_is_not_this_cells_is_refused(store: Store, cell: Cell) ->
     store.write_spec(cell.spec())
     path = store.cell_dir(cell.key) / "recipe.json"
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(StoreError, match="does not match its own checksum.*; `dbscale submit` of its grid writes it anew"):
+    with pytest.raises(
+        StoreError, match=r"does not match its own checksum.*; `dbscale submit` of its grid writes it anew"
+    ):
         store.read_spec(cell.key)
     write_json(path, json.loads(cell.spec().model_dump_json().replace('"seed":0', '"seed":1')), seal=True)
     with pytest.raises(StoreError, match="is not the recipe of this cell; `dbscale submit`"):
