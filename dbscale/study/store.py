@@ -144,6 +144,8 @@ class Row(Strict):
 class Attempt(Strict):
     """One try at a cell: `attempts/<n>.json`."""
 
+    cell: str | None = None
+    """Key of the cell, set by the store when it writes; None in attempts of releases that did not."""
     number: Count
     status: Literal["running", "done", "failed", "interrupted", "blocked"]
     host: str
@@ -263,7 +265,7 @@ class Store:
 
     def write_attempt(self, key: str, attempt: Attempt) -> None:
         path = self.own_dir(key) / "attempts" / f"{attempt.number}.json"
-        write_json(path, attempt.model_dump(mode="json"), seal=True)
+        write_json(path, attempt.model_copy(update={"cell": key}).model_dump(mode="json"), seal=True)
 
     def read_progress(self, key: str) -> Progress | None:
         """The last heartbeat; None where there is none that can be read."""
@@ -291,8 +293,8 @@ class Store:
         path = f"{self.root}/cells/{key}/attempts/{number}.json"
         try:
             attempt = read_model(Attempt, path)
-            if attempt.number != number:
-                raise StoreError(f"{path} is the record of attempt {attempt.number}")
+            if attempt.number != number or attempt.cell not in (None, key):
+                raise StoreError(f"{path} is the record of attempt {attempt.number} at {attempt.cell}")
             return attempt
         except (FileNotFoundError, FileError) as error:
             return Attempt(number=number, status="interrupted", host="unknown", pid=0, started=0.0, ended=0.0,
