@@ -223,7 +223,7 @@ def newest_whole(folder: Path) -> tuple[Path, Manifest] | None:
 
     Raises StoreError where the folder is another user's: to begin anew would lose what is in it.
     """
-    if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
         status = folder.stat()
         raise StoreError(
             f"{folder} belongs to user {status.st_uid} (mode {status.st_mode & 0o777:o}) and holds the checkpoints of an "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbscale.launch import local
 from dbscale.launch.cli import main
 from dbscale.launch.cluster import Task
-from dbscale.launch.local import import_environment, next_ready, rest_after_crash
+from dbscale.launch.local import (
+    LINGER_S,
+    LocalJob,
+    gpu_environment,
+    import_environment,
+    next_ready,
+    rest_after_crash,
+)
+from dbscale.study.resources import Resources
 from dbscale.study.store import CellState
 
 ONE = ("--set", "cluster.workers=1")
@@ -135,7 +145,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     workplace.behave(steps=40, step_s=0.02)
     driver = workplace.start("submit", start_new_session=True)
     wait_until(workplace.steps)
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to the driver, submitit's controllers and the workers
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to the driver and the workers
     _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 130
     assert "resume from their last" in errors
@@ -195,3 +205,71 @@ def test_a_second_driver_is_told_who_has_the_store(workplace: Any, wait_until: C
 def test_a_worker_imports_nothing_from_the_working_folder(path: str) -> None:
     assert import_environment({"PYTHONPATH": path}) == {"PYTHONSAFEPATH": "1", "PYTHONPATH": "/mine"}
     assert import_environment({})["PYTHONPATH"] == ""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "chosen"),
+    [
+        (("0", "1"), 1, ["0", "1", "0"]),
+        (("GPU-a", "MIG-b"), 1, ["GPU-a", "MIG-b", "GPU-a"]),
+        (("0", "1", "2", "3"), 2, ["0,1", "2,3", "0,1"]),
+        (("5",), 2, ["5", "5", "5"]),
+        ((), 1, [None, None, None]),
+    ],
+)
+def test_slots_share_the_gpus_by_the_names_they_have(
+    monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...], processes: int, chosen: list[str | None]
+) -> None:
+    monkeypatch.setattr(local, "visible_gpus", lambda: gpus)
+    resources = Resources(num_processes=processes)
+    found = [gpu_environment(resources, slot).get("CUDA_VISIBLE_DEVICES") for slot in range(3)]
+    assert found == chosen
+    assert gpu_environment(resources.model_copy(update={"device": "cpu"}), 0) == {}
+
+
+def test_a_worker_is_told_by_its_standard_input_and_leaves_a_log_to_its_owner(workplace: Any, num_cells: int) -> None:
+    """No file that anybody else could write decides what runs."""
+    assert workplace.run("submit").returncode == 0
+    (folder,) = (workplace.store.grid_dir("tiny") / "jobs").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    logs = sorted(folder.iterdir())
+    assert [path.name for path in logs] == [f"{number}.log" for number in range(1, len(logs) + 1)]
+    said = "".join(path.read_text() for path in logs)
+    assert said.count("=== ") == 2 * num_cells, "start and end of each cell"
+    shown = workplace.run("logs", workplace.done()[0])
+    assert shown.returncode == 0 and workplace.done()[0] in shown.stdout
+
+
+class Still:
+    """A process that never ends by itself."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code, self.told = code, []
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def kill(self) -> None:
+        self.told.append("kill")
+        self.code = -9
+
+    def terminate(self) -> None:
+        self.told.append("terminate")
+
+
+def test_what_is_left_of_a_bundle_that_lost_a_rank_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
+    ended, left, lost = Still(0), Still(None), Still(1)
+    job = LocalJob([ended, left], Path("log"))  # type: ignore[list-item]
+    now[0] += 10 * LINGER_S
+    assert not job.done() and left.told == [], "a rank that ended well leaves the others their time"
+    job.ask_to_stop()
+    assert left.told == ["terminate"]
+    job = LocalJob([lost, left], Path("log"))  # type: ignore[list-item]
+    assert not job.done()
+    now[0] += LINGER_S
+    assert not job.done() and "kill" not in left.told
+    now[0] += 0.5
+    assert not job.done() and "kill" in left.told
+    assert job.done()
