@@ -17,7 +17,7 @@ from dbscale.errors import ConfigError
 from dbscale.files import others_who_write
 from dbscale.launch.study import Study
 from dbscale.study.cell import Cell
-from dbscale.study.cost import DEVICES, num_params
+from dbscale.study.cost import DEVICES, STAGES, num_params
 from dbscale.study.plan import Plan
 from dbscale.study.recipe import DeiT
 from dbscale.study.resources import Resources
@@ -132,15 +132,27 @@ def memory_problems(study: Study, cells: Iterable[Cell]) -> Iterator[str]:
     """Models whose state alone is larger than the device that the cluster file names; activations come on top."""
     device = study.cluster.device
     limit = DEVICES[device].memory_bytes or psutil.virtual_memory().total / study.cluster.num_workers()
-    for cell in cells:
-        resources = study.cluster.shape(cell.recipe.stage).resources
-        needed = state_bytes(study, cell, resources)
+    shapes = {stage: study.cluster.shape(stage).resources for stage in STAGES}
+    for cell in {(*map(_size_of, cell.lineage[:-1]), _size_of(cell)): cell for cell in cells}.values():
+        needed = state_bytes(study, cell, shapes[cell.recipe.stage])
         if needed > limit:
             yield (
                 f"{cell.key}: weights, gradients and optimizer alone take {needed / GIB:.1f} GiB in each process, and "
                 f"{'this machine' if device == 'cpu' else f'an {device}'} has {limit / GIB:.1f} GiB for it: raise "
                 "resources.zero_stage and num_processes, lower `workers`, or take a smaller model"
             )
+
+
+def _size_of(cell: Cell) -> tuple[object, ...]:
+    """Equal for cells whose states are equally large."""
+    recipe = cell.recipe
+    return (
+        recipe.stage,
+        recipe.model.model_dump_json(),
+        recipe.data.dataset,
+        recipe.training.ema_decay,
+        recipe.training.scope,
+    )
 
 
 def state_bytes(study: Study, cell: Cell, resources: Resources) -> float:
@@ -159,7 +171,7 @@ def state_bytes(study: Study, cell: Cell, resources: Resources) -> float:
 def _params(study: Study, cell: Cell) -> float:
     model, size = cell.recipe.model, cell.recipe.data.image_size
     return (
-        float(num_params(model, size, study.num_classes(cell.recipe.data.dataset))) if isinstance(model, DeiT) else 0.0
+        float(num_params(model, size, study.num_classes[cell.recipe.data.dataset])) if isinstance(model, DeiT) else 0.0
     )
 
 

@@ -3,8 +3,11 @@ training: to the end, through kills, and again."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -227,7 +230,9 @@ def test_slots_share_the_gpus_by_the_names_they_have(
     assert gpu_environment(resources.model_copy(update={"device": "cpu"}), 0) == {}
 
 
-def test_a_worker_is_told_by_its_standard_input_and_leaves_a_log_to_its_owner(workplace: Any, num_cells: int) -> None:
+def test_a_worker_is_told_by_its_standard_input_and_leaves_a_log_to_its_owner(
+    workplace: Any, num_cells: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No file that anybody else could write decides what runs."""
     assert workplace.run("submit").returncode == 0
     (folder,) = (workplace.store.grid_dir("tiny") / "jobs").iterdir()
@@ -236,8 +241,9 @@ def test_a_worker_is_told_by_its_standard_input_and_leaves_a_log_to_its_owner(wo
     assert [path.name for path in logs] == [f"{number}.log" for number in range(1, len(logs) + 1)]
     said = "".join(path.read_text() for path in logs)
     assert said.count("=== ") == 2 * num_cells, "start and end of each cell"
-    shown = workplace.run("logs", workplace.done()[0])
-    assert shown.returncode == 0 and workplace.done()[0] in shown.stdout
+    key = workplace.done()[0]
+    assert main(["logs", key, "--store", str(workplace.store.root)]) == 0
+    assert f"start {key}" in capsys.readouterr().out
 
 
 class Still:
@@ -273,3 +279,56 @@ def test_what_is_left_of_a_bundle_that_lost_a_rank_is_ended(monkeypatch: pytest.
     now[0] += 0.5
     assert not job.done() and "kill" in left.told
     assert job.done()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_store_damaged_while_a_grid_runs_ends_whole(workplace: Any, num_cells: int, seed: int) -> None:
+    """Files cut, flipped, emptied, swapped and linked under a running driver: the same command, typed again, ends with the
+    rows of an undisturbed run, and what a link pointed to is as it was."""
+    draw, root = random.Random(seed), workplace.store.root
+    secret = workplace.folder / "secret.json"
+    secret.write_text("{}")
+    workplace.behave(steps=30, step_s=0.01)
+    driver = workplace.start("submit", "--set", "cluster.workers=2")
+    damage = 0
+    while driver.poll() is None and damage < 60:
+        names = ("row.json", "recipe.json", "attempts/*.json", "progress.json")
+        found = sorted(path for name in names for path in root.glob(f"cells/*/{name}"))
+        if found:
+            hurt(draw.choice(found), draw.choice(found), secret, draw)
+            damage += 1
+        time.sleep(0.05)
+    _, errors = driver.communicate(timeout=300)
+    assert "Traceback" not in errors
+    workplace.behave(steps=30, step_s=0)
+    for _ in range(3):
+        for link in root.glob("cells/*/*"):
+            if link.is_symlink():
+                link.unlink()
+        run = workplace.run("submit", "--set", "cluster.workers=2")
+        assert "Traceback" not in run.stderr
+        if run.returncode == 0:
+            break
+    assert run.returncode == 0, run.stderr
+    assert len(workplace.done()) == num_cells
+    assert all(workplace.store.read_row(key) is not None for key in workplace.done())
+    assert secret.read_text() == "{}"
+    print(f"seed {seed}: {damage} times damaged")
+
+
+def hurt(path: Path, other: Path, secret: Path, draw: random.Random) -> None:
+    """In one of five ways; what a running cell replaces meanwhile is not there, and that is well, too."""
+    with contextlib.suppress(FileNotFoundError):
+        whole, way = path.read_bytes(), draw.randrange(5)
+        path.unlink()  # it may be a link by now
+        if way == 0:
+            path.write_bytes(whole[: len(whole) // 2])
+        elif way == 1:
+            path.write_bytes(whole.replace(b"1", b"7", 1))
+        elif way == 2:
+            path.write_bytes(b"")
+        elif way == 3:
+            path.write_bytes(other.read_bytes())
+        else:
+            path.symlink_to(secret)

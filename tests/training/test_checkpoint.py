@@ -69,10 +69,10 @@ def _full_at(monkeypatch, number):
     """The disk refuses the `number`-th seal."""
     calls, write_json = iter(range(1, 100)), checkpoint.write_json
 
-    def full(path, value):
+    def full(path, value, **options):
         if next(calls) == number:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_json(path, value)
+        write_json(path, value, **options)
 
     monkeypatch.setattr(checkpoint, "write_json", full)
 
