@@ -22,10 +22,12 @@ import yaml
 
 from dbscale.data import open_dataset
 from dbscale.data.dataset import _opened
+from dbscale.data.stage import stage_subset
 from dbscale.errors import ConfigError, DataError, FileError, TableError, TrainingError
-from dbscale.files import read_model
+from dbscale.files import LOCK_NAME, holder, is_held, read_model
 from dbscale.launch.cli import main
 from dbscale.launch.commands.submit import write_records
+from dbscale.launch.slurm.queue import SubmitRecord, make_uid, read_records, write_record
 from dbscale.launch.study import Study, load_study, plan_study
 from dbscale.report import schema
 from dbscale.report.background import of_grid
@@ -81,6 +83,10 @@ class Place:
         return self.study.store.root
 
     @property
+    def staging(self) -> Path:
+        return self.root.parent / "staging"
+
+    @property
     def words(self) -> list[str]:
         study = self.study
         return ["--grid", str(study.grid_path), "--store", str(study.store.root), "--data", str(study.data_dir)]
@@ -109,6 +115,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for number in range(2):
         teacher(torch.full((2, 3, 2, 2), float(number)))
     refresh(study.store, "tiny")
+    uid = make_uid()
+    write_record(
+        study.store,
+        SubmitRecord(uid=uid, grid="other", kind="bundles", wave=1, created=1.0, job=7, elements=(("a", "b"),)),
+    )
+    (study.store.root / LOCK_NAME).write_text(
+        '{"process": {"host": "h", "pid": 7}, "command": "c", "grid": "g", "started": 1.0}'
+    )
+    staged(made, made.outside)
     made.states = look(made)[0]
     return made
 
@@ -221,6 +236,28 @@ def samples(place: Place, path: Path) -> Any:
     return found
 
 
+def staged(place: Place, _: Path) -> Any:
+    """A copy that is damaged is copied again."""
+    dataset = open_dataset(place.study.data_dir / "shards" / "up", "train", tier="raw", image_size=16)
+    copy = stage_subset(dataset.subset(), place.staging)
+    pixels, bad = copy.dataset.reader.fetch(np.arange(len(copy)))
+    return np.asarray(pixels).tobytes(), bad, copy.dataset.labels.tobytes()
+
+
+def submit_record(place: Place, path: Path) -> Any:
+    """A damaged one counts as a submission that was cut off, and its jobs are looked for by name."""
+    found = read_records(place.study.store, "other")
+    if any(record.job is None for record in found) or not path.is_file():
+        raise FileError(f"{path} is cut off")
+    return found
+
+
+def lock(place: Place, _: Path) -> Any:
+    """It only says who drives the store; whether anybody does, the kernel knows."""
+    str(holder(place.root))
+    return is_held(place.root)
+
+
 def checkpoint(place: Place, _: Path) -> Any:
     found = newest_whole(place.study.store.cell_dir(place.stopped) / "checkpoints")
     return None if found is None else found[1].state.step
@@ -273,6 +310,9 @@ KINDS: dict[str, Kind] = {
     "index": Kind(data_files("*.index.npy"), samples),
     "tar": Kind(data_files("*.tar"), samples),
     "cache": Kind(data_files("cache/*"), samples),
+    "staged copy": Kind(lambda place: sorted(path for path in place.staging.glob("*/*") if path.is_file()), staged),
+    "submit record": Kind(lambda place: sorted(place.root.glob("grids/other/submits/*")), submit_record),
+    "driver's lock": Kind(lambda place: [place.root / LOCK_NAME], lock),
 }
 
 
@@ -341,10 +381,10 @@ def test_a_few_of_each_kind(place: Place, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_thousand(place: Place, kind: str) -> None:
-    """One hundred of each of the twenty kinds; `FUZZ` multiplies."""
+    """One hundred of each of the twenty-three kinds; `FUZZ` multiplies."""
     found = survey(place, kind, 100 * TIMES, seed=2)
     made_anew = kind in ("rows.csv", "rows.parquet", "metrics.jsonl", "progress.json", "checkpoint", "trained.json",
-                         "teacher's logits", "cache")  # fmt: skip
+                         "teacher's logits", "cache", "staged copy", "driver's lock")  # fmt: skip
     assert found["refused"] > 50 * TIMES or made_anew
 
 
