@@ -34,6 +34,8 @@ class Device:
     peak_flops: float
     utilisation: float
     step_overhead_s: float
+    memory_bytes: float | None = None
+    """Of its largest kind; None: the host's."""
 
     @property
     def flops_per_s(self) -> float:
@@ -42,11 +44,11 @@ class Device:
 
 DEVICES = {
     "cpu": Device("cpu", 1e11, 0.30, 0.012),
-    "a100": Device("a100", 312e12, 0.35, 0.004),
-    "h100": Device("h100", 989e12, 0.25, 0.004),
-    "h200": Device("h200", 989e12, 0.25, 0.004),
+    "a100": Device("a100", 312e12, 0.35, 0.004, 80e9),
+    "h100": Device("h100", 989e12, 0.25, 0.004, 80e9),
+    "h200": Device("h200", 989e12, 0.25, 0.004, 141e9),
 }
-"""Peaks from the vendors' data sheets; `cpu` is one core."""
+"""Peaks and memory from the vendors' data sheets; `cpu` is one core."""
 
 
 class Measured(Strict):

@@ -219,8 +219,9 @@ class CachedTeacher:
         if known is not None:
             return known.to(images.device)
         logits_BC = self.teacher(images)
+        content = safetensors.torch.save({"logits": logits_BC.detach().cpu().contiguous()})
         with atomic_open(path, "wb", durable=False) as file:
-            file.write(safetensors.torch.save({"logits": logits_BC.detach().cpu().contiguous()}))
+            file.write(_seal_of(path, content) + content)
         return logits_BC
 
 
@@ -249,9 +250,16 @@ def _digest_of(images: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _seal_of(path: Path, content: bytes) -> bytes:
+    """Checksum of an answer and its place: neither a changed byte nor another batch's answer is taken for it."""
+    return xxhash.xxh3_128(path.name.encode() + content).digest()
+
+
 def _read_logits(path: Path) -> Tensor | None:
     """None where there is no answer yet, or only a damaged one."""
     try:
-        return safetensors.torch.load(path.read_bytes())["logits"]
+        data = path.read_bytes()
+        seal, content = data[:16], data[16:]
+        return safetensors.torch.load(content)["logits"] if seal == _seal_of(path, content) else None
     except (OSError, SafetensorError, KeyError):
         return None

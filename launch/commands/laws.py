@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -258,7 +259,11 @@ def advise(arguments: argparse.Namespace) -> int:
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     table = runs_of(arguments)
-    wrong = None if arguments.table is not None else load_mistakes(store_of(arguments), {run.key for run in table})
+    wrong, damaged = (
+        ({}, ()) if arguments.table is not None else load_mistakes(store_of(arguments), {run.key for run in table})
+    )
+    for each in damaged:
+        print(each, file=sys.stderr)
     print("\n\n".join(advice.text() for advice in ask(table, *point, dataset=arguments.dataset, wrong=wrong)))
     for note in table.warnings:
         print(f"  warning: {note}")

@@ -20,6 +20,7 @@ from typing import Any
 
 from dbscale.errors import ConfigError, FileError
 from dbscale.files import hostname
+from dbscale.launch.preflight import check
 from dbscale.launch.status import states_table, table
 from dbscale.launch.study import AddCommand, Study, add_study, plan_study, study_of
 from dbscale.study import cost as costs
@@ -82,6 +83,7 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
                      "that read them are provisional until then)")  # fmt: skip
     lines += overlapping_draws(grid, {name: size for name, (_, size) in study.manifests.items()})
     lines += plan.notes
+    lines += check(study, plan).lines
     if plan.stale:
         lines.append(f"{len(plan.stale)} cells of an earlier plan are no longer asked for; their results stay")
     if not plan.waves:

@@ -68,6 +68,24 @@ def test_export_loads_with_timm_alone(bench, tmp_path):
     assert json.loads((folder / "recipe.json").read_text())["key"] == cell.key
 
 
+def test_an_export_names_its_classes(bench, tmp_path):
+    from dbscale.data import load_manifest
+    from dbscale.training.export import export_cell
+
+    cell = bench.cell()
+    bench.run(cell)
+    names = list(load_manifest(bench.data_dir / "shards" / "up").classes)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "shards").mkdir(parents=True)
+    (elsewhere / "shards" / "up").symlink_to(bench.data_dir / "shards" / "down")
+    for data_dir, found in ((bench.data_dir, names), (None, None), (tmp_path, None), (elsewhere, None)):
+        folder = export_cell(bench.store, cell.key, tmp_path / "export", data_dir)
+        assert json.loads((folder / "config.json").read_text()).get("label_names") == found
+        said = "by label in `label_names`" if found else "not known here: export again with --data"
+        assert f"- names of the classes: {said}" in (folder / "README.md").read_text()
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == len(names) == 6
+
+
 def test_export_command_writes_what_timm_loads(bench, tmp_path, capsys):
     from dbscale.launch.cli import main
 
