@@ -1,6 +1,8 @@
 """Faults of all kinds at random while a grid runs: at the end every row exists once, as if nothing had happened.
 
-DBSCALE_CHAOS_SEED repeats the faults of another run; DBSCALE_CHAOS_FAULTS is how many the long form injects.
+DBSCALE_CHAOS_SEED repeats the faults of another run; DBSCALE_CHAOS_FAULTS is how many the long form injects. When a run
+fails, its store and SLURM's logs are kept in a folder that the output names, under DBSCALE_CHAOS_KEEP or the system's
+temporary folder.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ import csv
 import os
 import random
 import secrets
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +37,11 @@ def seed() -> int:
     return found
 
 
+def kept(seed: int) -> Path:
+    """Where what a failed run leaves behind can be looked at afterwards."""
+    return Path(os.environ.get("DBSCALE_CHAOS_KEEP", tempfile.gettempdir())) / f"dbscale-chaos-{seed}-{os.getpid()}"
+
+
 def options(place: Any) -> list[str]:
     return ["--cluster", str(place.folder / "cluster.yaml"), *ONE_LINEAGE_EACH]
 
@@ -51,7 +60,8 @@ def test_a_few_faults_cost_no_step_and_no_row(
     place: Any, sandbox: Any, faults: ModuleType, seed: int, num_cells: int, all_ended: Callable[..., None]
 ) -> None:
     """The short form, with stand-ins for training."""
-    with faults.disk_of_its_own(place.store.root) as own_disk:
+    keep = faults.kept_when_it_fails(place.store.root, sandbox, kept(seed))
+    with faults.disk_of_its_own(place.store.root) as own_disk, keep:
         place.behave(steps=STEPS, step_s=0.2, checkpoint=5)
         kinds = [each for each in faults.FAULTS if each not in faults.RARE]
         chaos = faults.Chaos(place, sandbox, random.Random(seed), options(place), own_disk)
@@ -81,7 +91,8 @@ def test_many_faults_change_no_bit_of_real_training(
     while injected < count:
         rounds += 1
         place = real(f"round-{rounds}", steps=LONG_STEPS, wide=True)
-        with faults.disk_of_its_own(place.store.root) as own_disk:
+        keep = faults.kept_when_it_fails(place.store.root, sandbox, kept(seed))
+        with faults.disk_of_its_own(place.store.root) as own_disk, keep:
             chaos = faults.Chaos(place, sandbox, die, options(place), own_disk)
             chaos.say(f"round {rounds}")
             faults.submit(chaos)
