@@ -33,7 +33,9 @@ JOB = JobIdentity("12_3", "17", 1)
 def runs(workplace: Any) -> Callable[..., CellRuns]:
     """Makes what runs the cells of job 12_3.1, as the given rank."""
     store, first = workplace.store, Rank(0, 0, 1, 1)
-    return lambda rank=first: CellRuns(store, rank, StopRequest(), Fence(workplace.folder / "token", JOB, store))
+    return lambda rank=first: CellRuns(
+        store, rank, StopRequest(), Fence(workplace.folder / "token", JOB, store), "the log"
+    )
 
 
 def test_a_job_knows_its_array_element_and_its_restart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,12 +149,12 @@ def test_a_rank_that_fails_alone_records_why_and_ends_the_job(
     workplace: Any, inline_cell: str, runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dbscale.launch.slurm.job.RECORD_WAIT_S", 0.0)
-    monkeypatch.setattr("dbscale.launch.worker.job_log", lambda: "the log")
     with pytest.raises(SystemExit) as ended:
         runs(Rank(1, 1, 2, 2)).run(lambda key: Result(key, "failed", "no memory", Failure.MEMORY), inline_cell)
     assert ended.value.code == LOST_EXIT
     attempt = workplace.store.last_attempt(inline_cell)
     assert (attempt.status, attempt.reason, attempt.failure) == ("failed", "rank 1: no memory", Failure.MEMORY)
+    assert attempt.log == "the log"
 
 
 @pytest.fixture
@@ -206,6 +208,8 @@ def decide(slurm: Path, said: str, when: str, restart: int = 1, limit: int = 3) 
         ("1 CANCELLED None", (0, False), (0, False)),
         ("1 PREEMPTED None", (0, False), (0, False)),
         ("1 PENDING BeginTime", (0, False), (0, False)),
+        ("0 RUNNING None", (0, True), (2, False)),
+        ("0 COMPLETING TimeLimit", (0, True), (0, True)),
         ("2 RUNNING None", (0, False), (0, False)),
         ("2 COMPLETING TimeLimit", (0, False), (0, False)),
     ],
