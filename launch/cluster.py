@@ -7,13 +7,14 @@ starting tasks is the business of `dbscale.launch.local` and `dbscale.launch.slu
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import psutil
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.launch import sbatch_options
@@ -34,10 +35,7 @@ REDUCER_MEMORY_GB = 8.0
 
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:&|*@%+\[\]()=-]*$", max_length=256)]
 """A name as SLURM writes them; no spaces, quotes, `$`, `;`, newlines."""
-GpuTypes = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9_.-]+:[1-9][0-9]*(,[A-Za-z0-9_.-]+:[1-9][0-9]*)*$", max_length=256)
-]
-"""GPUs by type, as SLURM writes them: `a100:2`."""
+GPU_TYPES = re.compile(r"[A-Za-z0-9_.-]+:[1-9][0-9]*(,[A-Za-z0-9_.-]+:[1-9][0-9]*)*")
 ShellLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
 """One line of shell, run as it stands in the job's own shell: the one place where a config is code."""
 
@@ -54,7 +52,7 @@ class Slurm(Strict):
     """Nodes never to use."""
     licenses: SlurmWord | None = None
     nodes: int = Field(default=1, gt=0)
-    gpus_per_node: Annotated[int, Field(ge=0)] | GpuTypes = 0
+    gpus_per_node: int | str = 0
     """A number, or types with numbers: `a100:2`."""
     gres: SlurmWord | None = None
     """Generic resources of a node. GPUs among them (`gpu:a100:2`) are asked for in this way alone."""
@@ -68,19 +66,38 @@ class Slurm(Strict):
     """SIGUSR2 comes this long before the time limit: enough to write a checkpoint."""
     array_parallelism: int = Field(default=64, gt=0)
     """Elements of one array that run at once."""
-    array: bool | Annotated[int, Field(gt=0)] = True
+    array: bool | int = True
     """False where job arrays are forbidden: each bundle is a job of its own. A number: the most elements of one array."""
-    sbatch: dict[str, sbatch_options.Value] = {}
+    sbatch: dict[str, Any] = {}
     """Further options of sbatch by their long names, e.g. `mail-type: END`; true passes one without a value."""
     setup: tuple[ShellLine, ...] = ()
     """Shell lines before the job's command, e.g. `module load cuda`."""
     staging: str | None = None
     """Folder on the node's own disk that shards are copied to before training; None reads them where they are."""
 
+    @field_validator("gpus_per_node", mode="before")
+    @classmethod
+    def _gpus(cls, value: object) -> object:
+        if (isinstance(value, str) and GPU_TYPES.fullmatch(value)) or (type(value) is int and value >= 0):
+            return value
+        raise ValueError(f"takes a number of GPUs, or types with numbers such as 'a100:2', found {value!r}")
+
+    @field_validator("array", mode="before")
+    @classmethod
+    def _array(cls, value: object) -> object:
+        if isinstance(value, bool) or (type(value) is int and value > 0):
+            return value
+        raise ValueError(f"takes true, false (no job arrays) or the most elements of one array, found {value!r}")
+
+    @field_validator("sbatch")
+    @classmethod
+    def _options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, each in value.items():
+            sbatch_options.check_value(name, each)
+        return value
+
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Slurm:
-        for name, value in self.sbatch.items():
-            sbatch_options.check_value(name, value)
         memory = [name for name in ("memory_gb", "memory_per_cpu_gb") if getattr(self, name) is not None]
         memory += ["sbatch.mem-per-gpu"] if "mem-per-gpu" in self.sbatch else []
         if len(memory) > 1:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 
 from dbscale.errors import ConfigError, nearest
 
-Value = bool | int | float | str
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 TEXT = re.compile(r"[A-Za-z0-9 _./:,@+=%&|*#()\[\]{}~!^-]{1,1024}")
 """Neither quotes nor `$`, backslash, `;`, `<`, `>` or line ends: nothing that ends an `#SBATCH` line or reaches a shell."""
@@ -39,7 +38,7 @@ KNOWN = frozenset(_KNOWN.split())
 """SLURM's free options, for machines that have no `sbatch` to ask; plugins of a cluster add more."""
 
 
-def check_value(name: str, value: Value) -> None:
+def check_value(name: str, value: object) -> None:
     """Raises ValueError, in one sentence, for an option that a cluster file may not set, or not to this value."""
     if name in KEYS:
         raise ValueError(f"{name!r} has a key of its own: write slurm.{KEYS[name]}")
@@ -49,8 +48,10 @@ def check_value(name: str, value: Value) -> None:
         raise ValueError(f"{name!r} is dbscale's own, which finds, fences and requeues jobs by it; remove it")
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no long option of sbatch; {nearest(name.lower().lstrip('-'), KNOWN)}")
-    if value is False:
-        raise ValueError(f"{name!r} is false; leave it out, or write true to pass --{name} without a value")
+    if value is False or not isinstance(value, bool | int | float | str):
+        raise ValueError(
+            f"{name!r} is {value!r}; write text or a number, true to pass --{name} without a value, or remove it"
+        )
     if isinstance(value, str) and not TEXT.fullmatch(value):
         raise ValueError(f"{name!r} is {value!r}, which SLURM or a shell could misread; write plain words without quotes, "
                          "backslashes, `$`, `;`, `<` or `>`")  # fmt: skip

@@ -110,6 +110,72 @@ def test_arrays_are_cut_at_the_clusters_limit(submit: Any, slurm: Path) -> None:
     assert len(scripts(slurm)) == 4
 
 
+def test_a_cluster_without_arrays_gets_a_job_a_bundle(submit: Any, slurm: Path, workplace: Any) -> None:
+    """Each with a record, so that it is fenced, waited for and cancelled like an element."""
+    assert submit("--set", "cluster.slurm.array=false")[0] == 0
+    made, texts = records(workplace), scripts(slurm)
+    assert [len(record["elements"]) for record in made] == [1] * 6 + [0]
+    assert not any("--array" in text for text in texts)
+    students = [record for record in made if record["wave"] == 2]
+    assert all(len(record["after"]) == 1 for record in students), "its own teacher, and no other bundle"
+    assert made[-1]["after"] == [101, 102, 103, 104, 105, 106]
+    (slurm / "queue").write_text("101|N/A|RUNNING\n102|N/A|PENDING\n")
+    submit(command="cancel")
+    assert calls(slurm, "scancel") == ["scancel 101 102"]
+
+
+def test_a_cluster_may_want_smaller_arrays(submit: Any, slurm: Path) -> None:
+    assert submit("--set", "cluster.slurm.array=2")[0] == 0
+    sizes = [found[1] for text in scripts(slurm) if (found := re.search(r"--array=0-(\d+)%", text))]
+    assert sizes == ["1", "1", "1"]
+
+
+HOUSE_RULES = {
+    "gres=gpu:a100:1": ("--gres=gpu:a100:1", "--gpus-per-node"),
+    "gpus_per_node=a100:1": ("--gpus-per-node=a100:1", "--gres"),
+    "licenses=matlab@srv:2": ("--licenses=matlab@srv:2", None),
+    "sbatch={mail-type: END, nice: 5, comment: two words}": ("--comment='two words'", None),
+    "sbatch={exclusive: true}": ("--exclusive", "--exclusive="),
+    "sbatch={wckey: project}": ("--wckey=project", None),
+}
+
+
+@pytest.mark.parametrize("rule", HOUSE_RULES)
+def test_house_rules_reach_sbatch(submit: Any, slurm: Path, rule: str) -> None:
+    wanted, not_wanted = HOUSE_RULES[rule]
+    assert submit("--set", f"cluster.slurm.{rule}")[0] == 0
+    text = scripts(slurm)[0]
+    assert f"#SBATCH {wanted}\n" in text
+    assert not_wanted is None or f"#SBATCH {not_wanted}" not in text
+    for owned in ("--requeue", "--output=/dev/null", "--signal=USR2@120", "--open-mode=append"):
+        assert text.count(f"#SBATCH {owned}\n") == 1
+
+
+def test_memory_by_the_cpu_alone(submit: Any, slurm: Path) -> None:
+    assert submit("--set", "cluster.slurm.memory_gb=null", "--set", "cluster.slurm.memory_per_cpu_gb=1.5")[0] == 0
+    first, *_, reducer = scripts(slurm)
+    assert "#SBATCH --mem-per-cpu=1536M\n" in first and "#SBATCH --mem-per-cpu=4096M\n" in reducer
+    assert not any("--mem=" in text for text in (first, reducer))
+
+
+def test_names_of_options_are_those_of_the_clusters_sbatch(submit: Any, slurm: Path, workplace: Any) -> None:
+    """Plugins of a cluster add some; where sbatch does not say, SLURM's own are known. Nothing is written before."""
+    (slurm / "help").write_text("  -A, --account=name\n      --mail-type=type\n      --container-image=PATH\n")
+    image = "cluster.slurm.sbatch={container-image: nvcr.io#nvidia/pytorch}"
+    assert submit("--set", image, "--dry-run")[0] == 0
+    for name in ("mail-tpye", "nice"):
+        code, _, said = submit("--set", f"cluster.slurm.sbatch={{{name}: 5}}")
+        assert code == 1
+        assert f"slurm.sbatch.{name}: sbatch on this machine has no option --{name}; " in said
+    assert "did you mean 'mail-type'? known: container-image, mail-type" in submit(
+        "--set", "cluster.slurm.sbatch={mail-tpye: END}", "--dry-run"
+    )[2]  # fmt: skip
+    assert not workplace.store.root.exists() and not calls(slurm, "sbatch /")
+    (slurm / "broken").touch()
+    assert submit("--set", "cluster.slurm.sbatch={nice: 5}", "--dry-run")[0] == 0
+    assert "sbatch has no option --container-image" in submit("--set", image, "--dry-run")[2]
+
+
 def test_other_shapes_are_other_arrays(submit: Any, slurm: Path) -> None:
     change = "cluster.stages={finetune: {slurm: {gpus_per_node: 0, partition: cpu}}}"
     assert submit("--set", change)[0] == 0
@@ -218,6 +284,10 @@ def test_status_counts_what_waits_and_works_while_slurm_is_silent(submit: Any, s
     assert "SLURM says NODE_FAIL" in out
     assert len(calls(slurm, "squeue")) == 1 + 1
     assert len(calls(slurm, "sacct")) == 1
+    (slurm / "no-accounts").touch()
+    (slurm / "queue").write_text("101|2|PENDING|Priority\n101|3|OUT_OF_MEMORY|OutOfMemory\n")
+    _, out, _ = submit(command="status")
+    assert "SLURM says OUT_OF_MEMORY, OutOfMemory" in out and "SLURM says nothing about it any more" in out
     (slurm / "broken").touch()
     code, out, _ = submit(command="status")
     assert code == 0
