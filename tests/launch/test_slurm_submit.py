@@ -52,6 +52,26 @@ def test_one_array_a_wave_and_a_reducer_after_all(submit: Any, slurm: Path, work
     assert len(keys) == len(set(keys)) == 18
 
 
+def test_a_job_is_a_command_line_of_ids_and_paths_in_a_private_folder(submit: Any, slurm: Path, workplace: Any) -> None:
+    """SLURM keeps it with its copy of the script: nothing that is executed lies in the store."""
+    submit("--set", "cluster.slurm.staging=$TMPDIR", "--set", "cluster.resources.threads=2")
+    commands = [
+        shlex.split(next(line for line in text.splitlines() if line.startswith("srun "))) for text in scripts(slurm)
+    ]
+    for command, record in zip(commands, records(workplace), strict=True):
+        module = "reducer" if record["kind"] == "reduce" else "job"
+        assert command[-5:-1] == [sys.executable, "-u", "-m", f"dbscale.launch.slurm.{module}"]
+        work = json.loads(command[-1])
+        assert (work["grid"], work["uid"]) == ("tiny", record["uid"])
+        assert (work["store"], work["data"]) == (str(workplace.store.root), str(workplace.folder / "data"))
+        folder = workplace.store.grid_dir("tiny") / "jobs" / record["uid"]
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {path.suffix for path in folder.iterdir()} == {".sh"}
+    elements, reducer = json.loads(commands[0][-1]), json.loads(commands[-1][-1])
+    assert (elements["staging"], elements["requeue_limit"], elements["resources"]["threads"]) == ("$TMPDIR", 5, 2)
+    assert (reducer["hand_ins"], reducer["cluster"]["slurm"]["setup"]) == (0, ["module load cuda"])
+
+
 def test_a_dry_run_prints_the_scripts_that_would_be_submitted(submit: Any, slurm: Path, workplace: Any) -> None:
     _, shown, _ = submit("--dry-run")
     assert not calls(slurm, "sbatch")
