@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from dbscale.launch.cli import main
+from dbscale.launch.slurm import queue
+from dbscale.launch.slurm.queue import make_uid, read_records, write_record
 
 
 def calls(slurm: Path, name: str) -> list[str]:
@@ -291,6 +293,24 @@ def test_cancel_touches_only_this_grids_jobs(submit: Any, slurm: Path) -> None:
     assert code == 0
     assert calls(slurm, "scancel") == ["scancel 101 103"]
     assert "cancelled job 101" in out
+
+
+def test_cancel_finds_what_a_reducer_hands_in_meanwhile(
+    submit: Any, slurm: Path, workplace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit()
+    (slurm / "queue").write_text("103|N/A|RUNNING\n")
+    (first, *_), cancel = read_records(workplace.store, "tiny"), queue.cancel_jobs
+
+    def cancel_and_submit(jobs: Any) -> None:
+        cancel(jobs)
+        write_record(workplace.store, first.model_copy(update={"uid": make_uid(), "job": 104}))
+        (slurm / "queue").write_text("103|N/A|COMPLETING\n104|0|PENDING\n")
+
+    monkeypatch.setattr(queue, "cancel_jobs", cancel_and_submit)
+    _, out, _ = submit(command="cancel")
+    assert calls(slurm, "scancel") == ["scancel 103", "scancel 104"]
+    assert out == "cancelled job 103\ncancelled job 104\n"
 
 
 def test_status_counts_what_waits_and_works_while_slurm_is_silent(submit: Any, slurm: Path, workplace: Any) -> None:
