@@ -14,19 +14,23 @@ from typing import Any
 
 from submitit import JobEnvironment, LocalExecutor, SlurmExecutor
 from submitit.core.core import Job
-from submitit.core.utils import FailedJobError, JobPaths, environment_variables
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths, environment_variables
 from submitit.slurm.slurm import _make_sbatch_string
 
-__all__ = ["FailedJobError", "environment_variables", "log_of_job", "render", "start_local", "submit_array"]
+from dbscale.launch.sbatch_options import OWNED_VARIABLES
+
+__all__ = ["REFUSALS", "environment_variables", "log_of_job", "render", "start_local", "submit_array"]
+REFUSALS = (FailedJobError, FailedSubmissionError)
+"""sbatch failed, or said something that holds no job's number."""
 
 
 def submit_array(folder: Path, command: str, values: Mapping[str, Any], num_elements: int) -> int:
-    """Hand `render`'s script to sbatch; SLURM's id. `folder` must exist. Raises FailedJobError with sbatch's words."""
+    """Hand `render`'s script to sbatch; SLURM's id. `folder` must exist. Raises one of REFUSALS with sbatch's words."""
     executor = SlurmExecutor(folder)
     executor.update_parameters(**values)
     if num_elements > 1:
         executor.parameters["map_count"] = num_elements
-    with _outside_of_jobs():
+    with _own_environment():
         return int(executor._submit_command(command).job_id)
 
 
@@ -48,11 +52,12 @@ def log_of_job(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
+def _own_environment() -> Iterator[None]:
     """A job that submits another must not lend it its own numbers: sbatch passes the environment on, and what SLURM
-    does not set anew (restarts, memory, tasks) would be taken for the new job's."""
+    does not set anew (restarts, memory, tasks) would be taken for the new job's. Nor may variables that stand for
+    sbatch's options change what a script says."""
     ours = {name: os.environ.pop(name) for name in list(os.environ)
-            if name.startswith(("SLURM_", "SUBMITIT_")) and name != "SLURM_CONF"}  # fmt: skip
+            if (name.startswith(("SLURM_", "SUBMITIT_")) and name != "SLURM_CONF") or name in OWNED_VARIABLES}  # fmt: skip
     try:
         yield
     finally:

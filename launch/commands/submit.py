@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from dbscale.files import driver_lock
+from dbscale.files import driver_lock, make_folder
 from dbscale.launch.cluster import Cluster, tasks_of
 from dbscale.launch.commands import plan as plan_command
 from dbscale.launch.commands.results import report_is_current, write_results
@@ -175,6 +175,7 @@ def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
             predicted_s={cell.key: cost.seconds(cell) for cell in plan.todo}, workers=study.cluster.num_workers(),
         )  # fmt: skip
         folder = study.store.grid_dir(study.grid.name).absolute() / "jobs" / time.strftime("%Y%m%d-%H%M%S")
+        make_folder(folder, private=True)
         local = LocalRun(
             store=study.store, data_dir=study.data_dir, cluster=study.cluster, job_folder=folder, stop=stop,
             display=display, waiting=list(tasks),

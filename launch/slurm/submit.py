@@ -22,13 +22,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dbscale.files import cannot_write
+from dbscale.files import make_folder
 from dbscale.launch import sbatch_options
 from dbscale.launch.cluster import Cluster, Shape, Task
 from dbscale.launch.slurm import queue as slurm
 from dbscale.launch.slurm.job import Work, requeue_lines
 from dbscale.launch.slurm.queue import Queued, SlurmError, SubmitRecord, Uid
-from dbscale.launch.submitit_names import FailedJobError, render, submit_array
+from dbscale.launch.submitit_names import REFUSALS, render, submit_array
 from dbscale.launch.worker import thread_environment
 from dbscale.strict import Strict
 from dbscale.study.cost import STAGES
@@ -137,7 +137,7 @@ class Submission:
         )
         command = self._command(record, shape)
         if self.show is None:
-            make_private(folder)
+            make_folder(folder, private=True)
             slurm.write_record(self.store, record)
             record = record.model_copy(update={"job": self._call(record, command, values, count)})
             slurm.write_record(self.store, record)
@@ -161,10 +161,10 @@ class Submission:
     def _call(self, record: SubmitRecord, command: str, values: dict[str, Any], count: int) -> int:
         try:
             return submit_array(record.folder(self.store), command, values, count)
-        except FailedJobError as error:
+        except REFUSALS as error:
             with contextlib.suppress(SlurmError):  # an sbatch that timed out may have succeeded all the same
                 slurm.cancel_cut_off(self.store, [record])
-            said = (str(error).strip().splitlines() or ["no reason given"])[-1]
+            said = " ".join(str(error).split()) or "no reason given"
             raise SlurmError(
                 f"sbatch refused {count} jobs for partition {values.get('partition')}: {said}; correct the cluster "
                 "file and submit again, what was accepted before stays queued"
@@ -235,18 +235,6 @@ def setup_lines(shape: Shape, folder: Path, requeue_limit: int) -> list[str]:
 def python_command(module: str, work: BaseModel) -> str:
     """`python -m MODULE WORK` as a shell reads it."""
     return shlex.join([sys.executable, "-u", "-m", module, work.model_dump_json()])
-
-
-def make_private(folder: Path) -> None:
-    """A new folder that only its owner can enter: whoever writes scripts and logs there writes them under this name.
-
-    Raises FileError.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
 
 def check_path(path: Path, what: str) -> None:

@@ -179,12 +179,19 @@ def test_a_job_lends_its_own_numbers_to_no_other(
     submitted: Any, reduce: Any, workplace: Any, fakes: Any, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish(workplace, fakes, TEACHER)
-    for name in ("SLURM_RESTART_COUNT", "SLURM_MEM_PER_NODE", "SUBMITIT_EXECUTOR"):
+    for name in (
+        "SLURM_RESTART_COUNT",
+        "SLURM_MEM_PER_NODE",
+        "SUBMITIT_EXECUTOR",
+        "SBATCH_NO_REQUEUE",
+        "SBATCH_ARRAY_INX",
+    ):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
     assert len(reduce()) == 2
     seen = (slurm / "environment-104").read_text().splitlines()
-    assert seen == ["SLURM_CONF=/etc/slurm.conf"]
+    assert sorted(seen) == ["SBATCH_ACCOUNT=mine", "SLURM_CONF=/etc/slurm.conf"]
     assert os.environ["SLURM_RESTART_COUNT"] == "7"
 
 

@@ -146,6 +146,21 @@ def test_a_cluster_without_arrays_gets_a_job_a_bundle(submit: Any, slurm: Path, 
     assert calls(slurm, "scancel") == ["scancel 101 102"]
 
 
+def test_an_answer_of_sbatch_without_a_number_takes_the_submission_back(
+    submit: Any, slurm: Path, workplace: Any
+) -> None:
+    (slurm / "sbatch-says").write_text("Welcome to the cluster!\n")
+    code, _, said = submit()
+    assert code == 1
+    assert (
+        "sbatch refused 4 jobs for partition gpu" in said
+        and "Welcome to the cluster!" in said
+        and "Traceback" not in said
+    )
+    (cancelled,) = calls(slurm, "scancel")
+    assert cancelled.startswith("scancel --name=dbscale-tiny-") and records(workplace) == []
+
+
 def test_a_cluster_may_want_smaller_arrays(submit: Any, slurm: Path) -> None:
     assert submit("--set", "cluster.slurm.array=2")[0] == 0
     sizes = [found[1] for text in scripts(slurm) if (found := re.search(r"--array=0-(\d+)%", text))]
