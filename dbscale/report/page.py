@@ -204,7 +204,8 @@ def write_page(table: RunTable, findings: Findings, background: Background, fold
     laws, boundary = findings.laws, findings.boundary
     return _write(
         folder / "report.html", title=table.grid, question=table.question, contrasts=boundary.contrasts,
-        figures=study_figures(table, laws, boundary), notes=(*boundary.notes, *laws.notes, *background.notes), origin=background.origin,
+        figures=study_figures(table, laws, boundary),
+        notes=(*boundary.notes, *laws.notes, *background.notes), origin=background.origin,
         study={"laws": laws, "settings": table.settings, "table": table, "background": background},
     )  # fmt: skip
 
