@@ -183,10 +183,32 @@ def train_flops(
     return a_sample * recipe.num_steps * recipe.training.global_batch
 
 
+def matched_steps(plain: Recipe, distill: Cell) -> int:
+    """Steps of `plain` that cost as many operations as the distilled run and its teacher's training together.
+
+    Rounded to whole steps, so both costs differ by half a step at most. The number stands in recipes: whoever changes
+    how operations are predicted here renames the cells of the arm `plain_matched`.
+    """
+    assert distill.teacher is not None, "a distill cell has a teacher"
+    teacher = distill.teacher.recipe
+    total = train_flops(teacher) + train_flops(distill.recipe, teacher.model)
+    return max(1, round(total * plain.num_steps / train_flops(plain)))
+
+
+def has_known_flops(model: Model) -> bool:
+    """Whether `forward_flops` is more than a guess."""
+    return isinstance(model, DeiT) or _family(model.name) in FORWARD_GFLOPS_224
+
+
+def _family(timm_name: str) -> str:
+    """The name without the tag of pretrained weights."""
+    return timm_name.partition(".")[0]
+
+
 def forward_flops(model: Model, image_size: int) -> float:
     """Operations of one forward pass on one square RGB image, the head left out."""
     if not isinstance(model, DeiT):
-        gflops = FORWARD_GFLOPS_224.get(model.name.partition(".")[0], DEFAULT_GFLOPS_224)
+        gflops = FORWARD_GFLOPS_224.get(_family(model.name), DEFAULT_GFLOPS_224)
         return gflops * 1e9 * (image_size / 224) ** 2
     patches, tokens = num_tokens(model, image_size)
     width = model.width
