@@ -1,4 +1,4 @@
-"""`dbscale`: parses the command line and calls `launch.commands`.
+"""`dbscale`: parses the command line and calls `dbscale.launch.commands`.
 
 Exit codes: 0 done, 1 what the user gave cannot be used (one line on stderr), 2 usage, 3 some cells failed, 130 stopped
 by a signal with everything saved.  Start-up stays below a second: no torch, scipy or altair before a command needs it.
@@ -11,8 +11,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from launch import status
-from launch.commands import cells, laws, plan, results, shards, submit
+from dbscale.launch import status
+from dbscale.launch.commands import cells, laws, plan, results, shards, submit
 
 OUR_PACKAGES = ("dbscale", "shards", "launch")
 DESCRIPTION = "Run a grid of training cells, fit its scaling laws and find the distillation boundary."

@@ -1,7 +1,7 @@
 """How and where cells run: `configs/clusters/*.yaml`, a plan's bundles cut by it into tasks, what this machine can hold.
 
 Nothing here reaches a cell's identity. Reads and checks the file, asks the kernel and the GPU driver, without torch;
-starting tasks is the business of `launch.local` and `launch.slurm`.
+starting tasks is the business of `dbscale.launch.local` and `dbscale.launch.slurm`.
 """
 
 from __future__ import annotations

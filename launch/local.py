@@ -1,8 +1,8 @@
 """Run a plan on this machine, at most `workers` bundles at once.
 
 Decides which bundle starts next and what is left of one whose process died, and shows how far everything is. The driver
-stays until all is done; if it dies, its workers notice, save and stop. `launch.worker` holds what a bundle does, submitit
-starts its processes.
+stays until all is done; if it dies, its workers notice, save and stop. `dbscale.launch.worker` holds what a bundle
+does, submitit starts its processes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import submitit
 from tqdm import tqdm
 
 from dbscale.files import ProcessMark
+from dbscale.launch import worker
+from dbscale.launch.cluster import Cluster, Task, visible_gpus
+from dbscale.launch.status import Running, describe, look_at
+from dbscale.launch.submitit_names import environment_variables
+from dbscale.launch.worker import SETTLED, Rank
 from dbscale.study.cost import duration
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import CellState, Store
-from launch import worker
-from launch.cluster import Cluster, Task, visible_gpus
-from launch.status import Running, describe, look_at
-from launch.submitit_names import environment_variables
-from launch.worker import SETTLED, Rank
 
 TICK_S, REFRESH_S, LINE_INTERVAL_S = 0.25, 1.0, 30.0
 MAX_CELL_LINES = 8

@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from dbscale.errors import ConfigError, FileError
 from dbscale.files import holder, is_held
+from dbscale.launch.slurm.queue import Queued, SlurmError, read_queued, read_records
+from dbscale.launch.study import AddCommand, add_data, add_grid, add_store, corrected, plan_study, store_of, study_of
 from dbscale.study.cost import STAGES, duration
 from dbscale.study.grid import load_grid
 from dbscale.study.plan import PlanRecord, read_plan, record
 from dbscale.study.recipe import Stage
 from dbscale.study.store import CellState, Standing, Store
-from launch.slurm.queue import Queued, SlurmError, read_queued, read_records
-from launch.study import AddCommand, add_data, add_grid, add_store, corrected, plan_study, store_of, study_of
 
 State = CellState | Literal["queued"]
 """A cell's state, with what a scheduler adds."""

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dbscale.errors import ConfigError, FileError
+from dbscale.launch.cluster import CONFIGS, Cluster, load_cluster
 from dbscale.study.cell import Cell
 from dbscale.study.cost import CostModel, read_calibration
 from dbscale.study.grid import Grid, Point, check_sizes, datasets_in_use, expand, load_grid, merged_cells
 from dbscale.study.plan import Plan, make_plan, read_plan
 from dbscale.study.resources import Tracker
 from dbscale.study.store import Row, Standing, Store
-from launch.cluster import CONFIGS, Cluster, load_cluster
 
 DEFAULT_GRID = CONFIGS / "grids" / "demo.yaml"
 CLUSTER_PREFIX = "cluster."

@@ -3,7 +3,7 @@
     accelerate launch --config_file configs/accelerate/zero1.yaml launch/train.py \\
         --cell KEY --grid configs/grids/demo.yaml --store out --data data
 
-The same as `accelerate launch … -m launch.cli run KEY …`, for those who name a file, from any folder.
+The same as `accelerate launch … -m dbscale.launch.cli run KEY …`, for those who name a file, from any folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.cli import main
+from dbscale.launch.cli import main
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

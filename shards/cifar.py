@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dbscale.data.manifest import Encoding
 from dbscale.errors import DataError
-from shards.source import FileSource, Listing, one_line
+from dbscale.shards.source import FileSource, Listing, one_line
 
 _PIXELS = 3 * 32 * 32
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from dbscale.data.manifest import Encoding
 from dbscale.keyed import keyed_uniform
-from shards.source import Listing, Size, Source, stratified_order
+from dbscale.shards.source import Listing, Size, Source, stratified_order
 
 NUM_MAPS = 4
 """Affine maps per system; FractalDB draws 2 to 8."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator
 
 from dbscale.errors import DataError, nearest
-from shards.source import FileSource, Listing, Local, TestFolder, Unused, class_names, printable, split_off
+from dbscale.shards.source import FileSource, Listing, Local, TestFolder, Unused, class_names, printable, split_off
 
 IMAGE_SUFFIXES = frozenset(
     (

@@ -53,9 +53,9 @@ from dbscale.data.manifest import (
 from dbscale.data.read import checksum, file_checksum, index_dtype, open_index, save_index, split_fingerprint
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder, write_atomic
+from dbscale.shards.source import Content, Listing, Source, listing_digest, stratified_order
+from dbscale.shards.sources import source_of
 from dbscale.strict import Strict
-from shards.source import Content, Listing, Source, listing_digest, stratified_order
-from shards.sources import source_of
 
 WORK_FOLDER = ".pack"
 """Inside the dataset's folder: the plan and the finished shards' rows, until the manifest is written."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dbscale.data.read import Descriptor
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder
-from shards.source import ArchiveSource, Part, Patterns, TestPatterns, one_line, printable
+from dbscale.shards.source import ArchiveSource, Part, Patterns, TestPatterns, one_line, printable
 
 
 class Parquet(ArchiveSource):

@@ -6,13 +6,13 @@ from typing import Any
 
 from dbscale.data.manifest import MANIFEST_NAME, load_manifest
 from dbscale.errors import ConfigError, nearest
+from dbscale.shards.cifar import Cifar
+from dbscale.shards.generated import Digits, Fractals
+from dbscale.shards.imagefolder import ImageFolder, TinyImageNet
+from dbscale.shards.parquet import Parquet
+from dbscale.shards.source import FileSource, Source, listing_digest
+from dbscale.shards.webdataset import WebDatasetTars
 from dbscale.strict import validate
-from shards.cifar import Cifar
-from shards.generated import Digits, Fractals
-from shards.imagefolder import ImageFolder, TinyImageNet
-from shards.parquet import Parquet
-from shards.source import FileSource, Source, listing_digest
-from shards.webdataset import WebDatasetTars
 
 KINDS: dict[str, type[Source]] = {
     "imagefolder": ImageFolder,

@@ -20,10 +20,10 @@ from dbscale.data.decode import DecodeError, decode_image
 from dbscale.data.manifest import MANIFEST_NAME, Manifest, SplitInfo, load_manifest, mend
 from dbscale.data.read import checksum, open_index, split_fingerprint
 from dbscale.errors import DataError
-from shards.pack import ShardJob, default_processes, encode, index_is_damaged, make_plan, plan_jobs
-from shards.source import FileSource, Source
-from shards.sources import source_change, source_of
-from shards.webdataset import Member, walk_tar
+from dbscale.shards.pack import ShardJob, default_processes, encode, index_is_damaged, make_plan, plan_jobs
+from dbscale.shards.source import FileSource, Source
+from dbscale.shards.sources import source_change, source_of
+from dbscale.shards.webdataset import Member, walk_tar
 
 
 @dataclass(frozen=True)

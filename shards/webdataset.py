@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from dbscale.data.read import Descriptor
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder
-from shards.imagefolder import IMAGE_SUFFIXES
-from shards.source import ArchiveSource, Part, Patterns, TestPatterns, Unused, one_line, parse_label, printable
+from dbscale.shards.imagefolder import IMAGE_SUFFIXES
+from dbscale.shards.source import ArchiveSource, Part, Patterns, TestPatterns, Unused, one_line, parse_label, printable
 
 _PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}
 _LABEL_SUFFIXES = ("cls", "class", "label", "json", "txt")

@@ -10,6 +10,7 @@ import graphlib
 import statistics
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,18 +18,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("dbscale", "launch", "shards")
+FOLDERS = ("dbscale", "launch", "shards")
+"""Where source lies; `dbscale/launch` and `dbscale/shards` are links to the folders beside it, one package for all."""
 GROUND = {"dbscale.errors", "dbscale.files", "dbscale.strict", "dbscale.keyed"}
 """What every wing may import."""
 FLOOR = {
     "dbscale": 0, "dbscale.laws": 1, "dbscale.study": 1, "dbscale.kernels": 1, "dbscale.data": 1,
-    "dbscale.report": 2, "dbscale.training": 2, "shards": 2, "launch": 3,
+    "dbscale.report": 2, "dbscale.training": 2, "dbscale.shards": 2, "dbscale.launch": 3,
 }  # fmt: skip
 ARROWS = {
     ("dbscale.training", "dbscale.study"), ("dbscale.training", "dbscale.data"),
     ("dbscale.training", "dbscale.kernels"), ("dbscale.report", "dbscale.study"), ("dbscale.report", "dbscale.laws"),
-    ("shards", "dbscale.data"), ("launch", "dbscale.study"), ("launch", "dbscale.training"),
-    ("launch", "dbscale.report"), ("launch", "shards"), ("launch", "dbscale.laws"), ("launch", "dbscale.data"),
+    ("dbscale.shards", "dbscale.data"), ("dbscale.launch", "dbscale.study"), ("dbscale.launch", "dbscale.training"),
+    ("dbscale.launch", "dbscale.report"), ("dbscale.launch", "dbscale.shards"), ("dbscale.launch", "dbscale.laws"),
+    ("dbscale.launch", "dbscale.data"),
 }  # fmt: skip
 """Every pair of wings that may touch; anything else is a new decision and belongs in ARCHITECTURE.md first."""
 FORBIDDEN = {
@@ -41,11 +44,12 @@ FORBIDDEN = {
 
 
 def source_files() -> list[Path]:
-    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "dbscale" else ("dbscale", *parts)).removesuffix(".__init__")
 
 
 def wing(module: str) -> str:
@@ -79,7 +83,7 @@ FILES = pytest.mark.parametrize("path", source_files(), ids=module_name)
 @FILES
 def test_imports_run_down_the_floors(path: Path) -> None:
     here = wing(module_name(path))
-    for target in {wing(name) for name in imports(path) if name.split(".")[0] in PACKAGES}:
+    for target in {wing(name) for name in imports(path) if name.split(".")[0] == "dbscale"}:
         if target in (here, "dbscale"):
             continue
         assert FLOOR[target] < FLOOR[here], f"{here} (floor {FLOOR[here]}) imports {target} (floor {FLOOR[target]})"
@@ -104,11 +108,11 @@ def test_no_two_folders_import_each_other() -> None:
     """A folder and the one it lies in may; `launch/commands` and `launch/slurm` may not."""
     graph: dict[str, set[str]] = {}
     for path in source_files():
-        here = ".".join(path.relative_to(ROOT).parts[:-1])
+        here = module_name(path.parent / "__init__.py")
         for name in imports(path):
             there = name if (ROOT / name.replace(".", "/")).is_dir() else name.rpartition(".")[0]
             nested = f"{here}.".startswith(f"{there}.") or f"{there}.".startswith(f"{here}.")
-            if name.split(".")[0] in PACKAGES and not nested:
+            if name.split(".")[0] == "dbscale" and not nested:
                 graph.setdefault(here, set()).add(there)
     list(graphlib.TopologicalSorter(graph).static_order())
 
@@ -117,13 +121,23 @@ def test_no_two_folders_import_each_other() -> None:
 def test_the_command_starts_without_heavy_packages(command: list[str]) -> None:
     code = (
         "import sys, contextlib\n"
-        "from launch.cli import main\n"
+        "from dbscale.launch.cli import main\n"
         f"with contextlib.suppress(SystemExit): main({command!r})\n"
         "heavy = {'torch', 'scipy', 'sklearn', 'altair', 'vl_convert', 'pyarrow', 'deepspeed'} & set(sys.modules)\n"
         "sys.exit(f'imported at start-up: {sorted(heavy)}' if heavy else 0)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_wheel_puts_one_package_on_the_path(tmp_path: Path) -> None:
+    """With no `launch`, `shards` or `configs` beside it that others might have too; the shipped configs travel inside."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"dbscale"}
+    assert {"dbscale/launch/cli.py", "dbscale/shards/pack.py", "dbscale/configs/grids/demo.yaml"} <= set(names)
 
 
 @FILES

@@ -52,7 +52,7 @@ class Study:
 
     def command(self, name: str, *options: str) -> list[str]:
         where = ["--grid", str(self.grid), "--store", str(self.store.root), "--data", str(self.data)]
-        return [sys.executable, "-m", "launch.cli", name, *where, *options]
+        return [sys.executable, "-m", "dbscale.launch.cli", name, *where, *options]
 
     def run(self, name: str, *options: str) -> str:
         done = subprocess.run(

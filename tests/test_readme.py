@@ -13,8 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from dbscale.data import make_loader, open_dataset
+from dbscale.shards.pack import ensure_packed
 from dbscale.study.grid import datasets_in_use, load_grid
-from shards.pack import ensure_packed
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -48,7 +48,7 @@ def test_named_make_targets_exist(document: Path) -> None:
 @DOCUMENT
 def test_named_commands_exist(document: Path) -> None:
     named = set(re.findall(r"(?:^|`)dbscale ([a-z]+)", document.read_text(), re.MULTILINE))
-    command = [sys.executable, "-m", "launch.cli", "--help"]
+    command = [sys.executable, "-m", "dbscale.launch.cli", "--help"]
     usage = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     commands = set(re.findall(r"^    ([a-z]+) ", usage, re.MULTILINE))
     assert {"plan", "submit", "status"} <= commands, usage

@@ -1,9 +1,9 @@
 """Fetch samples of one split by position: the sidecar index says where each lies, one `pread` or a mapped tar gives it.
 
 The index is an .npy of fixed-size records in stored order, opened as a memory map: 14M samples open at once, and all
-workers share its pages; `shards.pack` writes it. Every fetch is checked against it: a shard that is missing, cut short
-or foreign stops the run with the command that mends it; a single sample whose bytes changed or do not decode is
-reported as bad and left to the loader.
+workers share its pages; `dbscale.shards.pack` writes it. Every fetch is checked against it: a shard that is missing,
+cut short or foreign stops the run with the command that mends it; a single sample whose bytes changed or do not decode
+is reported as bad and left to the loader.
 """
 
 import hashlib

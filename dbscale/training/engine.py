@@ -38,7 +38,7 @@ from dbscale.errors import TrainingError
 from dbscale.study.recipe import Training
 from dbscale.study.resources import Resources
 
-DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
+DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
 LONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 LOMO = cache(accelerate.optimizer.is_lomo_available)
 AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}

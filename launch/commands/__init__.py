@@ -1,1 +1,1 @@
-"""What each `dbscale` command does, one family a file.  `launch.cli` parses; heavy imports happen inside functions."""
+"""What each `dbscale` command does, one family a file.  `cli` parses; heavy imports happen inside functions."""

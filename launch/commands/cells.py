@@ -12,11 +12,8 @@ from pathlib import Path
 
 from dbscale.errors import ConfigError
 from dbscale.files import holder, is_held
-from dbscale.study.grid import load_grid
-from dbscale.study.resources import Resources, StopRequest
-from dbscale.study.store import Store
-from launch.cluster import CONFIGS, load_cluster
-from launch.study import (
+from dbscale.launch.cluster import CONFIGS, load_cluster
+from dbscale.launch.study import (
     CLUSTER_PREFIX,
     AddCommand,
     add_cluster,
@@ -30,13 +27,18 @@ from launch.study import (
     store_of,
     study_of,
 )
-from launch.worker import run_bundle, stop_on_signals
+from dbscale.launch.worker import run_bundle, stop_on_signals
+from dbscale.study.grid import load_grid
+from dbscale.study.resources import Resources, StopRequest
+from dbscale.study.store import Store
 
 TAIL_BYTES = 20_000
 
 
 def add_commands(add: AddCommand) -> None:
-    parser = add("run", run, "run one cell in this process, or in those of `accelerate launch -m launch.cli run CELL`")
+    parser = add(
+        "run", run, "run one cell in this process, or in those of `accelerate launch -m dbscale.launch.cli run CELL`"
+    )
     parser.add_argument("cell", help="the cell's key, or its 12-digit id (see `dbscale plan --cells`)")
     add_cluster(parser, "inline")
     parser.add_argument("--grid", type=Path, metavar="PATH", help="the grid of a cell that was never submitted")
@@ -147,7 +149,7 @@ def stop_driver(store: Store, grid: str) -> list[str]:
 
 
 def cancel_in_slurm(store: Store, grid: str) -> list[str]:
-    from launch.slurm.queue import cancel_cut_off, cancel_jobs, read_queued, read_records
+    from dbscale.launch.slurm.queue import cancel_cut_off, cancel_jobs, read_queued, read_records
 
     records = read_records(store, grid)
     if not records:

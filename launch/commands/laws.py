@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.files import atomic_open
-from launch.commands.results import add_table, columns_of, grid_name
-from launch.study import AddCommand, add_data, add_grid, add_store, store_of
+from dbscale.launch.commands.results import add_table, columns_of, grid_name
+from dbscale.launch.study import AddCommand, add_data, add_grid, add_store, store_of
 
 if TYPE_CHECKING:
     from dbscale.laws import Allocation, Selection

@@ -20,6 +20,8 @@ from typing import Any
 
 from dbscale.errors import ConfigError, FileError
 from dbscale.files import hostname
+from dbscale.launch.status import states_table, table
+from dbscale.launch.study import AddCommand, Study, add_study, plan_study, study_of
 from dbscale.study import cost as costs
 from dbscale.study.cell import Cell
 from dbscale.study.cost import STAGES, Calibration, CostModel, Measured, duration, step_flops
@@ -28,8 +30,6 @@ from dbscale.study.plan import Plan, read_plan
 from dbscale.study.recipe import Budget, Stage
 from dbscale.study.resources import StopRequest
 from dbscale.study.store import Row, Store
-from launch.status import states_table, table
-from launch.study import AddCommand, Study, add_study, plan_study, study_of
 
 LONG_ON_A_CPU_S = 7 * 86400.0
 """A grid that takes longer was meant for GPUs: the plan then says what it would take there."""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbscale.errors import ConfigError
+from dbscale.launch.study import AddCommand, add_data, add_grid, add_store, find_cell, store_of
 from dbscale.study.grid import load_grid
 from dbscale.study.store import Store
-from launch.study import AddCommand, add_data, add_grid, add_store, find_cell, store_of
 
 
 def add_commands(add: AddCommand) -> None:

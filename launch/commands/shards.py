@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dbscale.errors import ConfigError, nearest
+from dbscale.launch.study import DEFAULT_GRID, AddCommand, add_data, add_grid
 from dbscale.study.grid import Grid, datasets_in_use
-from launch.study import DEFAULT_GRID, AddCommand, add_data, add_grid
 
 
 def add_commands(add: AddCommand) -> None:
@@ -34,9 +34,9 @@ def add_commands(add: AddCommand) -> None:
 
 def pack(arguments: argparse.Namespace) -> int:
     from dbscale.data.manifest import MANIFEST_NAME, load_manifest
+    from dbscale.shards.pack import ensure_packed
+    from dbscale.shards.verify import describe_unused, exact_source_change
     from dbscale.study.grid import load_grid
-    from shards.pack import ensure_packed
-    from shards.verify import describe_unused, exact_source_change
 
     grid = load_grid(arguments.grid, arguments.overrides)
     for name in arguments.datasets or datasets_in_use(grid):
@@ -63,7 +63,7 @@ def _entry(name: str, grid: Grid, arguments: argparse.Namespace) -> Mapping[str,
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from shards.verify import verify as verify_dataset
+    from dbscale.shards.verify import verify as verify_dataset
 
     found = 0
     for folder in _folders(arguments):
@@ -76,7 +76,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    from shards.verify import describe
+    from dbscale.shards.verify import describe
 
     folders = _folders(arguments)
     for folder in folders:

@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dbscale.files import driver_lock
+from dbscale.launch.cluster import tasks_of
+from dbscale.launch.commands import plan as plan_command
+from dbscale.launch.commands.results import report_is_current, write_results
+from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, plan_study, study_of
+from dbscale.launch.worker import stop_on_signals
 from dbscale.study.cost import CostModel, duration
 from dbscale.study.plan import Plan, record, write_plan
 from dbscale.study.plan import read_plan as read_record
 from dbscale.study.resources import StopRequest
 from dbscale.study.store import Standing, Store
-from launch.cluster import tasks_of
-from launch.commands import plan as plan_command
-from launch.commands.results import report_is_current, write_results
-from launch.study import AddCommand, Study, add_study, add_tracker, plan_study, study_of
-from launch.worker import stop_on_signals
 
 STOPPED, SOME_FAILED = 130, 3
 MAX_NAMED = 20
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def pack_missing(study: Study) -> Study:
     """The same study with every dataset packed; one that stands is left alone."""
-    from shards.pack import ensure_packed, source_of
+    from dbscale.shards.pack import ensure_packed, source_of
 
     for name in study.missing_datasets:  # all entries before the first is packed, which may take hours
         source_of(name, study.grid.datasets[name], study.data_dir)
@@ -77,8 +77,8 @@ def show_plan(plan: Plan, cost: CostModel, study: Study) -> int:
 
 def show_scripts(study: Study) -> int:
     """What `submit` would hand to SLURM now; on a machine without SLURM, to a cluster that holds nothing of the grid."""
-    from launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
-    from launch.slurm.submit import Submission
+    from dbscale.launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
+    from dbscale.launch.slurm.submit import Submission
 
     try:
         queued, max_size = read_queued(study.store, study.grid.name), max_array_size()
@@ -98,7 +98,7 @@ def show_script(script: str) -> None:
 
 def submit_to_slurm(study: Study) -> int:
     """Queue what is neither done nor queued nor running, and return."""
-    from launch.slurm.submit import Submission, settle_queue
+    from dbscale.launch.slurm.submit import Submission, settle_queue
 
     queued = settle_queue(study)
     plan, cost = plan_study(study, queued.cells)
@@ -127,8 +127,8 @@ class ReduceJob:
 
     def __call__(self) -> str:
         """Returns the report's path. Clears away what submitit left: the store says how each cell ended."""
-        from launch.slurm.queue import read_records
-        from launch.worker import SETTLED
+        from dbscale.launch.slurm.queue import read_records
+        from dbscale.launch.worker import SETTLED
 
         store = Store(Path(self.store))
         page, _ = write_results(store, self.grid)
@@ -181,7 +181,7 @@ def write_records(study: Study, plan: Plan, cost: CostModel) -> None:
 
 def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
     """Run everything the plan has left, in this process or on this machine's workers; says whether it was stopped."""
-    from launch.local import Display, LocalRun, run_inline
+    from dbscale.launch.local import Display, LocalRun, run_inline
 
     stop, tasks = StopRequest(), tasks_of(plan, cost, study.cluster)
     with stop_on_signals(stop):

@@ -1,7 +1,7 @@
 """Inside a SLURM job: one bundle, one task per rank, through warnings, preemption, lost ranks and a store that is away.
 
 USR2 (time limit, preemption with notice) and TERM both save and end the job with RETRY_EXIT. Whether the job starts
-again is decided in one place, the shell function of `requeue_lines`. Training is `launch.worker`'s and
+again is decided in one place, the shell function of `requeue_lines`. Training is `dbscale.launch.worker`'s and
 `dbscale.training`'s.
 """
 
@@ -21,11 +21,11 @@ from submitit import JobEnvironment
 
 from dbscale.errors import FileError
 from dbscale.files import atomic_open, write_atomic
+from dbscale.launch import worker
+from dbscale.launch.submitit_names import clear_cut_off_result
+from dbscale.launch.worker import LOST_EXIT, Rank, Result, RunOne
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Failure, Store
-from launch import worker
-from launch.submitit_names import clear_cut_off_result
-from launch.worker import LOST_EXIT, Rank, Result, RunOne
 
 RETRY_EXIT, OVERTAKEN_EXIT = 75, 81
 END_WAIT_S = 60.0

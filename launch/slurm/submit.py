@@ -2,7 +2,7 @@
 
 Submits only what is neither done nor waiting nor running; a record is written before and after each call. The script of
 a job opens its log itself, starts one rank per task and asks whether to start again when that fails.
-No value of a config reaches a shell unquoted: words are checked by `launch.cluster`, paths here. The exception are
+No value of a config reaches a shell unquoted: words are checked by `dbscale.launch.cluster`, paths here. The exception are
 the `setup` lines, which are shell by their nature and come from the cluster file alone.
 """
 
@@ -21,22 +21,22 @@ from typing import Any
 
 import submitit
 
+from dbscale.launch.cluster import Cluster, Shape, Task, tasks_of
+from dbscale.launch.slurm import queue as slurm
+from dbscale.launch.slurm.job import SlurmBundle, requeue_lines
+from dbscale.launch.slurm.queue import Queued, SlurmError, SubmitRecord
+from dbscale.launch.study import Study
+from dbscale.launch.submitit_names import FailedJobError, render
+from dbscale.launch.worker import thread_environment
 from dbscale.study.cost import CostModel
 from dbscale.study.plan import Plan
-from launch.cluster import Cluster, Shape, Task, tasks_of
-from launch.slurm import queue as slurm
-from launch.slurm.job import SlurmBundle, requeue_lines
-from launch.slurm.queue import Queued, SlurmError, SubmitRecord
-from launch.study import Study
-from launch.submitit_names import FailedJobError, render
-from launch.worker import thread_environment
 
 SAFE_PATH = re.compile(r"[\w /.,:+@=~()\[\]-]+")
 """SLURM expands `%` and `\\` in paths and has quoting rules of its own in `#SBATCH` lines; newlines end them."""
 ENDING_WAIT_S = 90.0
 """Longer than SLURM leaves a job between TERM and KILL (30 s, as it comes)."""
 LOG_TRIES, LOG_WAIT_S = 360, 5
-"""Half an hour, as `launch.slurm.job` waits for a store; then it uses up a requeue."""
+"""Half an hour, as `dbscale.launch.slurm.job` waits for a store; then it uses up a requeue."""
 DECIDE_TRIES, DECIDE_WAIT_S = 50, 6
 """Five minutes, for slurmctld may be restarting."""
 

@@ -31,13 +31,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from dbscale.data import load_manifest
+from dbscale.shards.pack import ensure_packed
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Recipe, Training
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from dbscale.training.models import timm_arguments
 from dbscale.training.run import run_cell
-from shards.pack import ensure_packed
 
 MODEL = DeiT(heads=4, head_width=16, depth=4, patch_size=8)
 BATCH, LR, WEIGHT_DECAY, SMOOTHING, DROP_PATH, WARMUP_SHARE, CLIP_NORM = 128, 2e-3, 0.05, 0.1, 0.05, 0.05, 1.0

@@ -21,8 +21,8 @@ from data_bench.photographs import make_photographs, photographs
 from data_bench.sizes import sizes
 from data_bench.small import no_decode, resident, tiny_vit
 
-from shards.pack import pack
-from shards.sources import make_source
+from dbscale.shards.pack import pack
+from dbscale.shards.sources import make_source
 
 PACKAGES = ("torch", "numpy", "pillow", "simplejpeg", "timm", "webdataset", "mosaicml-streaming")
 

@@ -82,7 +82,7 @@ def timed(run: Callable[[], object]) -> float:
 
 def typed(words: list[str]) -> None:
     """`dbscale …` as typed, Python's start included."""
-    command = [sys.executable, "-m", "launch.cli", *words]
+    command = [sys.executable, "-m", "dbscale.launch.cli", *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=FAKES.parents[2])
 
 
@@ -103,8 +103,8 @@ def measure(num_cells: int) -> dict[str, float]:
     """Seconds of each step, and counts of calls and files."""
     fakes = load_fakes()
     modules = fakes.modules()
-    sys.modules["shards.pack"] = modules["shards.pack"]
-    from launch.cli import main
+    sys.modules["dbscale.shards.pack"] = modules["dbscale.shards.pack"]
+    from dbscale.launch.cli import main
 
     with workplace(num_cells) as (folder, where):
         slurm = [*where, "--cluster", str(folder / "cluster.yaml")]
@@ -139,8 +139,8 @@ def collect(root: Path) -> None:
 
 def queue_everything(folder: Path) -> None:
     """Every submitted element waits in the fake queue."""
+    from dbscale.launch.slurm.queue import read_records
     from dbscale.study.store import Store
-    from launch.slurm.queue import read_records
 
     lines = [
         f"{record.job}|{index}|PENDING"

@@ -38,7 +38,17 @@ def run(grid: Grid, path: Path, store: Path, data: Path, number: int, options: S
     """One repetition, to its end; raises CalledProcessError where a cell fails."""
     name = f"{grid.name}_{number}"
     seeds = ",".join(map(str, seeds_of(grid, number)))
-    command = [sys.executable, "-m", "launch.cli", "submit", "--grid", str(path), "--store", str(store), "--no-report"]
+    command = [
+        sys.executable,
+        "-m",
+        "dbscale.launch.cli",
+        "submit",
+        "--grid",
+        str(path),
+        "--store",
+        str(store),
+        "--no-report",
+    ]
     command += ["--data", str(data), "--set", f"name={name}", "--set", f"seeds=[{seeds}]", *options]
     subprocess.run(command, check=True)
     return reduce_grid(Store(store), name)

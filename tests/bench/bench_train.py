@@ -26,6 +26,7 @@ import torch
 from train_peers import SETTINGS, Pace, Setting, bare, now, pace, synchronize, timm_manner
 
 from dbscale.data import load_manifest
+from dbscale.shards.pack import ensure_packed
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import Augment, Budget, Data, Optim, Recipe, Training
 from dbscale.study.resources import Resources, StopRequest
@@ -34,7 +35,6 @@ from dbscale.training import run
 from dbscale.training.checkpoint import Checkpointer
 from dbscale.training.device import device_name
 from dbscale.training.progress import Reporter
-from shards.pack import ensure_packed
 
 
 @dataclass(frozen=True)

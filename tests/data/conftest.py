@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dbscale.data.manifest import Encoding
-from shards.pack import pack
-from shards.source import Listing, Source
-from shards.sources import make_source
+from dbscale.shards.pack import pack
+from dbscale.shards.source import Listing, Source
+from dbscale.shards.sources import make_source
 
 # Under a deadline hypothesis fails tests on a busy machine.
 settings.register_profile("no deadline", deadline=None)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dbscale.data import DataError, load_manifest, open_dataset
 from dbscale.data.dataset import _opened
-from shards.source import stratified_order
+from dbscale.shards.source import stratified_order
 
 
 @given(counts=st.lists(st.integers(1, 12), min_size=1, max_size=7), seed=st.integers(0, 5), data=st.data())

@@ -113,6 +113,6 @@ def test_importing_the_wing_does_not_import_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = "import sys, dbscale.data.dataset, shards.pack, shards.verify; print('torch' in sys.modules)"
+    code = "import sys, dbscale.data.dataset, dbscale.shards.pack, dbscale.shards.verify; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -38,7 +38,7 @@ class StopAfter(StopRequest):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    from shards.pack import ensure_packed
+    from dbscale.shards.pack import ensure_packed
 
     folder = tmp_path_factory.mktemp("data")
     spec = {"source": "fractals", "families": 8, "num_train": 512, "num_test": 128, "image_size": 32}

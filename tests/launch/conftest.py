@@ -67,7 +67,7 @@ class Workplace:
 
     def start(self, command: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """`dbscale COMMAND` in a process of its own, with the stand-ins."""
-        words = [sys.executable, "-m", "launch.cli", command, *self.where, *arguments]
+        words = [sys.executable, "-m", "dbscale.launch.cli", command, *self.where, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(words, env=self.environment, cwd=self.folder, **{**pipes, **options})
 
@@ -157,7 +157,7 @@ def slurm(tmp_path: Path, workplace: Any, fakes: ModuleType, monkeypatch: pytest
 def submit(slurm: Path, workplace: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def run(*options: str, command: str = "submit") -> tuple[int, str, str]:
         cluster = ["--cluster", str(workplace.folder / "cluster.yaml")] if command != "status" else []
-        from launch.cli import main
+        from dbscale.launch.cli import main
 
         code = main([command, *workplace.where, *cluster, *options])
         out, err = capsys.readouterr()

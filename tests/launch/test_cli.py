@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from launch.cli import main, make_parser
-from launch.commands.plan import design_of
-from launch.study import DEFAULT_GRID, plan_study, study_of
+from dbscale.launch.cli import main, make_parser
+from dbscale.launch.commands.plan import design_of
+from dbscale.launch.study import DEFAULT_GRID, plan_study, study_of
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_done_is_said_of_rows_alone(
 ) -> None:
     """A row was removed and its last attempt says running, of a process that will never finish it."""
     assert dbscale("submit", "--cluster", "inline")[0] == 0
-    monkeypatch.setattr("launch.commands.submit.WAIT_FOR_OTHERS_S", 0.0)
+    monkeypatch.setattr("dbscale.launch.commands.submit.WAIT_FOR_OTHERS_S", 0.0)
     store = workplace.store
     key = next(key for key in workplace.done() if key.startswith("finetune"))
     (store.cell_dir(key) / "row.json").unlink()
@@ -262,8 +262,8 @@ def test_the_script_for_accelerate_runs_a_cell_as_the_command_does(tmp_path: Pat
 
 def test_shipped_deepspeed_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dbscale.errors import ConfigError
-    from launch.cluster import CONFIGS
-    from launch.commands.cells import _deepspeed_config
+    from dbscale.launch.cluster import CONFIGS
+    from dbscale.launch.commands.cells import _deepspeed_config
 
     monkeypatch.chdir(tmp_path)
     assert _deepspeed_config("configs/deepspeed/zero1.json") == CONFIGS / "deepspeed" / "zero1.json"

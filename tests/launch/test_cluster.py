@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from dbscale.errors import ConfigError
+from dbscale.launch.cluster import CONFIGS, Cluster, load_cluster, tasks_of
 from dbscale.strict import validate
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, expand
 from dbscale.study.plan import Plan, make_plan
-from launch.cluster import CONFIGS, Cluster, load_cluster, tasks_of
 
 SLURM = {"executor": "slurm", "resources": {"num_processes": 4}, "slurm": {"nodes": 2, "gpus_per_node": 2}}
 

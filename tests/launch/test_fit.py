@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dbscale.launch.cli import main
 from dbscale.laws import fit_law, parameter_intervals, select_law
-from launch.cli import main
 
 X = np.repeat(np.geomspace(100, 1e5, 8), 2)
 Y = (0.1 + 3 * X**-0.4) * np.exp(0.05 * np.random.default_rng(0).standard_normal(16))

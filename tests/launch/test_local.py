@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbscale.launch.cli import main
+from dbscale.launch.cluster import Task
+from dbscale.launch.local import import_environment, next_ready, rest_after_crash
 from dbscale.study.store import CellState
-from launch.cli import main
-from launch.cluster import Task
-from launch.local import import_environment, next_ready, rest_after_crash
 
 ONE = ("--set", "cluster.workers=1")
 

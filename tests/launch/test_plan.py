@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from dbscale.launch.cli import main
+from dbscale.launch.study import base_cost, load_study, plan_study
 from dbscale.study.cost import read_calibration
 from dbscale.study.store import Store
-from launch.cli import main
-from launch.study import base_cost, load_study, plan_study
 from tests.launch.conftest import GRID
 
 UP = {"source": "fractals", "families": 4, "num_train": 32, "num_test": 8, "image_size": 32}

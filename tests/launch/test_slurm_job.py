@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 
 from dbscale.errors import StoreError
-from dbscale.study.resources import StopRequest
-from dbscale.study.store import Failure, Store
-from launch.slurm.job import (
+from dbscale.launch.slurm.job import (
     OVERTAKEN_EXIT,
     RETRY_EXIT,
     CellRuns,
@@ -24,7 +22,9 @@ from launch.slurm.job import (
     failed_in_this_job,
     requeue_lines,
 )
-from launch.worker import LOST_EXIT, Rank, Result, record_death
+from dbscale.launch.worker import LOST_EXIT, Rank, Result, record_death
+from dbscale.study.resources import StopRequest
+from dbscale.study.store import Failure, Store
 
 JOB = JobIdentity("12_3", "17", 1)
 
@@ -100,7 +100,7 @@ def test_a_claim_is_lost_to_whoever_opened_a_later_attempt(
 def test_a_cell_that_an_older_process_holds_is_waited_for(
     runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.slurm.job.BUSY_WAIT_S", 0.0)
+    monkeypatch.setattr("dbscale.launch.slurm.job.BUSY_WAIT_S", 0.0)
     answers = ["busy", "busy", "done"]
     assert runs().run(lambda key: Result(key, answers.pop(0)), "a").status == "done"
     assert not answers
@@ -146,8 +146,8 @@ def test_what_failed_in_an_earlier_start_of_the_job_is_not_tried_again(workplace
 def test_a_rank_that_fails_alone_records_why_and_ends_the_job(
     workplace: Any, inline_cell: str, runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.slurm.job.RECORD_WAIT_S", 0.0)
-    monkeypatch.setattr("launch.worker.job_log", lambda: "the log")
+    monkeypatch.setattr("dbscale.launch.slurm.job.RECORD_WAIT_S", 0.0)
+    monkeypatch.setattr("dbscale.launch.worker.job_log", lambda: "the log")
     with pytest.raises(SystemExit) as ended:
         runs(Rank(1, 1, 2, 2)).run(lambda key: Result(key, "failed", "no memory", Failure.MEMORY), inline_cell)
     assert ended.value.code == LOST_EXIT
@@ -158,7 +158,7 @@ def test_a_rank_that_fails_alone_records_why_and_ends_the_job(
 @pytest.fixture
 def inline_cell(workplace: Any, fakes: ModuleType) -> str:
     """A cell whose recipe is in the store and whose dataset is packed."""
-    from launch.cli import main
+    from dbscale.launch.cli import main
 
     workplace.behave(fail=["pretrain"])
     main(["submit", *workplace.where, "--cluster", "inline"])
@@ -166,7 +166,7 @@ def inline_cell(workplace: Any, fakes: ModuleType) -> str:
 
 
 def test_a_store_that_refuses_is_waited_for(runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.slurm.job.PROBE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("dbscale.launch.slurm.job.PROBE_INTERVAL_S", 0.0)
     answers = [Result("a", "failed", "full", Failure.STORAGE), Result("a", "done")]
     wrote: list[Path] = []
 
@@ -175,7 +175,7 @@ def test_a_store_that_refuses_is_waited_for(runs: Callable[..., CellRuns], monke
         if len(wrote) < 3:
             raise StoreError("cannot write: Read-only file system")
 
-    monkeypatch.setattr("launch.slurm.job.write_atomic", write)
+    monkeypatch.setattr("dbscale.launch.slurm.job.write_atomic", write)
     cell = runs()
     assert cell.run(lambda key: answers.pop(0), "a").status == "done"
     assert wrote == [cell.store.cell_dir("a")] * 3

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dbscale.study.store import Store
-from launch.slurm.queue import (
+from dbscale.launch.slurm.queue import (
     Element,
     Queued,
     SubmitRecord,
@@ -19,6 +18,7 @@ from launch.slurm.queue import (
     read_records,
     write_record,
 )
+from dbscale.study.store import Store
 
 UID = "20260102-030405-000006-00af"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from launch.cli import main
+from dbscale.launch.cli import main
 
 
 def calls(slurm: Path, name: str) -> list[str]:
@@ -145,7 +145,7 @@ def test_what_is_ending_is_waited_for_because_it_may_be_cancelled(
     def sleep(seconds: float) -> None:
         (slurm / "queue").write_text("101|0|PENDING\n")
 
-    monkeypatch.setattr("launch.slurm.submit.time.sleep", sleep)
+    monkeypatch.setattr("dbscale.launch.slurm.submit.time.sleep", sleep)
     _, out, _ = submit()
     assert "waiting for jobs that are ending" in out
     again = records(workplace)[3]

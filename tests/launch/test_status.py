@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from dbscale.files import ProcessMark
+from dbscale.launch.slurm.queue import Element, Queued
+from dbscale.launch.status import device_seconds, read_status, state_of, table
 from dbscale.study.plan import PlanRecord, PointRecord
 from dbscale.study.store import Attempt, Progress, Row, Standing, Store, Timing
-from launch.slurm.queue import Element, Queued
-from launch.status import device_seconds, read_status, state_of, table
 
 
 def point(cell: str, upstream: str | None, teacher: str | None = None) -> PointRecord:
@@ -138,7 +138,7 @@ def test_tables_align_numbers_to_the_right_and_words_to_the_left() -> None:
 @pytest.fixture
 def status(workplace: Any, fakes: ModuleType, capsys: pytest.CaptureFixture[str]) -> Any:
     """`dbscale status` after a submit in this process: (exit code, stdout, stderr)."""
-    from launch.cli import main
+    from dbscale.launch.cli import main
 
     assert main(["submit", "--cluster", "inline", *workplace.where]) == 0
     capsys.readouterr()
@@ -163,7 +163,7 @@ def test_a_complete_grid_says_so(status: Any) -> None:
 def test_a_damaged_file_is_named_and_the_rest_shown(
     status: Any, workplace: Any, content: bytes, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launch.cli import main
+    from dbscale.launch.cli import main
 
     key = next(key for key in workplace.done() if key.startswith("finetune"))
     before = {each: text for each, text in workplace.rows().items() if each != key}

@@ -15,9 +15,7 @@ import pytest
 import yaml
 
 from dbscale.files import ProcessMark
-from dbscale.study.resources import Resources, StopRequest
-from dbscale.study.store import Store
-from launch.worker import (
+from dbscale.launch.worker import (
     LOST_EXIT,
     Rank,
     Result,
@@ -30,6 +28,8 @@ from launch.worker import (
     watch,
     work_through,
 )
+from dbscale.study.resources import Resources, StopRequest
+from dbscale.study.store import Store
 
 TRAINING = {"budget": {"steps": 10}, "optim": {"lr": 1e-3}, "global_batch": 8, "precision": "fp32"}
 GRID = {
@@ -129,8 +129,8 @@ def test_threads_reach_the_math_libraries() -> None:
 @pytest.fixture
 def packed(tmp_path: Path) -> tuple[Store, Path, list[str]]:
     """A store with the finetunes of a grid of digits, really packed: (store, data folder, keys)."""
-    from launch.study import load_study
-    from shards.pack import ensure_packed
+    from dbscale.launch.study import load_study
+    from dbscale.shards.pack import ensure_packed
 
     grid = {**GRID, "datasets": {"up": {"source": "digits", "image_size": 32}}, "name": "digits", "students": ["h1"],
             "downstream": [{"dataset": "up", "num_samples": [10, 20]}], "teachers": {}, "arms": ["plain"]}  # fmt: skip

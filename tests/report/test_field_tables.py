@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from dbscale.launch.cli import main
 from dbscale.laws import judge
 from dbscale.report import schema
 from dbscale.report.pairing import pair_arms
 from dbscale.report.schema import BoundaryFile
 from dbscale.report.table import read_table
-from launch.cli import main
 
 Rows = list[dict[str, Any]]
 DELTA = {512: 0.03, 1024: 0.02, 2048: 0.01, 8192: -0.01, 16_384: -0.02, 32_768: -0.03}

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from dbscale.errors import TableError
+from dbscale.launch.cli import main
 from dbscale.laws import Pairs
 from dbscale.report.pairing import pair_arms, pair_rows, pair_upstream
 from dbscale.report.reader import parse_sheet
 from dbscale.report.sheet import Sheet
 from dbscale.report.table import Run, RunTable, runs_of
-from launch.cli import main
 
 
 def sheet_of(text: str) -> Sheet:

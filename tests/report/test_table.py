@@ -25,11 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbscale.errors import TableError
+from dbscale.launch.cli import main
 from dbscale.report.numerals import is_missing, parse_count, parse_numeral
 from dbscale.report.reader import parse_sheet, read_sheet
 from dbscale.report.sheet import Sheet, near_spellings
 from dbscale.report.table import COLUMNS, REQUIRED, Run, RunTable, runs_of, to_csv
-from launch.cli import main
 
 
 def sheet_of(text: str) -> Sheet:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
+from dbscale.launch.cli import main
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from PIL import Image
 from dbscale.data import DataError, load_manifest, make_loader, open_dataset
 from dbscale.data.decode import DecodeError, decode_image, image_shape, image_suffix
 from dbscale.errors import ConfigError
-from shards.pack import ensure_packed, pack
-from shards.sources import make_source
-from shards.verify import verify
+from dbscale.shards.pack import ensure_packed, pack
+from dbscale.shards.sources import make_source
+from dbscale.shards.verify import verify
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 LIMIT_S = 20

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from shards.generated import Fractals
-from shards.sources import make_source
+from dbscale.shards.generated import Fractals
+from dbscale.shards.sources import make_source
 
 
 def test_digits() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dbscale.data import DataError, load_manifest
-from shards.pack import pack
-from shards.sources import make_source
+from dbscale.shards.pack import pack
+from dbscale.shards.sources import make_source
 
 Image = Callable[..., bytes]
 

@@ -10,16 +10,16 @@ import psutil
 import pytest
 
 from dbscale.data import load_manifest
-from shards.pack import pack
-from shards.sources import make_source
-from shards.verify import verify
+from dbscale.shards.pack import pack
+from dbscale.shards.sources import make_source
+from dbscale.shards.verify import verify
 
 OPTIONS = {"families": 4, "num_train": 1024, "num_test": 32, "shard_samples": 32}
 NUM_SHARDS = 33
 PROGRAM = f"""
 import sys
-from shards.pack import pack
-from shards.sources import make_source
+from dbscale.shards.pack import pack
+from dbscale.shards.sources import make_source
 pack(make_source("fractals", **{OPTIONS}), sys.argv[1], name="x", jobs=int(sys.argv[2]), progress=False)
 """
 

@@ -13,10 +13,10 @@ from webdataset.compat import WebDataset
 
 from dbscale.data import DataError, load_manifest, open_dataset
 from dbscale.errors import FileError
-from shards import pack as packing
-from shards.pack import ensure_packed, pack
-from shards.sources import make_source
-from shards.verify import verify
+from dbscale.shards import pack as packing
+from dbscale.shards.pack import ensure_packed, pack
+from dbscale.shards.sources import make_source
+from dbscale.shards.verify import verify
 
 SPEC = {"source": "imagefolder", "path": "photos", "shard_samples": 4}
 
@@ -116,7 +116,7 @@ def test_another_spec_under_the_same_name_is_refused(tree: Path) -> None:
 
 def test_a_half_finished_pack_of_another_plan_is_refused(tree: Path, tmp_path: Path, monkeypatch) -> None:
     source = make_source("imagefolder", path=str(tree), shard_samples=4)
-    monkeypatch.setattr("shards.pack.run_jobs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("dbscale.shards.pack.run_jobs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "x", progress=False)
     with pytest.raises(DataError, match="holds a half-finished pack of another plan"):

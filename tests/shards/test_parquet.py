@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dbscale.data import DataError, open_dataset
-from shards.pack import pack
-from shards.sources import make_source
+from dbscale.shards.pack import pack
+from dbscale.shards.sources import make_source
 
 Image = Callable[..., bytes]
 

@@ -17,10 +17,10 @@ import pytest
 from dbscale.data import load_manifest
 from dbscale.data.manifest import save_manifest
 from dbscale.errors import ConfigError, DataError
-from shards.pack import ensure_packed, pack
-from shards.source import Listing, printable, split_off, stratified_order
-from shards.sources import KINDS, make_source, source_change, source_of
-from shards.verify import exact_source_change
+from dbscale.shards.pack import ensure_packed, pack
+from dbscale.shards.source import Listing, printable, split_off, stratified_order
+from dbscale.shards.sources import KINDS, make_source, source_change, source_of
+from dbscale.shards.verify import exact_source_change
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_an_entry_that_is_no_longer_valid_is_a_sentence(tree: Path, entry: dict)
 
 def test_the_checks_of_a_plan_need_no_heavy_package() -> None:
     heavy = {"torch", "pyarrow", "scipy", "sklearn", "pandas"}
-    code = f"import sys, shards.sources; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, dbscale.shards.sources; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -10,9 +10,9 @@ import pytest
 from dbscale.data import open_dataset
 from dbscale.data.manifest import load_manifest, save_manifest
 from dbscale.data.read import file_checksum
-from launch.cli import main
-from shards.pack import ensure_packed
-from shards.verify import describe, verify
+from dbscale.launch.cli import main
+from dbscale.shards.pack import ensure_packed
+from dbscale.shards.verify import describe, verify
 
 SPEC = {"source": "imagefolder", "path": "photos", "shard_samples": 4}
 

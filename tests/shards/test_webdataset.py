@@ -12,9 +12,9 @@ import pytest
 
 from dbscale.data import DataError, open_dataset
 from dbscale.errors import ConfigError
-from shards.pack import pack
-from shards.sources import make_source
-from shards.webdataset import walk_tar
+from dbscale.shards.pack import pack
+from dbscale.shards.sources import make_source
+from dbscale.shards.webdataset import walk_tar
 
 Image = Callable[..., bytes]
 Members = Sequence[tuple[str, bytes]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.worker import port_of_job
+from dbscale.launch.worker import port_of_job
 
 pytestmark = pytest.mark.slurm
 NULL, ONE, TWO, THREE = (f"cluster.resources.zero_stage={each}" for each in ("null", 1, 2, 3))

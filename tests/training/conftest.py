@@ -19,13 +19,13 @@ import safetensors.torch
 import torch
 
 from dbscale.data import load_manifest
+from dbscale.shards.pack import ensure_packed
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import Augment, Budget, Data, DeiT, Distill, Optim, Recipe, Training
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Store
 from dbscale.training import results, run
 from dbscale.training.loop import Run
-from shards.pack import ensure_packed
 from tests.training.end_state import end_hash
 
 DATASETS: dict[str, dict[str, Any]] = {

@@ -17,13 +17,13 @@ import torch
 from dbscale.data import open_dataset
 from dbscale.errors import FileError
 from dbscale.files import read_json
+from dbscale.shards.pack import ensure_packed
 from dbscale.study.recipe import Attention as AttentionSettings
 from dbscale.study.recipe import Augment, Budget, Distill, TimmModel
 from dbscale.study.resources import Resources
 from dbscale.study.store import Store
 from dbscale.training import checkpoint, loop, models, results, run
 from dbscale.training.checkpoint import Checkpointer, list_checkpoints, newest_whole, read_manifest, write_sealed
-from shards.pack import ensure_packed
 
 EVERY_STEP = Resources(zero_stage=None, threads=1, checkpoint_interval_s=1e-9, checkpoint_stall_share=1e9)
 

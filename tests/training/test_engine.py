@@ -220,7 +220,7 @@ def _launch(bench, data_dir, config, world_size):
     root = Path(__file__).resolve().parents[2]
     cell = bench.cell()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", f"configs/accelerate/{config}.yaml", "-m", "launch.cli", "run", cell.key]
+    command += ["--config_file", f"configs/accelerate/{config}.yaml", "-m", "dbscale.launch.cli", "run", cell.key]
     command += ["--store", str(bench.store.root), "--data", str(data_dir)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -238,8 +238,8 @@ LIMIT_S = 120
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A dataset with one sample per shard, the 21st of each split missing."""
-    from shards.pack import pack
-    from shards.sources import make_source
+    from dbscale.shards.pack import pack
+    from dbscale.shards.sources import make_source
 
     pack(make_source("fractals", **OPTIONS, shard_samples=1), tmp_path / "shards" / "up", progress=False)
     (tmp_path / "shards" / "up" / "train-000020.tar").unlink()

@@ -69,7 +69,7 @@ def test_export_loads_with_timm_alone(bench, tmp_path):
 
 
 def test_export_command_writes_what_timm_loads(bench, tmp_path, capsys):
-    from launch.cli import main
+    from dbscale.launch.cli import main
 
     cell = bench.cell()
     store = str(bench.store.root)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dbscale.data import load_manifest
 from dbscale.data.order import Stream
+from dbscale.shards.pack import ensure_packed, source_of
 from dbscale.study.cell import Cell
 from dbscale.study.grid import Grid, datasets_in_use, expand, load_grid, merged_cells
 from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Recipe, TimmModel, Training
@@ -25,7 +26,6 @@ from dbscale.training import loop, run
 from dbscale.training.engine import make_batching
 from dbscale.training.models import make_model
 from dbscale.training.run import run_cell
-from shards.pack import ensure_packed, source_of
 
 SMALL = DeiT(heads=1, head_width=8, depth=2, patch_size=4)
 

@@ -16,8 +16,8 @@ from dbscale.data.augment import RESIZED_CROP_DRAWS, resize_each, resized_crop_b
 from dbscale.data.decode import decode_image
 from dbscale.data.order import order
 from dbscale.data.read import checksum
-from shards.pack import pack
-from shards.sources import make_source
+from dbscale.shards.pack import pack
+from dbscale.shards.sources import make_source
 
 SIDE = 224
 AREA = (0.08, 1.0)
