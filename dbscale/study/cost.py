@@ -202,7 +202,19 @@ def matched_steps(plain: Recipe, distill: Cell) -> int:
 
 def has_known_flops(model: Model) -> bool:
     """Whether `forward_flops` is more than a guess."""
-    return isinstance(model, DeiT) or _family(model.name) in FORWARD_GFLOPS_224
+    return as_deit(model) is not None or (not isinstance(model, DeiT) and _family(model.name) in FORWARD_GFLOPS_224)
+
+
+def as_deit(model: Model | None) -> DeiT | None:
+    """The sizes of a plain vision transformer, also where timm makes it from its keyword arguments; None for others."""
+    if model is None or isinstance(model, DeiT):
+        return model
+    sizes = {name: model.kwargs.get(name) for name in ("embed_dim", "num_heads", "depth")}
+    if not _family(model.name).startswith(("vit_", "deit_")) or not all(isinstance(v, int) for v in sizes.values()):
+        return None
+    width, heads, depth = map(int, sizes.values())  # type: ignore[arg-type]
+    patch_size, mlp_ratio = int(model.kwargs.get("patch_size", 16)), float(model.kwargs.get("mlp_ratio", 4.0))
+    return DeiT(heads=heads, head_width=width // heads, depth=depth, patch_size=patch_size, mlp_ratio=mlp_ratio)
 
 
 def _family(timm_name: str) -> str:
@@ -212,14 +224,16 @@ def _family(timm_name: str) -> str:
 
 def forward_flops(model: Model, image_size: int) -> float:
     """Operations of one forward pass on one square RGB image, the head left out."""
-    if not isinstance(model, DeiT):
+    transformer = as_deit(model)
+    if transformer is None:
+        assert not isinstance(model, DeiT)
         gflops = FORWARD_GFLOPS_224.get(_family(model.name), DEFAULT_GFLOPS_224)
         return gflops * 1e9 * (image_size / 224) ** 2
-    patches, tokens = num_tokens(model, image_size)
-    width = model.width
-    dense = (8 + 4 * model.mlp_ratio) * width**2 * tokens
+    patches, tokens = num_tokens(transformer, image_size)
+    width = transformer.width
+    dense = (8 + 4 * transformer.mlp_ratio) * width**2 * tokens
     attention = 4 * tokens**2 * width
-    return model.depth * (dense + attention) + 6 * model.patch_size**2 * width * patches
+    return transformer.depth * (dense + attention) + 6 * transformer.patch_size**2 * width * patches
 
 
 def num_params(model: DeiT, image_size: int, num_classes: int) -> int:
@@ -257,9 +271,10 @@ def device_memory(cell: Cell, resources: Resources) -> Memory | None:
     ZeRO partitions AdamW's moments and DeepSpeed's copy of the weights from stage 1 on, gradients from 2, weights and
     their average from 3 (1910.02054, section 5). The head counts 1,000 classes.
     """
-    recipe, teacher = cell.recipe, cell.teacher.recipe.model if cell.teacher else None
+    recipe, asked = cell.recipe, cell.teacher.recipe.model if cell.teacher else None
     size, world_size, zero = recipe.data.image_size, resources.num_processes, resources.zero_stage or 0
-    if not isinstance(recipe.model, DeiT) or not isinstance(teacher, DeiT | None):
+    student, teacher = as_deit(recipe.model), as_deit(asked)
+    if student is None or (teacher is None and asked is not None):
         return None
     micro_batch = min(resources.micro_batch or recipe.training.global_batch, recipe.training.global_batch // world_size)
 
@@ -270,8 +285,8 @@ def device_memory(cell: Cell, resources: Resources) -> Memory | None:
     copies += held(1 if recipe.training.ema_decay is None else 2, 3)
     # Autocast keeps 16-bit weights from forward to backward, gathered ones too.
     copies += 0 if recipe.training.precision == "fp32" else 2
-    states = copies * num_params(recipe.model, size, 1000)
-    activations = micro_batch * _activation_bytes(recipe, recipe.model, recipe.model.depth)
+    states = copies * num_params(student, size, 1000)
+    activations = micro_batch * _activation_bytes(recipe, student, student.depth)
     if teacher is not None:
         # Without gradients a layer's activations go when the next one has them.
         states += 4 * num_params(teacher, size, 1000)

@@ -28,6 +28,7 @@ from dbscale.study.recipe import (
     Recipe,
     Stage,
     Tier,
+    TimmModel,
     Training,
     draw_seed,
 )
@@ -114,7 +115,7 @@ class Grid(Strict):
     def _costs_to_match_are_known(self) -> Grid:
         pairs = self.teachers.items() if "plain_matched" in self.arms else ()
         for model in (self.models[name] for pair in pairs for name in pair):
-            if not has_known_flops(model):
+            if isinstance(model, TimmModel) and not has_known_flops(model):
                 raise ValueError(
                     f"the plain_matched arm needs the operations of every student and teacher, and those of {model.name!r} "
                     f"are not known; {nearest(model.name, list(FORWARD_GFLOPS_224))}, or leave it out of `arms:`"
