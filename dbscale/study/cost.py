@@ -297,8 +297,9 @@ def device_memory(cell: Cell, resources: Resources) -> Memory | None:
 def _activation_bytes(recipe: Recipe, model: DeiT, depth: int) -> float:
     """Kept of one image for the backward pass of `depth` layers, attention fused.
 
-    The residual stream and norms in float32, what enters matrix products, attention and GELU in the run's precision. The
-    embedding and the last norm keep about 16 (float32: 32) bytes a token and unit of width.
+    The residual stream and norms in float32; what enters matrix products, attention and GELU in the run's precision: so
+    many bytes a token and unit of width. The last norm and the image itself come on top.
     """
-    layer, ends = (32 + 8 * model.mlp_ratio, 32) if recipe.training.precision == "fp32" else (20 + 4 * model.mlp_ratio, 16)
-    return num_tokens(model, recipe.data.image_size)[1] * model.width * (depth * layer + ends)
+    size, is_full = recipe.data.image_size, recipe.training.precision == "fp32"
+    layer, norm, pixel = (32 + 8 * model.mlp_ratio, 8, 4) if is_full else (20 + 4 * model.mlp_ratio, 4, 2)
+    return num_tokens(model, size)[1] * model.width * (depth * layer + norm) + 3 * pixel * size**2

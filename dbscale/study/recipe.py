@@ -211,8 +211,6 @@ class Recipe(Strict):
             raise ValueError(
                 f"a {self.stage} recipe {'needs' if self.stage == 'distill' else 'takes no'} distill settings"
             )
-        if self.distill is not None and self.distill.head == "parallel" and self.training.scope != "full":
-            raise ValueError(f"head parallel with scope {self.training.scope}: set scope: full, or head: class")
         return self
 
     @property

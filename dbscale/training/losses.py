@@ -103,8 +103,9 @@ class _DistillObjective:
     def _on_heads(self, output: Tensor | tuple[Tensor, Tensor], teacher_logits_BC: Tensor, target: Target) -> Losses:
         """`output` is the logits [b, C], or those of the head that learns labels and of the one that is guided."""
         alpha = self.settings.alpha
-        if self.settings.head != "parallel":
-            assert isinstance(output, Tensor), "a model with one head"
+        if isinstance(output, Tensor):
+            if self.settings.head == "parallel":
+                raise TrainingError("distill.head parallel: timm joins both heads of a frozen model; set scope: full")
             return self._on_logits(output, teacher_logits_BC, target, alpha)
         class_BC, guided_BC = output
         labels = _plain(class_BC, target, self.smoothing)
