@@ -162,8 +162,8 @@ class ImageFolder(FileSource):
                 what = why or "outside the class folders"
                 unused.add(f"{'image' if is_image else 'file'} {what}", name, lost=is_image)
             else:
-                why = "that is left out" if folder in self._left_out else "that is not in the class list"
-                unused.add(f"file in a class {why}", name, lost=False)
+                which = "left out" if folder in self._left_out else "not in the class list"
+                unused.add(f"file in a class that is {which}", name, lost=False)
         for name, files in found.items():
             if not files:
                 raise DataError(

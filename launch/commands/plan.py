@@ -152,8 +152,9 @@ def memory_text(study: Study, plan: Plan) -> list[str]:
     cell, memory = max(known, key=lambda each: each[1].total)
     how = shapes[cell.recipe.stage]
     engine = "plain DDP" if how.zero_stage is None else f"ZeRO stage {how.zero_stage}"
+    devices = "one device" if how.num_processes == 1 else f"each of {how.num_processes} devices"
     return [
-        f"memory: {cell.key} needs about {memory.total / 1e9:.1f} GB on each of {how.num_processes} devices under {engine}: "
+        f"memory: {cell.key} needs about {memory.total / 1e9:.1f} GB on {devices} under {engine}: "
         f"{memory.states / 1e9:.1f} GB of weights and optimizer, {memory.activations / 1e9:.1f} GB of activations for "
         f"{memory.micro_batch} images at once; resources.micro_batch lowers the latter"
     ]

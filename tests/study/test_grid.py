@@ -312,8 +312,10 @@ def test_ids_follow_the_recipe_and_the_data(seed: int, size: int, lr: float) -> 
         ({"arms": ["plain", "plain_matched"], "teachers": {}}, "plain_matched arm needs"),
         ({"arms": ["self_distilled"], "distill": None}, "self_distilled arm needs"),
         (
-            {"arms": ["plain_matched"], "models": {"h1": {"kind": "timm", "name": "resnet19"}, "h2": {"kind": "timm",
-             "name": "resnet18"}}},
+            {
+                "arms": ["plain_matched"],
+                "models": {"h1": {"kind": "timm", "name": "resnet19"}, "h2": {"kind": "timm", "name": "resnet18"}},
+            },
             "those of 'resnet19' are not known; did you mean 'resnet18'",
         ),
         ({"distill": {"alpha": 1.0, "head": "parallel"}}, "head parallel with alpha 1"),

@@ -83,9 +83,9 @@ def test_predicted_activations_are_what_autograd_keeps(precision, depth, mlp_rat
                 kept[storage.data_ptr()] = (storage.nbytes(), tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                network(torch.randn(num_images, 3, 112, 112))
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+            network(torch.randn(num_images, 3, 112, 112))
         return sum(size for size, _ in kept.values())
 
     found = device_memory(cell_of(model, precision), Resources(zero_stage=None, micro_batch=8))
