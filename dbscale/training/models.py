@@ -181,9 +181,9 @@ class ParallelHead(nn.Linear):
     def __init__(self, head: nn.Linear, seed: int) -> None:
         super().__init__(head.in_features, head.out_features, device="meta")
         self.weight, self.bias = head.weight, head.bias
-        self.parallel = nn.utils.skip_init(nn.Linear, head.in_features, head.out_features)
+        self.parallel = nn.Linear(head.in_features, head.out_features, device="meta").to_empty(device="cpu")
         # DeiT's initialisation of both of its heads; a stream of its own leaves the first as in the plain arm.
-        draws = torch.Generator().manual_seed(derive_seed(seed, "init", "parallel head"))
+        draws = torch.Generator().manual_seed(derive_seed(seed, "parallel head"))
         nn.init.trunc_normal_(self.parallel.weight, std=0.02, generator=draws)
         nn.init.zeros_(self.parallel.bias)
 
@@ -201,14 +201,14 @@ def add_parallel_head(model: nn.Module, seed: int) -> None:
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)  # type: ignore[operator]
         return
-    names = head_names(model)
-    head = model.get_submodule(names[0].removesuffix("."))
-    if len(names) > 1 or type(head) is not nn.Linear or head.bias is None:
+    prefix, *others = head_names(model)
+    head = model.get_submodule(prefix.removesuffix("."))
+    if others or type(head) is not nn.Linear or head.bias is None:
         raise TrainingError(
             f"distill.head parallel: the classifier of {type(model).__name__} is a {type(head).__name__}, not one linear "
             "layer with a bias, so that two of them would not average to one; set distill.head: class"
         )
-    model.set_submodule(names[0].removesuffix("."), ParallelHead(head, seed))
+    model.set_submodule(prefix.removesuffix("."), ParallelHead(head, seed))
 
 
 def merge_parallel_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
