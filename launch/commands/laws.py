@@ -213,7 +213,7 @@ def bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float | None]]
 
 def mixed(sheet: Sheet, used: set[str]) -> dict[str, list[str]]:
     """Columns of words, unused by the law, that sort the rows into groups: perhaps studies that do not belong together."""
-    from dbscale.report.numerals import parse_numeral
+    from dbscale.report.sheet import parse_numeral
 
     groups = {}
     for column in sheet.columns.keys() - used:
@@ -254,7 +254,7 @@ def compare(arguments: argparse.Namespace) -> int:
 def advise(arguments: argparse.Namespace) -> int:
     from dbscale.report.advise import advise as ask
     from dbscale.report.findings import load_mistakes
-    from dbscale.report.numerals import parse_count
+    from dbscale.report.sheet import parse_count
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     table = runs_of(arguments)
@@ -280,6 +280,7 @@ def allocate(arguments: argparse.Namespace) -> int:
     from dbscale.laws import Prices
     from dbscale.laws import allocate as split
     from dbscale.report.law_findings import AXIS_NAMES, Options, arm_laws
+    from dbscale.report.table import MAIN_ARMS
 
     prices, table = Prices(**price_options(arguments.price)), runs_of(arguments)
     laws = arm_laws(table, Options(), metrics=("error_rate",))
@@ -287,7 +288,7 @@ def allocate(arguments: argparse.Namespace) -> int:
     if not settings:
         raise ConfigError(f"no runs on {arguments.dataset!r}; {nearest(arguments.dataset, table.values('dataset'))}")
     for setting in settings:
-        arms = {arm: law for arm in table.arms if (law := laws.of(setting, "error_rate", arm)) is not None}
+        arms = {arm: law for arm in MAIN_ARMS if (law := laws.of(setting, "error_rate", arm)) is not None}
         if not arms:
             raise ConfigError(f"{setting.label(table)}: no arm has a law; `dbscale report` says why")
         first = laws.runs(setting, "error_rate", next(iter(arms))).runs[0]

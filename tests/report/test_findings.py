@@ -166,7 +166,10 @@ def test_pairs_that_lack_a_stratum_are_counted():
     findings = find(replace(table, runs=runs), options=FAST)
     assert findings.boundary.contrasts[0].num_incomplete == 1
     assert [note.code for note in findings.boundary.notes] == ["incomplete_pairs"]
-    assert findings.boundary.notes[0].text == "On digits 1 incomplete sets of pairs are left out of the pooled means."
+    assert (
+        findings.boundary.notes[0].text
+        == "On digits 1 incomplete sets of pairs are left out of the pooled means of error."
+    )
 
 
 BAD = {
