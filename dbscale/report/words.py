@@ -137,7 +137,7 @@ def where(record: OfSetting, all_records: Iterable[OfSetting] = ()) -> str:
     """Names the test set, of variant and upstream set what differs among `all_records`, and a control's sides."""
     place = record.setting.among(other.setting for other in all_records)
     if isinstance(record, ContrastRecord) and record.column == "arm" and (record.a, record.b) != MAIN_ARMS:
-        return f"{place}, {side_of(record, 'a')} against {side_of(record, 'b')}"
+        return f"{place} ({side_of(record, 'a')} against {side_of(record, 'b')})"
     return place
 
 
