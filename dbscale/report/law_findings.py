@@ -246,7 +246,7 @@ def _record(own: ArmLaw, level: float) -> LawRecord:
     loose = {exponents[name] for name in exponents.keys() & params if params[name].status == "not_determined"}
     return LawRecord(
         **names, law=best.name, equation=best.form.equation, params=params, candidates=candidates, **own.misses,
-        noise=own.noise, coverage=_finite(own.laws.coverage), no_extrapolation=tuple(_closed(own, loose)),
+        noise=own.noise, coverage=_finite(own.laws.calibration.coverage), no_extrapolation=tuple(_closed(own, loose)),
     )  # fmt: skip
 
 

@@ -159,16 +159,16 @@ class _Sentence(string.Formatter):
         return FORMATS[format_spec](value) if format_spec in FORMATS else super().format_field(value, format_spec)
 
 
-def fill(text: str, **values: Any) -> str:
+def fill(text: str, /, **values: Any) -> str:
     return _Sentence().format(text, **values)
 
 
-def say(code: str, **values: Any) -> str:
+def say(code: str, /, **values: Any) -> str:
     """A sentence of the table."""
     return fill(SENTENCES[code], **values)
 
 
-def note(code: str, **values: Any) -> Note:
+def note(code: str, /, **values: Any) -> Note:
     return Note(code=code, text=say(code, **values))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbscale.laws import boundary as laws_boundary
 from dbscale.report import words
 from dbscale.report.schema import BoundaryFile, HalfRecord, LawRecord, LawsFile, Note, ParamRecord
 from tests.report.verdicts import HELPS_THEN_HURTS, make_contrast, make_noise, make_power, make_verdict
@@ -162,6 +164,18 @@ def test_what_an_undecided_answer_says_its_evidence_does_not_say_again():
     assert list(words.evidence(record))[1] == "To find differences half as small as now takes 30 seeds in all."
     bare = list(words.evidence(make_contrast(make_verdict(OPEN))))
     assert len(bare) == 2 and bare[1].startswith("A repetition on two disjoint halves")
+
+
+def test_every_sentence_of_the_table_is_said_somewhere():
+    source = "".join(
+        path.read_text() for path in Path(words.__file__).parent.rglob("*.*") if path.suffix in (".py", ".j2")
+    )
+    table = Path(words.__file__).parent / "templates" / "sentences.toml"
+    for code in words.SENTENCES:
+        by_engine = code in words.TABLE["notes"] and code in Path(laws_boundary.__file__).read_text()
+        assert by_engine or f'"{code}"' in source or f"{{{code}}}" in table.read_text(), code
+    for state, texts in words.TABLE["states"].items():
+        assert set(texts) == {"answer", "brief", "advice"} and f'"{state}"' in source
 
 
 def test_laws_sharpen_a_crossing():
