@@ -285,6 +285,7 @@ def allocate(arguments: argparse.Namespace) -> int:
     from dbscale.laws import Prices
     from dbscale.laws import allocate as split
     from dbscale.report.law_findings import AXIS_NAMES, Options, arm_laws
+    from dbscale.report.table import MAIN_ARMS
 
     prices, table = Prices(**price_options(arguments.price)), runs_of(arguments)
     laws = arm_laws(table, Options(), metrics=("error_rate",))
@@ -292,7 +293,7 @@ def allocate(arguments: argparse.Namespace) -> int:
     if not settings:
         raise ConfigError(f"no runs on {arguments.dataset!r}; {nearest(arguments.dataset, table.values('dataset'))}")
     for setting in settings:
-        arms = {arm: law for arm in table.arms if (law := laws.of(setting, "error_rate", arm)) is not None}
+        arms = {arm: law for arm in MAIN_ARMS if (law := laws.of(setting, "error_rate", arm)) is not None}
         if not arms:
             raise ConfigError(f"{setting.label(table)}: no arm has a law; `dbscale report` says why")
         first = laws.runs(setting, "error_rate", next(iter(arms))).runs[0]
