@@ -176,6 +176,13 @@ def open_dataset(
 
     Raises:
         DataError: nothing is packed there, no such split, a damaged index, or a tier the encoding cannot serve.
+
+    >>> import dbscale, tempfile
+    >>> from dbscale.shards.pack import ensure_packed
+    >>> folder = ensure_packed("digits", {"source": "digits"}, tempfile.mkdtemp(), progress=False)
+    >>> dataset = dbscale.open_dataset(folder)
+    >>> dataset.num_classes, dataset.tier, len(dataset.subset(100))
+    (10, 'resident', 100)
     """
     folder = Path(folder)
     manifest = load_manifest(folder)

@@ -192,6 +192,16 @@ def make_loader(
 
     Raises:
         DataError: a world size that does not divide the global batch, `repeats` above it, a `consumed` off a boundary.
+
+    >>> import dbscale, tempfile
+    >>> from dbscale.shards.pack import ensure_packed
+    >>> folder = ensure_packed("digits", {"source": "digits"}, tempfile.mkdtemp(), progress=False)
+    >>> subset = dbscale.open_dataset(folder).subset(100)
+    >>> loader = dbscale.make_loader(subset, global_batch=20, seed=0)
+    >>> batches = [next(loader) for _ in range(3)]
+    >>> resumed = dbscale.make_loader(subset, global_batch=20, seed=0, consumed=40)
+    >>> batches[2].sample_ids.equal(next(resumed).sample_ids), loader.consumed
+    (True, 60)
     """
     check_world(global_batch, rank, world_size)
     stream = Stream(len(subset), seed, global_batch, repeats, block_size)

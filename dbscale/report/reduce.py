@@ -6,7 +6,7 @@ Reads plan.json, row.json and attempts; says which points are missing and why. C
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -16,6 +16,9 @@ from dbscale.files import atomic_open, write_atomic
 from dbscale.report.table import COLUMNS, KINDS, MissingPoint, Run, RunTable, checked, to_csv
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
 from dbscale.study.store import Row, Store
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 def reduce_grid(store: Store, grid_name: str) -> RunTable:
@@ -105,17 +108,23 @@ def _missing(store: Store, point: PointRecord, rows: dict[str, Row | None]) -> M
 
 
 def write_parquet(path: Path, table: RunTable) -> None:
-    """The same columns as rows.csv, typed; empty strings stay empty strings, missing numbers are null."""
-    import pyarrow
+    """The same columns as rows.csv, typed."""
     import pyarrow.parquet
+
+    with atomic_open(path, "wb") as file:
+        pyarrow.parquet.write_table(arrow_table(table), file)
+
+
+def arrow_table(table: RunTable) -> pyarrow.Table:
+    """The runs as Arrow columns; empty strings stay empty strings, missing numbers are null."""
+    import pyarrow
 
     kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     columns = {
         name: pyarrow.array(table.column(name), type=kinds[next(kind for kind in kinds if kind in _members(name))])
         for name in COLUMNS
     }
-    with atomic_open(path, "wb") as file:
-        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return pyarrow.table(columns)
 
 
 def _members(name: str) -> tuple[Any, ...]:

@@ -224,21 +224,17 @@ def mixed(sheet: Sheet, used: set[str]) -> dict[str, list[str]]:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from dbscale.report.findings import Options, contrast
-    from dbscale.report.pairing import pair_rows
+    from dbscale.launch.api import compared
     from dbscale.report.reader import read_sheet
     from dbscale.report.words import answer, evidence
 
     sheet = read_sheet(arguments.table).where(arguments.where)
     sides = [dict(sheet.assignment(text, f"--{side}") for text in getattr(arguments, side)) for side in "ab"]
-    pair = [column.strip() for column in arguments.pair.split(",") if column.strip()]
-    pairs, notes = pair_rows(sheet, a=sides[0], b=sides[1], along=arguments.along, metric=arguments.metric, pair=pair)
-    names = {
-        "column": ", ".join(sides[0]), "a": ", ".join(sides[0].values()), "b": ", ".join(sides[1].values()),
-        "along": arguments.along, "dataset": arguments.table.stem,
-    }  # fmt: skip
-    options = Options(level=arguments.level, min_effect=arguments.min_effect, seed=arguments.seed)
-    record = contrast(pairs, names, arguments.metric, options)
+    record, notes = compared(
+        sheet, a=sides[0], b=sides[1], along=arguments.along, metric=arguments.metric,
+        pair=[column.strip() for column in arguments.pair.split(",") if column.strip()], level=arguments.level,
+        min_effect=arguments.min_effect, seed=arguments.seed, dataset=arguments.table.stem,
+    )  # fmt: skip
     if arguments.json:
         print(record.model_dump_json(indent=1))
     else:
