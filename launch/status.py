@@ -257,6 +257,8 @@ def headline(status: Status, store: Store) -> list[str]:
     driver = "nobody works on it (`dbscale submit` resumes it)"
     if other is not None and other.grid == status.grid and is_held(store.root):
         driver = f"driven by pid {other.process.pid} on {other.process.host}"
+    elif status.running:
+        driver = f"{len(status.running)} cells run in workers or by hand"
     return [text, status.scheduler or driver]
 
 
