@@ -59,10 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def pack_missing(study: Study) -> Study:
     """The same study with every dataset packed; one that stands is left alone."""
-    from dbscale.shards.pack import ensure_packed, source_of
+    from dbscale.shards.pack import check_entry, ensure_packed
 
     for name in study.missing_datasets:  # all entries before the first is packed, which may take hours
-        source_of(name, study.grid.datasets[name], study.data_dir)
+        check_entry(name, study.grid.datasets[name], study.data_dir)
     for name in study.used_datasets:
         if name in study.missing_datasets:
             print(f"packing dataset {name} into {study.dataset_dir(name)}", flush=True)
