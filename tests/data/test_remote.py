@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 
 from dbscale.data import load_manifest, make_eval_loader, make_loader, open_dataset, remote
@@ -226,7 +227,7 @@ def s3(port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[T
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in {
         "AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     server = ThreadedMotoServer("127.0.0.1", port)
@@ -247,15 +248,14 @@ def test_an_s3_server_serves_the_batches_of_the_disk_and_may_die_in_mid_epoch(
     seen = list(itertools.islice(loader, 4))
     s3.stop()
     monkeypatch.setattr(remote, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     with pytest.raises(DataError, match=r"s3://bucket/photos/train-.*start it again to resume") as caught:
         for batch in loader:
             seen.append(batch)
     assert failure_of(caught.value).passes
     again = ThreadedMotoServer("127.0.0.1", port)
-    again.start()
+    again.start()  # with what was there before
     try:
-        fsspec.filesystem("s3").mkdir("bucket")
-        upload(folder, url, progress=False)
         resumed = make_loader(
             open_dataset(url).subset(), global_batch=4, seed=3, block_size=6, consumed=loader.consumed, num_workers=1
         )
