@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic_core import to_json
+
 from dbscale.errors import ConfigError, FileError
 from dbscale.launch.cluster import CONFIGS, Cluster, load_cluster
 from dbscale.study.cell import Cell
@@ -64,6 +66,15 @@ class _BareGrid(argparse.Action):
 def add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides",
                         help="change a key of the grid, or with `cluster.` of the cluster; repeatable")  # fmt: skip
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print it for a program: one JSON value on stdout")
+
+
+def print_json(value: object) -> None:
+    """Dataclasses, configs and paths included; what is not a finite number becomes null."""
+    print(to_json(value, indent=1).decode())
 
 
 def add_tracker(parser: argparse.ArgumentParser) -> None:

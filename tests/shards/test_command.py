@@ -98,7 +98,7 @@ def test_any_folder_is_packed_to_a_url_and_used_by_a_grid(tmp_path: Path, capsys
     manifest = load_manifest(folder)
     assert manifest.source == {"source": "imagefolder", "path": "birds", "test": 0.1}
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 18, "test": 2}
-    assert open_dataset(folder).reader.fetch(np.arange(18))[1] == []
+    assert open_dataset(folder, image_size=16).reader.fetch(np.arange(18))[1] == []
     assert main(["shards", "pack", "birds", "--data", str(tmp_path / "data")]) == 0
     with pytest.raises(DataError, match="comes from memory://nest/birds, now asked for memory://nest/other"):
         ensure_packed("birds", {"source": "remote", "url": "memory://nest/other"}, tmp_path / "data")
