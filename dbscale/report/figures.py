@@ -25,7 +25,7 @@ DATA = alt.NamedData(name="rows")
 """Rows stay out of Altair, which would copy them with every step of a declaration."""
 HIDDEN = alt.param(name="hidden", value=[])
 """Arms switched off. The page's script sets it when a legend is clicked: Vega-Lite binds no legend of panels."""
-ARMS = ("plain", "distilled", "teacher", "scratch")
+ARMS = ("plain", "distilled", "plain_matched", "self_distilled", "teacher", "scratch")
 """In the order of the theme's colours; no figure has more than three."""
 SHAPES = ("circle", "diamond", "square", "triangle-up")
 PAPER_WIDTH = 210

@@ -23,7 +23,10 @@ from dbscale.report.schema import (
     excludes,
 )  # fmt: skip
 
-SIDES = {"plain": "plain pretraining", "distilled": "distillation"}
+SIDES = {
+    "plain": "plain pretraining", "distilled": "distillation", "plain_matched": "plain pretraining at equal cost",
+    "self_distilled": "distillation from a teacher of equal size",
+}  # fmt: skip
 AXES = {
     "upstream_samples": "upstream images", "downstream_samples": "labels", "num_params": "parameters",
     "train_flops": "FLOPs", "upstream_train_flops": "upstream FLOPs",

@@ -105,6 +105,7 @@ class Row(Strict):
     id: str
     stage: Stage
     arm: Arm
+    """What the run itself was: plain, distilled or scratch. What a study uses it as, `plain_matched` say, is its plan's."""
     model: str
     dataset: str
     num_samples: Count

@@ -94,14 +94,26 @@ class _DistillObjective:
         if self.tap is None or self.settings.attention is None:
             with torch.no_grad():
                 teacher_logits_BC = self.teacher(images)
-            return self._on_logits(model(images), teacher_logits_BC, target)
+            return self._on_heads(model(images), teacher_logits_BC, target)
         teacher_logits_BC = self.tap.teacher_logits(images)
-        losses = self._on_logits(model(images), teacher_logits_BC, target)
+        losses = self._on_heads(model(images), teacher_logits_BC, target)
         maps = self.tap.take_kl()
         return losses._replace(loss=losses.loss + self.settings.attention.beta * maps, attention_kl=maps.detach())
 
-    def _on_logits(self, logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target) -> Losses:
+    def _on_heads(self, output: Tensor | tuple[Tensor, Tensor], teacher_logits_BC: Tensor, target: Target) -> Losses:
+        """`output` is the logits [b, C], or those of the head that learns labels and of the one that is guided."""
         alpha = self.settings.alpha
+        if isinstance(output, Tensor):
+            if self.settings.head == "parallel":
+                raise TrainingError("distill.head parallel: timm joins both heads of a frozen model; set scope: full")
+            return self._on_logits(output, teacher_logits_BC, target, alpha)
+        class_BC, guided_BC = output
+        labels = _plain(class_BC, target, self.smoothing)
+        guided = self._on_logits(guided_BC, teacher_logits_BC, target, 1.0)
+        return guided._replace(loss=(1 - alpha) * labels.loss + alpha * guided.loss, ce=labels.ce)
+
+    def _on_logits(self, logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target, alpha: float) -> Losses:
+        """(1 - alpha)·CE + alpha·guidance of one head."""
         if alpha == 0:
             return _plain(logits_BC, target, self.smoothing)
         if self.settings.target == "soft":
