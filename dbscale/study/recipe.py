@@ -185,6 +185,19 @@ class Training(Strict):
     """What a finetune changes: everything, or the head alone."""
 
 
+Channels = tuple[float, float, float]
+
+
+class Pretrained(Strict):
+    """Weights that no cell trained, known by the hash of their file."""
+
+    sha256: str | None = None
+    """None until they are imported: ids are provisional."""
+    model: Model
+    mean: Channels | None = None
+    std: Channels | None = None
+
+
 class Recipe(Strict):
     """One training run, whole."""
 
@@ -195,6 +208,10 @@ class Recipe(Strict):
     seed: int
     """Keys initialisation (of a finetune: its head), order and augmentation."""
     distill: Distill | None = None
+    teacher: Pretrained | None = None
+    """Of a distill cell whose teacher no cell trained."""
+    start: Pretrained | None = None
+    """Of an upstream run that does not begin with random weights; the head does."""
     draw: Positive | None = None
     """Which further finetune of one upstream run this is; None for the first. `draw_seed` then gives `seed` and
     `data.subset_seed`."""
@@ -203,6 +220,14 @@ class Recipe(Strict):
     def _draws_are_finetunes(self) -> Recipe:
         if self.draw is not None and self.stage != "finetune":
             raise ValueError(f"a {self.stage} recipe has no draw; only finetunes are drawn several times")
+        return self
+
+    @model_validator(mode="after")
+    def _foreign_weights_fit_the_stage(self) -> Recipe:
+        if (self.teacher is not None and self.stage != "distill") or (
+            self.start is not None and self.stage == "finetune"
+        ):
+            raise ValueError(f"a {self.stage} recipe takes no {'teacher' if self.teacher else 'start'}")
         return self
 
     @model_validator(mode="after")

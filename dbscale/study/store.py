@@ -95,6 +95,16 @@ class Timing(Strict):
     host: str
 
 
+class WeightsOrigin(Strict):
+    """Weights that no cell trained."""
+
+    source: str
+    """As the grid names them."""
+    licence: str
+    """As their owner says; empty where nobody said."""
+    sha256: str
+
+
 class Row(Strict):
     """One finished cell: `row.json`, written last, so its existence means done.
 
@@ -129,6 +139,8 @@ class Row(Strict):
     """Undecodable training images that another of their class stood in for."""
     upstream: Upstream | None = None
     teacher: str | None = None
+    weights_from: dict[str, WeightsOrigin] = {}
+    """Of a teacher, or of the start, that no cell trained."""
     kd_backend: str | None = None
     resources: dict[str, str | int | float | bool | None] = {}
     """How it ran (precision plugin, ZeRO stage, world size …); informative, not part of its identity."""

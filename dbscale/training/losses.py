@@ -238,11 +238,11 @@ class CachedTeacher:
 
 def open_cache(store: Store, spec: CellSpec, teacher: nn.Module, device: str) -> CachedTeacher:
     """The cache of a distill cell's teacher; one for each set of weights, way of computing and kind of `device`."""
-    row = store.read_row(spec.teacher) if spec.teacher else None
-    if row is None:
+    foreign, row = spec.recipe.teacher, store.read_row(spec.teacher) if spec.teacher else None
+    if row is None and foreign is None:
         raise FileError(f"the teacher {spec.teacher} of {spec.key} has no row; train it first")
     identity = {
-        "weights": row.weights_sha256,
+        "weights": row.weights_sha256 if row is not None else foreign and foreign.model_dump_json(),
         "precision": spec.recipe.training.precision,
         "device": device,
         "deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -24,8 +24,9 @@ from dbscale.errors import FileError
 from dbscale.files import atomic_open
 from dbscale.kernels import attention_backend, resolve_backend
 from dbscale.study.cell import Arm, CellSpec, model_label
-from dbscale.study.recipe import Recipe
-from dbscale.study.store import Attempt, Row, Store, Timing, Upstream
+from dbscale.study.recipe import Model, Recipe
+from dbscale.study.store import Attempt, Row, Store, Timing, Upstream, WeightsOrigin
+from dbscale.study.weights import read_origin
 from dbscale.training.checkpoint import LoopState, read_sealed, write_sealed
 from dbscale.training.device import count_train_flops, device_name, measure, peak_flops, peak_memory_bytes
 from dbscale.training.engine import engine_name, lockstep, reduce_over_ranks
@@ -188,8 +189,7 @@ def make_row(
 ) -> Row:
     """Everything a table of cells needs; `attempts` are all tries, the last one still running."""
     recipe, store, accelerator = spec.recipe, context.store, context.accelerator
-    uses_teacher = spec.teacher is not None and wants_teacher(recipe.distill)
-    teacher = store.read_spec(spec.teacher).recipe.model if spec.teacher and uses_teacher else None
+    teacher = _teacher_model(spec, store) if wants_teacher(recipe.distill) else None
     size = measure(recipe.model, num_classes=trained.num_classes, image_size=recipe.data.image_size)
     train_flops = count_train_flops(recipe, teacher, trained.num_classes)
     return Row(
@@ -216,6 +216,7 @@ def make_row(
         replaced_samples=len(trained.state.bad_ids),
         upstream=_upstream(spec, context),
         teacher=spec.teacher,
+        weights_from=_origins(recipe, store),
         kd_backend=resolve_backend(context.resources.kd_backend, "kd_loss", accelerator.device.type)
         if teacher
         else None,
@@ -228,6 +229,20 @@ def clear_scratch(folder: Path) -> None:
     """Drop what only an unfinished cell needs."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / TRAINED_NAME).unlink(missing_ok=True)
+
+
+def _teacher_model(spec: CellSpec, store: Store) -> Model | None:
+    if spec.teacher is not None:
+        return store.read_spec(spec.teacher).recipe.model
+    return spec.recipe.teacher.model if spec.recipe.teacher is not None else None
+
+
+def _origins(recipe: Recipe, store: Store) -> dict[str, WeightsOrigin]:
+    """Where weights that no cell trained came from, by what they are to the cell."""
+    origins = {role: read_origin(store, used.sha256) for role, used in (("teacher", recipe.teacher), ("start", recipe.start))
+               if used is not None and used.sha256 is not None}  # fmt: skip
+    return {role: WeightsOrigin(source=each.checkpoint, licence=each.licence, sha256=each.sha256)
+            for role, each in origins.items()}  # fmt: skip
 
 
 def _arm(spec: CellSpec, store: Store) -> Arm:

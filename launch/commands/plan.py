@@ -108,6 +108,9 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
     if study.missing_datasets:
         lines.append(f"not packed yet: {', '.join(study.missing_datasets)} (`dbscale submit` packs them; ids of cells "
                      "that read them are provisional until then)")  # fmt: skip
+    if study.missing_weights:
+        lines.append(f"not imported yet: {', '.join(study.missing_weights)} (`dbscale submit` imports them; ids of cells "
+                     "that use them are provisional until then)")  # fmt: skip
     lines += overlapping_draws(grid, {name: size for name, (_, size) in study.manifests.items()})
     lines += plan.notes
     if plan.stale:

@@ -71,8 +71,8 @@ def pack_in_turn(study: Study) -> Study:
     make_folder(study.data_dir)
     while True:
         with locked(study.data_dir / ".pack.lock") as held:
-            if held or not study.missing_datasets:
-                return pack_missing(study) if study.missing_datasets else study
+            if held or not (study.missing_datasets or study.missing_weights):
+                return pack_missing(study) if study.missing_datasets or study.missing_weights else study
         time.sleep(1)
         study = replace(study)  # manifests are read once per study
 
