@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ html_theme = "furo"
 html_title = "dbscale"
 myst_heading_anchors = 3
 # Links to files outside of docs/ are checked by tests/test_readme.py, which knows the whole checkout.
-suppress_warnings = ["myst.xref_missing"]
+suppress_warnings = ["myst.xref_missing", "toc.not_included"]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "undoc-members": True, "exclude-members": "model_config, model_post_init"}
@@ -41,5 +42,11 @@ def write_laws(_app: Any) -> None:
         path.write_text(text)
 
 
+def as_markdown(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Docstrings quote code as Markdown does."""
+    lines[:] = re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", "\n".join(lines)).split("\n")
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", as_markdown)
     app.connect("builder-inited", write_laws)

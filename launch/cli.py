@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dbscale import __version__
+from dbscale import __version__, plugins
 from dbscale.launch import status
 from dbscale.launch.commands import cells, laws, plan, results, shards, submit, work
 
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     log_to_stderr(arguments.verbose)
     try:
+        plugins.load(arguments.plugin)
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print("dbscale: stopped", file=sys.stderr)
@@ -86,6 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log what is done; -vv logs everything")
     parser.add_argument("--completion", action=_PrintCompletion, choices=("bash", "zsh", "tcsh"), metavar="SHELL",
                         help="print completion for bash, zsh or tcsh: eval \"$(dbscale --completion bash)\"")  # fmt: skip
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE|FILE.py",
+                        help="import parts of your own first, as `plugins:` of a grid does; repeatable")  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of user errors")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 

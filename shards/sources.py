@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dbscale import plugins
 from dbscale.data.manifest import MANIFEST_NAME, load_manifest
 from dbscale.data.remote import origin
 from dbscale.errors import ConfigError, nearest
@@ -37,10 +38,11 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: str | Path = ".") -
     """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in entry.items() if key != "source"}
     kind = entry.get("source")
-    if not isinstance(kind, str) or kind not in KINDS:
+    kinds = KINDS | plugins.SOURCES
+    if not isinstance(kind, str) or kind not in kinds:
         what = "names no `source`" if kind is None else f"has the unknown source {kind!r}"
-        raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, [*KINDS, REMOTE])}")
-    return validate(KINDS[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
+        raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, [*kinds, REMOTE])}")
+    return validate(kinds[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
 
 
 def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Source:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from dbscale import plugins
 from dbscale.errors import ConfigError, nearest
 from dbscale.strict import Strict, load_extended, override, set_path, validate
 from dbscale.study.cell import Arm, Cell
@@ -92,6 +93,11 @@ class Grid(Strict):
     """Difference of error rates that matters; the verdict calls what is surely smaller no difference."""
     noise: Name | None = None
     """Table of noise that `plan` takes for power before there are rows; None: the default one."""
+    plugins: dict[str, str] = {}
+    """Parts of your own: a list of modules, or of files beside this one, `plugins: [my_lab.models, parts.py]`; reading
+    the grid imports them and notes their hashes. Cells are named after them too."""
+    metrics: tuple[Name, ...] = ()
+    """Further means over the test split that plugins register; every row has them."""
     pretrain: Training
     finetune: Training
     distill: Distill | None = None
@@ -173,9 +179,14 @@ class Point:
     """Draw of the labels, head and order: 0 to `finetunes` - 1."""
 
 
-def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
-    """Read, override, validate. Raises ConfigError naming file, key, value and what is allowed."""
-    return validate(Grid, override(load_extended(path), overrides), where=str(path))
+def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
+    """Read, override, import plugins, validate. Raises ConfigError naming file, key, value and what is allowed."""
+    path = Path(path)
+    data = override(load_extended(path), overrides)
+    places = data.get("plugins")
+    if isinstance(places, list):
+        data = {**data, "plugins": plugins.load(map(str, places), path.parent)}
+    return validate(Grid, data, where=str(path))
 
 
 def variants_of(grid: Grid) -> list[tuple[str, Grid]]:
@@ -307,6 +318,7 @@ class _Expansion:
             distill=grid.distill if stage == "distill" else None,
             teacher=self._identified(teacher) if isinstance(teacher, Weights) else None,
             start=self._identified(grid.init.get(model)) if stage != "finetune" else None,
+            plugins=grid.plugins or None, metrics=grid.metrics or None,
         )  # fmt: skip
         parent = teacher if isinstance(teacher, Cell) else None
         cell = Cell(recipe, self.fingerprints.get(dataset), teacher=parent, init=init)

@@ -183,6 +183,8 @@ class Training(Strict):
     then. None: the weights of the last step."""
     scope: Literal["full", "linear_probe"] = "full"
     """What a finetune changes: everything, or the head alone."""
+    loss_terms: dict[str, float] | None = None
+    """Terms of plugins that are added to the loss, with their weights."""
 
 
 Channels = tuple[float, float, float]
@@ -210,6 +212,10 @@ class Recipe(Strict):
     distill: Distill | None = None
     teacher: Pretrained | None = None
     """Of a distill cell whose teacher no cell trained."""
+    plugins: dict[str, str] | None = None
+    """Hash of each plugin, by module."""
+    metrics: tuple[str, ...] | None = None
+    """Further means over the test split, of plugins."""
     start: Pretrained | None = None
     """Of an upstream run that does not begin with random weights; the head does."""
     draw: Positive | None = None

@@ -130,6 +130,8 @@ class Row(Strict):
     top5_error_rate: Share | None = None
     test_loss: float = Field(allow_inf_nan=False)
     calibration_error: Share | None = None
+    metrics: dict[str, float] = {}
+    """Means over the test split that plugins define."""
     num_test_samples: Count
     train_loss: float = Field(allow_inf_nan=False)
     """Mean over the last tenth of the run."""

@@ -73,8 +73,9 @@ def _fetched(weights: Weights) -> tuple[Path, str]:
         raise TrainingError(f"checkpoint {weights.checkpoint!r}: the repository has none of {', '.join(HUB_FILES)}"
                             ) from None  # fmt: skip
     except HUB_ERRORS as error:
-        raise TrainingError(f"checkpoint {weights.checkpoint!r} cannot be fetched ({type(error).__name__}: {error}); "
-                            "look at its name and at the network, or run on a machine that has one first") from error  # fmt: skip
+        why = f"{type(error).__name__}: {error}"
+        raise TrainingError(f"checkpoint {weights.checkpoint!r} cannot be fetched ({why}); look at its name and at the "
+                            "network, or import it on a machine that has one") from error  # fmt: skip
     _check_config(weights, str(architecture), config)
     return path, _licence(repository)
 

@@ -341,7 +341,7 @@ WITHOUT_TORCH = """
 import importlib.abc, sys
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in {"torch", "timm", "accelerate", "deepspeed", "submitit", "safetensors", "PIL", "sklearn"}:
+        if name.partition(".")[0] in {"torch", "timm", "accelerate", "deepspeed", "submitit", "safetensors", "PIL"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
 from dbscale.launch.cli import main
