@@ -106,8 +106,9 @@ def _load(place: str, folder: Path) -> str:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"plugin {place!r} cannot be imported here ({type(error).__name__}: {error}); install it on every "
-                          "machine that runs cells, or give a file beside the grid: `plugins: [parts.py]`") from error  # fmt: skip
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"plugin {place!r} cannot be imported here ({why}); install it on every machine that runs cells, "
+                          "or give a file beside the grid: `plugins: [parts.py]`") from error  # fmt: skip
     loaded[name] = source_hash(Path(spec.origin))
     known = filter(None, os.environ.get(ENVIRONMENT, "").split(os.pathsep))
     os.environ[ENVIRONMENT] = os.pathsep.join([*known, str(path) if path is not None else place])

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from timm.models._hub import save_config_for_hf
 
 from dbscale.data import IMAGENET_MEAN, IMAGENET_STD
@@ -37,6 +40,23 @@ def export_cell(store: Store, key: str, target: Path) -> Path:
     with atomic_open(target / "README.md", "w") as file:
         file.write(model_card(spec, row))
     return target
+
+
+def push_export(folder: Path, target: str, *, private: bool = False) -> str:
+    """Upload an exported cell to the hub as `hf-hub:owner/name`; returns its address. The token is the hub client's own.
+
+    Raises TrainingError where the name is none, or the hub refuses or cannot be reached.
+    """
+    repository = target.removeprefix("hf-hub:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise TrainingError(f"--push {target!r}: write hf-hub:owner/name, such as hf-hub:my-lab/birds-h4")
+    api = HfApi(library_name="dbscale")
+    try:
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}"))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise TrainingError(f"--push {target!r}: {type(error).__name__}: {error}; log in with `hf auth login`, and look at the "
+                            f"network; the export is in {folder}") from error  # fmt: skip
 
 
 def _write_config(spec: CellSpec, row: Row, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Five parts of one's own, each by one decorator: a timm model, a data source, a loss term, a metric, a law.
 
-`examples/plugins/stripes.yaml` uses the first four; the fifth: `dbscale --plugin examples/plugins/parts.py fit … --law two_thirds`.
+`examples/plugins/stripes.yaml` uses the first four. For the fifth, write
+`dbscale --plugin examples/plugins/parts.py fit runs.csv --law two_thirds --x size --y error`.
 """
 
 from collections.abc import Iterator, Sequence
