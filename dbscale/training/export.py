@@ -55,8 +55,9 @@ def push_export(folder: Path, target: str, *, private: bool = False) -> str:
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}"))
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise TrainingError(f"--push {target!r}: {type(error).__name__}: {error}; log in with `hf auth login`, and look at the "
-                            f"network; the export is in {folder}") from error  # fmt: skip
+        why = f"{type(error).__name__}: {error}"
+        raise TrainingError(f"--push {target!r}: {why}; log in with `hf auth login`, and look at the network; the export is "
+                            f"in {folder}") from error  # fmt: skip
 
 
 def _write_config(spec: CellSpec, row: Row, path: Path) -> None:
