@@ -98,11 +98,12 @@ def sheet_of(table: Table) -> Sheet:
 
     if isinstance(table, str | Path):
         return read_sheet(Path(table))
+    given: Any = table
     if not isinstance(table, Mapping):
         import narwhals
 
-        table = narwhals.from_native(table, eager_only=True).to_dict(as_series=False)
-    columns = {str(name): list(cells) for name, cells in table.items()}
+        given = narwhals.from_native(given, eager_only=True).to_dict(as_series=False)
+    columns = {str(name): list(cells) for name, cells in given.items()}
     longest = max(map(len, columns.values()), default=0)
     return Sheet("the table", columns, range(1, longest + 1), unit="row")
 

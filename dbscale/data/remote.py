@@ -285,7 +285,8 @@ def copy_shard(folder: Path, name: str, target: Any) -> None:
     """Write a mirrored dataset's whole shard into the open file `target`. Raises DataError."""
     url = origin(folder)
     try:
-        with fsspec.open(f"{url}/{name}", "rb") as source:
+        opened: Any = fsspec.open(f"{url}/{name}", "rb")
+        with opened as source:
             shutil.copyfileobj(source, target, 1 << 22)
     except FileNotFoundError:
         raise DataError(f"{url}/{name}: shard is missing; pack the dataset there again") from None

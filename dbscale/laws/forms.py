@@ -452,7 +452,7 @@ FORMS: dict[str, Form] = {
 def find_form(form: str | Form, variables: tuple[str, ...] | None = None) -> Form:
     """A form by name (or as it is), over fewer variables where it allows that. Raises LawError with the nearest name."""
     if not isinstance(form, Form):
-        known = FORMS | plugins.LAWS
+        known: dict[str, Form] = FORMS | plugins.LAWS
         if form not in known:
             raise LawError(f"unknown law {form!r}; {nearest(str(form), known)}")
         form = known[form]

@@ -89,7 +89,8 @@ def _hub_file(repository: str, file: str, revision: str | None) -> Path | None:
 
 def _licence(repository: str) -> str:
     try:
-        return str(ModelCard.load(hf_hub_download(repository, "README.md")).data.license or "")
+        card: Any = ModelCard.load(hf_hub_download(repository, "README.md"))
+        return str(card.data.license or "")
     except HUB_ERRORS:
         return ""
 

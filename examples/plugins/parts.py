@@ -20,9 +20,7 @@ from dbscale.shards.source import Listing, Source
 
 
 @register_model
-def pooled_patches(
-    pretrained: bool = False, num_classes: int = 10, in_chans: int = 3, width: int = 16, drop_rate: float = 0.0
-) -> nn.Module:
+def pooled_patches(num_classes: int = 10, in_chans: int = 3, width: int = 16, **_timm: object) -> nn.Module:
     """A model as timm registers it; a grid says `{kind: timm, name: pooled_patches, kwargs: {width: 8}}`."""
     body = nn.Sequential(nn.Conv2d(in_chans, width, 4, 4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential()
