@@ -8,7 +8,7 @@ only operations that IEEE 754 rounds exactly, so a sample is the same in any bat
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray

@@ -47,7 +47,7 @@ def pack(arguments: argparse.Namespace) -> int:
 
 def pack_any_folder(arguments: argparse.Namespace) -> int:
     """`dbscale shards pack ./photos s3://bucket/photos`; no grid, no data folder."""
-    from dbscale.shards.remote import pack_folder
+    from dbscale.shards.publish import pack_folder
 
     if len(arguments.datasets) != 2:
         raise ConfigError(f"{' '.join(arguments.datasets)}: write the folder to pack and where to pack it, "

@@ -20,7 +20,7 @@ from dbscale.data.manifest import Encoding
 from dbscale.data.remote import MAX_GAP, RemoteShards, mirror, origin
 from dbscale.data.stage import stage_subset
 from dbscale.errors import DataError
-from dbscale.shards.remote import upload
+from dbscale.shards.publish import upload
 from dbscale.shards.verify import verify
 from dbscale.study.store import Failure, failure_of
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dbscale.errors import ConfigError, DataError
 from dbscale.launch.cli import main
-from dbscale.shards.remote import guess_entry
+from dbscale.shards.publish import guess_entry
 
 
 @pytest.fixture
