@@ -30,8 +30,8 @@ from dbscale.launch.commands.submit import write_records
 from dbscale.launch.slurm.queue import SubmitRecord, make_uid, read_records, write_record
 from dbscale.launch.study import Study, load_study, plan_study
 from dbscale.report import schema
-from dbscale.report.background import of_grid
 from dbscale.report.findings import refresh
+from dbscale.report.page import of_grid
 from dbscale.report.reduce import load_plan, read_mistakes, reduce_grid
 from dbscale.report.schema import BoundaryFile, LawsFile
 from dbscale.report.table import to_csv
