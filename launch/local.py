@@ -195,7 +195,6 @@ class LocalRun:
 
     def _start(self, task: Task, slot: int) -> LocalJob:
         shape = self.cluster.shape(task.stage)
-        self.job_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.num_started += 1
         log = self.job_folder / f"{self.num_started}.log"
         bundle = LocalBundle(

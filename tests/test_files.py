@@ -26,6 +26,7 @@ from dbscale.files import (
     holder,
     is_held,
     locked,
+    make_folder,
     read_model,
     write_json,
     write_model,
@@ -222,3 +223,13 @@ def test_a_holder_from_no_time_is_none(tmp_path: Path, started: float) -> None:
         found = json.loads(path.read_text())
         path.write_text(json.dumps({**found, "started": started}))
         assert holder(tmp_path) is None
+
+
+def test_a_private_folder_is_a_new_one_of_its_owner_alone(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "jobs", private=True)
+    assert (tmp_path / "a" / "jobs").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for taken in (tmp_path / "a", tmp_path / "link"):
+        with pytest.raises(FileError, match="File exists"):
+            make_folder(taken, private=True)
+        make_folder(taken)

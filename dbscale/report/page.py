@@ -113,11 +113,11 @@ def of_grid(store: Store, plan: PlanRecord, table: RunTable) -> Background:
     specs, notes = _specs(store, plan)
     return Background(
         f"Planned {day(plan.created)}", tuple(sorted(cells, key=lambda cell: cell["state"] == "done")),
-        _cost(cells, plan.predicted_device_s), tuple(_lost_cells(table, store, plan)), specs, notes,
+        _cost(cells, plan.predicted_device_s), tuple(_lost_cells(table, store, plan)), tuple(specs), tuple(notes),
     )  # fmt: skip
 
 
-def _specs(store: Store, plan: PlanRecord) -> tuple[tuple[CellSpec, ...], tuple[Note, ...]]:
+def _specs(store: Store, plan: PlanRecord) -> tuple[list[CellSpec], list[Note]]:
     """The recipes that can be read, and a note on each that cannot."""
     specs, notes = [], []
     for key in plan.cells:
@@ -127,7 +127,7 @@ def _specs(store: Store, plan: PlanRecord) -> tuple[tuple[CellSpec, ...], tuple[
             specs.append(store.read_spec(key))
         except FileError as error:
             notes.append(Note(code="table", text=str(error)))
-    return tuple(specs), tuple(notes)
+    return specs, notes
 
 
 def _of_row(row: Row) -> Cell:
@@ -204,8 +204,9 @@ def write_page(table: RunTable, findings: Findings, background: Background, fold
     laws, boundary = findings.laws, findings.boundary
     return _write(
         folder / "report.html", title=table.grid, question=table.question, contrasts=boundary.contrasts,
-        figures=study_figures(table, laws, boundary), notes=(*boundary.notes, *laws.notes, *background.notes),
-        origin=background.origin, study={"laws": laws, "settings": table.settings, "table": table, "background": background},
+        figures=study_figures(table, laws, boundary),
+        notes=(*boundary.notes, *laws.notes, *background.notes), origin=background.origin,
+        study={"laws": laws, "settings": table.settings, "table": table, "background": background},
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 from zlib import error as ZlibError
 
@@ -19,6 +19,9 @@ from dbscale.files import atomic_open, write_atomic
 from dbscale.report.table import COLUMNS, MissingPoint, Run, RunTable, checked, kind_of, to_csv
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
 from dbscale.study.store import Row, Store
+
+if TYPE_CHECKING:
+    import pyarrow
 
 NOT_A_BITMAP = (OSError, LookupError, ValueError, TypeError, EOFError, BadZipFile, ZlibError, RuntimeError, MemoryError)
 """What numpy and zipfile raise for a damaged archive."""
@@ -93,14 +96,20 @@ def _missing(store: Store, point: PointRecord, rows: dict[str, Row | None]) -> M
 
 
 def write_parquet(path: Path, table: RunTable) -> None:
-    """The same columns as rows.csv, typed; empty strings stay empty strings, missing numbers are null."""
-    import pyarrow
+    """The same columns as rows.csv, typed."""
     import pyarrow.parquet
+
+    with atomic_open(path, "wb") as file:
+        pyarrow.parquet.write_table(arrow_table(table), file)
+
+
+def arrow_table(table: RunTable) -> pyarrow.Table:
+    """The runs as Arrow columns; empty strings stay empty strings, missing numbers are null."""
+    import pyarrow
 
     types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     columns = {name: pyarrow.array(table.column(name), type=types[kind_of(name)]) for name in COLUMNS}
-    with atomic_open(path, "wb") as file:
-        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return pyarrow.table(columns)
 
 
 def read_mistakes(path: Path, row: Row) -> np.ndarray:
@@ -114,7 +123,7 @@ def read_mistakes(path: Path, row: Row) -> np.ndarray:
             raise ValueError("it is not what the cell's row describes")
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             count, bits = int(file["num_samples"]), [file[name] for name in ("correct", "counted")]
-        # Told to, unpackbits would fill up with zeros until the memory is full.
+        # Or unpackbits would fill up with as many zeros as it is told.
         if any(len(each) != -(-count // 8) for each in bits):
             raise ValueError(f"it does not hold a bit for each of {count} samples")
         correct, counted = (np.unpackbits(each, count=count).astype(bool) for each in bits)

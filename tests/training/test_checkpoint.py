@@ -169,9 +169,10 @@ def test_killed_in_gradient_accumulation(bench_of, kill_on_call):
     [
         {"precision": "bf16"},
         {"distill": Distill(alpha=0.3, attention=AttentionSettings(layers="all"))},
+        {"distill": Distill(head="parallel"), "ema_decay": 0.9},
         {"budget": Budget(epochs=3.0)},
     ],
-    ids=["bf16", "attention", "epochs"],
+    ids=["bf16", "attention", "parallel head", "epochs"],
 )
 def test_stopped_runs_of_other_kinds(options: dict[str, Any], bench_of, stop_after):
     whole, cut = bench_of("whole"), bench_of("cut")

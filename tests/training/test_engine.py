@@ -35,18 +35,26 @@ def listed(bench, cell, how, **more):
 
 def test_two_ranks_stopped_and_resumed_under_each_engine(bench_of, ranks):
     """One start of two processes for all: each engine trains a cell whole, and the same cell stopped at step 5."""
+    two_heads = {"ema_decay": 0.9, "distill": Distill(head="parallel")}
+
+    def cell_of(bench, options):
+        teacher = bench.cell(seed=1) if "distill" in options else None
+        if teacher is not None:
+            bench.run(teacher)
+        return bench.cell("distill" if teacher else "pretrain", teacher=teacher, **options)
+
     kinds = {
-        "ddp": ({"ema_decay": 0.9}, {}),
+        "ddp": (two_heads, {}),
         "zero0": ({"precision": "bf16"}, {}),
         "zero1": ({"precision": "bf16", "ema_decay": 0.9}, {"micro_batch": 4}),
         "zero2": ({}, {}),
-        "zero3": ({"ema_decay": 0.9}, {}),
+        "zero3": (two_heads, {}),
     }
     runs, benches = [], {}
     for engine, (options, more) in kinds.items():
         whole, cut = benches[engine] = bench_of(f"{engine}-whole"), bench_of(f"{engine}-cut")
-        cell = whole.cell(**options)
-        cut.cell(**options)
+        cell = cell_of(whole, options)
+        cell_of(cut, options)
         how = resources(engine, **more)
         runs += [listed(whole, cell, how), listed(cut, cell, how, stop_at=5), listed(cut, cell, how)]
 
@@ -56,7 +64,7 @@ def test_two_ranks_stopped_and_resumed_under_each_engine(bench_of, ranks):
     assert [each["status"] for each in second] == [each["status"] for each in first]
     for number, (engine, (whole, cut)) in enumerate(benches.items()):
         key = runs[3 * number]["key"]
-        cell = whole.cell(**kinds[engine][0])
+        cell = cell_of(whole, kinds[engine][0])
         assert cut.fingerprint(cell) == whole.fingerprint(cell), engine
         assert cut.store.attempts(key)[-1].resumed_from_step == 5
         for results in (first, second):
