@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, permutations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dbscale import __version__
-from dbscale.errors import ConfigError, LawError, TableError
+from dbscale.errors import ConfigError, FileError, LawError, TableError
 from dbscale.laws import DeltaCurves, NoiseModel, Pairs, Power, Verdict, fit_noise, judge, power
 from dbscale.report import schema
 from dbscale.report.law_findings import ArmLaws, Options, law_delta, study_laws
@@ -43,6 +43,8 @@ CONTROLS = (("plain_matched", "distilled"), ("plain", "self_distilled"))
 NEAR_CHANCE = 0.8
 """Upstream error of a model that has hardly begun to learn: guessing among ten classes errs in .9, among more in more."""
 SAME_STEPS = 1.15
+Mistakes = tuple[dict[str, np.ndarray], tuple[str, ...]]
+"""Of `load_mistakes`."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +79,35 @@ def refresh_table(
     path = path.resolve()
     name = path.parent.name if path.stem == "rows" else path.stem
     table = replace(read_table(path, columns), grid=name, question=QUESTION)
-    return table, _current(table, folder, options, dict)
+    return table, _current(table, folder, options, lambda: ({}, ()))
 
 
-def load_mistakes(store: Store, keys: set[str]) -> dict[str, np.ndarray]:
-    """Per cell the mistakes [samples] as booleans, in the test split's order; cells without the file are left out."""
-    paths = {key: store.cell_dir(key) / "correct.npz" for key in sorted(keys)}
-    return {key: read_mistakes(path) for key, path in paths.items() if path.exists()}
+def load_mistakes(store: Store, keys: Iterable[str]) -> Mistakes:
+    """Per cell the mistakes [samples] as booleans, in the test split's order, and a sentence on each cell that is left out
+    because its file is damaged."""
+    found, damaged = {}, []
+    for key in sorted(keys):
+        row, path = store.read_row(key), store.cell_dir(key) / "correct.npz"
+        if row is not None and (path.exists() or row.correct_sha256 is not None):
+            try:
+                found[key] = read_mistakes(path, row)
+            except TableError as error:
+                damaged.append(str(error))
+    return found, tuple(damaged)
 
 
-def _current(
-    table: RunTable, folder: Path, options: Options | None, load_wrong: Callable[[], dict[str, np.ndarray]]
-) -> Findings:
+def _current(table: RunTable, folder: Path, options: Options | None, load_wrong: Callable[[], Mistakes]) -> Findings:
     """The findings stored in `folder` where they are of this table, else new ones."""
     options = options or Options(min_effect=table.min_effect)
     wanted = digest(table, options)
-    with suppress(ConfigError, TableError):
+    with suppress(ConfigError, TableError, FileError):
         found = Findings(
             schema.read(LawsFile, folder / "laws.json"), schema.read(BoundaryFile, folder / "boundary.json")
         )
         if found.laws.source == found.boundary.source == wanted:
             return found
-    found = find(table, wrong=load_wrong(), options=options, source=wanted)
+    wrong, damaged = load_wrong()
+    found = find(replace(table, warnings=(*table.warnings, *damaged)), wrong=wrong, options=options, source=wanted)
     found.write(folder)
     return found
 

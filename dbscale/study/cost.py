@@ -37,6 +37,8 @@ class Device:
     step_overhead_s: float
     cell_overhead_s: float
     """Building the model, reading parents, evaluating and writing results."""
+    memory_bytes: float | None = None
+    """Of its largest kind; None: the host's."""
 
     @property
     def flops_per_s(self) -> float:
@@ -45,11 +47,11 @@ class Device:
 
 DEVICES = {
     "cpu": Device("cpu", 1e11, 0.30, 0.012, 0.3),
-    "a100": Device("a100", 312e12, 0.35, 0.004, 20.0),
-    "h100": Device("h100", 989e12, 0.25, 0.004, 20.0),
-    "h200": Device("h200", 989e12, 0.25, 0.004, 20.0),
+    "a100": Device("a100", 312e12, 0.35, 0.004, 20.0, 80e9),
+    "h100": Device("h100", 989e12, 0.25, 0.004, 20.0, 80e9),
+    "h200": Device("h200", 989e12, 0.25, 0.004, 20.0, 141e9),
 }
-"""Peaks from the vendors' data sheets; `cpu` is one core, on images of 32 px, the others on 224 px."""
+"""Peaks and memory from the vendors' data sheets; `cpu` is one core, on images of 32 px, the others on 224 px."""
 
 
 class Measured(Strict):
@@ -170,8 +172,7 @@ def fit_step_times(measured: Sequence[tuple[float, float]]) -> tuple[float, floa
 
 def step_flops(cell: Cell) -> float:
     """Operations of one optimizer step."""
-    teacher = cell.teacher.recipe.model if cell.teacher else None
-    return train_flops(cell.recipe, teacher) / cell.recipe.num_steps
+    return train_flops(cell.recipe, cell.teacher_model) / cell.recipe.num_steps
 
 
 def train_flops(
@@ -271,7 +272,7 @@ def device_memory(cell: Cell, resources: Resources) -> Memory | None:
     ZeRO partitions AdamW's moments and DeepSpeed's copy of the weights from stage 1 on, gradients from 2, weights and
     their average from 3 (1910.02054, section 5). The head counts 1,000 classes.
     """
-    recipe, asked = cell.recipe, cell.teacher.recipe.model if cell.teacher else None
+    recipe, asked = cell.recipe, cell.teacher_model
     size, world_size, zero = recipe.data.image_size, resources.num_processes, resources.zero_stage or 0
     student, teacher = as_deit(recipe.model), as_deit(asked)
     if student is None or (teacher is None and asked is not None):

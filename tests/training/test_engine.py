@@ -374,3 +374,25 @@ def test_deepspeed_configs_that_ask_for_more_than_a_stage_are_refused(change, wo
     outcome = bench.run(bench.cell(), Resources(zero_stage=1, threads=1))
     assert outcome.status == ("done" if words is None else "failed"), outcome.reason
     assert words is None or words in outcome.reason
+
+
+def test_a_machine_whose_gpus_torch_cannot_use_does_not_fall_back_in_silence(bench, monkeypatch):
+    """On one with GPUs the CPU has to be asked for."""
+    from dbscale.study import resources as machine
+
+    cell = bench.cell()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "_count_gpus", lambda: 2)
+    for name in machine.CHOSEN_BY:
+        monkeypatch.delenv(name, raising=False)
+    plain = Resources(zero_stage=None, threads=1)
+    refused = bench.run(cell, plain)
+    assert refused.status == "failed"
+    assert "this machine has 2 GPUs (0, 1), but this torch" in refused.reason
+    assert "set resources.device to cpu to train on the CPU" in refused.reason
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-4a1c1e9c,GPU-7b7b7b7b,MIG-1")
+    assert "has 3 GPUs (GPU-4a1c1e9c, GPU-7b7b7b7b, MIG-1)" in bench.run(cell, plain).reason
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert bench.run(cell, plain).status == "done", "hiding them all asks for the CPU"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert bench.run(bench.cell(seed=1), plain.model_copy(update={"device": "cpu"})).status == "done"
