@@ -215,7 +215,7 @@ def _doubt(curves: DeltaCurves) -> float:
     return float(np.trapezoid(np.minimum(positive, 1 - positive), np.log2(curves.grid)))
 
 
-def _critical(degrees: np.ndarray | float, num_x: int, level: float, family: int) -> np.ndarray:
+def critical(degrees: np.ndarray | float, num_x: int, level: float, family: int) -> np.ndarray:
     """Simultaneous half-width in standard errors, as `delta_points` has it."""
     from scipy.special import stdtrit
 
@@ -231,10 +231,10 @@ def detectable(stderr: float, degrees: float, num_x: int, level: float, family: 
     """|Δ| whose sign is established with probability WANTED_POWER: noncentral t, simultaneous critical value."""
     from scipy.special import nctdtrinc
 
-    return stderr * float(nctdtrinc(degrees, 1 - WANTED_POWER, float(_critical(degrees, num_x, level, family))))
+    return stderr * float(nctdtrinc(degrees, 1 - WANTED_POWER, float(critical(degrees, num_x, level, family))))
 
 
-def _degrees(num_x: int, num_seeds: int) -> float:
+def complete_degrees(num_x: int, num_seeds: int) -> float:
     """Degrees of freedom of the moderated variance in a complete table."""
     return min(PRIOR_DEGREES + num_seeds - 1, num_x * (num_seeds - 1.0))
 
@@ -258,9 +258,9 @@ def _more_seeds(
     error, quantile = rng.standard_normal(truth.shape), rng.random((len(truth), 1))
 
     def decides(num_seeds: int) -> bool:
-        new, degrees = num_seeds - have, _degrees(len(points), num_seeds)
+        new, degrees = num_seeds - have, complete_degrees(len(points), num_seeds)
         mean = (have * delta + new * truth + np.sqrt(new) * sd * error) / num_seeds
-        half = _critical(degrees, len(points), level, family) * sd / num_seeds**0.5
+        half = critical(degrees, len(points), level, family) * sd / num_seeds**0.5
         half = half * np.sqrt(chdtri(degrees, quantile) / degrees)  # that study will have to estimate its noise, too
         return float(np.mean(decide(mean - half, mean + half, min_effect) != "undecided")) >= WANTED_POWER
 
@@ -318,7 +318,7 @@ def power(
 
     def effect(seeds: int, draws: int) -> float:
         variance = noise.variance_of_mean(seeds, draws, num_students=num_students, num_labels=num_labels)
-        return detectable(variance**0.5, _degrees(num_x, seeds), num_x, level, family)
+        return detectable(variance**0.5, complete_degrees(num_x, seeds), num_x, level, family)
 
     now = effect(num_seeds, finetunes)
     more = range(num_seeds, MOST_SEEDS + 1)
@@ -331,10 +331,10 @@ def power(
             dearer = (cost_upstream + draws * cost_finetune) / (cost_upstream + finetunes * cost_finetune)
     stderr = noise.variance_of_mean(num_seeds, finetunes, num_students=num_students, num_labels=num_labels) ** 0.5
     along = noise.variance("seed") / num_seeds / max(stderr**2, 1e-300)  # share of the noise that all x of a seed share
-    degrees = _degrees(num_x, num_seeds)
+    degrees = complete_degrees(num_x, num_seeds)
     return Power(
         smallest_effect=now,
-        width_octaves=None if slope is None else _width(stderr, degrees, num_x, along, level, slope),
+        width_octaves=None if slope is None else width_at_root(stderr, degrees, num_x, along, level, slope),
         chance_of_crossing=None
         if slope is None
         else _chance(stderr, degrees, num_x, along, level, family, abs(slope) * step_octaves),
@@ -346,7 +346,7 @@ def power(
     )
 
 
-def _width(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
+def width_at_root(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
     """Octaves: the curve's interval at the root, read off along its slope. The root leans on the four x about it."""
     from scipy.special import stdtrit
 
@@ -360,5 +360,5 @@ def _chance(stderr: float, degrees: float, num_x: int, along: float, level: floa
     truth = -step * (np.arange(num_x) - (num_x - 1) / 2)
     shared, own = rng.standard_normal((4000, 1)), rng.standard_normal((4000, num_x))
     mean = truth + stderr * (np.sqrt(along) * shared + np.sqrt(1 - along) * own)
-    half = stderr * np.sqrt(rng.chisquare(degrees, (4000, 1)) / degrees) * _critical(degrees, num_x, level, family)
+    half = stderr * np.sqrt(rng.chisquare(degrees, (4000, 1)) / degrees) * critical(degrees, num_x, level, family)
     return float(np.mean((mean > half).any(axis=1) & (mean < -half).any(axis=1)))
