@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from dbscale.launch import status
-from dbscale.launch.commands import cells, laws, plan, results, shards, submit
+from dbscale.launch.commands import cells, hunt, laws, plan, results, shards, submit
 
 OUR_PACKAGES = ("dbscale", "shards", "launch")
 DESCRIPTION = "Run a grid of training cells, fit its scaling laws and find the distillation boundary."
@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    for family in (shards, plan, submit, status, cells, results, laws):
+    for family in (shards, plan, submit, hunt, status, cells, results, laws):
         family.add_commands(add)
     return parser
 

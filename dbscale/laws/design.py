@@ -303,24 +303,23 @@ def doubt_left(target: Target, at: Sequence[float], *, seed: int = 0) -> float |
 
 
 def why_stop(
-    verdict: Verdict, span: tuple[float, float], *, target_octaves: float, least_doubt: float
+    verdict: Verdict, span: tuple[float, float], *, target_octaves: float, least_doubt: float | None = None
 ) -> Stop | None:
     """Why a target needs no more runs; None while it does.
 
     A crossing must have its interval within `target_octaves`. All else counts once both ends of the `span` that is hunted
     over were measured: an excluded effect; one sign, with no more doubt between the measured x than half the octaves
-    that a crossing may leave; and, whatever the verdict, less doubt than `least_doubt`.
+    that a crossing may leave; and, whatever the verdict, less doubt than `least_doubt`, where one is stated.
     """
-    if verdict.kind == "crossing" and verdict.interval is not None:
-        if np.log2(verdict.interval[1] / verdict.interval[0]) <= target_octaves:
-            return "crossing"
+    if verdict.interval is not None and np.log2(verdict.interval[1] / verdict.interval[0]) <= target_octaves:
+        return "crossing"
     if verdict.points[0].x > span[0] or verdict.points[-1].x < span[1]:
         return None
     if verdict.kind == "excluded":
         return "excluded"
     if verdict.kind == "one_sign" and verdict.doubt <= target_octaves / 2:
         return "one_sign"
-    return "doubt" if verdict.doubt < least_doubt else None
+    return "doubt" if least_doubt is not None and verdict.doubt < least_doubt else None
 
 
 def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: int = 1000) -> int | None:
@@ -335,7 +334,9 @@ def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: i
         return None
     slope, wanted = 0.0, np.inf
     if verdict.root is not None and verdict.interval is not None:
-        before, after = np.interp(np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5]), known, verdict.curve["delta"])
+        before, after = np.interp(
+            np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5]), known, verdict.curve["delta"]
+        )
         slope, wanted = float(after - before), np.log2(verdict.interval[1] / verdict.interval[0])
 
     def ends_alike(seeds: int) -> bool:

@@ -86,7 +86,7 @@ def _current(
     table: RunTable, folder: Path, options: Options | None, load_wrong: Callable[[], dict[str, np.ndarray]]
 ) -> Findings:
     """The findings stored in `folder` where they are of this table, else new ones."""
-    options = options or Options(min_effect=table.min_effect)
+    options = options or Options(level=table.level, min_effect=table.min_effect)
     wanted = digest(table, options)
     try:
         found = Findings(
@@ -117,7 +117,7 @@ def find(
     `wrong` maps keys of runs to their mistakes [test samples]; with it intervals cover the test set too. What cannot be
     judged or fitted is recorded with its reason; nothing here raises for poor data.
     """
-    options = options or Options(min_effect=table.min_effect)
+    options = options or Options(level=table.level, min_effect=table.min_effect)
     arms, laws = study_laws(table, options, source)
     questions = study_questions(table, wrong or {}, options)
     contrasts = tuple(question.record(arms, options, family_of(questions)) for question in questions)

@@ -49,7 +49,7 @@ def collect(store: Store, plan: PlanRecord) -> RunTable:
             missing.append(_missing(store, point, rows))
         else:
             runs.append(_run(point, row, rows))
-    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question, plan.min_effect)
+    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question, plan.min_effect, plan.level)
     return checked(table, [f"grid {plan.grid}, cell {run.key}" for run in runs])
 
 

@@ -127,20 +127,25 @@ class ReduceJob:
 
     def __call__(self) -> str:
         """Returns the report's path. Clears away what submitit left: the store says how each cell ended."""
-        from dbscale.launch.slurm.queue import read_records
-        from dbscale.launch.worker import SETTLED
-
         store = Store(Path(self.store))
         page, _ = write_results(store, self.grid)
-        for made in read_records(store, self.grid)[:-1]:  # the last is this job
-            if all(store.state(key) in SETTLED for keys in made.elements for key in keys):
-                for pattern in ("*.pkl", "*.fence", ".submission_file_*"):
-                    for path in made.folder(store).glob(pattern):
-                        path.unlink(missing_ok=True)
+        clear_job_files(store, self.grid)
         return str(page)
 
     def checkpoint(self) -> ReduceJob:
         return self
+
+
+def clear_job_files(store: Store, grid: str) -> None:
+    """Remove what submitit left of the jobs before this one whose cells have all ended."""
+    from dbscale.launch.slurm.queue import read_records
+    from dbscale.launch.worker import SETTLED
+
+    for made in read_records(store, grid)[:-1]:  # the last is this job
+        if all(store.state(key) in SETTLED for keys in made.elements for key in keys):
+            for pattern in ("*.pkl", "*.fence", ".submission_file_*"):
+                for path in made.folder(store).glob(pattern):
+                    path.unlink(missing_ok=True)
 
 
 def reducer(study: Study) -> ReduceJob:
@@ -166,16 +171,20 @@ def settled_plan(study: Study) -> tuple[Plan, CostModel]:
         time.sleep(1)
 
 
-def write_records(study: Study, plan: Plan, cost: CostModel) -> None:
-    """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date."""
+def write_records(study: Study, plan: Plan, cost: CostModel, *, level: float = 0.9) -> None:
+    """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date.
+
+    `level` is that of the report's intervals.
+    """
     for cell in plan.cells:
         study.store.write_spec(cell.spec())
-    new = record(plan, cost)
+    new = record(plan, cost, level=level)
     try:
         old = read_record(study.store, study.grid.name)
     except ValueError:  # damaged, which the plan's notes say
         old = None
-    if old is None or (new.points, new.question, new.min_effect) != (old.points, old.question, old.min_effect):
+    asked = ("points", "question", "min_effect", "level")
+    if old is None or any(getattr(new, name) != getattr(old, name) for name in asked):
         write_plan(study.store, new)
 
 

@@ -70,6 +70,8 @@ class Submission:
     """What the job at the end does."""
     show: Callable[[str], object] | None = None
     """Takes each script instead of SLURM, and nothing is written: a dry run, in which ids of arrays read as 0."""
+    behind: frozenset[str] | None = None
+    """The cells that the job at the end waits for; None: all that wait or run."""
     max_size: int | None = None
     """Elements one array may have; None asks the cluster."""
     job_of: dict[str, int] = field(default_factory=dict)
@@ -85,7 +87,8 @@ class Submission:
             after = sorted({self.job_of[key] for task in part for key in task.parents if key in self.job_of})
             yield self._submit(cluster.shape(part[0].stage), part, after)
         # After every cell that waits or runs; an older reducer that still waits would come too early.
-        yield self._submit(cluster.reducer_shape(), (), sorted(set(self.job_of.values())))
+        last = {job for key, job in self.job_of.items() if self.behind is None or key in self.behind}
+        yield self._submit(cluster.reducer_shape(), (), sorted(last))
         if self.show is None:
             slurm.cancel_jobs(self.queued.reducers)
 

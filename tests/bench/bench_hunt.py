@@ -28,7 +28,7 @@ SMALLEST, OCTAVES, PER_OCTAVE = 1000.0, 6, 2
 FINETUNE_COST = 0.5
 """In units of one pair at the smallest D_p: what a pair costs whatever its D_p."""
 MOST_SEEDS, FIXED_SEEDS = 40, 16
-LEVEL, MIN_EFFECT, WAVE, TARGET_OCTAVES, LEAST_DOUBT = 0.9, 0.02, 8, 1.0, 0.01
+LEVEL, MIN_EFFECT, WAVE, TARGET_OCTAVES = 0.9, 0.02, 8, 1.0
 BUDGET_GRIDS = 4.0
 """A hunt may spend this many fixed grids of three seeds."""
 GRID_X = SMALLEST * 2.0 ** np.arange(OCTAVES + 1)
@@ -143,7 +143,7 @@ def hunt(world: World, *, wave: int = WAVE, level: float = LEVEL) -> dict[str, A
         stop = verdict = None
         if pairs is not None:
             verdict = judge(pairs, min_effect=MIN_EFFECT, level=looking_level(level), num_draws=400)
-            stop = why_stop(verdict, (HUNT_X[0], HUNT_X[-1]), target_octaves=TARGET_OCTAVES, least_doubt=LEAST_DOUBT)
+            stop = why_stop(verdict, (HUNT_X[0], HUNT_X[-1]), target_octaves=TARGET_OCTAVES)
         if stop is None:
             candidates = [
                 Candidate(x, ("t",), tuple({f"{x}/{s}": pair_cost(x)} for s in range(counts.get(x, 0), MOST_SEEDS)[:8]))
@@ -166,7 +166,7 @@ def fixed(world: World) -> dict[str, Any]:
     for seeds in range(2, FIXED_SEEDS + 1):
         pairs = measure(world, dict.fromkeys(GRID_X, seeds))
         verdict = judge(pairs, min_effect=MIN_EFFECT, level=looking_level(LEVEL), num_draws=400)
-        stop = why_stop(verdict, (GRID_X[0], GRID_X[-1]), target_octaves=TARGET_OCTAVES, least_doubt=LEAST_DOUBT)
+        stop = why_stop(verdict, (GRID_X[0], GRID_X[-1]), target_octaves=TARGET_OCTAVES)
         if stop is not None or seeds == FIXED_SEEDS:
             return end_of(verdict, world, seeds * sum(map(pair_cost, GRID_X)), stop or "budget")
     raise AssertionError
@@ -232,12 +232,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=SHAPES, choices=SHAPES)
     parser.add_argument("--cache", type=Path, help="file of finished worlds, one JSON line each; made when missing")
     asked = parser.parse_args()
-    noises = [each.mean(axis=(2, 3)) for each in noises_of(pairs_of(read_rows(asked.rows))) if isinstance(each, np.ndarray)]
+    noises = [
+        each.mean(axis=(2, 3)) for each in noises_of(pairs_of(read_rows(asked.rows))) if isinstance(each, np.ndarray)
+    ]
     known = read_cache(asked.cache) if asked.cache else {}
     found: dict[str, list[Any]] = defaultdict(list)
-    print(f"| worlds | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}", flush=True)
-    for shape in asked.shapes:
-        for number in range(asked.first, asked.first + asked.worlds):
+    for number in range(asked.first, asked.first + asked.worlds):
+        for shape in asked.shapes:
             if (shape, number) not in known:
                 world = make_world(shape, number, noises)
                 known[shape, number] = {"shape": shape, "number": number, "hunt": hunt(world), "fixed": fixed(world)}
@@ -245,7 +246,9 @@ def main() -> None:
                     with asked.cache.open("a") as file:
                         file.write(json.dumps(known[shape, number]) + "\n")
             found[shape].append(known[shape, number])
-        print(f"| {shape} | {' | '.join(summary(found[shape]).values())} |", flush=True)
+    print(f"| worlds | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
+    for shape, worlds in found.items():
+        print(f"| {shape} | {' | '.join(summary(worlds).values())} |")
 
 
 if __name__ == "__main__":

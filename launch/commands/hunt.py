@@ -1,0 +1,318 @@
+"""`dbscale hunt` (make hunt): look for a grid's boundary wave after wave, each run where it removes most doubt per hour.
+
+On this machine the command stays until the hunt is over; on SLURM it submits a wave and a job behind it, which reduces,
+plans and submits the next. Typed again after any interruption it continues: the wave follows from the grid and the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dbscale.errors import FileError
+from dbscale.files import driver_lock
+from dbscale.launch.cluster import cluster_path
+from dbscale.launch.commands.results import report_is_current, write_results
+from dbscale.launch.commands.submit import (
+    WAIT_FOR_OTHERS_S,
+    clear_job_files,
+    execute,
+    finish,
+    pack_missing,
+    report_path,
+    say_stopped,
+    show_script,
+    write_records,
+)
+from dbscale.launch.hunt import NextWave, next_wave, wave_record
+from dbscale.launch.status import hunt_lines
+from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, load_study, study_of
+from dbscale.study.cost import duration
+from dbscale.study.hunt import Bought, HuntLog, WaveRecord, axis_values, hunt_of, read_log, with_wave, write_log
+from dbscale.study.plan import Plan
+
+if TYPE_CHECKING:
+    from dbscale.launch.slurm.queue import Queued
+    from dbscale.launch.slurm.submit import Submission
+
+LOCK_WAIT_S, LOCK_INTERVAL_S = 600.0, 5.0
+"""How long the job between two waves waits for a command that works on the store."""
+NO_PROGRESS = 3
+
+
+def add_commands(add: AddCommand) -> None:
+    parser = add("hunt", run, "look for the grid's boundary in waves, each run where it removes most doubt per hour")
+    add_study(parser)
+    add_tracker(parser)
+    parser.add_argument("--dry-run", action="store_true", help="show the next wave with gain, price and reason")
+    parser.add_argument("--json", action="store_true", help="print each wave as one line of JSON instead of sentences")
+    parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    study = study_of(arguments)
+    hunt_of(study.grid)
+    show = show_json if arguments.json else show_wave
+    on_slurm = study.cluster.executor == "slurm"
+    if arguments.dry_run:
+        return dry_run(study, show)
+    with driver_lock(study.store.root, "dbscale hunt", study.grid.name):
+        study = pack_missing(study)
+        if on_slurm:
+            return hunt_on_slurm(study, hunt_job(arguments), show)
+        return hunt_here(study, show, report=not arguments.no_report)
+
+
+def dry_run(study: Study, show: Show) -> int:
+    """The next wave as the rows call for it, and on SLURM the scripts that would be submitted; writes nothing."""
+    if study.cluster.executor != "slurm":
+        wave = next_wave(study)
+        show(study, wave, numbered(study, wave)[1])
+        return 0
+    from dbscale.launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
+    from dbscale.launch.slurm.submit import Submission
+
+    try:
+        queued, max_size = read_queued(study.store, study.grid.name), max_array_size()
+    except SlurmError as error:
+        print(f"{error}; shown is what an idle cluster with SLURM's own limits would get", file=sys.stderr)
+        queued, max_size = Queued(study.store), DEFAULT_MAX_ARRAY_SIZE
+    wave = next_wave(study, queued.cells)
+    show(study, wave, numbered(study, wave)[1])
+    if wave.chosen and show is show_wave:
+        plan, cost = wave.plan(), wave.survey.cost
+        list(Submission(study, plan, cost, queued, reduce=print, show=show_script, max_size=max_size).run())
+    return 0
+
+
+def hunt_here(study: Study, show: Show, *, report: bool) -> int:
+    """Run wave after wave on this machine until the hunt is over; says why it is."""
+    before = None
+    while True:
+        wave = settled_wave(study)
+        show(study, wave, record_wave(study, wave))
+        plan = wave.plan()
+        write_records(study, plan, wave.survey.cost, level=wave.level)
+        if wave.stopped:
+            return finish(study, plan, report=report)
+        now = [(key, each.state) for key, each in sorted(wave.survey.standings.items()) if each.state != "new"]
+        if now == before:
+            print("the last wave finished no run; `dbscale status` says why. The same command tries again",
+                  file=sys.stderr)  # fmt: skip
+            return NO_PROGRESS
+        before = now
+        stop = execute(study, plan, wave.survey.cost)
+        if stop.requested:
+            return say_stopped(study, plan, stop)
+
+
+def settled_wave(study: Study) -> NextWave:
+    """The next wave once nobody else's worker is at this grid: those of a driver that was killed need a moment to save."""
+    deadline = time.monotonic() + WAIT_FOR_OTHERS_S
+    while True:
+        wave = next_wave(study)
+        if not wave.survey.having("running") or time.monotonic() > deadline:
+            return wave
+        time.sleep(1)
+
+
+# The log, and what people read of it.
+
+Show = Callable[[Study, NextWave, WaveRecord], None]
+
+
+def numbered(study: Study, wave: NextWave) -> tuple[HuntLog, WaveRecord]:
+    """The log with this wave, and the wave with its number."""
+    hunt, values = hunt_of(study.grid), axis_values(study.grid)
+    try:
+        log = read_log(study.store, study.grid.name)
+    except FileError as error:
+        print(f"{error}; the log of the hunt begins anew, its runs are kept", file=sys.stderr)
+        log = None
+    new = HuntLog(grid=study.grid.name, along=hunt.along, span=(values[0], values[-1]),
+                  target_octaves=hunt.target_octaves, level=hunt.level,
+                  budget_s=hunt.budget_hours * 3600, waves=log.waves if log else ())  # fmt: skip
+    found = with_wave(new, wave_record(wave))
+    return found, found.waves[-1]
+
+
+def record_wave(study: Study, wave: NextWave) -> WaveRecord:
+    """Write the wave into the hunt's log; one that says nothing new leaves the file as it is."""
+    log, new = numbered(study, wave)
+    try:
+        old = read_log(study.store, study.grid.name)
+    except FileError:
+        old = None
+    last = old.waves[-1] if old and old.waves else None
+    if last is None or last.model_copy(update={"created": new.created}) != new:
+        write_log(study.store, log)
+    return new
+
+
+def show_json(_study: Study, _wave: NextWave, record: WaveRecord) -> None:
+    print(record.model_dump_json(), flush=True)
+
+
+def show_wave(study: Study, wave: NextWave, record: WaveRecord) -> None:
+    """What is known, what it cost, and what comes next: one sentence for each choice."""
+    hunt = hunt_of(study.grid)
+    print("\n".join(hunt_lines(numbered(study, wave)[0])))
+    for bought in record.bought:
+        print(f"  {bought.num_pairs} {'pair' if bought.num_pairs == 1 else 'pairs'} at {hunt.along} {bought.x:,}"
+              f"{' of ' + ', '.join(bought.targets) if len(wave.findings) > 1 else ''}: {why(bought)}")  # fmt: skip
+    sys.stdout.flush()
+
+
+WHY = {
+    "start": "a first look where runs are cheap",
+    "explore": "nothing was measured there yet",
+    "replicate": "more repetitions where the sign is in doubt",
+    "establish": "the intervals there must narrow before a verdict holds",
+}
+
+
+def why(bought: Bought) -> str:
+    """The reason of a choice in words, with gain and price."""
+    price = f"for {duration(bought.cost_s)}"
+    if bought.gain is None:
+        return f"{WHY[bought.reason]}, {price}"
+    return f"{WHY[bought.reason]}; worth {bought.gain:.2g} octaves {price}"
+
+
+# On SLURM.
+
+
+@dataclass(frozen=True)
+class HuntJob:
+    """The job behind a wave on SLURM: plans and submits the next one, or reports when the hunt is over.
+
+    It may be started again at any point: what it submitted before is in the queue, and what was cut off is cancelled.
+    """
+
+    grid: str
+    cluster: str
+    store: str
+    data: str
+    overrides: tuple[str, ...]
+
+    def __call__(self) -> str:
+        """Returns what was done, for the log."""
+        from submitit.helpers import clean_env
+
+        from dbscale.launch.slurm.job import Fence, JobIdentity
+
+        job = JobIdentity.of_job()
+        study = load_study(grid=Path(self.grid), cluster=self.cluster, store=Path(self.store), data=Path(self.data),
+                           overrides=self.overrides)  # fmt: skip
+        jobs = study.store.grid_dir(study.grid.name).absolute() / "jobs"
+        fence = Fence(jobs / f"hunt-{job.name}.fence", job, study.store)
+        fence.raise_token()
+        with clean_env(), patient_lock(study):
+            hunt_on_slurm(study, self, show_wave, own=int(job.name.partition("_")[0]), check=fence.check)
+        return "done"
+
+    def checkpoint(self) -> HuntJob:
+        return self
+
+
+def hunt_job(arguments: argparse.Namespace) -> HuntJob:
+    """The same hunt, for a job that starts in another folder."""
+    return HuntJob(
+        grid=str(arguments.grid.absolute()), cluster=str(cluster_path(arguments.cluster).absolute()),
+        store=str(arguments.store.absolute()), data=str(arguments.data.absolute()),
+        overrides=tuple(arguments.overrides),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def patient_lock(study: Study) -> Iterator[None]:
+    """Hold the store as a command does, after waiting for one that works on it. Raises FileError after ten minutes."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            lock = driver_lock(study.store.root, "the hunt's job", study.grid.name)
+            lock.__enter__()
+        except FileError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOCK_INTERVAL_S)
+        else:
+            break
+    with contextlib.ExitStack() as stack:
+        stack.push(lock)
+        yield
+
+
+def hunt_on_slurm(
+    study: Study, job: HuntJob, show: Show, *, own: int | None = None, check: Callable[[], object] = lambda: None
+) -> int:
+    """Submit the next wave and the job behind it, as far as the hunt may have waves in flight; report when it is over.
+
+    `own` is the job that this runs in, which does not count as waiting; `check` ends the process if a newer start of it
+    has taken over. Raises SlurmError.
+    """
+    from dbscale.launch.slurm.submit import Submission
+
+    for _ in range(1 + hunt_of(study.grid).waves_ahead):
+        queued = queue_without(study, own)
+        wave = next_wave(study, queued.cells)
+        check()
+        show(study, wave, record_wave(study, wave))
+        plan = wave.plan()
+        write_records(study, plan, wave.survey.cost, level=wave.level)
+        in_flight = frozenset(cell.key for cell in plan.cells if cell.key in queued.cells)
+        if wave.stopped and own is not None and not in_flight:
+            print(write_results(study.store, study.grid.name)[0])
+            clear_job_files(study.store, study.grid.name)
+            return 0
+        if wave.stopped:
+            plan = replace(plan, waves=())
+        if not plan.waves and is_planned(study, plan, queued):
+            print(
+                f"nothing to submit: {len(in_flight)} runs wait or run in SLURM; the job behind them plans what is next"
+            )
+            return 0
+        if (
+            not plan.waves
+            and not in_flight
+            and report_is_current(study.store, study.grid.name, [c.key for c in plan.cells])
+        ):
+            print(f"the report is up to date: {report_path(study)}")
+            return 0
+        submit_wave(study, Submission(study, plan, wave.survey.cost, queued, reduce=job), in_flight, check)
+        if not wave.chosen:
+            return 0
+    return 0
+
+
+def queue_without(study: Study, own: int | None) -> Queued:
+    """What SLURM holds of the grid, the job that asks left out."""
+    from dbscale.launch.slurm.submit import settle_queue
+
+    queued = settle_queue(study)
+    return replace(queued, elements=tuple(each for each in queued.elements if each.array != own))
+
+
+def is_planned(study: Study, plan: Plan, queued: Queued) -> bool:
+    """Whether a job already waits behind what is in flight; with waves ahead it waits for the oldest of them only."""
+    if hunt_of(study.grid).waves_ahead and queued.reducers:
+        return True
+    return queued.will_be_reduced([cell.key for cell in plan.cells])
+
+
+def submit_wave(study: Study, submission: Submission, in_flight: frozenset[str], check: Callable[[], object]) -> None:
+    """Submit arrays and the job behind them; with waves ahead that job waits for the earlier wave alone."""
+    if hunt_of(study.grid).waves_ahead and in_flight:
+        submission.behind = in_flight
+    check()
+    for made in submission.run():
+        what = f"{len(made.elements)} bundles" if made.kind == "bundles" else "the job that plans the next wave"
+        after = f", after {', '.join(map(str, made.after))}" if made.after else ""
+        print(f"submitted {what} as job {made.job}{after}", flush=True)
+        check()
