@@ -259,9 +259,8 @@ def places_of(found: Survey, targets: Collection[str], draws: int) -> Iterator[P
 
 def measured_pairs(found: Survey) -> dict[Target, Pairs | None]:
     """Δ of every target from its finished pairs."""
-    from dbscale.report.findings import load_mistakes
     from dbscale.report.hunt import target_pairs
-    from dbscale.report.reduce import collect
+    from dbscale.report.reduce import collect, load_mistakes
 
     done = [point for pair in found.having("done") for point in pair.points]
     done = [point for point in done if found.standings[point.cell.key].state == "done"]

@@ -22,7 +22,7 @@ from dbscale.laws import DeltaCurves, NoiseModel, Pairs, Power, Verdict, fit_noi
 from dbscale.report import schema
 from dbscale.report.law_findings import ArmLaws, Options, law_delta, study_laws
 from dbscale.report.pairing import pair_arms, pair_upstream
-from dbscale.report.reduce import read_mistakes, reduce_grid
+from dbscale.report.reduce import load_mistakes, reduce_grid
 from dbscale.report.schema import BoundaryFile, ContrastRecord, HalfRecord, LawsFile, Note
 from dbscale.report.table import RunTable, Setting, read_table, to_csv
 from dbscale.report.words import answers, count, listed, note, size_text, where
@@ -74,12 +74,6 @@ def refresh_table(
     name = path.parent.name if path.stem == "rows" else path.stem
     table = replace(read_table(path, columns), grid=name, question=QUESTION)
     return table, _current(table, folder, options, dict)
-
-
-def load_mistakes(store: Store, keys: set[str]) -> dict[str, np.ndarray]:
-    """Per cell the mistakes [samples] as booleans, in the test split's order; cells without the file are left out."""
-    paths = {key: store.cell_dir(key) / "correct.npz" for key in sorted(keys)}
-    return {key: read_mistakes(path) for key, path in paths.items() if path.exists()}
 
 
 def _current(

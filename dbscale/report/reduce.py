@@ -134,3 +134,9 @@ def read_mistakes(path: Path) -> np.ndarray:
     except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
         raise TableError(f"{path} cannot be read ({error}); remove the cell's folder to run it again") from error
     return ~correct[counted]
+
+
+def load_mistakes(store: Store, keys: set[str]) -> dict[str, np.ndarray]:
+    """Per cell the mistakes [samples] as booleans, in the test split's order; cells without the file are left out."""
+    paths = {key: store.cell_dir(key) / "correct.npz" for key in sorted(keys)}
+    return {key: read_mistakes(path) for key, path in paths.items() if path.exists()}
