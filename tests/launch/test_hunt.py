@@ -211,3 +211,166 @@ def test_what_a_scheduler_holds_is_conditioned_on(hunted: Any, monkeypatch: pyte
 def test_a_grid_without_a_hunt_says_what_to_write(workplace: Any, fakes: ModuleType, capsys: Any) -> None:
     assert main(["hunt", *workplace.where]) == 1
     assert "grid tiny has no `hunt:` section" in capsys.readouterr().err
+
+
+# On SLURM, against stand-ins for its commands.
+
+
+@pytest.fixture
+def on_slurm(hunted: Any, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    return hunted
+
+
+def records(workplace: Any) -> list[dict[str, Any]]:
+    paths = sorted(workplace.store.grid_dir("tiny").glob("submits/*.json"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def hold(slurm: Path, *jobs: str) -> None:
+    """What squeue lists."""
+    (slurm / "queue").write_text("".join(f"{job}\n" for job in jobs))
+
+
+def waiting(record: dict[str, Any]) -> list[str]:
+    number = len(record["elements"])
+    return [f"{record['job']}|{k if number > 1 else 'N/A'}|PENDING" for k in range(max(number, 1))]
+
+
+def run_arrays(workplace: Any, made: list[dict[str, Any]]) -> None:
+    """What SLURM does with the arrays of a wave."""
+    from dbscale.launch.worker import run_bundle
+    from dbscale.study.resources import Resources, StopRequest
+
+    for record in made:
+        for keys in record["elements"]:
+            run_bundle(keys, workplace.store, workplace.folder / "data", Resources(), StopRequest())
+
+
+def run_job(workplace: Any, slurm: Path, monkeypatch: pytest.MonkeyPatch, *others: str, restart: int = 0) -> None:
+    """The job behind the wave that was submitted first among those that did not run yet, as SLURM starts it."""
+    record = next(each for each in reversed(records(workplace)) if each["kind"] == "reduce")
+    hold(slurm, f"{record['job']}|N/A|RUNNING", *others)
+    start_job(workplace, record, monkeypatch, restart)
+
+
+def start_job(workplace: Any, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch, restart: int = 0) -> None:
+    from submitit.core.utils import DelayedSubmission
+
+    (path,) = (workplace.store.grid_dir("tiny") / "jobs" / record["uid"]).glob("*submitted.pkl")
+    monkeypatch.setenv("SLURM_JOB_ID", str(record["job"]))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    DelayedSubmission.load(path).function()
+
+
+def num_pairs(workplace: Any) -> int:
+    return sum(bought.num_pairs for wave in log_of(workplace).waves for bought in wave.bought)
+
+
+def test_on_slurm_a_wave_is_submitted_with_a_job_behind_it(on_slurm: Any, slurm: Path, submit: Any) -> None:
+    code, out, _ = submit(command="hunt")
+    assert code == 0
+    made = records(on_slurm)
+    assert [record["kind"] for record in made] == ["bundles", "bundles", "reduce"]
+    assert made[-1]["after"] == [made[0]["job"], made[1]["job"]]
+    cells = {key for record in made for keys in record["elements"] for key in keys}
+    assert len(cells) == 7 * 4
+    assert "submitted the job that plans the next wave as job 103, after 101, 102" in out
+    hold(slurm, *(line for record in made for line in waiting(record)))
+    _, out, _ = submit(command="hunt")
+    assert "nothing to submit: 28 runs wait or run in SLURM" in out
+    assert len(records(on_slurm)) == 3
+
+
+def test_the_job_behind_a_wave_submits_the_next_one_once(
+    on_slurm: Any, slurm: Path, submit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(command="hunt")
+    run_arrays(on_slurm, records(on_slurm))
+    run_job(on_slurm, slurm, monkeypatch)
+    made = records(on_slurm)[3:]
+    assert [record["kind"] for record in made] == ["bundles", "bundles", "reduce"]
+    assert "scancel" not in (slurm / "calls").read_text()  # least of all itself
+    assert num_pairs(on_slurm) == 8
+    # its node dies; started again, it finds its wave in the queue
+    hold(slurm, "103|N/A|RUNNING", *(line for record in made for line in waiting(record)))
+    start_job(on_slurm, records(on_slurm)[2], monkeypatch, restart=1)
+    assert len(records(on_slurm)) == 6
+    # the same, but it died before it had submitted the job behind the wave
+    (on_slurm.store.grid_dir("tiny") / "submits" / f"{made[-1]['uid']}.json").unlink()
+    hold(slurm, "103|N/A|RUNNING", *(line for record in made[:-1] for line in waiting(record)))
+    start_job(on_slurm, records(on_slurm)[2], monkeypatch, restart=2)
+    assert [record["kind"] for record in records(on_slurm)[5:]] == ["reduce"]
+    assert records(on_slurm)[5]["after"] == [record["job"] for record in made[:-1]]
+
+
+def test_an_older_start_of_the_job_that_a_dead_node_gives_back_ends_at_once(
+    on_slurm: Any, slurm: Path, submit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(command="hunt")
+    run_arrays(on_slurm, records(on_slurm))
+    run_job(on_slurm, slurm, monkeypatch, restart=1)
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("dbscale.launch.slurm.job.os._exit", leave)
+    before = len(records(on_slurm))
+    with pytest.raises(SystemExit, match="81"):
+        start_job(on_slurm, records(on_slurm)[2], monkeypatch, restart=0)
+    assert len(records(on_slurm)) == before
+
+
+def test_on_slurm_the_hunt_ends_with_a_report_as_it_does_here(
+    on_slurm: Any, slurm: Path, submit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit(command="hunt")
+    seen = 0
+    while log_of(on_slurm).waves[-1].stopped is None:
+        made = records(on_slurm)
+        run_arrays(on_slurm, made[seen:])
+        seen = len(made)
+        run_job(on_slurm, slurm, monkeypatch)
+    assert (on_slurm.store.grid_dir("tiny") / "report.html").exists()
+    assert len(records(on_slurm)) == seen
+    rows = on_slurm.rows()
+    hold(slurm)
+    assert "the report is up to date" in submit(command="hunt")[1]
+    monkeypatch.delenv("SLURM_JOB_ID")
+    on_slurm.store.root.rename(tmp_path / "on_slurm")
+    prepare(on_slurm)
+    hunt(on_slurm)
+    assert on_slurm.rows() == rows
+
+
+def test_with_waves_ahead_the_job_waits_for_the_earlier_wave_alone(
+    on_slurm: Any, slurm: Path, submit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(command="hunt")
+    run_arrays(on_slurm, records(on_slurm))
+    prepare(on_slurm, waves_ahead=1)
+    hold(slurm)
+    sbatch = (slurm / "calls").read_text().count("sbatch")
+
+    def queue_what_was_submitted(self: Any) -> Any:
+        for record in list(run(self)):
+            lines.extend(waiting(record.model_dump(mode="json")))
+            hold(slurm, *lines)
+            yield record
+
+    lines: list[str] = []
+    from dbscale.launch.slurm.submit import Submission
+
+    run = Submission.run
+    monkeypatch.setattr(Submission, "run", queue_what_was_submitted)
+    submit(command="hunt")
+    made = records(on_slurm)[3:]
+    assert [record["kind"] for record in made] == ["bundles", "bundles", "reduce", "bundles", "bundles", "reduce"]
+    first, second = (tuple(record["job"] for record in made[k : k + 2]) for k in (0, 3))
+    assert made[2]["after"] == list(first)
+    assert made[5]["after"] == list(first)  # not the second: the next wave is planned while that one runs
+    assert second
+    assert f"scancel {made[2]['job']}" in (slurm / "calls").read_text()
+    assert (slurm / "calls").read_text().count("sbatch") == sbatch + 6
+    first_pairs, second_pairs = (wave.bought for wave in log_of(on_slurm).waves[-2:])
+    assert sum(each.num_pairs for each in first_pairs) == sum(each.num_pairs for each in second_pairs) == 4
