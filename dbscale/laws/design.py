@@ -191,29 +191,37 @@ class _Wave:
         return doubt + verdict, reason
 
 
+@dataclass
 class Belief:
-    """What is thought of one target: drawn curves [s], and imagined studies [m] that go on as some of them are true."""
+    """What is thought of one target: curves [s] that may be true, and imagined studies [m] that go on as one of them is.
 
-    def __init__(self, table: SeedTable, at: np.ndarray, pairs: Pairs, min_effect: float, level: float, seed: int):
-        self.x = np.union1d(at, table.x)
-        steps = int(np.ceil(np.log2(self.x[-1] / self.x[0]) * STEPS_PER_OCTAVE))
-        grid = np.union1d(self.x, np.geomspace(self.x[0], self.x[-1], max(steps, 1) + 1)[1:-1])
-        curves = delta_curves(pairs, grid=grid, num_draws=NUM_CURVES, seed=seed)
-        self.octaves = _trapezoid(np.log2(grid))
-        self.positive = (curves.drawn > 0).astype(np.float32)
-        self.drawn = curves.drawn[:, np.searchsorted(grid, self.x)]
-        self.true = np.linspace(0, NUM_CURVES - 1, NUM_FANTASIES).astype(int)  # draws come sorted: evenly is stratified
-        self.variance = np.full(len(self.x), table.variance.mean())
-        measured = np.searchsorted(self.x, table.x)
-        self.variance[measured] = table.variance
-        self.count = np.zeros(len(self.x))
-        self.count[measured] = table.num_seeds
-        self.total = np.zeros((NUM_FANTASIES, len(self.x)))
-        self.total[:, measured] = table.mean * table.num_seeds
-        self.log_weight = np.zeros((NUM_FANTASIES, NUM_CURVES), np.float32)
-        self.error = np.random.default_rng([seed, 1]).standard_normal((8, NUM_FANTASIES, len(self.x)))
+    K values of x, g points of the range. `make_belief` draws it from what was measured.
+    """
+
+    x: np.ndarray
+    """[K] rising: candidates and what was measured."""
+    octaves: np.ndarray
+    """[g] weights of the integral over log2 x."""
+    positive: np.ndarray
+    """[s, g] whether each curve is above 0."""
+    drawn: np.ndarray
+    """[s, K] each curve at x."""
+    true: np.ndarray
+    """[m] the curve that each imagined study is true to."""
+    variance: np.ndarray
+    """[K] of one pair's Δ."""
+    count: np.ndarray
+    """[K] pairs at x, measured or expected."""
+    total: np.ndarray
+    """[m, K] their sum in each imagined study."""
+    error: np.ndarray
+    """[steps, m, K] standard normal: the noise of what is imagined; alike for all steps that are compared."""
+    min_effect: float = 0.005
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        self.log_weight = np.zeros((len(self.true), len(self.drawn)), np.float32)
         self.steps = np.zeros(len(self.x), int)
-        self.min_effect, self.level = min_effect, level
         self.now = self._losses(self.log_weight, self.total, self.count)
 
     def count_at(self, x: float) -> float:
@@ -234,7 +242,7 @@ class Belief:
     def _after(self, x: float, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         k = int(np.searchsorted(self.x, x))
         curve, variance = self.drawn[:, k], self.variance[k] / num
-        seen = curve[self.true] + np.sqrt(variance) * self.error[self.steps[k] % 8, :, k]
+        seen = curve[self.true] + np.sqrt(variance) * self.error[self.steps[k] % len(self.error), :, k]
         missed = (seen[:, None] - curve).astype(np.float32)
         total, count = self.total.copy(), self.count.copy()
         total[:, k] += num * seen
@@ -287,13 +295,32 @@ def make_belief(
         return None
     pairs = target.pairs.pooled()
     try:
-        belief = Belief(seed_table(pairs), at, pairs, target.min_effect, level, seed)
+        table = seed_table(pairs)
+        belief = _believe(table, np.union1d(at, table.x), pairs, target.min_effect, level, seed)
     except NotEnoughData:
         return None
     for (name, x), num in sorted((pending or {}).items()):
         if name == target.name and num and x in belief.x:
             belief.expect(x, num)
     return belief
+
+
+def _believe(table: SeedTable, x: np.ndarray, pairs: Pairs, min_effect: float, level: float, seed: int) -> Belief:
+    steps = int(np.ceil(np.log2(x[-1] / x[0]) * STEPS_PER_OCTAVE))
+    grid = np.union1d(x, np.geomspace(x[0], x[-1], max(steps, 1) + 1)[1:-1])
+    curves = delta_curves(pairs, grid=grid, num_draws=NUM_CURVES, seed=seed)
+    measured = np.searchsorted(x, table.x)
+    variance, count, total = np.full(len(x), table.variance.mean()), np.zeros(len(x)), np.zeros(len(x))
+    variance[measured], count[measured] = table.variance, table.num_seeds
+    total[measured] = table.mean * table.num_seeds
+    return Belief(
+        x=x, octaves=_trapezoid(np.log2(grid)), positive=(curves.drawn > 0).astype(np.float32),
+        drawn=curves.drawn[:, np.searchsorted(grid, x)],
+        true=np.linspace(0, NUM_CURVES - 1, NUM_FANTASIES).astype(int),  # draws come sorted: evenly is stratified
+        variance=variance, count=count, total=np.tile(total, (NUM_FANTASIES, 1)),
+        error=np.random.default_rng([seed, 1]).standard_normal((8, NUM_FANTASIES, len(x))),
+        min_effect=min_effect, level=level,
+    )  # fmt: skip
 
 
 def doubt_left(target: Target, at: Sequence[float], *, seed: int = 0) -> float | None:

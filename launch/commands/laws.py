@@ -253,8 +253,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def advise(arguments: argparse.Namespace) -> int:
     from dbscale.report.advise import advise as ask
-    from dbscale.report.reduce import load_mistakes
     from dbscale.report.numerals import parse_count
+    from dbscale.report.reduce import load_mistakes
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     table = runs_of(arguments)

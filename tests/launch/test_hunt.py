@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,7 +91,7 @@ def test_typed_again_a_finished_hunt_runs_nothing_and_leaves_its_log(hunted: Any
 
 def interrupted(workplace: Any, monkeypatch: pytest.MonkeyPatch, num_cells: int) -> None:
     """A hunt whose process dies once `num_cells` more runs are done."""
-    import dbscale.launch.worker as worker
+    from dbscale.launch import worker
 
     real, left = worker.run_bundle, [num_cells]
 
@@ -162,7 +161,9 @@ def test_pairs_whose_runs_fail_are_counted_and_neither_replaced_nor_tried_again(
     out, err = capsys.readouterr()
     assert "1 pairs failed and are not replaced" in out
     assert "failed: " in err
-    failed = [key for key in hunted.store.standings(p.name for p in hunted.store.root.glob("cells/*")) if "n16-s0" in key]
+    failed = [
+        key for key in hunted.store.standings(p.name for p in hunted.store.root.glob("cells/*")) if "n16-s0" in key
+    ]
     assert all(len(hunted.store.attempts(key)) <= 1 for key in failed)
 
 
