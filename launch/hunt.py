@@ -29,6 +29,7 @@ from dbscale.study.hunt import (
     hunt_of,
     pairs_of,
     seeds_of,
+    student_sizes,
     widest,
 )
 from dbscale.study.plan import Plan, Wave, make_plan, record
@@ -269,7 +270,8 @@ def measured_pairs(found: Survey) -> dict[Target, Pairs | None]:
     plan = make_plan(found.study.grid, done, states={}, cost=found.cost, target_s=1.0)
     table = collect(found.study.store, record(plan, found.cost))
     wrong = load_mistakes(found.study.store, {point.cell.key for point in done})
-    return {target: target_pairs(table, found.hunt, target, wrong) for target in found.targets}
+    sizes = student_sizes(found.study.grid) if found.hunt.along == "num_params" else None
+    return {target: target_pairs(table, found.hunt, target, wrong, sizes) for target in found.targets}
 
 
 def min_effect_of(found: Survey) -> float:

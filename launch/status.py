@@ -22,7 +22,7 @@ from dbscale.launch.slurm.queue import Queued, SlurmError, read_queued, read_rec
 from dbscale.launch.study import AddCommand, add_data, add_grid, add_store, corrected, plan_study, store_of, study_of
 from dbscale.study.cost import STAGES, duration
 from dbscale.study.grid import load_grid
-from dbscale.study.hunt import Finding, HuntLog, read_log
+from dbscale.study.hunt import STOPS, Finding, HuntLog, read_log
 from dbscale.study.plan import PlanRecord, read_plan, record
 from dbscale.study.recipe import Stage
 from dbscale.study.store import CellState, Standing, Store
@@ -246,18 +246,6 @@ def render(status: Status, store: Store, *, limit: int | None) -> str:
     return "\n".join(lines)
 
 
-STOPS = {
-    "crossing": "every boundary is as sharp as was asked",
-    "one_sign": "one side is better over the whole range",
-    "excluded": "a difference that matters is excluded",
-    "doubt": "less doubt is left than was stated",
-    "budget": "nothing more fits its budget",
-    "seeds": "every seed that it may use is measured",
-    "failures": "too many of its runs fail to rely on the rest",
-}
-"""Why a hunt is over."""
-
-
 def hunt_so_far(store: Store, grid: str) -> list[str]:
     """Where the grid's hunt stands, if it is hunted."""
     try:
@@ -271,26 +259,31 @@ def hunt_lines(log: HuntLog) -> list[str]:
     """The last wave of a hunt: what is known, what it cost, what comes next."""
     wave = log.waves[-1]
     hours, budget = wave.spent_s / 3600, log.budget_s / 3600
-    failed = f", {wave.failed_pairs} pairs failed and are not replaced" if wave.failed_pairs else ""
+    failed = f", {pairs_text(wave.failed_pairs)} failed and not replaced" if wave.failed_pairs else ""
     pairs, cost_s = sum(each.num_pairs for each in wave.bought), sum(each.cost_s for each in wave.bought)
     text = f"hunt, wave {wave.number}: {hours:.2f} of {budget:.2f} device-hours used{failed}; "
     if wave.stopped:
         text += "it is over: " + "; ".join(STOPS[reason] for reason in wave.stopped.split(", "))
     else:
-        text += f"its {pairs} pairs take about {duration(cost_s)}" if pairs else "it waits for runs that are under way"
+        text += f"{pairs_text(pairs)} in about {duration(cost_s)}" if pairs else "it waits for runs that are under way"
     return [text, *(f"  {describe_finding(each, log)}" for each in wave.findings)]
+
+
+def pairs_text(number: int) -> str:
+    """1 pair, 2 pairs."""
+    return f"{number:,} {'pair' if number == 1 else 'pairs'}"
 
 
 def describe_finding(found: Finding, log: HuntLog) -> str:
     """What is known of one target, in a sentence."""
     if found.kind is None:
-        return f"{found.target}: nothing can be judged yet, {found.num_pairs} pairs are measured"
+        return f"{found.target}: nothing can be judged yet; {pairs_text(found.num_pairs)} measured"
     text = found.kind.replace("_", " ")
     if found.root is not None and found.low is not None and found.high is not None:
         text = f"crossing at {found.root:,.0f} [{found.low:,.0f}, {found.high:,.0f}], {log2(found.high / found.low):.1f} " \
                f"octaves wide ({log.target_octaves:g} wanted)"  # fmt: skip
     doubt = "" if found.doubt is None else f"; {found.doubt:.2g} octaves of wrong advice left"
-    return f"{found.target}: {text}{doubt}; {found.num_pairs} pairs are measured"
+    return f"{found.target}: {text}{doubt}; {pairs_text(found.num_pairs)} measured"
 
 
 def headline(status: Status, store: Store) -> list[str]:

@@ -121,6 +121,19 @@ def part(name: str) -> Any:
     return alt.Chart().transform_filter(f"datum.part == '{name}'")
 
 
+def hunt_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
+    """The path of a hunt: octaves of interval and of wrong advice against device-hours, a panel a target."""
+    if not rows:
+        return None
+    x = alt.X("x:Q", title="device-hours")
+    y = alt.Y("y:Q", title="octaves", scale=alt.Scale(zero=True))
+    color = alt.Color("series:N", title=None)
+    chart = part("path").mark_line(point=True).encode(x, y, color=color, tooltip=["series:N", "x:Q", "y:Q"])
+    panels = list(dict.fromkeys(row["panel"] for row in rows))
+    told = "Octaves of the boundary's interval and of wrong advice left, against device-hours"
+    return Figure("hunt", panelled([("path", chart)], list(rows), panels, 200), list(rows), told)
+
+
 # The difference of two sides.
 
 

@@ -18,8 +18,19 @@ from dbscale import __version__
 from dbscale.files import atomic_open
 from dbscale.report import words
 from dbscale.report.background import Background, answered_checklist, day, of_grid, of_table
-from dbscale.report.figures import THEMES, Figure, config, contrast_figures, export, group_of, slug, study_figures
+from dbscale.report.figures import (
+    THEMES,
+    Figure,
+    config,
+    contrast_figures,
+    export,
+    group_of,
+    hunt_figure,
+    slug,
+    study_figures,
+)
 from dbscale.report.findings import Findings, refresh, refresh_table
+from dbscale.report.hunt import HuntStory, hunt_story
 from dbscale.report.reduce import load_plan
 from dbscale.report.schema import ContrastRecord, Note
 from dbscale.report.table import RunTable
@@ -33,7 +44,9 @@ MOST_NOTES = 5
 def write_report(store: Store, grid_name: str) -> Path:
     """Write `<store>/grids/<name>/report.html`, judging anew only where rows changed; returns its path."""
     table, findings = refresh(store, grid_name)
-    return write_page(table, findings, of_grid(store, load_plan(store, grid_name), table), store.grid_dir(grid_name))
+    background = of_grid(store, load_plan(store, grid_name), table)
+    story = hunt_story(store, grid_name, findings.boundary.contrasts)
+    return write_page(table, findings, background, store.grid_dir(grid_name), story)
 
 
 def write_table_report(path: Path, folder: Path, columns: Mapping[str, str] | None = None) -> Path:
@@ -54,14 +67,18 @@ def export_table_figures(path: Path, folder: Path, columns: Mapping[str, str] | 
     return export(study_figures(table, findings.laws, findings.boundary).values(), folder)
 
 
-def write_page(table: RunTable, findings: Findings, background: Background, folder: Path) -> Path:
-    """The page of a study; returns its path."""
+def write_page(
+    table: RunTable, findings: Findings, background: Background, folder: Path, hunt: HuntStory | None = None
+) -> Path:
+    """The page of a study, and of the hunt that chose its runs, if one did; returns its path."""
     laws, boundary = findings.laws, findings.boundary
     figures = study_figures(table, laws, boundary)
+    path = hunt_figure(hunt.rows) if hunt else None
+    figures |= {path.name: path} if path else {}
     html = render(
         title=table.grid, question=table.question, contrasts=boundary.contrasts, figures=figures,
         notes=(*boundary.notes, *laws.notes), laws=laws, settings=table.settings, table=table, background=background,
-        tiles=_tiles(table, findings, background),
+        tiles=_tiles(table, findings, background), hunt=hunt,
         checklist=answered_checklist(table, laws, boundary, background.specs), origin=background.origin,
     )  # fmt: skip
     return _write(folder / "report.html", html)

@@ -22,7 +22,7 @@ from dbscale.study.store import Store
 
 MOST_DRAWS = 4
 """Finetunes of one upstream run that `auto` may ask for."""
-NEAR = 0.05
+NEAR = 0.1
 """Values closer than this share to one of the grid's own are not asked for beside it."""
 
 
@@ -67,22 +67,29 @@ def hunt_of(grid: Grid) -> Hunt:
 
 
 def axis_values(grid: Grid) -> tuple[int, ...]:
-    """Values of the hunt's axis that may be measured, rising. Raises ConfigError for an empty range or M of timm."""
+    """Values of the hunt's axis that may be measured, rising. Raises ConfigError for fewer than two and for M of timm."""
     hunt = hunt_of(grid)
-    if hunt.along == "num_params":
-        return tuple(sorted({_size_of(grid, name) for name in hunt.students or grid.students}))
+    values = sorted(set(student_sizes(grid).values())) if hunt.along == "num_params" else _sizes(grid, hunt)
+    if len(values) < 2:
+        raise ConfigError(f"grid {grid.name}: the hunt has {len(values)} value of {hunt.along}; give it a wider `range:`, "
+                          "or along num_params more students")  # fmt: skip
+    return tuple(values)
+
+
+def _sizes(grid: Grid, hunt: Hunt) -> list[int]:
+    """Evenly spread over the octaves of the range, together with the grid's own."""
     axes = [grid.upstream] if hunt.along == "upstream_samples" else _downstream(grid)
     own = sorted({size for axis in axes for size in axis.num_samples})
     low, high = hunt.range or (own[0], own[-1])
-    steps = round(math.log2(high / low) * hunt.per_octave)
-    between = [round(low * (high / low) ** (k / max(steps, 1))) for k in range(steps + 1)]
+    steps = max(round(math.log2(high / low) * hunt.per_octave), 1)
+    even = [round(low * (high / low) ** (k / steps)) for k in range(steps + 1)]
     own = [size for size in own if low <= size <= high]
-    values = sorted({*own, *(v for v in between if all(abs(v - size) > NEAR * size for size in own))})
-    if len(values) < 2:
-        raise ConfigError(
-            f"grid {grid.name}: the hunt has {len(values)} value of {hunt.along}; give it a wider `range:`"
-        )
-    return tuple(values)
+    return sorted({*own, *(value for value in even if all(abs(value - size) > NEAR * size for size in own))})
+
+
+def student_sizes(grid: Grid) -> dict[str, int]:
+    """Parameters of each student without its head, as the axis has them; a row's count depends on the classes."""
+    return {name: _size_of(grid, name) for name in hunt_of(grid).students or grid.students}
 
 
 def _downstream(grid: Grid) -> list[DataAxis]:
@@ -185,6 +192,25 @@ def _partner(grid: Grid, point: Point) -> tuple:
 
 
 # The log of a hunt: for people and the report; nothing is planned by it.
+
+
+STOPS = {
+    "crossing": "every boundary is as sharp as was asked",
+    "one_sign": "one side is better over the whole range",
+    "excluded": "a difference that matters is excluded",
+    "doubt": "less doubt is left than was stated",
+    "budget": "nothing more fits its budget",
+    "seeds": "every seed that it may use is measured",
+    "failures": "too many of its runs fail to rely on the rest",
+}
+"""Why a hunt is over, by `WaveRecord.stopped`."""
+WHY = {
+    "start": "a first look where runs are cheap",
+    "explore": "nothing was measured there yet",
+    "replicate": "more repetitions where the sign is in doubt",
+    "establish": "the intervals there must narrow before a verdict holds",
+}
+"""Why pairs were chosen, by `Bought.reason`."""
 
 
 class Finding(Strict):

@@ -31,10 +31,10 @@ from dbscale.launch.commands.submit import (
     write_records,
 )
 from dbscale.launch.hunt import NextWave, next_wave, wave_record
-from dbscale.launch.status import hunt_lines
+from dbscale.launch.status import hunt_lines, pairs_text
 from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, load_study, study_of
 from dbscale.study.cost import duration
-from dbscale.study.hunt import Bought, HuntLog, WaveRecord, axis_values, hunt_of, read_log, with_wave, write_log
+from dbscale.study.hunt import WHY, Bought, HuntLog, WaveRecord, axis_values, hunt_of, read_log, with_wave, write_log
 from dbscale.study.plan import Plan
 
 if TYPE_CHECKING:
@@ -164,17 +164,9 @@ def show_wave(study: Study, wave: NextWave, record: WaveRecord) -> None:
     hunt = hunt_of(study.grid)
     print("\n".join(hunt_lines(numbered(study, wave)[0])))
     for bought in record.bought:
-        print(f"  {bought.num_pairs} {'pair' if bought.num_pairs == 1 else 'pairs'} at {hunt.along} {bought.x:,}"
+        print(f"  {pairs_text(bought.num_pairs)} at {hunt.along} {bought.x:,}"
               f"{' of ' + ', '.join(bought.targets) if len(wave.findings) > 1 else ''}: {why(bought)}")  # fmt: skip
     sys.stdout.flush()
-
-
-WHY = {
-    "start": "a first look where runs are cheap",
-    "explore": "nothing was measured there yet",
-    "replicate": "more repetitions where the sign is in doubt",
-    "establish": "the intervals there must narrow before a verdict holds",
-}
 
 
 def why(bought: Bought) -> str:

@@ -159,7 +159,7 @@ def test_pairs_whose_runs_fail_are_counted_and_neither_replaced_nor_tried_again(
     log = log_of(hunted)
     assert log.waves[-1].failed_pairs == 1
     out, err = capsys.readouterr()
-    assert "1 pairs failed and are not replaced" in out
+    assert "1 pair failed and not replaced" in out
     assert "failed: " in err
     failed = [
         key for key in hunted.store.standings(p.name for p in hunted.store.root.glob("cells/*")) if "n16-s0" in key
