@@ -234,7 +234,7 @@ def detectable(stderr: float, degrees: float, num_x: int, level: float, family: 
     return stderr * float(nctdtrinc(degrees, 1 - WANTED_POWER, float(critical(degrees, num_x, level, family))))
 
 
-def complete_degrees(num_x: int, num_seeds: int) -> float:
+def _degrees(num_x: int, num_seeds: int) -> float:
     """Degrees of freedom of the moderated variance in a complete table."""
     return min(PRIOR_DEGREES + num_seeds - 1, num_x * (num_seeds - 1.0))
 
@@ -258,7 +258,7 @@ def _more_seeds(
     error, quantile = rng.standard_normal(truth.shape), rng.random((len(truth), 1))
 
     def decides(num_seeds: int) -> bool:
-        new, degrees = num_seeds - have, complete_degrees(len(points), num_seeds)
+        new, degrees = num_seeds - have, _degrees(len(points), num_seeds)
         mean = (have * delta + new * truth + np.sqrt(new) * sd * error) / num_seeds
         half = critical(degrees, len(points), level, family) * sd / num_seeds**0.5
         half = half * np.sqrt(chdtri(degrees, quantile) / degrees)  # that study will have to estimate its noise, too
@@ -318,7 +318,7 @@ def power(
 
     def effect(seeds: int, draws: int) -> float:
         variance = noise.variance_of_mean(seeds, draws, num_students=num_students, num_labels=num_labels)
-        return detectable(variance**0.5, complete_degrees(num_x, seeds), num_x, level, family)
+        return detectable(variance**0.5, _degrees(num_x, seeds), num_x, level, family)
 
     now = effect(num_seeds, finetunes)
     more = range(num_seeds, MOST_SEEDS + 1)
@@ -331,10 +331,10 @@ def power(
             dearer = (cost_upstream + draws * cost_finetune) / (cost_upstream + finetunes * cost_finetune)
     stderr = noise.variance_of_mean(num_seeds, finetunes, num_students=num_students, num_labels=num_labels) ** 0.5
     along = noise.variance("seed") / num_seeds / max(stderr**2, 1e-300)  # share of the noise that all x of a seed share
-    degrees = complete_degrees(num_x, num_seeds)
+    degrees = _degrees(num_x, num_seeds)
     return Power(
         smallest_effect=now,
-        width_octaves=None if slope is None else width_at_root(stderr, degrees, num_x, along, level, slope),
+        width_octaves=None if slope is None else _width(stderr, degrees, num_x, along, level, slope),
         chance_of_crossing=None
         if slope is None
         else _chance(stderr, degrees, num_x, along, level, family, abs(slope) * step_octaves),
@@ -346,7 +346,7 @@ def power(
     )
 
 
-def width_at_root(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
+def _width(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
     """Octaves: the curve's interval at the root, read off along its slope. The root leans on the four x about it."""
     from scipy.special import stdtrit
 
@@ -362,3 +362,31 @@ def _chance(stderr: float, degrees: float, num_x: int, along: float, level: floa
     mean = truth + stderr * (np.sqrt(along) * shared + np.sqrt(1 - along) * own)
     half = stderr * np.sqrt(rng.chisquare(degrees, (4000, 1)) / degrees) * critical(degrees, num_x, level, family)
     return float(np.mean((mean > half).any(axis=1) & (mean < -half).any(axis=1)))
+
+
+def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: int = 1000) -> int | None:
+    """Seeds with which a fixed grid at `x` [K] would be expected to end in the same verdict, its root as sharp.
+
+    The curve that was found is taken for the truth and `sd` for the noise of one seed's Δ. None for an undecided
+    verdict, for a grid that lies on one side of the root, and beyond `most_seeds`.
+    """
+    at, known = np.log(np.asarray(x, float)), np.log(verdict.curve["x"])
+    delta = np.interp(at, known, verdict.curve["delta"])
+    if verdict.kind == "undecided":
+        return None
+    slope, wanted = 0.0, np.inf
+    if verdict.root is not None and verdict.interval is not None:
+        before, after = np.interp(
+            np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5]), known, verdict.curve["delta"]
+        )
+        slope, wanted = float(after - before), np.log2(verdict.interval[1] / verdict.interval[0])
+
+    def ends_alike(seeds: int) -> bool:
+        degrees, stderr = _degrees(len(at), seeds), sd / seeds**0.5
+        half = critical(degrees, len(at), verdict.level, 1) * stderr
+        if decide(delta - half, delta + half, verdict.min_effect) != verdict.kind:
+            return False
+        return not slope or _width(stderr, degrees, len(at), 0.0, verdict.level, slope) <= wanted
+
+    counts = range(2, most_seeds + 1)
+    return next((seeds for seeds in counts if ends_alike(seeds)), None)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from dbscale.errors import LawError, NotEnoughData
-from dbscale.laws.boundary import Verdict, complete_degrees, critical, decide, width_at_root
+from dbscale.laws.boundary import Verdict, critical
 from dbscale.laws.contrast import PRIOR_DEGREES, Pairs, SeedTable, delta_curves, seed_table
 
 LOOK_AHEAD = (1, 2, 4)
@@ -347,31 +347,3 @@ def why_stop(
     if verdict.kind == "one_sign" and verdict.doubt <= target_octaves / 2:
         return "one_sign"
     return "doubt" if least_doubt is not None and verdict.doubt < least_doubt else None
-
-
-def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: int = 1000) -> int | None:
-    """Seeds with which a fixed grid at `x` [K] would be expected to end in the same verdict, its root as sharp.
-
-    The curve that was found is taken for the truth and `sd` for the noise of one seed's Δ. None for an undecided
-    verdict, for a grid that lies on one side of the root, and beyond `most_seeds`.
-    """
-    at, known = np.log(np.asarray(x, float)), np.log(verdict.curve["x"])
-    delta = np.interp(at, known, verdict.curve["delta"])
-    if verdict.kind == "undecided":
-        return None
-    slope, wanted = 0.0, np.inf
-    if verdict.root is not None and verdict.interval is not None:
-        before, after = np.interp(
-            np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5]), known, verdict.curve["delta"]
-        )
-        slope, wanted = float(after - before), np.log2(verdict.interval[1] / verdict.interval[0])
-
-    def ends_alike(seeds: int) -> bool:
-        degrees, stderr = complete_degrees(len(at), seeds), sd / seeds**0.5
-        half = critical(degrees, len(at), verdict.level, 1) * stderr
-        if decide(delta - half, delta + half, verdict.min_effect) != verdict.kind:
-            return False
-        return not slope or width_at_root(stderr, degrees, len(at), 0.0, verdict.level, slope) <= wanted
-
-    counts = range(2, most_seeds + 1)
-    return next((seeds for seeds in counts if ends_alike(seeds)), None)

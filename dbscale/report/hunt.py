@@ -14,7 +14,7 @@ import numpy as np
 
 from dbscale.errors import FileError
 from dbscale.laws import Pairs, make_pairs
-from dbscale.laws.design import equal_grid
+from dbscale.laws.boundary import equal_grid
 from dbscale.report.pairing import pair_arms
 from dbscale.report.schema import ContrastRecord
 from dbscale.report.table import Run, RunTable

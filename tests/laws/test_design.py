@@ -18,7 +18,6 @@ from dbscale.laws.design import (
     Target,
     choose_wave,
     doubt_left,
-    equal_grid,
     looking_level,
     make_belief,
     why_stop,
@@ -263,15 +262,3 @@ def test_doubt_runs_over_the_whole_range() -> None:
     near, far = doubt_left(target, [1000.0, 2000.0]), doubt_left(target, [1000.0, 64000.0])
     assert near is not None and far is not None
     assert near < 0.2 < far < 6
-
-
-def test_an_equal_fixed_grid_needs_more_seeds_for_more_noise_and_none_for_no_verdict() -> None:
-    verdict = judge(falling(dict.fromkeys(XS.tolist(), 6)))
-    few, many = equal_grid(verdict, 0.01, XS.tolist()), equal_grid(verdict, 0.03, XS.tolist())
-    assert few is not None and many is not None
-    assert 2 <= few <= 8
-    assert few * 6 <= many <= few * 12  # nine times the variance
-    assert equal_grid(verdict, 0.03, XS.tolist(), most_seeds=many) == many
-    assert equal_grid(verdict, 0.03, XS.tolist(), most_seeds=many - 1) is None
-    assert equal_grid(verdict, 0.01, [1000.0, 2000.0]) is None  # all on one side of the root
-    assert equal_grid(replace(verdict, kind="undecided"), 0.01, XS.tolist()) is None
