@@ -94,8 +94,13 @@ class Survey:
 
     @cached_property
     def pending_s(self) -> float:
-        """Predicted device-seconds of the runs that are under way."""
-        return sum(self.cost.seconds(cell) for cell in self.cells if self.standings[cell.key].state == "running")
+        """Predicted device-seconds of the runs that are under way, and of begun pairs, which are finished unasked."""
+        begun = {cell.key for pair in self.having("running", "begun") for cell in pair.cells}
+        begun |= {key for key, each in self.standings.items() if each.state == "running"}
+        return sum(
+            self.cost.seconds(cell)
+            for cell in self.cells if cell.key in begun and self.standings[cell.key].state != "done"
+        )  # fmt: skip
 
     def to_pay(self, cells: Sequence[Cell]) -> dict[str, float]:
         """Predicted device-seconds of the runs among `cells` that are neither done nor under way."""
@@ -162,8 +167,9 @@ class NextWave:
     def plan(self) -> Plan:
         """The wave as jobs, with what was begun before it; runs that failed are not tried again."""
         found, cluster = self.survey, self.survey.study.cluster
+        grid = found.study.grid.model_copy(update={"min_effect": min_effect_of(found)})  # the report's, too
         plan = make_plan(
-            found.study.grid, self.points, states={key: each.state for key, each in found.standings.items()},
+            grid, self.points, states={key: each.state for key, each in found.standings.items()},
             cost=found.cost, target_s=cluster.target_min * 60, workers=cluster.num_workers(),
         )  # fmt: skip
         return without_failed(plan, {key for key, each in found.standings.items() if has_failed(each)})
