@@ -214,14 +214,16 @@ def next_wave(study: Study, active: Collection[str] | None = None) -> NextWave:
     places = [] if stopped else list(places_of(found, open_targets, draws))
     under_way = found.having("running", "begun")
     room = hunt.wave * (1 + hunt.waves_ahead) - num_repetitions(under_way)
+    left_s = hunt.budget_hours * 3600 - found.spent_s - found.pending_s
     choices = choose_wave(
         [each for target, pairs in measured.items() if (each := as_target(found, target, pairs)).name in open_targets],
         [place.candidate for place in places], num_pairs=max(min(hunt.wave, room), 0), level=hunt.level,
         pending=Counter((str(pair.target), float(pair.x)) for pair in under_way),
-        most_cost=hunt.budget_hours * 3600 - found.spent_s - found.pending_s,
+        most_cost=left_s,
     )  # fmt: skip
     if not (stopped or choices or under_way):
-        stopped = "budget" if places else "seeds"
+        prices = [sum(place.candidate.runs[0].values()) for place in places]
+        stopped = "seeds" if not prices else "budget" if min(prices) > left_s else "gain"
     return NextWave(found, findings, *bought_by(choices, places), draws, stopped)
 
 

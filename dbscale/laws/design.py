@@ -214,6 +214,8 @@ class Belief:
     """[K] pairs at x, measured or expected."""
     total: np.ndarray
     """[m, K] their sum in each imagined study."""
+    shared: np.ndarray
+    """[K] variance of a mean that more pairs do not lessen: that of the test images."""
     error: np.ndarray
     """[steps, m, K] standard normal: the noise of what is imagined; alike for all steps that are compared."""
     min_effect: float = 0.005
@@ -264,7 +266,7 @@ class Belief:
         some = count > 0
         count = count[some]
         degrees = np.minimum(PRIOR_DEGREES + count - 1, max(float(np.sum(count - 1)), 1.0))
-        half = critical(degrees, len(count), self.level, 1) * np.sqrt(self.variance[some] / count)
+        half = critical(degrees, len(count), self.level, 1) * np.sqrt(self.variance[some] / count + self.shared[some])
         size, margin = total[:, some] / count / half, self.min_effect / half
         unseen = int(np.sum(~some[[0, -1]]))  # ends of the range, without which no sign holds throughout
         no_harm, no_gain = (
@@ -310,14 +312,15 @@ def _believe(table: SeedTable, x: np.ndarray, pairs: Pairs, min_effect: float, l
     grid = np.union1d(x, np.geomspace(x[0], x[-1], max(steps, 1) + 1)[1:-1])
     curves = delta_curves(pairs, grid=grid, num_draws=NUM_CURVES, seed=seed)
     measured = np.searchsorted(x, table.x)
-    variance, count, total = np.full(len(x), table.variance.mean()), np.zeros(len(x)), np.zeros(len(x))
-    variance[measured], count[measured] = table.variance, table.num_seeds
+    variance, shared = (np.full(len(x), each.mean()) for each in (table.variance, table.shared))
+    count, total = np.zeros(len(x)), np.zeros(len(x))
+    variance[measured], shared[measured], count[measured] = table.variance, table.shared, table.num_seeds
     total[measured] = table.mean * table.num_seeds
     return Belief(
         x=x, octaves=_trapezoid(np.log2(grid)), positive=(curves.drawn > 0).astype(np.float32),
         drawn=curves.drawn[:, np.searchsorted(grid, x)],
         true=np.linspace(0, NUM_CURVES - 1, NUM_FANTASIES).astype(int),  # draws come sorted: evenly is stratified
-        variance=variance, count=count, total=np.tile(total, (NUM_FANTASIES, 1)),
+        variance=variance, shared=shared, count=count, total=np.tile(total, (NUM_FANTASIES, 1)),
         error=np.random.default_rng([seed, 1]).standard_normal((8, NUM_FANTASIES, len(x))),
         min_effect=min_effect, level=level,
     )  # fmt: skip

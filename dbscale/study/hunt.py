@@ -200,6 +200,7 @@ STOPS = {
     "excluded": "a difference that matters is excluded",
     "doubt": "less doubt is left than was stated",
     "budget": "nothing more fits its budget",
+    "gain": "no run that it may buy would tell more",
     "seeds": "every seed that it may use is measured",
     "failures": "too many of its runs fail to rely on the rest",
 }

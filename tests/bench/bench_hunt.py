@@ -172,6 +172,55 @@ def fixed(world: World) -> dict[str, Any]:
     raise AssertionError
 
 
+# --- real rows ------------------------------------------------------------------------------------------------------
+
+
+def replay(pairs: Pairs, seeds: Sequence[int], *, target_octaves: float = TARGET_OCTAVES) -> dict[str, Any]:
+    """A hunt that buys its pairs from finished ones, seed after seed in this order; every pair costs the same."""
+    values = np.unique(pairs.x).tolist()
+    counts = dict.fromkeys(values, 0)
+    while True:
+        bought = np.array([
+            k for k, (x, seed) in enumerate(zip(pairs.x.tolist(), pairs.seed.tolist(), strict=True))
+            if seed in seeds[: counts[x]]
+        ], int)  # fmt: skip
+        known = pairs.rows(bought) if len(bought) else None
+        stop = verdict = None
+        if known is not None:
+            verdict = judge(known, min_effect=MIN_EFFECT, level=looking_level(LEVEL))
+            stop = why_stop(verdict, (values[0], values[-1]), target_octaves=target_octaves)
+        runs = {x: tuple({f"{x}/{seed}": 1.0} for seed in seeds[counts[x] :]) for x in values}
+        places = [Candidate(x, ("t",), runs[x]) for x in values if runs[x]]
+        chosen = () if stop else choose_wave([Target("t", known, MIN_EFFECT)], places, num_pairs=WAVE, level=LEVEL)
+        if not chosen:
+            kind = verdict.kind if verdict else "undecided"
+            return {"pairs": sum(counts.values()), "stop": stop or "seeds", "kind": kind, "at": dict(counts),
+                    "better": verdict.better if verdict else None}  # fmt: skip
+        for choice in chosen:
+            counts[places[choice.candidate].x] += choice.num_pairs
+
+
+def replays(found: Mapping[str, Pairs], num_seeds: int = 15) -> Iterator[str]:
+    """Hunts on disjoint parts of the real seeds, beside what fixed grids of the same seeds say."""
+    for dataset, pairs in found.items():
+        seeds = sorted(set(pairs.seed.tolist()))
+        for first in range(0, len(seeds) - num_seeds + 1, num_seeds):
+            part = seeds[first : first + num_seeds]
+            hunted = replay(pairs, part)
+            for fixed_seeds in range(2, num_seeds + 1):
+                grid = judge(pairs.rows(np.flatnonzero(np.isin(pairs.seed, part[:fixed_seeds]))),
+                             min_effect=MIN_EFFECT, level=looking_level(LEVEL))  # fmt: skip
+                if why_stop(grid, (pairs.x.min(), pairs.x.max()), target_octaves=TARGET_OCTAVES):
+                    break
+            places = ", ".join(f"{count} at {x:,.0f}" for x, count in hunted["at"].items())
+            cells = (
+                f"{dataset}, seeds {part[0]}–{part[-1]}", f"{hunted['kind']} {hunted['better'] or ''}",
+                f"{hunted['pairs']} ({places})", f"{grid.kind} {grid.better or ''}",
+                f"{fixed_seeds * len(grid.points)} ({fixed_seeds} seeds)",
+            )  # fmt: skip
+            yield f"| {' | '.join(cells)} |"
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
@@ -231,10 +280,16 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=3_000_000, help="first random seed")
     parser.add_argument("--shapes", nargs="*", default=SHAPES, choices=SHAPES)
     parser.add_argument("--cache", type=Path, help="file of finished worlds, one JSON line each; made when missing")
+    parser.add_argument("--replay", action="store_true", help="hunt in the finished pairs of ROWS instead of in worlds")
     asked = parser.parse_args()
     noises = [
         each.mean(axis=(2, 3)) for each in noises_of(pairs_of(read_rows(asked.rows))) if isinstance(each, np.ndarray)
     ]
+    if asked.replay:
+        print("| real rows | hunt | its pairs | fixed grid | its pairs |\n|---|---|---|---|---|")
+        for line in replays(pairs_of(read_rows(asked.rows))):
+            print(line, flush=True)
+        return
     known = read_cache(asked.cache) if asked.cache else {}
     found: dict[str, list[Any]] = defaultdict(list)
     for number in range(asked.first, asked.first + asked.worlds):

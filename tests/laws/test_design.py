@@ -48,7 +48,8 @@ def two_curves(d: float = 0.3, sd: float = 0.5, m: int = 4000) -> Belief:
     error = np.random.default_rng(0).standard_normal((2, m, 3))
     return Belief(
         x=XS[:3], octaves=np.array([0.5, 1.0, 0.5]), positive=(drawn > 0).astype(np.float32), drawn=drawn,
-        true=np.arange(m) % 2, variance=np.full(3, sd**2), count=np.ones(3), total=np.zeros((m, 3)), error=error,
+        true=np.arange(m) % 2, variance=np.full(3, sd**2), count=np.ones(3), total=np.zeros((m, 3)),
+        shared=np.zeros(3), error=error,
     )  # fmt: skip
 
 
@@ -119,8 +120,11 @@ def test_what_a_verdict_lacks_by_hand() -> None:
     no_harm = ((1 - min(1, 0.1 / half + 0.5)) + (1 - (0.1 / half - 0.25))) / 2
     assert lacking[0] == 0
     assert lacking[1] == pytest.approx(min((0.5 + 0.75) / 2, no_harm), abs=1e-6)
+    # test images add a variance that four pairs do not lessen: half-widths √(1/4 + 3/4), twice as wide
+    belief.shared = np.full(3, 0.75)
+    assert belief._lacking(total, count)[1] == pytest.approx((0.75 + 0.875) / 2, abs=1e-6)  # pyright: ignore[reportPrivateUsage]
     # without the end of the range there is no sign throughout: the unseen end lacks all
-    count[2], total[:, 2] = 0.0, 0.0
+    belief.shared, count[2], total[:, 2] = np.zeros(3), 0.0, 0.0
     alone = belief._lacking(total, count)  # pyright: ignore[reportPrivateUsage]
     assert alone[0] == 0.5  # positive is established, negative not at all; or half of the ends
 
