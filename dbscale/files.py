@@ -63,10 +63,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents. Raises FileError where that is not possible."""
+def make_folder(path: Path, *, private: bool = False) -> None:
+    """Create a folder and its parents; `private`: a new one that only its owner can enter, for scripts and their like.
+
+    Raises FileError where that is not possible.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(0o700 if private else 0o777, parents=True, exist_ok=not private)
     except OSError as error:
         raise cannot_write(path, error) from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -16,16 +17,18 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from uuid import uuid4
 
 import submitit
 from tqdm import tqdm
 
-from dbscale.files import ProcessMark
+from dbscale.files import ProcessMark, read_model, write_model
 from dbscale.launch import worker
 from dbscale.launch.cluster import Cluster, Task, visible_gpus
 from dbscale.launch.status import Running, describe, look_at
-from dbscale.launch.submitit_names import environment_variables
+from dbscale.launch.submitit_names import environment_variables, log_of_job, start_local
 from dbscale.launch.worker import SETTLED, Rank
+from dbscale.strict import Strict
 from dbscale.study.cost import duration
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import CellState, Store
@@ -58,9 +61,8 @@ def rest_after_crash(task: Task, states: Mapping[str, CellState], parents: Mappi
     return replace(task, keys=tuple(ordered), restarts=restarts) if ordered else None
 
 
-@dataclass(frozen=True)
-class LocalBundle:
-    """What submitit runs on this machine: ids and paths, never objects that know how to do things."""
+class LocalBundle(Strict):
+    """What a process on this machine runs, as JSON in the driver's own folder: ids and paths."""
 
     keys: tuple[str, ...]
     store: str
@@ -71,7 +73,7 @@ class LocalBundle:
     """Rendezvous port of this job's ranks, chosen by the driver."""
     staging: str | None = None
 
-    def __call__(self) -> None:
+    def run(self, log: str) -> None:
         """Run the cells. The store then says what became of them."""
         stop, store, alone = StopRequest(), Store(Path(self.store)), self.resources.num_processes == 1
         with worker.stop_on_signals(stop):
@@ -79,9 +81,15 @@ class LocalBundle:
             os.environ.update(Rank.of_job().environment(master="127.0.0.1", port=self.port))
             with worker.staged(self.keys, store, Path(self.data), self.staging, stop) as data_dir:
                 worker.run_bundle(
-                    self.keys, store, data_dir, self.resources, stop, log=worker.job_log(),
+                    self.keys, store, data_dir, self.resources, stop, log=log,
                     around=None if alone else worker.end_with_peers, second_turns=alone,
                 )  # fmt: skip
+
+
+def main(words: Sequence[str]) -> None:
+    """`python -m dbscale.launch.local BUNDLE`: what a task that the driver starts runs."""
+    path = Path(words[0])
+    read_model(LocalBundle, path).run(log_of_job(path.parent))
 
 
 def run_inline(tasks: Sequence[Task], store: Store, data_dir: Path, cluster: Cluster, stop: StopRequest) -> None:
@@ -99,6 +107,8 @@ class Started:
     task: Task
     job: submitit.Job[None]
     slot: int
+    bundle: Path
+    """The file that says what it runs."""
 
 
 @dataclass
@@ -145,9 +155,9 @@ class LocalRun:
             if task is None:
                 return
             self.waiting.remove(task)
-            self.running.append(Started(task, self._submit(task, free[0]), free.pop(0)))
+            self.running.append(self._start(task, free.pop(0)))
 
-    def _submit(self, task: Task, slot: int) -> submitit.Job[None]:
+    def _start(self, task: Task, slot: int) -> Started:
         shape = self.cluster.shape(task.stage)
         resources = shape.resources
         count = resources.num_processes
@@ -157,19 +167,21 @@ class LocalRun:
             timeout_min=NEVER_MIN, tasks_per_node=count, gpus_per_node=len(gpus), visible_gpus=gpus,
             stderr_to_stdout=True,
         )  # fmt: skip
-        bundle = LocalBundle(
-            task.keys, str(self.store.root.absolute()), str(self.data_dir.absolute()), resources,
-            ProcessMark.of(), free_port() if count > 1 else 0, shape.slurm.staging,
-        )  # fmt: skip
+        path = self.job_folder / f"{slot}-{uuid4().hex[:8]}.json"
+        write_model(path, LocalBundle(
+            keys=task.keys, store=str(self.store.root.absolute()), data=str(self.data_dir.absolute()),
+            resources=resources, driver=ProcessMark.of(), port=free_port() if count > 1 else 0,
+            staging=shape.slurm.staging,
+        ), durable=False)  # fmt: skip
         settings = {**import_environment(), **worker.thread_environment(resources)}
+        command = shlex.join([sys.executable, "-u", "-m", "dbscale.launch.local", str(path)])
         with environment_variables(**settings), _children_ignore_terminal():
-            return executor.submit(bundle)
+            return Started(task, start_local(executor, command), slot, path)
 
     def _finish(self, started: Started) -> None:
         """Note how the cells of a bundle stand now that its process has ended; start again what it left undone."""
         task, log = started.task, str(started.job.paths.stdout)
-        for path in started.job.paths.folder.glob(f"{started.job.job_id}*.pkl"):
-            path.unlink(missing_ok=True)
+        started.bundle.unlink(missing_ok=True)
         states: dict[str, CellState] = {key: self.store.state(key) for key in task.keys}
         self.settled.update({key: state for key, state in states.items() if state in SETTLED})
         ours: dict[str, CellState] = {key: state for key, state in states.items() if state != "running"}
@@ -275,3 +287,7 @@ class Display:
         self._bars[0].set_postfix_str(note)
         for i, line in enumerate(self._bars[1:]):
             line.set_description_str(describe(running[i]) if i < len(running) else "")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -22,6 +22,7 @@ from dbscale.files import (
     holder,
     is_held,
     locked,
+    make_folder,
     read_model,
     write_json,
     write_model,
@@ -171,3 +172,13 @@ def test_a_process_is_known_by_its_start_and_only_on_its_own_machine() -> None:
         assert ProcessMark(mine.host, nobody).alive is False
     who = Holder(mine, "dbscale submit", "tiny", 0.0)
     assert json.loads(json.dumps(files.asdict(who)))["process"]["pid"] == os.getpid()
+
+
+def test_a_private_folder_is_a_new_one_of_its_owner_alone(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "jobs", private=True)
+    assert (tmp_path / "a" / "jobs").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for taken in (tmp_path / "a", tmp_path / "link"):
+        with pytest.raises(FileError, match="File exists"):
+            make_folder(taken, private=True)
+        make_folder(taken)

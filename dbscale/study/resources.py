@@ -54,6 +54,10 @@ class StopRequest:
         self.reason = self.reason or reason
         self._event.set()
 
+    def wait(self) -> None:
+        """Return once a stop is asked for."""
+        self._event.wait()
+
     @property
     def requested(self) -> bool:
         return self._event.is_set()

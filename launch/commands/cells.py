@@ -149,12 +149,16 @@ def stop_driver(store: Store, grid: str) -> list[str]:
 
 
 def cancel_in_slurm(store: Store, grid: str) -> list[str]:
+    """Cancel the arrays and reducers of the grid that wait or run, also those whose submission was cut off."""
     from dbscale.launch.slurm.queue import cancel_cut_off, cancel_jobs, read_queued, read_records
 
-    records = read_records(store, grid)
-    if not records:
-        return []
-    cancel_cut_off(store, records)
-    jobs = sorted(read_queued(store, grid).jobs)
-    cancel_jobs(jobs)
-    return [f"cancelled job {job}" for job in jobs]
+    cancelled: set[int] = set()
+    # Again until nothing new is found: a reducer may be handing in cells at this moment.
+    while records := read_records(store, grid):
+        cancel_cut_off(store, records)
+        found = read_queued(store, grid).jobs.keys() - cancelled
+        if not found:
+            break
+        cancel_jobs(found)
+        cancelled |= found
+    return [f"cancelled job {job}" for job in sorted(cancelled)]

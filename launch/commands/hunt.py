@@ -8,42 +8,45 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dbscale.errors import FileError
 from dbscale.files import driver_lock
-from dbscale.launch.cluster import cluster_path
+from dbscale.launch.cluster import cluster_path, tasks_of
 from dbscale.launch.commands.results import report_is_current, write_results
 from dbscale.launch.commands.submit import (
     WAIT_FOR_OTHERS_S,
-    clear_job_files,
     execute,
     finish,
     pack_missing,
     report_path,
     say_stopped,
     show_script,
+    where_of,
     write_records,
 )
 from dbscale.launch.hunt import NextWave, next_wave, wave_record
+from dbscale.launch.slurm.queue import Uid
 from dbscale.launch.status import hunt_lines, pairs_text
-from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, load_study, study_of
+from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, study_of
+from dbscale.strict import Strict
 from dbscale.study.cost import duration
 from dbscale.study.hunt import WHY, Bought, HuntLog, WaveRecord, axis_values, hunt_of, read_log, with_wave, write_log
 from dbscale.study.plan import Plan
 
 if TYPE_CHECKING:
-    from dbscale.launch.slurm.queue import Queued
-    from dbscale.launch.slurm.submit import Submission
+    from dbscale.launch.slurm.queue import Queued, SubmitRecord
 
 LOCK_WAIT_S, LOCK_INTERVAL_S = 600.0, 5.0
 """How long the job between two waves waits for a command that works on the store."""
 NO_PROGRESS = 3
+MOST_TRIES = 3
+"""Waves in a row that may finish no pair before the job between them gives up; a person who types the command may not."""
 
 
 def add_commands(add: AddCommand) -> None:
@@ -52,25 +55,37 @@ def add_commands(add: AddCommand) -> None:
     add_tracker(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the next wave with gain, price and reason")
     parser.add_argument("--json", action="store_true", help="print each wave as one line of JSON instead of sentences")
+    parser.add_argument("--step", metavar="JSON", help="for the job behind a wave: plan and submit the next one")
     parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
 
 
 def run(arguments: argparse.Namespace) -> int:
     study = study_of(arguments)
     hunt_of(study.grid)
-    show = show_json if arguments.json else show_wave
     on_slurm = study.cluster.executor == "slurm"
+    if on_slurm:
+        from dbscale.launch.slurm.submit import check_options
+
+        check_options(study.cluster)
     if arguments.dry_run:
-        return dry_run(study, show)
+        return dry_run(study, arguments)
+    if arguments.step is not None:
+        return next_step(study, arguments, Step.model_validate_json(arguments.step))
     with driver_lock(study.store.root, "dbscale hunt", study.grid.name):
         study = pack_missing(study)
         if on_slurm:
-            return hunt_on_slurm(study, hunt_job(arguments), show)
-        return hunt_here(study, show, report=not arguments.no_report)
+            return hunt_on_slurm(study, arguments)
+        return hunt_here(study, shower(arguments), report=not arguments.no_report)
 
 
-def dry_run(study: Study, show: Show) -> int:
+def shower(arguments: argparse.Namespace) -> Show:
+    """How a wave is shown."""
+    return show_json if arguments.json else show_wave
+
+
+def dry_run(study: Study, arguments: argparse.Namespace) -> int:
     """The next wave as the rows call for it, and on SLURM the scripts that would be submitted; writes nothing."""
+    show = shower(arguments)
     if study.cluster.executor != "slurm":
         wave = next_wave(study)
         show(study, wave, numbered(study, wave)[1])
@@ -85,9 +100,10 @@ def dry_run(study: Study, show: Show) -> int:
         queued, max_size = Queued(study.store), DEFAULT_MAX_ARRAY_SIZE
     wave = next_wave(study, queued.cells)
     show(study, wave, numbered(study, wave)[1])
-    if wave.chosen and show is show_wave:
-        plan, cost = wave.plan(), wave.survey.cost
-        list(Submission(study, plan, cost, queued, reduce=print, show=show_script, max_size=max_size).run())
+    if wave.chosen and not arguments.json:
+        plan, last = wave.plan(), command_behind(arguments, wave, 0)
+        dry = Submission(*where_of(study), queued, show=show_script, max_size=max_size, last=last)
+        list(dry.run(tasks_of(plan, wave.survey.cost, study.cluster), [cell.key for cell in plan.cells]))
     return 0
 
 
@@ -180,130 +196,135 @@ def why(bought: Bought) -> str:
 # On SLURM.
 
 
-@dataclass(frozen=True)
-class HuntJob:
-    """The job behind a wave on SLURM: plans and submits the next one, or reports when the hunt is over.
+class Step(Strict):
+    """What the job behind a wave knows of how it came about, beside the words of the command."""
 
-    It may be started again at any point: what it submitted before is in the queue, and what was cut off is cancelled.
-    """
-
-    grid: str
-    cluster: str
-    store: str
-    data: str
-    overrides: tuple[str, ...]
-
-    def __call__(self) -> str:
-        """Returns what was done, for the log."""
-        from submitit.helpers import clean_env
-
-        from dbscale.launch.slurm.job import Fence, JobIdentity
-
-        job = JobIdentity.of_job()
-        study = load_study(grid=Path(self.grid), cluster=self.cluster, store=Path(self.store), data=Path(self.data),
-                           overrides=self.overrides)  # fmt: skip
-        jobs = study.store.grid_dir(study.grid.name).absolute() / "jobs"
-        fence = Fence(jobs / f"hunt-{job.name}.fence", job, study.store)
-        fence.raise_token()
-        with clean_env(), patient_lock(study):
-            hunt_on_slurm(study, self, show_wave, own=int(job.name.partition("_")[0]), check=fence.check)
-        return "done"
-
-    def checkpoint(self) -> HuntJob:
-        return self
+    uid: Uid
+    """Of its record."""
+    done: int
+    """Pairs that were finished, or had failed, when it was submitted."""
+    tries: int
+    """Waves before it, in a row, that finished none."""
 
 
-def hunt_job(arguments: argparse.Namespace) -> HuntJob:
-    """The same hunt, for a job that starts in another folder."""
-    return HuntJob(
-        grid=str(arguments.grid.absolute()), cluster=str(cluster_path(arguments.cluster).absolute()),
-        store=str(arguments.store.absolute()), data=str(arguments.data.absolute()),
-        overrides=tuple(arguments.overrides),
-    )  # fmt: skip
+def command_behind(arguments: argparse.Namespace, wave: NextWave, tries: int) -> Callable[[SubmitRecord], str]:
+    """The same hunt as a command line for the job of a record, which starts in another folder."""
+    where = {"grid": arguments.grid, "cluster": cluster_path(arguments.cluster), "store": arguments.store,
+             "data": arguments.data}  # fmt: skip
+    words = [word for name, path in where.items() for word in (f"--{name}", str(path.absolute()))]
+    words += [word for override in arguments.overrides for word in ("--set", override)]
+    done = num_ended(wave)
+
+    def command(record: SubmitRecord) -> str:
+        step = Step(uid=record.uid, done=done, tries=tries).model_dump_json()
+        return shlex.join([sys.executable, "-u", "-m", "dbscale.launch.cli", "hunt", *words, "--step", step])
+
+    return command
+
+
+def num_ended(wave: NextWave) -> int:
+    """Pairs that are finished, or lack a run that failed."""
+    return len(wave.survey.having("done", "failed"))
+
+
+def next_step(study: Study, arguments: argparse.Namespace, step: Step) -> int:
+    """What the job behind a wave does. Started again at any point it finds in the queue what it had submitted; a start
+    that a dead node gives back ends as soon as it sees that a later one has taken over."""
+    from dbscale.launch.slurm.job import Fence, JobIdentity
+
+    job = JobIdentity.of_job()
+    folder = study.store.grid_dir(study.grid.name).absolute() / "jobs" / step.uid
+    fence = Fence(folder / "0.fence", job, study.store)
+    fence.raise_token()
+    with patient_lock(study):
+        return hunt_on_slurm(study, arguments, step, fence.check)
 
 
 @contextlib.contextmanager
 def patient_lock(study: Study) -> Iterator[None]:
     """Hold the store as a command does, after waiting for one that works on it. Raises FileError after ten minutes."""
     deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            lock = driver_lock(study.store.root, "the hunt's job", study.grid.name)
-            lock.__enter__()
-        except FileError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(LOCK_INTERVAL_S)
-        else:
-            break
     with contextlib.ExitStack() as stack:
-        stack.push(lock)
+        while True:
+            try:
+                stack.enter_context(driver_lock(study.store.root, "the job between two waves", study.grid.name))
+                break
+            except FileError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOCK_INTERVAL_S)
         yield
 
 
 def hunt_on_slurm(
-    study: Study, job: HuntJob, show: Show, *, own: int | None = None, check: Callable[[], object] = lambda: None
+    study: Study, arguments: argparse.Namespace, step: Step | None = None, check: Callable[[], object] = lambda: None
 ) -> int:
     """Submit the next wave and the job behind it, as far as the hunt may have waves in flight; report when it is over.
 
-    `own` is the job that this runs in, which does not count as waiting; `check` ends the process if a newer start of it
-    has taken over. Raises SlurmError.
+    `step` is what the job that this runs in knows; `check` ends the process if a newer start of it has taken over.
+    Raises SlurmError.
     """
-    from dbscale.launch.slurm.submit import Submission
-
     for _ in range(1 + hunt_of(study.grid).waves_ahead):
-        queued = queue_without(study, own)
+        queued = queue_without(study, step)
         wave = next_wave(study, queued.cells)
         check()
-        show(study, wave, record_wave(study, wave))
+        shower(arguments)(study, wave, record_wave(study, wave))
         plan = wave.plan()
         write_records(study, plan, wave.survey.cost, level=wave.level)
         in_flight = frozenset(cell.key for cell in plan.cells if cell.key in queued.cells)
-        if wave.stopped and own is not None and not in_flight:
+        if wave.stopped and step is not None and not in_flight:
             print(write_results(study.store, study.grid.name)[0])
-            clear_job_files(study.store, study.grid.name)
             return 0
         if wave.stopped:
             plan = replace(plan, waves=())
-        if not plan.waves and is_planned(study, plan, queued):
+        if not plan.waves and says_nothing_to_do(study, plan, queued, in_flight):
+            return 0
+        tries = step.tries + 1 if step is not None and step.done == num_ended(wave) else 0
+        if tries > MOST_TRIES:
             print(
-                f"nothing to submit: {len(in_flight)} runs wait or run in SLURM; the job behind them plans what is next"
+                f"the last {MOST_TRIES} waves finished no pair; `dbscale status` says why. The same command tries again"
             )
             return 0
-        if (
-            not plan.waves
-            and not in_flight
-            and report_is_current(study.store, study.grid.name, [c.key for c in plan.cells])
-        ):
-            print(f"the report is up to date: {report_path(study)}")
-            return 0
-        submit_wave(study, Submission(study, plan, wave.survey.cost, queued, reduce=job), in_flight, check)
+        submit_wave(study, wave, plan, queued, command_behind(arguments, wave, tries), check)
         if not wave.chosen:
             return 0
     return 0
 
 
-def queue_without(study: Study, own: int | None) -> Queued:
+def queue_without(study: Study, step: Step | None) -> Queued:
     """What SLURM holds of the grid, the job that asks left out."""
     from dbscale.launch.slurm.submit import settle_queue
 
-    queued = settle_queue(study)
-    return replace(queued, elements=tuple(each for each in queued.elements if each.array != own))
+    queued = settle_queue(study.store, study.grid.name)
+    return replace(queued, records=tuple(each for each in queued.records if step is None or each.uid != step.uid))
 
 
-def is_planned(study: Study, plan: Plan, queued: Queued) -> bool:
-    """Whether a job already waits behind what is in flight; with waves ahead it waits for the oldest of them only."""
-    if hunt_of(study.grid).waves_ahead and queued.reducers:
+def says_nothing_to_do(study: Study, plan: Plan, queued: Queued, in_flight: frozenset[str]) -> bool:
+    """Whether a job waits behind what is in flight (with waves ahead: behind the oldest), or all is reported."""
+    keys = [cell.key for cell in plan.cells]
+    planned = bool(hunt_of(study.grid).waves_ahead and queued.reducers) or queued.will_be_reduced(keys)
+    if planned:
+        print(f"nothing to submit: {len(in_flight)} runs wait or run in SLURM; the job behind them plans what is next")
+    elif not in_flight and report_is_current(study.store, study.grid.name, keys):
+        print(f"the report is up to date: {report_path(study)}")
         return True
-    return queued.will_be_reduced([cell.key for cell in plan.cells])
+    return planned
 
 
-def submit_wave(study: Study, submission: Submission, in_flight: frozenset[str], check: Callable[[], object]) -> None:
+def submit_wave(
+    study: Study, wave: NextWave, plan: Plan, queued: Queued, last: Callable[[SubmitRecord], str],
+    check: Callable[[], object],
+) -> None:  # fmt: skip
     """Submit arrays and the job behind them; with waves ahead that job waits for the earlier wave alone."""
-    if hunt_of(study.grid).waves_ahead and in_flight:
-        submission.behind = in_flight
+    from dbscale.launch.slurm.submit import Submission
+
+    keys = [cell.key for cell in plan.cells]
+    in_flight = frozenset(queued.cells).intersection(keys)
+    submission = Submission(
+        *where_of(study), queued, last=last, behind=in_flight if hunt_of(study.grid).waves_ahead and in_flight else None
+    )
     check()
-    for made in submission.run():
+    for made in submission.run(tasks_of(plan, wave.survey.cost, study.cluster), keys):
         what = f"{len(made.elements)} bundles" if made.kind == "bundles" else "the job that plans the next wave"
         after = f", after {', '.join(map(str, made.after))}" if made.after else ""
         print(f"submitted {what} as job {made.job}{after}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -252,16 +253,16 @@ def run_job(workplace: Any, slurm: Path, monkeypatch: pytest.MonkeyPatch, *other
     """The job behind the wave that was submitted first among those that did not run yet, as SLURM starts it."""
     record = next(each for each in reversed(records(workplace)) if each["kind"] == "reduce")
     hold(slurm, f"{record['job']}|N/A|RUNNING", *others)
-    start_job(workplace, record, monkeypatch, restart)
+    start_job(slurm, record, monkeypatch, restart)
 
 
-def start_job(workplace: Any, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch, restart: int = 0) -> None:
-    from submitit.core.utils import DelayedSubmission
-
-    (path,) = (workplace.store.grid_dir("tiny") / "jobs" / record["uid"]).glob("*submitted.pkl")
+def start_job(slurm: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch, restart: int = 0) -> None:
+    """What its script runs, in this process."""
+    lines = (slurm / f"script-{record['job']}").read_text().splitlines()
+    words = shlex.split(next(line for line in lines if line.startswith("srun ")))
     monkeypatch.setenv("SLURM_JOB_ID", str(record["job"]))
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-    DelayedSubmission.load(path).function()
+    assert main(words[words.index("dbscale.launch.cli") + 1 :]) == 0
 
 
 def num_pairs(workplace: Any) -> int:
@@ -295,12 +296,12 @@ def test_the_job_behind_a_wave_submits_the_next_one_once(
     assert num_pairs(on_slurm) == 8
     # its node dies; started again, it finds its wave in the queue
     hold(slurm, "103|N/A|RUNNING", *(line for record in made for line in waiting(record)))
-    start_job(on_slurm, records(on_slurm)[2], monkeypatch, restart=1)
+    start_job(slurm, records(on_slurm)[2], monkeypatch, restart=1)
     assert len(records(on_slurm)) == 6
     # the same, but it died before it had submitted the job behind the wave
     (on_slurm.store.grid_dir("tiny") / "submits" / f"{made[-1]['uid']}.json").unlink()
     hold(slurm, "103|N/A|RUNNING", *(line for record in made[:-1] for line in waiting(record)))
-    start_job(on_slurm, records(on_slurm)[2], monkeypatch, restart=2)
+    start_job(slurm, records(on_slurm)[2], monkeypatch, restart=2)
     assert [record["kind"] for record in records(on_slurm)[5:]] == ["reduce"]
     assert records(on_slurm)[5]["after"] == [record["job"] for record in made[:-1]]
 
@@ -318,7 +319,7 @@ def test_an_older_start_of_the_job_that_a_dead_node_gives_back_ends_at_once(
     monkeypatch.setattr("dbscale.launch.slurm.job.os._exit", leave)
     before = len(records(on_slurm))
     with pytest.raises(SystemExit, match="81"):
-        start_job(on_slurm, records(on_slurm)[2], monkeypatch, restart=0)
+        start_job(slurm, records(on_slurm)[2], monkeypatch, restart=0)
     assert len(records(on_slurm)) == before
 
 
@@ -353,8 +354,8 @@ def test_with_waves_ahead_the_job_waits_for_the_earlier_wave_alone(
     hold(slurm)
     sbatch = (slurm / "calls").read_text().count("sbatch")
 
-    def queue_what_was_submitted(self: Any) -> Any:
-        for record in list(run(self)):
+    def queue_what_was_submitted(self: Any, *words: Any) -> Any:
+        for record in list(run(self, *words)):
             lines.extend(waiting(record.model_dump(mode="json")))
             hold(slurm, *lines)
             yield record
@@ -375,3 +376,19 @@ def test_with_waves_ahead_the_job_waits_for_the_earlier_wave_alone(
     assert (slurm / "calls").read_text().count("sbatch") == sbatch + 6
     first_pairs, second_pairs = (wave.bought for wave in log_of(on_slurm).waves[-2:])
     assert sum(each.num_pairs for each in first_pairs) == sum(each.num_pairs for each in second_pairs) == 4
+
+
+def test_a_hunt_whose_waves_come_to_nothing_gives_up_after_three(
+    on_slurm: Any, slurm: Path, submit: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """No array runs anything, as where the data cannot be reached."""
+    submit(command="hunt")
+    for wave in range(1, 5):
+        assert len(records(on_slurm)) == 3 * wave
+        run_job(on_slurm, slurm, monkeypatch)
+    assert len(records(on_slurm)) == 12
+    assert "the last 3 waves finished no pair" in capsys.readouterr().out
+    monkeypatch.delenv("SLURM_JOB_ID")
+    hold(slurm)
+    assert submit(command="hunt")[0] == 0  # a person may try again
+    assert len(records(on_slurm)) == 15

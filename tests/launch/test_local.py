@@ -95,6 +95,9 @@ def test_a_grid_runs_to_its_report_and_says_so_when_typed_again(workplace: Any, 
     assert len(workplace.done()) == num_cells
     assert (workplace.store.grid_dir("tiny") / "report.html").exists()
     assert "It pays." in first.stdout
+    assert not list(workplace.store.root.rglob("*.pkl")), "workers are command lines"
+    assert {path.stat().st_mode & 0o777 for path in workplace.store.grid_dir("tiny").glob("jobs/*")} == {0o700}
+    assert {path.suffix for path in workplace.store.grid_dir("tiny").glob("jobs/*/*")} == {".out"}, "only logs are kept"
     before = workplace.rows()
     again = workplace.run("submit")
     assert again.returncode == 0

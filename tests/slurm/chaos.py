@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -239,6 +240,19 @@ def next_victim(chaos: Chaos) -> str | None:
             return job
         time.sleep(0.3)
     return None
+
+
+@contextlib.contextmanager
+def kept_when_it_fails(store: Path, sandbox: Any, kept: Path) -> Iterator[None]:
+    """Copy the store and SLURM's logs to `kept` when the block raises: both end with the test."""
+    try:
+        yield
+    except BaseException:
+        logs = Path(sandbox.environment["SLURM_CONF"]).parent / "log"
+        for folder, name in ((store, "store"), (logs, "slurm")):
+            shutil.copytree(folder, kept / name, symlinks=True, dirs_exist_ok=True)
+        print(f"the store and SLURM's logs of this run are kept in {kept}", flush=True)
+        raise
 
 
 @contextlib.contextmanager
