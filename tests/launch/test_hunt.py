@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,6 +123,26 @@ def test_a_hunt_that_was_killed_continues_and_ends_alike(
     assert log.waves[-1].findings[0].num_pairs * 7 == len(hunted.done())  # nothing is left half done
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_driver_that_dies_in_the_middle_of_a_wave_is_made_up_for(
+    workplace: Any, wait_until: Callable[..., None], number: int
+) -> None:
+    """In processes of its own, as a user starts it; killed outright, or asked to stop."""
+    prepare(workplace)
+    workplace.behave(steps=3, step_s=0.3, boundary={"root": ROOT, "slope": 0.1, "noise": 0.1})
+    driver = workplace.start("hunt", "--set", "cluster.workers=1")
+    wait_until(lambda: len(workplace.done()) > 2)
+    driver.send_signal(number)
+    _, err = driver.communicate(timeout=120)
+    assert driver.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), err
+    before = workplace.rows()
+    prepare(workplace)
+    again = workplace.run("hunt", "--set", "cluster.workers=1")
+    assert again.returncode == 0, again.stderr
+    assert log_of(workplace).waves[-1].stopped == "crossing"
+    assert before.items() <= workplace.rows().items()
+
+
 def test_killed_between_two_waves_the_rest_is_the_same_to_the_byte(
     hunted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -208,6 +230,11 @@ def test_what_a_scheduler_holds_is_conditioned_on(hunted: Any, monkeypatch: pyte
     third = next_wave(study_of(hunted), active)
     assert (third.chosen, third.stopped) == ((), None)  # it waits
     assert third.survey.pending_s > 0
+
+
+def test_plan_says_that_the_grid_is_hunted(hunted: Any, capsys: Any) -> None:
+    assert main(["plan", *hunted.where]) == 0
+    assert "`dbscale hunt` chooses its runs" in capsys.readouterr().out
 
 
 def test_a_grid_without_a_hunt_says_what_to_write(workplace: Any, fakes: ModuleType, capsys: Any) -> None:

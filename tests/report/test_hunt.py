@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dbscale.laws import judge, make_pairs, noise_of
+from dbscale.report.figures import export, hunt_figure
 from dbscale.report.hunt import WIDTH, WRONG, equal_cost, hunt_story, target_pairs
 from dbscale.report.pairing import pair_arms
 from dbscale.report.schema import ContrastRecord
@@ -127,3 +128,29 @@ def test_an_equal_fixed_grid_is_priced_by_what_the_hunt_met() -> None:
     assert noisier is not None
     assert noisier[0] > 3 * seeds / 2
     assert equal_cost(log(), []) is None
+
+
+def test_the_page_tells_the_path_where_there_is_one(make_store: Callable[..., Store]) -> None:
+    from dbscale.report.page import write_report
+
+    store = make_store()
+    assert "How the runs were chosen" not in write_report(store, "tiny").read_text()
+    write_log(store, log().model_copy(update={"grid": "tiny"}))
+    html = write_report(store, "tiny").read_text()
+    assert "How the runs were chosen" in html
+    assert "3 pairs in 1 wave. It is over: every boundary is as sharp as was asked." in html
+    assert 'id="hunt"' in html
+
+
+def test_the_figure_has_a_panel_a_target_and_goes_to_paper(tmp_path: Path) -> None:
+    rows = [
+        {"part": "path", "panel": panel, "x": 1.0, "y": y, "series": WRONG}
+        for panel in ("one", "two")
+        for y in (1, 0.5)
+    ]
+    figure = hunt_figure(rows)
+    assert figure is not None
+    assert figure.spec()["datasets"]["rows"] == rows
+    assert figure.spec()["facet"]["sort"] == ["one", "two"]
+    assert hunt_figure([]) is None
+    assert {path.suffix for path in export([figure], tmp_path)} == {".svg", ".pdf"}
