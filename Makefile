@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fix test test-slow test-slurm chaos shards plan grid hunt status cancel reduce report export clean \
-        bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-launch replicate
+        bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch replicate mutants
 
 help: ## List the targets
 	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
@@ -92,12 +92,16 @@ bench-kernels: ## Distillation losses beside eager and torch.compile
 bench-laws: ## Fits of public tables, with time per fit
 bench-verdicts: ## Verdicts of simulated studies with real noise (ARGS="rows.parquet --worlds 600")
 bench-hunt: ## Hunts in simulated worlds beside fixed grids (ARGS="--worlds 600 --cache hunts.jsonl")
+bench-pages: ## The same through whole pages, with the demo's noise (hours; type it again to go on)
 bench-launch: ## Planning, submitting and reducing large grids
-bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-launch: $(STAMP)
+bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch: $(STAMP)
 	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
 
 replicate: $(STAMP) ## Run the grid ten times with other seeds and compare the verdicts (hours; type it again to resume)
 	@$(VENV)/bin/python tests/bench/bench_replicate.py --grid "$$GRID" --store "$$STORE" --data "$$DATA" $(ARGS)
+
+mutants: $(STAMP) ## Plant faults in a wing and say which its fast tests let pass (WING=dbscale/laws ARGS="--count 250")
+	@$(VENV)/bin/python tests/bench/mutants.py $(or $(WING),dbscale/laws) $(ARGS)
 
 export: $(STAMP) ## Draw the report's figures as SVG and PDF
 	@$(RUN) export $(WHERE) $(ARGS)

@@ -50,7 +50,7 @@ def _explain(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, An
     if detail["type"] == "missing":
         return f"missing key {path!r}"
     if detail["type"] == "value_error":
-        return f"{path or 'here'}: {detail['msg'].removeprefix('Value error, ')}"
+        return ": ".join(filter(None, (path, detail["msg"].removeprefix("Value error, "))))
     return f"{path}: {detail['msg'].lower()}, found {detail['input']!r}"
 
 

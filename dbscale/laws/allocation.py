@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -102,8 +103,7 @@ class Allocation:
     level: float
 
 
-@dataclass(frozen=True)
-class ArmPlan:
+class ArmPlan(NamedTuple):
     """One arm's best point for the average, and for every draw."""
 
     laws: Selection
@@ -139,7 +139,7 @@ def allocate(
     plan, others = plans[arm], [p for a, p in plans.items() if a != arm]
     count = min(len(p.drawn_errors) for p in plans.values())
     better = [plan.drawn_errors[:count] <= other.drawn_errors[:count] for other in others]
-    low, high = plan.laws.curve_interval(columns_at(plan.point), level)
+    low, high = plan.laws.curve_interval(plan.point, level)
     spend = prices.spend(arm, plan.point)
     return Allocation(
         arm=arm, arm_probability=float(np.mean(better)) if better else 1.0, point=plan.point,
@@ -147,7 +147,7 @@ def allocate(
         spend={**spend, "unspent": max(budget - sum(spend.values()), 0.0)},
         ranges={n: _ends(c, level) for n, c in plan.drawn_points.items()},
         exchange_rates=exchange_rates(plan.laws, plan.point, level),
-        extrapolated=plan.laws.extrapolated(columns_at(plan.point)),
+        extrapolated=plan.laws.extrapolated(plan.point),
         other_error=others[0].error if others else None, level=level,
     )  # fmt: skip
 
@@ -175,8 +175,8 @@ def plan_arm(arm: str, laws: Selection, prices: Prices, budget: float, ranges: M
         point = best_point(laws, affordable(arm, prices, budget, near))
     drawn = laws.draws(wide)
     picks = np.where(np.isfinite(drawn), drawn, np.inf).argmin(axis=1)
-    error = float(laws.predict(columns_at(point))[0])
-    return ArmPlan(laws, point, error, drawn[np.arange(len(drawn)), picks], {n: c[picks] for n, c in wide.items()})
+    errors = drawn[np.arange(len(drawn)), picks]
+    return ArmPlan(laws, point, float(laws.predict(point)[0]), errors, {n: c[picks] for n, c in wide.items()})
 
 
 def best_point(laws: Selection, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -209,11 +209,6 @@ def zoom(ranges: Mapping[str, tuple[float, float]], point: Mapping[str, float]) 
         width = (high / low) ** (2.0 / (STEPS - 1))
         out[name] = (max(low, point[name] / width), min(high, point[name] * width))
     return out
-
-
-def columns_at(point: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """A point as columns of one row."""
-    return {name: np.array([value]) for name, value in point.items()}
 
 
 def exchange_rates(laws: Selection, point: Mapping[str, float], level: float = 0.9) -> dict[str, Triple]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from dbscale.errors import LawError
-from dbscale.laws.contrast import PRIOR_DEGREES, DeltaCurves, DeltaPoint, Pairs, delta_curves, delta_points
+from dbscale.laws.contrast import PRIOR_DEGREES, DeltaCurves, DeltaPoint, Pairs, critical, delta_curves, delta_points
 from dbscale.laws.noise import NoiseModel
 
 Kind = Literal["crossing", "excluded", "one_sign", "undecided"]
@@ -97,7 +97,7 @@ def judge(
     }
     found: dict[str, Any] = {}
     if kind == "crossing":
-        found, more = _crossing(curves, law_curves, points, positive, negative, level)
+        found, more = _crossing(curves, law_curves, _bracket([p.x for p in points], positive, negative), level)
         notes |= more
     return Verdict(
         kind=cast(Kind, kind),
@@ -109,7 +109,12 @@ def judge(
         family=family,
         min_effect=min_effect,
         num_seeds=int(np.median([p.num_seeds for p in points])),
-        smallest_effect=_smallest_effect(points, level, family),
+        smallest_effect=detectable(
+            *(float(np.median([getattr(p, n) for p in points])) for n in ("stderr", "degrees")),
+            len(points),
+            level,
+            family,
+        ),
         more_seeds=_more_seeds(points, curves, min_effect, level, family) if kind == "undecided" else None,
         notes=tuple(name for name, true in notes.items() if true),
         **found,
@@ -136,22 +141,17 @@ def decide(low: np.ndarray, high: np.ndarray, min_effect: float) -> np.ndarray:
 
 
 def _crossing(
-    curves: DeltaCurves,
-    laws: DeltaCurves | None,
-    points: Sequence[DeltaPoint],
-    positive: np.ndarray,
-    negative: np.ndarray,
-    level: float,
+    curves: DeltaCurves, laws: DeltaCurves | None, where: tuple[Direction, tuple[float, float], bool], level: float
 ) -> tuple[dict[str, Any], dict[str, bool]]:
     """Fields of a crossing's verdict, and notes."""
-    direction, bracket, several = _bracket(np.array([p.x for p in points]), positive, negative)
-    root, interval = _root(_roots(curves, bracket, direction), level)
-    found = {"direction": direction, "bracket": bracket, "root": root, "interval": interval}
+    direction, bracket, several = where
+    root, interval = _root(curves, bracket, direction, level)
+    found: dict[str, Any] = {"direction": direction, "bracket": bracket, "root": root, "interval": interval}
     notes = {"several_crossings": several}
     if laws is None:
         return found, notes
     _, drawn = _signed(laws, bracket, direction)
-    law_root, law_interval = _root(_roots(laws, bracket, direction), level)
+    law_root, law_interval = _root(laws, bracket, direction, level)
     # a law sharpens what the points support: its curves must cross here, and not elsewhere than the points say
     notes["laws_do_not_cross"] = bool(np.mean((drawn[:, 0] > 0) & (drawn[:, -1] < 0)) < level)
     apart = law_interval[0] > interval[1] or law_interval[1] < interval[0]
@@ -161,7 +161,9 @@ def _crossing(
     return found, notes
 
 
-def _bracket(x: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple[Direction, tuple[float, float], bool]:
+def _bracket(
+    x: Sequence[float], positive: np.ndarray, negative: np.ndarray
+) -> tuple[Direction, tuple[float, float], bool]:
     """Direction and bracket of the crossing, and whether there are several.
 
     Of several changes of sign the last from positive to negative counts: beyond it distilling no longer pays. Where
@@ -170,7 +172,7 @@ def _bracket(x: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple
     established = np.flatnonzero(positive | negative)
     changes = [(j, k) for j, k in pairwise(established) if positive[j] != positive[k]]
     last = max(changes, key=lambda change: (positive[change[0]], change))
-    return "b_to_a" if positive[last[0]] else "a_to_b", (float(x[last[0]]), float(x[last[1]])), len(changes) > 1
+    return "b_to_a" if positive[last[0]] else "a_to_b", (x[last[0]], x[last[1]]), len(changes) > 1
 
 
 def _signed(curves: DeltaCurves, bracket: tuple[float, float], direction: Direction) -> tuple[np.ndarray, np.ndarray]:
@@ -186,20 +188,19 @@ def _signed(curves: DeltaCurves, bracket: tuple[float, float], direction: Direct
     return at, drawn if direction == "b_to_a" else -drawn
 
 
-def _roots(curves: DeltaCurves, bracket: tuple[float, float], direction: Direction) -> np.ndarray:
-    """Log root of each drawn curve within the bracket [S]: how far the first sign reaches, in all.
+def _root(
+    curves: DeltaCurves, bracket: tuple[float, float], direction: Direction, level: float
+) -> tuple[float, tuple[float, float]]:
+    """Median and interval of the drawn curves' roots within the bracket: of each, how far the first sign reaches in all.
 
     For a curve that crosses once that is its root; one that wanders through 0 gives the middle of its wandering.
     """
     at, drawn = _signed(curves, bracket, direction)
     ahead, size = np.maximum(drawn, 0.0), np.abs(drawn)
     share = (ahead[:, :-1] + ahead[:, 1:]) / np.maximum(size[:, :-1] + size[:, 1:], 1e-300)  # of each piece, linear
-    return at[0] + (at[1] - at[0]) * share.sum(axis=1)
-
-
-def _root(roots: np.ndarray, level: float) -> tuple[float, tuple[float, float]]:
-    low, root, high = np.exp(np.quantile(roots, [0.5 - level / 2, 0.5, 0.5 + level / 2]))
-    return float(root), (float(low), float(high))
+    roots = at[0] + (at[1] - at[0]) * share.sum(axis=1)
+    low, root, high = np.exp(np.quantile(roots, [0.5 - level / 2, 0.5, 0.5 + level / 2])).tolist()
+    return root, (low, high)
 
 
 def _band(curves: DeltaCurves, level: float) -> dict[str, list[float]]:
@@ -215,18 +216,6 @@ def _doubt(curves: DeltaCurves) -> float:
     return float(np.trapezoid(np.minimum(positive, 1 - positive), np.log2(curves.grid)))
 
 
-def critical(degrees: np.ndarray | float, num_x: int, level: float, family: int) -> np.ndarray:
-    """Simultaneous half-width in standard errors, as `delta_points` has it."""
-    from scipy.special import stdtrit
-
-    return stdtrit(degrees, 0.5 + level ** (1 / (num_x * family)) / 2)
-
-
-def _smallest_effect(points: Sequence[DeltaPoint], level: float, family: int) -> float:
-    stderr, degrees = (float(np.median([getattr(p, name) for p in points])) for name in ("stderr", "degrees"))
-    return detectable(stderr, degrees, len(points), level, family)
-
-
 def detectable(stderr: float, degrees: float, num_x: int, level: float, family: int) -> float:
     """|Δ| whose sign is established with probability WANTED_POWER: noncentral t, simultaneous critical value."""
     from scipy.special import nctdtrinc
@@ -234,7 +223,7 @@ def detectable(stderr: float, degrees: float, num_x: int, level: float, family: 
     return stderr * float(nctdtrinc(degrees, 1 - WANTED_POWER, float(critical(degrees, num_x, level, family))))
 
 
-def _degrees(num_x: int, num_seeds: int) -> float:
+def complete_degrees(num_x: int, num_seeds: int) -> float:
     """Degrees of freedom of the moderated variance in a complete table."""
     return min(PRIOR_DEGREES + num_seeds - 1, num_x * (num_seeds - 1.0))
 
@@ -258,7 +247,7 @@ def _more_seeds(
     error, quantile = rng.standard_normal(truth.shape), rng.random((len(truth), 1))
 
     def decides(num_seeds: int) -> bool:
-        new, degrees = num_seeds - have, _degrees(len(points), num_seeds)
+        new, degrees = num_seeds - have, complete_degrees(len(points), num_seeds)
         mean = (have * delta + new * truth + np.sqrt(new) * sd * error) / num_seeds
         half = critical(degrees, len(points), level, family) * sd / num_seeds**0.5
         half = half * np.sqrt(chdtri(degrees, quantile) / degrees)  # that study will have to estimate its noise, too
@@ -318,35 +307,29 @@ def power(
 
     def effect(seeds: int, draws: int) -> float:
         variance = noise.variance_of_mean(seeds, draws, num_students=num_students, num_labels=num_labels)
-        return detectable(variance**0.5, _degrees(num_x, seeds), num_x, level, family)
+        return detectable(variance**0.5, complete_degrees(num_x, seeds), num_x, level, family)
 
     now = effect(num_seeds, finetunes)
     more = range(num_seeds, MOST_SEEDS + 1)
-    seeds = bisect_left(more, True, key=lambda n: effect(n, finetunes) <= now / 2)
+    place = bisect_left(more, True, key=lambda n: effect(n, finetunes) <= now / 2)
+    seeds = more[place] if place < len(more) else None
     draws = next((r for r in range(finetunes, 65) if effect(num_seeds, r) <= now / 2), None)
-    dearer = best = None
+    dearer = best = width = chance = None
     if cost_upstream is not None and cost_finetune is not None:
         best = noise.best_finetunes(cost_upstream, cost_finetune)
         if draws is not None:
             dearer = (cost_upstream + draws * cost_finetune) / (cost_upstream + finetunes * cost_finetune)
-    stderr = noise.variance_of_mean(num_seeds, finetunes, num_students=num_students, num_labels=num_labels) ** 0.5
-    along = noise.variance("seed") / num_seeds / max(stderr**2, 1e-300)  # share of the noise that all x of a seed share
-    degrees = _degrees(num_x, num_seeds)
-    return Power(
-        smallest_effect=now,
-        width_octaves=None if slope is None else _width(stderr, degrees, num_x, along, level, slope),
-        chance_of_crossing=None
-        if slope is None
-        else _chance(stderr, degrees, num_x, along, level, family, abs(slope) * step_octaves),
-        seeds_for_half=more[seeds] if seeds < len(more) else None,
-        finetunes_for_half=draws,
-        cost_of_seeds=more[seeds] / num_seeds if seeds < len(more) else None,
-        cost_of_finetunes=dearer,
-        best_finetunes=best,
-    )
+    if slope is not None:
+        variance = noise.variance_of_mean(num_seeds, finetunes, num_students=num_students, num_labels=num_labels)
+        # share of the noise that all x of a seed share
+        along = noise.variance("seed") / num_seeds / max(variance, 1e-300)
+        design = (variance**0.5, complete_degrees(num_x, num_seeds), num_x, along, level)
+        width = width_at_root(*design, slope)
+        chance = _chance(*design, family, abs(slope) * step_octaves)
+    return Power(now, width, chance, seeds, draws, seeds / num_seeds if seeds else None, dearer, best)
 
 
-def _width(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
+def width_at_root(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
     """Octaves: the curve's interval at the root, read off along its slope. The root leans on the four x about it."""
     from scipy.special import stdtrit
 
@@ -382,11 +365,11 @@ def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: i
         slope, wanted = float(after - before), np.log2(verdict.interval[1] / verdict.interval[0])
 
     def ends_alike(seeds: int) -> bool:
-        degrees, stderr = _degrees(len(at), seeds), sd / seeds**0.5
+        degrees, stderr = complete_degrees(len(at), seeds), sd / seeds**0.5
         half = critical(degrees, len(at), verdict.level, 1) * stderr
         if decide(delta - half, delta + half, verdict.min_effect) != verdict.kind:
             return False
-        return not slope or _width(stderr, degrees, len(at), 0.0, verdict.level, slope) <= wanted
+        return not slope or width_at_root(stderr, degrees, len(at), 0.0, verdict.level, slope) <= wanted
 
     counts = range(2, most_seeds + 1)
     return next((seeds for seeds in counts if ends_alike(seeds)), None)

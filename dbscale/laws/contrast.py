@@ -50,8 +50,8 @@ class Pairs:
     """[n] label of the teacher run among those of one x and seed; students with equal labels share it."""
     test_variance: np.ndarray
     """[n] variance of each Δ over test sets; 0 where unknown."""
-    by_sample: Mapping[int, np.ndarray] | None = None
-    """row -> wrong_A − wrong_B of every test sample [m], in {-1, 0, 1}, or means of those; of every row, or None."""
+    by_sample: np.ndarray | None = None
+    """[n, m] wrong_A − wrong_B of every test sample, in {-1, 0, 1}, or means of those; None unless all rows have them."""
     left_out: int = 0
     """Number of (x, seed) that `pooled` left out because a stratum is missing there."""
 
@@ -59,24 +59,18 @@ class Pairs:
         """The rows of one student, of one `labels`, or of both. Raises LawError naming the values that exist."""
         kept = np.ones(len(self.x), bool)
         for name, wanted in (("student", student), ("labels", labels)):
-            column = getattr(self, name)
-            if wanted is not None:
-                kept &= np.array([value == wanted for value in column])
-                if wanted not in set(column.tolist()):
-                    raise LawError(f"no pair has {name} {wanted!r}: {nearest(wanted, set(column.tolist()))}")
+            column = getattr(self, name).tolist()
+            if wanted is not None and wanted not in column:
+                raise LawError(f"no pair has {name} {wanted!r}: {nearest(wanted, set(column))}")
+            kept &= np.array([wanted in (None, value) for value in column])
         if not kept.any():
             raise LawError(f"no pair has student {student!r} and labels {labels!r} together")
         return self.rows(np.flatnonzero(kept))
 
     def rows(self, rows: np.ndarray) -> Pairs:
         """The rows of these indices."""
-        columns = ("x", "delta", "seed", "student", "labels", "draw", "teacher", "test_variance")
-        samples = None if self.by_sample is None else dict(enumerate(self.samples(rows)))
-        return replace(self, **{name: getattr(self, name)[rows] for name in columns}, by_sample=samples)
-
-    def samples(self, rows: np.ndarray) -> np.ndarray:
-        """Differences by test sample of these rows [rows, m]; only where `by_sample` is known."""
-        return np.array([(self.by_sample or {})[row] for row in rows.tolist()])
+        columns = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **columns)
 
     def pooled(self) -> Pairs:
         """Mean over draws, then over strata, of each (x, seed) that has all strata: one row each, one stratum.
@@ -99,16 +93,14 @@ class Pairs:
         weight = np.zeros((num_cells, len(cell)))
         weight[cell, np.arange(len(cell))] = 1.0 / (draws[cell, stratum] * num_strata)
         weight, rows = weight[complete], np.unique(cell, return_index=True)[1][complete]
-        everything = np.full(len(rows), "all")
-        samples = None if self.by_sample is None else weight @ self.samples(np.arange(len(cell)))
         return replace(
             self.rows(rows),
             delta=weight @ self.delta,
             test_variance=weight**2 @ self.test_variance,
-            student=everything,
-            labels=everything,
+            student=np.full(len(rows), "all"),
+            labels=np.full(len(rows), "all"),
             draw=np.zeros(len(rows), int),
-            by_sample=None if samples is None else dict(enumerate(samples)),
+            by_sample=None if self.by_sample is None else weight @ self.by_sample,
             left_out=self.left_out + int(np.sum(~complete)),
         )
 
@@ -145,7 +137,8 @@ def make_pairs(
     _check_columns(columns, size)
     if len({each.shape for each in samples.values()}) > 1:
         raise LawError("by_sample: the rows have different numbers of test samples; give the samples of one test set")
-    return Pairs(by_sample=samples if set(samples) == set(range(size)) else None, **columns)
+    every = np.array([samples[row] for row in range(size)]) if set(samples) == set(range(size)) else None
+    return Pairs(by_sample=every, **columns)
 
 
 def _check_columns(columns: Mapping[str, np.ndarray], size: int) -> None:
@@ -216,7 +209,7 @@ def seed_table(pairs: Pairs) -> SeedTable:
     floor = np.bincount(column, pooled.test_variance) / count**2
     shared = np.zeros(len(x))
     if pooled.by_sample is not None:
-        shared = np.array([image_variance(pooled.samples(np.flatnonzero(column == k))) for k in range(len(x))])
+        shared = np.array([image_variance(pooled.by_sample[column == k]) for k in range(len(x))])
     return SeedTable(x, values, variance, degrees, shared, floor)
 
 
@@ -270,22 +263,25 @@ def delta_points(pairs: Pairs, *, level: float = 0.9, family: int = 1) -> tuple[
     The simultaneous intervals are Šidák's over (number of x) × `family`, which holds whatever the correlation (Šidák
     1967), so nothing is assumed about seeds along x. Raises NotEnoughData where no x has two seeds.
     """
-    from scipy.special import stdtrit
-
     table = seed_table(pairs)
     mean, stderr = table.mean, np.sqrt(table.mean_variance)
-    each = level ** (1 / (len(table.x) * family))
-    one, every = (stdtrit(table.degrees, 0.5 + covered / 2) * stderr for covered in (level, each))
-    columns = (table.x, mean, stderr, table.degrees, mean - one, mean + one, mean - every, mean + every)
-    names = ("x", "delta", "stderr", "degrees", "low", "high", "low_all", "high_all")
+    one, every = (critical(table.degrees, k, level, n) * stderr for k, n in ((1, 1), (len(table.x), family)))
+    columns = {
+        "x": table.x, "delta": mean, "stderr": stderr, "degrees": table.degrees,
+        "low": mean - one, "high": mean + one, "low_all": mean - every, "high_all": mean + every,
+    }  # fmt: skip
+    seeds = [tuple(values[np.isfinite(values)].tolist()) for values in table.values.T]
     return tuple(
-        DeltaPoint(
-            num_seeds=int(np.isfinite(values).sum()),
-            by_seed=tuple(values[np.isfinite(values)].tolist()),
-            **dict(zip(names, map(float, row), strict=True)),
-        )
-        for values, row in zip(table.values.T, zip(*columns, strict=True), strict=True)
+        DeltaPoint(num_seeds=len(by_seed), by_seed=by_seed, **dict(zip(columns, map(float, row), strict=True)))
+        for by_seed, row in zip(seeds, zip(*columns.values(), strict=True), strict=True)
     )
+
+
+def critical(degrees: np.ndarray | float, num_x: int, level: float, family: int) -> np.ndarray:
+    """Half-width of an interval in standard errors, simultaneous over `num_x` × `family` (Šidák)."""
+    from scipy.special import stdtrit
+
+    return stdtrit(degrees, 0.5 + level ** (1 / (num_x * family)) / 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 
 from dbscale.errors import LawError, NotEnoughData
-from dbscale.laws.boundary import Verdict, critical
-from dbscale.laws.contrast import PRIOR_DEGREES, Pairs, SeedTable, delta_curves, seed_table
+from dbscale.laws.boundary import Verdict
+from dbscale.laws.contrast import PRIOR_DEGREES, Pairs, SeedTable, critical, delta_curves, seed_table
 
 LOOK_AHEAD = (1, 2, 4)
 """Pairs at one x that are weighed as one step: a single pair often turns no sign where four would."""

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from dbscale.errors import LawError, NotEnoughData, nearest
-from dbscale.laws.form import LOG_FLOOR, Contains, Form
+from dbscale.laws.form import LOG_FLOOR, Embed, Form
 from dbscale.laws.forms import find_form
 from dbscale.laws.solver import Loss, Problem, make_loss, minimise, polish
 from dbscale.laws.table import check_table
 
 Bounds = Mapping[str, tuple[float | None, float | None]]
+Interval = tuple[float, float] | None
+"""Ends in the table's units; None where the table does not determine the parameter."""
 SCHEMA = "dbscale.laws/law_fit/2"
 SCREENED_PER_PARAM, RACED, RACE_STEPS, WINNERS = 48, 24, 10, 6
 """Starts drawn for each parameter, those that take a few steps together, how many steps, and those that go on.
@@ -105,7 +107,7 @@ class LawFit:
     @property
     def covariance(self) -> np.ndarray:
         """[p, p] of the parameters, by the delta method, in the order of `form.param_names`."""
-        slope = np.where(self.form.is_log, np.array(list(self.params.values())), 1.0)
+        slope = np.where(self.form.is_log, list(self.params.values()), 1.0)
         return self.plain_covariance * np.outer(slope, slope)
 
     @property
@@ -139,50 +141,39 @@ class LawFit:
         y = self.predict(self.x)
         return np.log(y) - np.log(self.y) if self.loss.is_log else y - self.y
 
-    def report(self, intervals: Mapping[str, tuple[float, float] | None] | None = None) -> str:
+    def report(self, intervals: Mapping[str, Interval] | None = None) -> str:
         """A page of text: the equation, parameters with errors (and 90 % intervals, where given), every warning."""
         rms = float(np.sqrt(np.average(self.residuals**2, weights=self.weights)))
         lines = [f"{self.name}: {self.form.equation}   ({self.form.source})"]
-        lines += [
-            f"  {name:10s} {value:12.6g}  {self._note(name, intervals or {})}" for name, value in self.params.items()
-        ]
-        lines += [
+        for name, value in self.params.items():
+            ends = (intervals or {}).get(name, (math.nan, math.nan))
+            size = "at its bound" if name in self.at_bound else f"± {self.stderr[name]:.3g}"
+            if ends is not None and not math.isnan(ends[0]):
+                size += f"  (90 %: {ends[0]:.6g} to {ends[1]:.6g})"
+            if name in self.fixed:
+                size = "fixed"
+            elif name in self.undetermined or ends is None:
+                size = "not determined by the table"
+            lines.append(f"  {name:10s} {value:12.6g}  {size}")
+        lines.append(
             f"  {len(self.y)} points, objective {self.objective:.8g} ({self.loss.kind}, {self.loss.space}), "
             f"rms residual {rms:.4g}; {self.num_starts_reached} of {self.num_starts} starts reached it"
-        ]
+        )
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
-
-    def _note(self, name: str, intervals: Mapping[str, tuple[float, float] | None]) -> str:
-        """What stands beside a parameter's value: its errors, or why it has none."""
-        ends = intervals.get(name)
-        if name in self.fixed:
-            return "fixed"
-        if name in self.undetermined or (name in intervals and ends is None):
-            return "not determined by the table"
-        size = "at its bound" if name in self.at_bound else f"± {self.stderr[name]:.3g}"
-        return size if ends is None else f"{size}  (90 %: {ends[0]:.6g} to {ends[1]:.6g})"
 
     def to_dict(self) -> dict:
         """JSON-ready; what is not finite becomes null."""
         return {
-            "schema": SCHEMA,
-            "form": self.name,
-            "equation": self.form.equation,
+            "schema": SCHEMA, "form": self.name, "equation": self.form.equation,
             "variables": list(self.form.variable_names),
             "params": {k: finite_or_none(v) for k, v in self.params.items()},
             "stderr": {k: finite_or_none(v) for k, v in self.stderr.items()},
             "covariance": [[finite_or_none(v) for v in row] for row in self.covariance],
-            "objective": self.objective,
-            "loss": {"kind": self.loss.kind, "space": self.loss.space, "delta": self.loss.delta},
-            "num_points": len(self.y),
+            "objective": self.objective, "loss": asdict(self.loss), "num_points": len(self.y),
             "starts": {"tried": self.num_starts, "reached": self.num_starts_reached},
-            "fixed": list(self.fixed),
-            "at_bound": list(self.at_bound),
-            "undetermined": list(self.undetermined),
-            "warnings": list(self.warnings),
-            "seed": self.seed,
-            "range": {k: [float(v.min()), float(v.max())] for k, v in self.x.items()},
-        }
+            **{name: list(getattr(self, name)) for name in ("fixed", "at_bound", "undetermined", "warnings")},
+            "seed": self.seed, "range": {k: [float(v.min()), float(v.max())] for k, v in self.x.items()},
+        }  # fmt: skip
 
 
 def finite_or_none(value: float) -> float | None:
@@ -232,67 +223,59 @@ class Search:
     @classmethod
     def make(cls, form, x, y, weights, loss, bounds, fixed, ceiling, seed: int) -> Search:
         """Check the table and the options."""
-        loss, notes = make_loss(loss), []
+        loss, notes, bounds, fixed = make_loss(loss), [], dict(bounds or {}), dict(fixed or {})
         form, columns, y, weights = check_table(find_form(form), x, y, weights, notes, is_log=loss.is_log)
-        check_options(form, bounds or {}, fixed or {}, ceiling, y)
-        return cls(form, columns, y, weights, loss, dict(bounds or {}), dict(fixed or {}), ceiling, seed, notes)
+        check_options(form, bounds, fixed, ceiling, y)
+        return cls(form, columns, y, weights, loss, bounds, fixed, ceiling, seed, notes)
 
     def fit(self) -> LawFit:
         """Run the search and say how sure its optimum is. Raises NotEnoughData for too few distinct points."""
-        num_free = len(self.form.params) - len(self.fixed)
+        num_params, num_free = len(self.form.params), len(self.form.params) - len(self.fixed)
         num_distinct = len(np.unique(np.stack(list(self.x.values())), axis=1).T)
         if num_distinct < num_free:
             raise NotEnoughData(
                 f"{self.form.name} has {num_free} free parameters, the table {num_distinct} distinct points: "
                 "fix parameters, or use a smaller law"
             )
-        if num_distinct <= len(self.form.params) + 1:
+        if num_distinct <= num_params + 1:
             self.warnings.append(
-                f"{num_distinct} distinct points for {len(self.form.params)} parameters: the fit all but interpolates"
+                f"{num_distinct} distinct points for {num_params} parameters: the fit all but interpolates"
             )
         return self.finish(self.run(self.form))
 
     def units(self) -> dict[str, float]:
         """Geometric means; 1 where a bounded or fixed amplitude would no longer be a box in scaled coordinates."""
-        pinned = {
-            rule.variable
-            for rule in self.form.scaling
-            if rule.exponent and (rule.amplitude in self.bounds or rule.amplitude in self.fixed)
-        }
-        shared = {v.name: v.unit_of or v.name for v in self.form.variables}
-        plain = {
-            v.name for v in self.form.variables if not v.scaled or shared[v.name] in {shared.get(p) for p in pinned}
-        }
-        units = {n: 1.0 if n in plain else geometric_mean(self.x[shared[n]]) for n in self.form.variable_names}
-        return units | {"y": 1.0 if "y" in pinned or not self.form.scales_with_y else geometric_mean(self.y)}
+        held = {*self.bounds, *self.fixed}
+        pinned = {rule.variable for rule in self.form.scaling if rule.exponent and rule.amplitude in held}
+        units = {"y": geometric_mean(self.y) if self.form.scales_with_y and "y" not in pinned else 1.0}
+        for v in self.form.variables:
+            own = geometric_mean(self.x[v.name]) if v.scaled and v.name not in pinned else 1.0
+            units[v.name] = units[v.unit_of] if v.unit_of else own
+        return units
 
     def problem(self, form: Form) -> Problem:
-        """The scaled problem of this law or of one it contains."""
+        """The scaled problem of this law or of one it contains; a fixed parameter has both ends of its box equal."""
         units = self.units()
-        return make_problem(form, self.x, self.y, units, self.loss, self.box(form, units))
-
-    def box(self, form: Form, units: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper scaled coordinates [p]; a fixed parameter has both equal."""
-        matrix, shift = form.unscaling(units)
-        ends = []
+        (matrix, shift), ends = form.unscaling(units), []
         for k, p in enumerate(form.params):
-            low, high = self.bounds.get(p.name, (None, None))
+            given = self.bounds.get(p.name, (None, None))
             if p.name in self.fixed:
-                low = high = self.fixed[p.name]
-            elif p.is_ceiling and high is None:
-                high = self.ceiling
-            both = [_scaled(p.kind, v, matrix[k, k], shift[k]) for v in (low, high)]
-            defaults = np.log([p.lower, p.upper]) if p.kind == "log" else (p.lower, p.upper)
-            ends.append([d if v is None else v for d, v in zip(defaults, both, strict=True)])
-        lower, upper = np.array(ends, dtype=float).T
-        return lower, upper
+                given = (self.fixed[p.name],) * 2
+            elif p.is_ceiling and given[1] is None:
+                given = (given[0], self.ceiling)
+            for value, default in zip(given, (p.lower, p.upper), strict=True):
+                if p.kind == "log":
+                    ends.append(np.log(default) if value is None else np.log(max(value, 1e-300)) - shift[k])
+                else:
+                    ends.append(default if value is None else value / matrix[k, k])
+        return make_problem(form, self.x, self.y, units, self.loss, np.array(ends, dtype=float).reshape(-1, 2).T)
 
     def run(self, form: Form) -> list[tuple[np.ndarray, float, bool]]:
         """Optima, the best first: from contained laws (so that none fits better) and from a wide spread."""
         if form.name in self.found:
             return self.found[form.name]
         problem = self.problem(form)
-        embedded = [self.embedded(problem, inner) for inner in form.contains]
+        embedded = [self.embedded(problem, *inner) for inner in form.contains.items()]
         starts = np.stack([*(start for start in embedded if start is not None), *self.race(problem)])
         theta, objective = minimise(problem, starts, self.weights[None])
         order = np.argsort(objective, kind="stable")
@@ -310,17 +293,16 @@ class Search:
         theta, objective = minimise(problem, wide[order[:RACED]], self.weights[None], max_steps=RACE_STEPS)
         return theta[np.argsort(objective, kind="stable")[:WINNERS]]
 
-    def embedded(self, problem: Problem, inner: Contains) -> np.ndarray | None:
+    def embedded(self, problem: Problem, name: str, embed: Embed) -> np.ndarray | None:
         """Coordinates [p] at which the law equals the best fit of one it contains; parameters that do not matter there
         start in the middle of their range. None where the inner law has other variables."""
         form = problem.form
-        small = find_form(inner.name, form.variable_names)
+        small = find_form(name, form.variable_names)
         if not set(small.variable_names) <= set(form.variable_names):
             return None
-        values = {n: float(v[0]) for n, v in small.natural(self.run(small)[0][0]).items()}
-        middle = spread_starts(problem, 1, self.seed)[0]
-        free = {n: float(v[0]) for n, v in form.natural(middle).items()}
-        return form.coordinates({**free, **inner.embed(values)})
+        middle, best = spread_starts(problem, 1, self.seed)[0], self.run(small)[0][0]
+        free, values = ({n: float(v[0]) for n, v in f.natural(t).items()} for f, t in ((form, middle), (small, best)))
+        return form.coordinates({**free, **embed(values)})
 
     def finish(self, ends: list[tuple[np.ndarray, float, bool]]) -> LawFit:
         """The value handed to the user: optimum, covariance, what lies at a bound, and what to be wary of."""
@@ -352,14 +334,7 @@ def geometric_mean(values: np.ndarray) -> float:
     return float(np.exp(np.mean(np.log(sizes)))) if sizes.size else 1.0
 
 
-def _scaled(kind: str, value: float | None, factor: float, shift: float) -> float | None:
-    """A bound in the table's units as a scaled coordinate."""
-    if value is None:
-        return None
-    return float(np.log(max(value, 1e-300)) - shift) if kind == "log" else value / factor
-
-
-def make_problem(form: Form, x: Mapping, y: np.ndarray, units: Mapping, loss: Loss, box: tuple) -> Problem:
+def make_problem(form: Form, x: Mapping, y: np.ndarray, units: Mapping, loss: Loss, box) -> Problem:
     """The scaled problem, rounded to twelve digits, so that no unit leaves a trace by which a start leads elsewhere.
 
     Huber's corner under linear losses follows the size of y, whatever y was divided by.

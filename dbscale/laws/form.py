@@ -8,7 +8,7 @@ The laws themselves are in `forms`, fitting is left to `fit`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from dbscale.errors import LawError, nearest
 
 Columns = Mapping[str, np.ndarray]
 Values = Mapping[str, np.ndarray]
+Embed = Callable[[Mapping[str, float]], Mapping[str, float]]
+"""Maps a small law's parameters into the law that contains it."""
 LOG_FLOOR, LOG_CEILING = 1e-60, 1e60
 """Amplitudes below the floor count as 0."""
-STEP = 1e-30  # complex step: exact to rounding, so any tiny number does
+STEP = 1e-6  # of central differences, in coordinates: errors of 1e-9 of y
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,6 @@ class Param:
             object.__setattr__(self, "lower", max(self.lower, LOG_FLOOR))
             object.__setattr__(self, "upper", min(self.upper, LOG_CEILING))
 
-    @property
-    def in_units_of_y(self) -> bool:
-        """Offsets move with the unit of y as they are; amplitudes by the form's rules."""
-        return self.kind == "linear" and self.unit != ""
-
 
 @dataclass(frozen=True)
 class Scaling:
@@ -78,20 +75,11 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Contains:
-    """A law that this one becomes for special values; `embed` maps the small law's parameters into this one."""
-
-    name: str
-    embed: Callable[[Mapping[str, float]], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
 class Form:
-    """A functional form, given by `value`, by `gradient`, or by both.
+    """A functional form, given by `value` or, where it is fitted thousands of times, by `gradient`.
 
-    `value(x, p)` is the equation: columns [n] (or broadcastable) and parameters [..., 1] give y [..., n]; it must accept
-    complex parameters, from which Jacobians follow. `gradient(x, p)` gives y and one ∂y/∂parameter per name by hand,
-    where speed matters; a test holds the two together.
+    `value(x, p)` is the equation: columns [n] (or broadcastable) and parameters [..., 1] give y [..., n].
+    `gradient(x, p)` gives y and one ∂y/∂parameter per name.
     """
 
     name: str
@@ -103,7 +91,8 @@ class Form:
     source: str
     value: Callable[[Columns, Values], np.ndarray] | None = None
     gradient: Callable[[Columns, Values], tuple[np.ndarray, Values]] | None = None
-    contains: tuple[Contains, ...] = ()
+    contains: Mapping[str, Embed] = field(default_factory=dict)
+    """Laws that this one becomes for special values."""
     restrict: Callable[[tuple[str, ...]], Form] | None = None
     """Makes the form over fewer variables, where the law allows that (a grid of one model size has no M term)."""
 
@@ -138,34 +127,30 @@ class Form:
         """y [..., n] at coordinates [..., p]; values outside the domain are nan or inf, without warnings."""
         with np.errstate(all="ignore"):
             p = self.natural(theta)
-            if self.value is not None:
-                return np.asarray(self.value(x, p))
-            assert self.gradient is not None
-            return self.gradient(x, p)[0]
+            return self.gradient(x, p)[0] if self.gradient else np.asarray(self.value(x, p))  # type: ignore[misc]
 
     def jacobian(self, x: Columns, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """y [S, n] and ∂y/∂coordinates [S, p, n], by hand where the form has it, else by complex steps."""
-        if self.gradient is None:
-            return self.evaluate(x, theta), self.complex_step_jacobian(x, theta)
+        """y [S, n] and ∂y/∂coordinates [S, p, n]: by hand where the form has it, else by central differences."""
         with np.errstate(all="ignore"):
-            p = self.natural(theta)
-            y, by_param = self.gradient(x, p)
-            rows = [by_param[q.name] * p[q.name] if q.kind == "log" else by_param[q.name] for q in self.params]
+            if self.gradient is None:
+                ends = [
+                    self.evaluate(x, theta + side * STEP * row) for row in np.eye(len(self.params)) for side in (1, -1)
+                ]
+                y, rows = (
+                    self.evaluate(x, theta),
+                    [(a - b) / (2 * STEP) for a, b in zip(ends[::2], ends[1::2], strict=True)],
+                )
+            else:
+                p = self.natural(theta)
+                y, slopes = self.gradient(x, p)
+                rows = [slopes[q.name] * p[q.name] if q.kind == "log" else slopes[q.name] for q in self.params]
             return y, np.stack([np.broadcast_to(row, y.shape) for row in rows], axis=-2)
-
-    def complex_step_jacobian(self, x: Columns, theta: np.ndarray) -> np.ndarray:
-        """∂y/∂coordinates [S, p, n], exact to rounding for any `value` that is analytic in its parameters."""
-        steps = []
-        for k in range(len(self.params)):
-            moved = theta.astype(complex)
-            moved[..., k] += 1j * STEP
-            steps.append(np.imag(self.evaluate(x, moved)) / STEP)
-        return np.stack(np.broadcast_arrays(*steps), axis=-2)
 
     def unscaling(self, units: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
         """Matrix [p, p] and shift [p] that take scaled coordinates to those of the table's units."""
         place = {p.name: k for k, p in enumerate(self.params)}
-        matrix = np.diag([units.get("y", 1.0) if p.in_units_of_y else 1.0 for p in self.params])
+        # offsets move with the unit of y as they are, amplitudes by the form's rules
+        matrix = np.diag([units.get("y", 1.0) if p.kind == "linear" and p.unit else 1.0 for p in self.params])
         shift = np.zeros(len(self.params))
         for rule in self.scaling:
             size = rule.sign * np.log(units.get(rule.variable, 1.0))
@@ -176,34 +161,24 @@ class Form:
         return matrix, shift
 
     def columns(self, x: Mapping[str, object] | object) -> dict[str, np.ndarray]:
-        """The table's columns under this form's names; names, symbols and aliases are understood, others refused."""
+        """The table's columns under this form's names; names, symbols and aliases are understood, others refused.
+
+        A law of one variable takes a single column under any name, or an array.
+        """
         if not isinstance(x, Mapping):
-            if len(self.variables) != 1:
-                raise LawError(f"{self.name} needs columns {', '.join(self.variable_names)}; got one array")
             x = {self.variables[0].name: x}
         if len(self.variables) == 1 and len(x) == 1:
             return {self.variables[0].name: as_numbers(*next(iter(x.items())))}
-        return {v.name: self._column(v, x) for v in self.variables}
-
-    def _column(self, variable: Variable, x: Mapping[str, object]) -> np.ndarray:
-        name = variable.found_in(x)
-        if name is None:
-            raise LawError(f"{self.name}: column {variable.name!r} is missing; {nearest(variable.name, x)}")
-        return as_numbers(name, x[name])
+        found = {v.name: v.found_in(x) for v in self.variables}
+        missing = next((name for name, column in found.items() if column is None), None)
+        if missing:
+            raise LawError(f"{self.name}: column {missing!r} is missing; {nearest(missing, x)}")
+        return {name: as_numbers(str(column), x[column]) for name, column in found.items()}
 
 
 def as_numbers(name: str, column: object) -> np.ndarray:
-    """A float array, or a LawError that names the column and its first value that is no number."""
+    """A float array, or a LawError that names the column and what in it is no number."""
     try:
         return np.asarray(column, dtype=float)
-    except (TypeError, ValueError):
-        bad = next((v for v in np.ravel(np.asarray(column, dtype=object)) if not _is_number(v)), column)
-        raise LawError(f"column {name!r}: {bad!r} is not a number") from None
-
-
-def _is_number(value: object) -> bool:
-    try:
-        float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
-    return True
+    except (TypeError, ValueError) as error:
+        raise LawError(f"column {name!r} must hold numbers: {error}") from None

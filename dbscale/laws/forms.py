@@ -7,12 +7,12 @@ of them), curves of one variable that saturate, bend or break, and laws of train
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from dbscale.errors import LawError, nearest
-from dbscale.laws.form import Columns, Contains, Form, Param, Scaling, Values, Variable
+from dbscale.laws.form import Columns, Form, Param, Scaling, Values, Variable
 
 UPSTREAM = Variable("upstream_samples", "D_p", aliases=("num_upstream_samples", "dp"))
 SIZE = Variable("num_params", "M", aliases=("N", "params"))
@@ -25,8 +25,7 @@ GRID = ((UPSTREAM, "A", "alpha"), (SIZE, "B", "beta"), (DOWNSTREAM, "C", "gamma"
 GRID_NAMES = tuple(v.name for v, _, _ in GRID)
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """amplitude · Π variable^(sign · exponent)."""
 
     amplitude: str
@@ -34,8 +33,20 @@ class Term:
     """(variable, exponent, sign) each."""
 
     def scaling(self) -> tuple[Scaling, ...]:
-        """How the amplitude moves with the units of its variables."""
-        return tuple(Scaling(self.amplitude, v, e, -s) for v, e, s in self.factors)
+        """How the amplitude moves with the units of its variables and of y."""
+        return (
+            *(Scaling(self.amplitude, v, e, -s) for v, e, s in self.factors),
+            Scaling(self.amplitude, "y", None, 1.0),
+        )
+
+    def log_product(self, x: Columns, p: Values) -> np.ndarray:
+        """Logarithm of the term over its amplitude."""
+        return np.asarray(sum(s * p[e] * np.log(x[v]) for v, e, s in self.factors))
+
+
+def falling(amplitude: str, *pairs: tuple[str, str]) -> Term:
+    """amplitude · Π variable^-exponent, from (variable, exponent) each."""
+    return Term(amplitude, tuple((v, e, -1.0) for v, e in pairs))
 
 
 def power_sum_gradient(x: Columns, p: Values, offset: str | None, terms: tuple[Term, ...]) -> tuple[np.ndarray, Values]:
@@ -43,12 +54,11 @@ def power_sum_gradient(x: Columns, p: Values, offset: str | None, terms: tuple[T
     total: np.ndarray | float = p[offset] if offset else 0.0
     slopes: dict[str, np.ndarray] = {}
     for term in terms:
-        logs = {e: s * np.log(x[v]) for v, e, s in term.factors}
-        slopes[term.amplitude] = np.exp(sum(p[e] * log for e, log in logs.items()))
+        slopes[term.amplitude] = np.exp(term.log_product(x, p))
         part = p[term.amplitude] * slopes[term.amplitude]
         total = total + part
-        for e, log in logs.items():
-            slopes[e] = slopes.get(e, np.zeros(())) + part * log
+        for v, e, s in term.factors:
+            slopes[e] = slopes.get(e, np.zeros(())) + part * s * np.log(x[v])
     if offset:
         slopes[offset] = np.ones_like(total)
     return np.asarray(total), slopes
@@ -77,7 +87,7 @@ def power_sum(
     params = [offset_param(offset)] if offset else []
     params += [Param(t.amplitude, "log", (0.02, 1.5), unit="y_mid") for t in terms]
     params += [exponent_param(e, s, signed=signed) for e, s in exponents.items()]
-    scaling = tuple(rule for t in terms for rule in (*t.scaling(), Scaling(t.amplitude, "y", None, 1.0)))
+    scaling = tuple(rule for t in terms for rule in t.scaling())
     return Form(name, equation, variables, tuple(params), scaling, domain, source,
                 gradient=lambda x, p: power_sum_gradient(x, p, offset, terms), **about)  # fmt: skip
 
@@ -87,7 +97,7 @@ def additive_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
     used = [row for row in GRID if row[0].name in names]
     equation = "E = E_inf + " + " + ".join(f"{a}*{v.symbol}^-{e}" for v, a, e in used)
     return power_sum("additive", equation, tuple(v for v, _, _ in used),
-                     tuple(Term(a, ((v.name, e, -1.0),)) for v, a, e in used),
+                     tuple(falling(a, (v.name, e)) for v, a, e in used),
                      "2504.13219, one reading of its Eq. 1", offset="E_inf", restrict=additive_form)  # fmt: skip
 
 
@@ -95,7 +105,7 @@ def product_term(names: tuple[str, ...]) -> tuple[str, tuple[Variable, ...], Ter
     """K·D_p^-α·M^-β·D_f^-γ over those of the three variables that vary, as text, its variables, and as a term."""
     used = [row for row in GRID if row[0].name in names]
     text = "K" + "".join(f"*{v.symbol}^-{e}" for v, _, e in used)
-    return text, tuple(v for v, _, _ in used), Term("K", tuple((v.name, e, -1.0) for v, _, e in used))
+    return text, tuple(v for v, _, _ in used), falling("K", *((v.name, e) for v, _, e in used))
 
 
 def product_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
@@ -109,14 +119,14 @@ def transfer_gap_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
     """E = (A·D_p^-α + G)·D_f^-β + E∞, times M^-δ where model sizes vary: a product law with a gap."""
     if not {"upstream_samples", "downstream_samples"} <= set(names):
         raise LawError(f"transfer_gap needs upstream_samples and downstream_samples to vary; only {names} do")
-    size = (("num_params", "delta", -1.0),) if "num_params" in names else ()
-    shared = (*size, ("downstream_samples", "beta", -1.0))
+    size = (("num_params", "delta"),) if "num_params" in names else ()
+    shared = (*size, ("downstream_samples", "beta"))
     return power_sum(
         "transfer_gap", f"E = (A*D_p^-alpha + G)*{'M^-delta*' if size else ''}D_f^-beta + E_inf",
         tuple(v for v, _, _ in GRID if v.name in names),
-        (Term("A", (("upstream_samples", "alpha", -1.0), *shared)), Term("G", shared)), offset="E_inf",
+        (falling("A", ("upstream_samples", "alpha"), *shared), falling("G", *shared)), offset="E_inf",
         source="Barnett 2408.16947; without E_inf Mikami et al. 2108.11018; M^-delta as in the product law",
-        contains=(Contains("product", product_as_gap),), restrict=transfer_gap_form,
+        contains={"product": product_as_gap}, restrict=transfer_gap_form,
     )  # fmt: skip
 
 
@@ -130,11 +140,11 @@ POWER_TERM = (Term("b", (("x", "c", 1.0),)),)
 POWER = power_sum("power", "y = b*x^c", (ANY,), POWER_TERM, "M1 of 2209.06640", offset=None, signed=True)
 POWER_PLUS = power_sum(
     "power_plus", "y = E + b*x^c", (ANY,), POWER_TERM, "M2 of 2209.06640", signed=True,
-    contains=(Contains("power", lambda p: {"E": 0.0, **p}),),
+    contains={"power": lambda p: {"E": 0.0, **p}},
 )  # fmt: skip
 CHINCHILLA = power_sum(
     "chinchilla", "L = E + A/N^alpha + B/D^beta", (LM_SIZE, SAMPLES),
-    (Term("A", (("num_params", "alpha", -1.0),)), Term("B", (("num_samples", "beta", -1.0),))),
+    (falling("A", ("num_params", "alpha")), falling("B", ("num_samples", "beta"))),
     source="Hoffmann et al. 2203.15556; data and fit of 2404.10102",
 )  # fmt: skip
 EFFECTIVE_DATA = power_sum(
@@ -166,7 +176,7 @@ SATURATING = Form(
     ),
     (Scaling("b", "x", "c", 1.0), Scaling("g", "x", None, -1.0), Scaling("b", "y", None, 1.0)),
     "x > 0", "M3 of 2209.06640", gradient=saturating_gradient,
-    contains=(Contains("power", lambda p: {"b": p["b"], "g": 0.0, "c": -p["c"]}),),
+    contains={"power": lambda p: {"b": p["b"], "g": 0.0, "c": -p["c"]}},
 )  # fmt: skip
 
 
@@ -174,25 +184,14 @@ def bnsl_gradient(x: Columns, p: Values) -> tuple[np.ndarray, Values]:
     """a + b·x^-c0·(1 + (x/d1)^(1/f1))^(-c1·f1) and its slopes."""
     log = np.log(x["x"])
     t = (log - np.log(p["d1"])) / p["f1"]
-    bend, gate = softplus(t), sigmoid(t)
+    bend = np.logaddexp(0.0, t)
+    gate = np.exp(t - bend)
     bare = np.exp(-p["c0"] * log - p["c1"] * p["f1"] * bend)
     part = p["b"] * bare
     return p["a"] + part, {
         "a": np.ones_like(part), "b": bare, "c0": -part * log, "c1": -part * p["f1"] * bend,
         "d1": part * p["c1"] * gate / p["d1"], "f1": part * p["c1"] * (gate * t - bend),
     }  # fmt: skip
-
-
-def softplus(t: np.ndarray) -> np.ndarray:
-    """log(1 + e^t) without overflow, for complex numbers too."""
-    above = np.real(t) > 0
-    return np.where(above, t, 0) + np.log1p(np.exp(np.where(above, -t, t)))
-
-
-def sigmoid(z: np.ndarray) -> np.ndarray:
-    """1/(1 + e^-z) without overflow."""
-    small = np.exp(-np.abs(z))
-    return np.where(np.real(z) >= 0, 1.0, small) / (1.0 + small)
 
 
 def rectified_as_bnsl(p: Mapping[str, float]) -> dict[str, float]:
@@ -216,11 +215,11 @@ BNSL = Form(
     ),
     (Scaling("b", "x", "c0", 1.0), Scaling("d1", "x", None, 1.0), Scaling("b", "y", None, 1.0)),
     "x > 0; one break", "Caballero et al. 2210.14891", gradient=bnsl_gradient,
-    contains=(
-        Contains("power_plus", lambda p: {"a": p["E"], "b": p["b"], "c0": -p["c"], "c1": 0.0}),
-        Contains("saturating", lambda p: {"a": 0.0, "b": p["b"], "c0": p["c"], "c1": -p["c"], "d1": 1 / p["g"], "f1": 1.0}),
-        Contains("rectified", rectified_as_bnsl),
-    ),
+    contains={
+        "power_plus": lambda p: {"a": p["E"], "b": p["b"], "c0": -p["c"], "c1": 0.0},
+        "saturating": lambda p: {"a": 0.0, "b": p["b"], "c0": p["c"], "c1": -p["c"], "d1": 1 / p["g"], "f1": 1.0},
+        "rectified": rectified_as_bnsl,
+    },
 )  # fmt: skip
 
 
@@ -243,7 +242,7 @@ RECTIFIED = Form(
     ),
     (Scaling("B", "x", "beta", 1.0), Scaling("D_l", "x", "beta", 1.0), Scaling("B", "y", None, 1.0)),
     "x > 0 (finetuning sizes)", "Lin et al. 2402.02314", gradient=rectified_gradient,
-    contains=(Contains("power_plus", lambda p: {"E": p["E"], "B": p["b"], "D_l": 0.0, "beta": -p["c"]}),),
+    contains={"power_plus": lambda p: {"E": p["E"], "B": p["b"], "D_l": 0.0, "beta": -p["c"]}},
 )  # fmt: skip
 
 LOG_LAW = Form(
@@ -287,34 +286,17 @@ def m4_root(right: np.ndarray, level: np.ndarray, a: np.ndarray) -> np.ndarray:
 
 
 def m4_parts(right: np.ndarray, p: Values, offset: str) -> tuple[np.ndarray, np.ndarray]:
-    """ε − E and E0 − ε, each without cancellation; nan where E0 ≤ E. Real parts only."""
-    right, level, a = np.real(right), np.real(p["E0"] - p[offset]), np.real(p["a"])
-    z = m4_root(right, level, a)
-    plain = np.exp(right)
+    """ε − E and E0 − ε, each without cancellation; nan where E0 ≤ E. At a = 0 the law is E + right side, whatever E0."""
+    level, a = p["E0"] - p[offset], p["a"]
+    z, plain = m4_root(right, level, a), np.exp(right)
     level = np.where(level > 0, level, np.nan)
-    above = np.where(a == 0, plain, level * sigmoid(z))
-    return above, np.where(a == 0, np.maximum(level - plain, 1e-12), np.maximum(level * sigmoid(-z), 1e-300))
-
-
-def m4_right(x: Columns, p: Values, term: Term) -> np.ndarray:
-    """log(amplitude · Π variable^(sign · exponent))."""
-    return np.log(p[term.amplitude]) + sum(s * p[e] * np.log(x[v]) for v, e, s in term.factors)
-
-
-def m4_value(x: Columns, p: Values, offset: str, term: Term) -> np.ndarray:
-    """ε. At a = 0 this is E + right side, whatever E0. Complex parts are carried by the implicit function's slope."""
-    right = m4_right(x, p, term)
-    above, below = m4_parts(right, p, offset)
-    if not any(np.iscomplexobj(v) for v in p.values()):
-        return p[offset] + above
-    a, shift = np.real(p["a"]), {name: np.imag(p[name]) for name in (offset, "E0", "a")}
-    moved = shift[offset] / above + a * shift["E0"] / below + shift["a"] * np.log(below) + np.imag(right)
-    return np.real(p[offset]) + above + 1j * moved / (1.0 / above + a / below)
+    above, below = (np.maximum(level * np.exp(-np.logaddexp(0.0, -end)), 1e-300) for end in (z, -z))
+    return np.where(a == 0, plain, above), np.where(a == 0, np.maximum(level - plain, 1e-12), below)
 
 
 def m4_gradient(x: Columns, p: Values, offset: str, term: Term) -> tuple[np.ndarray, Values]:
     """y and its slopes from the implicit equation F = log(ε − E) − a·log(E0 − ε) − right = 0."""
-    above, below = m4_parts(m4_right(x, p, term), p, offset)
+    above, below = m4_parts(np.log(p[term.amplitude]) + term.log_product(x, p), p, offset)
     slope = 1.0 / (1.0 / above + p["a"] / below)  # 1 / (∂F/∂ε)
     return p[offset] + above, {
         offset: slope / above, "E0": slope * p["a"] / below, "a": slope * np.log(below),
@@ -327,7 +309,6 @@ def m4_form(
     name: str, equation: str, variables: tuple[Variable, ...], offset: str, term: Term, source: str, **about
 ) -> Form:  # fmt: skip
     """A law of this family; `about` are the rest of `Form`'s fields."""
-    in_y = (Scaling(term.amplitude, "y", None, 1.0), Scaling(term.amplitude, "y", "a", -1.0))
     params = (
         offset_param(offset),
         Param("E0", "linear", (1.001, 1.6), 0.0, np.inf, unit="y_high", is_ceiling=True),
@@ -336,15 +317,15 @@ def m4_form(
         *(exponent_param(e, s, signed=s > 0) for _, e, s in term.factors),
     )
     return Form(
-        name, equation, variables, params, (*term.scaling(), *in_y),
+        name, equation, variables, params, (*term.scaling(), Scaling(term.amplitude, "y", "a", -1.0)),
         "all variables > 0, E < y < E0; for error rates E0 is at most 1", source,
-        value=lambda x, p: m4_value(x, p, offset, term), gradient=lambda x, p: m4_gradient(x, p, offset, term), **about,
+        gradient=lambda x, p: m4_gradient(x, p, offset, term), **about,
     )  # fmt: skip
 
 
 M4 = m4_form(
     "m4", "(y - E)/(E0 - y)^a = b*x^c", (ANY,), "E", *POWER_TERM, source="M4 of Alabdulmohsin et al. 2209.06640",
-    contains=(Contains("power_plus", lambda p: {**p, "a": 0.0}),),
+    contains={"power_plus": lambda p: {**p, "a": 0.0}},
 )  # fmt: skip
 
 
@@ -356,7 +337,7 @@ def m4_product_form(names: tuple[str, ...] = GRID_NAMES) -> Form:
     text, variables, term = product_term(names)
     return m4_form("m4_product", f"(E - E_inf)/(E0 - E)^a = {text}", variables, "E_inf", term,
                    "the product law of 2504.13219 inside M4 of 2209.06640", restrict=m4_product_form,
-                   contains=(Contains("product", lambda p: {**p, "a": 0.0}),))  # fmt: skip
+                   contains={"product": lambda p: {**p, "a": 0.0}})  # fmt: skip
 
 
 # Laws of training runs: repeated data, and distillation with the teacher's loss.
@@ -383,9 +364,7 @@ def data_constrained_value(x: Columns, p: Values) -> np.ndarray:
     gain = np.exp(np.log(a * p["A"] / (b * p["B"])) / (a + b))
     log_optimal = np.log(gain) + (np.log(x["unique_samples"]) + np.log(gain)) * b / a
     log_size = np.log(x["num_params"])
-    least = log_size - FURTHEST
-    log_base = np.where(np.real(log_optimal) > least, log_optimal, least)
-    log_base = np.where(np.real(log_optimal) < log_size, log_base, log_size)
+    log_base = np.clip(log_optimal, log_size - FURTHEST, log_size)
     size = log_effective(log_base, np.exp(log_size - log_base) - 1, p["R_N"])
     repeats = x["num_samples"] / x["unique_samples"] - 1
     samples = log_effective(np.log(x["unique_samples"]), np.maximum(repeats, 0), p["R_D"])
@@ -403,7 +382,7 @@ DATA_CONSTRAINED = Form(
     (*LM_PARAMS, Param("R_D", "log", (1.0, 100.0), 1e-3), Param("R_N", "log", (1.0, 100.0), 1e-3)),
     (*LM_SCALING, Scaling("A", "y", None, 1.0), Scaling("B", "y", None, 1.0)),
     "num_samples >= unique_samples > 0", "Muennighoff et al. 2305.16264", value=data_constrained_value,
-    contains=(Contains("chinchilla", lambda p: {**p, "R_D": 1e20, "R_N": 1e20}),),
+    contains={"chinchilla": lambda p: {**p, "R_D": 1e20, "R_N": 1e20}},
 )  # fmt: skip
 
 
@@ -416,7 +395,7 @@ def log_apple_sum(x: Columns, p: Values) -> np.ndarray:
 def apple_distillation_value(x: Columns, p: Values) -> np.ndarray:
     """L_T + L_T^-c0·(1 + (L_T/(L̃_S·d1))^(1/f1))^(-c1·f1)·(A/N_S^α + B/D_S^β)^γ."""
     teacher = np.log(x["teacher_loss"])
-    bend = softplus((teacher - np.log(x["supervised_loss"]) - np.log(p["d1"])) / p["f1"])
+    bend = np.logaddexp(0.0, (teacher - np.log(x["supervised_loss"]) - np.log(p["d1"])) / p["f1"])
     return x["teacher_loss"] + np.exp(-p["c0"] * teacher - p["c1"] * p["f1"] * bend + log_apple_sum(x, p))
 
 
@@ -425,7 +404,7 @@ APPLE_SUPERVISED = Form(
     "apple_supervised", "L = E + (A/N^alpha + B/D^beta)^gamma", (LM_SIZE, SAMPLES), (*LM_PARAMS, GAMMA), LM_SCALING,
     "all variables > 0", "Busbridge et al. 2502.08606, the supervised law",
     value=lambda x, p: p["E"] + np.exp(log_apple_sum(x, p)),
-    contains=(Contains("chinchilla", lambda p: {**p, "gamma": 1.0}),),
+    contains={"chinchilla": lambda p: {**p, "gamma": 1.0}},
 )  # fmt: skip
 APPLE_DISTILLATION = Form(
     "apple_distillation", "L_S = L_T + L_T^-c0*(1 + (L_T/(L~_S*d1))^(1/f1))^(-c1*f1)*(A/N_S^alpha + B/D_S^beta)^gamma",

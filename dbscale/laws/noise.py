@@ -193,7 +193,7 @@ def _test_set(pairs: Pairs) -> tuple[float, float]:
     if pairs.by_sample is None:
         return test, 0.0
     cell = group_codes(pairs.x, pairs.student, pairs.labels)
-    shared = float(np.mean([image_variance(pairs.samples(np.flatnonzero(cell == c))) for c in range(cell.max() + 1)]))
+    shared = float(np.mean([image_variance(pairs.by_sample[cell == c]) for c in range(cell.max() + 1)]))
     return test, min(test, shared)
 
 

@@ -15,20 +15,20 @@ from functools import cached_property
 import numpy as np
 
 from dbscale.errors import LawError
-from dbscale.laws.fit import Bounds, LawFit, Search, finite_or_none, spread_starts
+from dbscale.laws.fit import Bounds, Interval, LawFit, Search, finite_or_none, spread_starts
 from dbscale.laws.form import Form, as_numbers
 from dbscale.laws.forms import FORMS, ONE_VARIABLE, find_form
 from dbscale.laws.solver import Loss, minimise
-from dbscale.laws.uncertainty import Bootstrap, Resampling, normal_quantile, refit
+from dbscale.laws.uncertainty import Bootstrap, Resampling, bootstrap, central_quantile, refit
 
-AVERAGED = ("saturating", "rectified", "m4", "bnsl")
-"""Laws of one variable that enter the average; plain power laws do not, as they cannot bend."""
-POINTS_PER_PARAM = 2
-"""… for which the table has that many distinct points per parameter."""
-TRUST, TRUST_OF_GRIDS = 0.5, 2.0
-"""Weights go with this power of 1 / (rms residual), for laws of one variable and of several: 0 would trust all alike. One
-curve says little about what lies beyond it; a grid tells sums from products. These choices are held against learning
-curves of families that they were not made on (docs/benchmarks/laws.md)."""
+POINTS_PER_PARAM = 1.5
+"""The average holds the laws for which the table has that many distinct points per parameter; a closer fit is luck."""
+TRUST, FAR, TRIM = 4.0, 0.5, 0.2
+"""Near the data weights are 1 / (rms residual)⁴; from FAR of the measured range (in log x) beyond it on, where residuals
+say nothing, all laws weigh alike; between the two both are mixed. Each is a mean without a fifth of the weight at either
+end, as one law that shoots off spoils any other. No worse than plain means of the same fits on families of learning curves
+that were left out (docs/benchmarks/laws.md).
+"""
 LEVEL_SHARE = 0.05
 """A law of one variable is moved to the level of the data's end: of the largest 5 % of the rows, two rows at least."""
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -38,61 +38,68 @@ HORIZON = 1.5
 """Held-out rows further out than this (in log x) say little about the next doubling and are not used, unless the table's
 levels lie further apart."""
 UNKNOWN_DRIFT = 0.05
-"""Error per unit of log distance that is assumed when the table is too short for a single rolling origin."""
+"""Error per unit of log distance that is assumed along a variable without a single rolling origin."""
 MIN_REPEATS = 3
 """Degrees of freedom between repeats that lack of fit is judged by, at least."""
 FLOOR = 1e-9
+LARGEST_DRIFT = 20.0
+"""Of a drawn curve, in log y: Student's t with few degrees of freedom knows no limit."""
 
 
 @dataclass(frozen=True)
-class RollingErrors:
-    """What a law foretold [O, n] per origin and row, as log ŷ − log y (ŷ − y for linear losses)."""
+class Origins:
+    """Rolling origins of a table: each holds out the larger levels of one variable."""
 
+    axis: np.ndarray
+    """[O] place of that variable."""
+    masks: np.ndarray
+    """[O, n] rows that are trained on."""
     distance: np.ndarray
-    """How far each row lies beyond the origin's training range: Σ over variables of log(x / largest x trained on)."""
-    error: np.ndarray
-    """nan where the row was trained on or the law could not be fitted."""
+    """[O, n] log(x / largest x trained on); 0 where trained on."""
+    reach: np.ndarray
+    """[O, n] `distance` over the log range that was trained on."""
 
-    @property
-    def near(self) -> np.ndarray:
-        """Held-out rows that count: those within HORIZON, and where levels lie further apart the nearest one."""
-        held_out = np.where(np.isfinite(self.error), self.distance, np.inf)
+    @classmethod
+    def of(cls, x: Mapping[str, np.ndarray]) -> Origins:
+        """Each variable's shares of its levels in turn, two levels at least."""
+        found = []
+        for axis, column in enumerate(x.values()):
+            levels, ranks = np.unique(column, return_inverse=True)
+            cuts = {max(int(np.ceil(share * len(levels))), 2) for share in SHARES} - {len(levels)}
+            for cut in sorted(cuts) if len(levels) > 2 else ():
+                distance = np.maximum(np.log(column / levels[cut - 1]), 0.0)
+                found.append((axis, ranks < cut, distance, distance / np.log(levels[cut - 1] / levels[0])))
+        rows = len(next(iter(x.values())))
+        axis, *others = zip(*found, strict=True) if found else ((), np.empty((0, rows)), *np.empty((2, 0, rows)))
+        return cls(np.array(axis, int), np.array(others[0], bool), np.array(others[1]), np.array(others[2]))
+
+    def near(self, errors: np.ndarray) -> np.ndarray:
+        """Rows [O, n] of held-out `errors` (nan: none) that count: within HORIZON, else those of the nearest level."""
+        held_out = np.where(np.isfinite(errors), self.distance, np.inf)
         nearest = held_out.min(axis=1, keepdims=True, initial=np.inf)
         return np.isfinite(held_out) & (held_out <= np.maximum(HORIZON, nearest * (1 + 1e-9)))
 
-    @property
-    def rms(self) -> float:
+    def rms(self, errors: np.ndarray) -> float:
         """Root mean over origins of each one's mean square; nan without any."""
-        squares = np.where(self.near, self.error**2, np.nan)
+        squares = np.where(self.near(errors), errors**2, np.nan)
         rows = squares[np.isfinite(squares).any(axis=1)]
         return float(np.sqrt(np.mean(np.nanmean(rows, axis=1)))) if len(rows) else float("nan")
 
+    def errors(self, fit: LawFit) -> np.ndarray:
+        """log ŷ − log y (ŷ − y for linear losses) [O, n] of the law fitted to each origin's rows and moved to their end.
 
-def rolling_origins(fit: LawFit) -> RollingErrors:
-    """Held-out errors of a law. Origins with no more distinct points than free parameters are left out (nan)."""
-    points, masks = np.stack(list(fit.x.values()), axis=1), training_masks(fit.x)
-    residual = np.full(masks.shape, np.nan)
-    able = np.array([len(np.unique(points[m], axis=0)) > fit.num_free for m in masks], dtype=bool)
-    if able.any():
-        residual[able] = refit_origins(fit, masks[able])
-        residual -= np.array(
-            [level_shift(fit, r[None], m * fit.weights[None]) for r, m in zip(residual, masks, strict=True)]
-        )
-    residual = np.where(np.isfinite(residual) & ~masks, residual, np.nan)
-    distance = np.array([beyond(fit.x, m) for m in masks]).reshape(masks.shape)
-    return RollingErrors(distance, residual)
-
-
-def training_masks(x: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Rows that each origin trains on [O, n]: all but the largest levels of one variable at a time; two levels at least."""
-    masks = []
-    for column in x.values():
-        levels, ranks = np.unique(column, return_inverse=True)
-        cuts = sorted(
-            {max(int(np.ceil(share * len(levels))), 2) for share in SHARES if len(levels) > 2} - {len(levels)}
-        )
-        masks += [ranks < cut for cut in cuts]
-    return np.array(masks, dtype=bool).reshape(len(masks), len(next(iter(x.values()))))
+        nan where a row was trained on, and for origins with no more distinct points than free parameters.
+        """
+        points, found = np.stack(list(fit.x.values()), axis=1), np.full(self.masks.shape, np.nan)
+        able = [len(np.unique(points[mask], axis=0)) > fit.num_free for mask in self.masks]
+        if any(able):
+            masks = self.masks[able]
+            residual = refit_origins(fit, masks)
+            shift = [
+                level_shift(fit, r[None], mask * fit.weights[None]) for r, mask in zip(residual, masks, strict=True)
+            ]
+            found[able] = np.where(masks, np.nan, residual - shift)
+        return np.where(np.isfinite(found), found, np.nan)
 
 
 def refit_origins(fit: LawFit, masks: np.ndarray) -> np.ndarray:
@@ -108,19 +115,13 @@ def refit_origins(fit: LawFit, masks: np.ndarray) -> np.ndarray:
     return problem.residual(found) * (1.0 if fit.loss.is_log else fit.units["y"])
 
 
-def beyond(x: Mapping[str, np.ndarray], trained: np.ndarray) -> np.ndarray:
-    """Distance [n] of every row beyond the largest values of the trained rows."""
-    logs = [np.log(c) for c in x.values()]
-    return sum((np.maximum(log - log[trained].max(), 0.0) for log in logs), np.zeros(len(trained)))
-
-
 def level_shift(fit: LawFit, residuals: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """How far the law lies above the data at their end [S], for residuals and weights [S, n] (0: row not seen).
 
     A learning curve is extrapolated from its end, so what a law of one variable misses there it will miss beyond. Laws
     of several variables have no single end: 0.
     """
-    if len(fit.x) > 1:
+    if len(fit.x) > 1 or not len(residuals):
         return np.zeros(len(residuals))
     (x,) = fit.x.values()
     order = np.sort(x[(weights > 0).any(axis=0)])
@@ -130,57 +131,98 @@ def level_shift(fit: LawFit, residuals: np.ndarray, weights: np.ndarray) -> np.n
         return np.nan_to_num(np.sum(w * np.nan_to_num(residuals), axis=1) / np.sum(w, axis=1))
 
 
+def average_weights(fits: Sequence[LawFit]) -> np.ndarray:
+    """Shares of the laws [L] near the data: 1 / (rms residual)^TRUST among those that the table can carry."""
+    points = np.stack(list(fits[0].x.values()), axis=1)
+    ratio = np.array([len(np.unique(points, axis=0)) / max(fit.num_free, 1) for fit in fits])
+    pool = ratio >= min(POINTS_PER_PARAM, ratio.max())
+    noise = np.maximum([in_sample_noise(fit) for fit in fits], FLOOR)
+    share = np.where(pool, (noise[pool].min() / noise) ** TRUST, 0.0)
+    return share / share.sum()
+
+
+def trimmed_mean(each: np.ndarray, weights: np.ndarray, trim: float = TRIM) -> np.ndarray:
+    """Mean [n] over laws of `each` [L, n] by `weights` [L], without `trim` of the weight at the low and at the high end."""
+    order = np.argsort(each, axis=0)
+    share = weights[order]
+    top = np.cumsum(share, axis=0)
+    kept = np.clip(np.minimum(top, 1 - trim) - np.maximum(top - share, trim), 0.0, None)
+    return (kept * np.take_along_axis(each, order, axis=0)).sum(axis=0) / kept.sum(axis=0)
+
+
+def blend(each: np.ndarray, weights: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The average [n] of the laws' predictions (or errors) [L, n] and their sd [n], by `weights` [L] near the data and alike
+    far from them; `reach` [n] is how far the points lie beyond, as a part of the measured range."""
+    far, alike = np.clip(reach / FAR, 0.0, 1.0), np.full(len(weights), 1 / len(weights))
+    shares = (1 - far) * weights[:, None] + far * alike[:, None]
+    spread = np.sqrt((shares * (each - (shares * each).sum(axis=0)) ** 2).sum(axis=0))
+    return (1 - far) * trimmed_mean(each, weights) + far * trimmed_mean(each, alike), spread
+
+
+def average_errors(origins: Origins, each: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Held-out errors [O, n] of the average of laws with errors `each` [L, O, n]; where a law is missing, the others
+    share its weight."""
+    found = np.full(origins.masks.shape, np.nan)
+    for errors, row, reach in zip(each.swapaxes(0, 1), found, origins.reach, strict=True):
+        held = np.isfinite(errors).any(axis=0)
+        have = np.isfinite(errors[:, held]).all(axis=1) & (weights > 0)
+        if held.any() and have.any():
+            row[held] = blend(errors[have][:, held], weights[have] / weights[have].sum(), reach[held])[0]
+    return found
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Error of a new measurement against the distance beyond the data: √(noise² + (drift·distance)²) times a quantile of
-    `scores`.
+    """How far a new measurement may lie from the average.
 
     A law's own error bars assume that it is true and cover far too little outside the measured range. So the width comes
-    from how wrong the law was, at each distance, when it was fitted to the smaller part of the same table.
+    from how wrong the average was, at each distance, when it was fitted to the smaller part of the same table.
     """
 
     noise: float
     """Rms residual inside the data, per degree of freedom."""
-    drift: float
-    """Growth of the error per unit of log distance."""
-    misfit: float
-    """What the law misses inside the data and no noise explains; 0 where no point was measured twice."""
-    scores: np.ndarray
-    """|held-out error| over its predicted size, sorted; empty when no origin could be fitted."""
+    drift: np.ndarray
+    """Growth of the error per unit of log distance beyond the data, by variable."""
+    degrees: np.ndarray
+    """Degrees of freedom of each drift: half the number of its origins, which share most of their rows, at least 1; inf
+    where the drift is assumed."""
     coverage: float
-    """Share of held-out rows inside the 90 % interval whose quantile came from the other origins; nan without any."""
+    """Share of held-out rows inside the 90 % interval whose drift came from the other origins; nan without any."""
+    misfit: float = 0.0
+    """What the average misses inside the data and no noise explains; 0 where no point was measured twice."""
 
     @classmethod
-    def make(cls, noise: float, rolling: RollingErrors, misfit: float = 0.0) -> Calibration:
-        use = rolling.near
-        if not use.any():
-            return cls(noise, UNKNOWN_DRIFT, misfit, np.array([]), float("nan"))
-        error, distance = np.abs(rolling.error[use]), rolling.distance[use]
-        excess = np.sqrt(np.maximum(error**2 - noise**2, 0.0))
-        drift = float(np.median(excess[distance > 0] / distance[distance > 0])) if np.any(distance > 0) else 0.0
-        drift = max(drift, noise)  # a flat record over a few origins is luck, not knowledge
-        scores, origin = error / np.maximum(np.hypot(noise, drift * distance), FLOOR), np.nonzero(use)[0]
-        inside = [
-            scores[origin == k] <= score_quantile(scores[origin != k], 0.9)
-            for k in np.unique(origin)
-            if np.any(origin != k)
-        ]
-        coverage = float(np.mean(np.concatenate(inside))) if inside else float("nan")
-        return cls(noise, drift, misfit, np.sort(scores), coverage)
+    def make(
+        cls, noise: float, origins: Origins, errors: np.ndarray, num_axes: int, misfit: float = 0.0
+    ) -> Calibration:
+        """From the average's held-out errors [O, n]. All rows of one origin err together, so each origin counts once."""
+        near = origins.near(errors)
+        usable = near.any(axis=1)
+        excess = np.where(near, np.maximum(errors**2 - noise**2, 0.0), 0.0).sum(axis=1)
+        squares = excess / np.maximum(np.where(near, origins.distance**2, 0.0).sum(axis=1), 1e-300)
 
-    def half_width(self, distance: np.ndarray, level: float) -> np.ndarray:
-        """Half the interval [n] at these distances; never less than normal errors would need."""
+        def drift_of(axis: int, without: int = -1) -> tuple[float, float]:
+            rows = usable & (origins.axis == axis) & (np.arange(len(usable)) != without)
+            size = float(np.sqrt(squares[rows].mean())) if rows.any() else UNKNOWN_DRIFT
+            return size, max(rows.sum() / 2, 1.0) if rows.any() else np.inf
+
+        drift, degrees = np.array([drift_of(axis) for axis in range(num_axes)]).T
+        inside = []
+        for origin in np.flatnonzero(usable):
+            others = drift_of(int(origins.axis[origin]), origin)
+            if np.isfinite(others[1]):
+                half = cls(noise, *np.array([others]).T, np.nan).half_width(
+                    origins.distance[origin, near[origin]][None], 0.9
+                )
+                inside.append(np.abs(errors[origin, near[origin]]) <= half)
+        return cls(noise, drift, degrees, float(np.mean(np.concatenate(inside))) if inside else np.nan, misfit)
+
+    def half_width(self, distance: np.ndarray, level: float, spread: np.ndarray | float = 0.0) -> np.ndarray:
+        """Half the interval [n] at distances [variables, n] beyond the data, where the laws lie `spread` apart (sd)."""
         if not 0 < level < 1:
             raise LawError(f"level must lie between 0 and 1, got {level}")
-        normal = normal_quantile(level)
-        quantile = max(score_quantile(self.scores, level), normal) if len(self.scores) else normal
-        return quantile * np.hypot(self.noise, self.drift * distance)
-
-
-def score_quantile(scores: np.ndarray, level: float) -> float:
-    """A quantile halfway between `level` and 1: errors of one origin move together, so they count for less than they
-    are."""
-    return float(np.quantile(scores, (1 + level) / 2))
+        growth = np.array([central_quantile(level, each) for each in self.degrees]) * self.drift
+        return np.sqrt(central_quantile(level) ** 2 * (self.noise**2 + spread**2) + growth**2 @ distance**2)
 
 
 def in_sample_noise(fit: LawFit) -> float:
@@ -213,17 +255,6 @@ def smooth_curves(table: Mapping[str, np.ndarray], ranges: Mapping[str, np.ndarr
     return total
 
 
-def distance_beyond(table: Mapping[str, np.ndarray], x: Mapping[str, np.ndarray]) -> np.ndarray:
-    """How far the points `x` [n] lie beyond the table's largest values; 0 inside."""
-    logs = [np.maximum(np.log(np.asarray(x[name]) / table[name].max()), 0.0) for name in table]
-    return sum(logs, np.zeros(()))
-
-
-def band(y: np.ndarray, half: np.ndarray, *, is_log: bool) -> tuple[np.ndarray, np.ndarray]:
-    """y and its half-width to bounds; a ratio under log losses."""
-    return (y * np.exp(-half), y * np.exp(half)) if is_log else (y - half, y + half)
-
-
 @dataclass(frozen=True)
 class Candidate:
     """One law of a selection."""
@@ -232,19 +263,23 @@ class Candidate:
     fit: LawFit | None
     """None where the law could not be fitted; `reason` says why."""
     weight: float = 0.0
-    """Share in the average, 0 for laws outside it; shares sum to 1."""
+    """Share in the average near the data, 0 for laws outside it; shares sum to 1."""
     in_sample: float = float("nan")
     """Root mean square residual per degree of freedom (of log y under log losses, else in units of y)."""
     held_out: float = float("nan")
     """The same over rolling origins: rows just beyond what the law had seen. nan where the table is too short."""
-    coverage: float = float("nan")
-    """Share of held-out rows inside this law's 90 % prediction interval, each origin's width learnt from the others."""
-    score: float = float("inf")
-    """What orders candidates, smaller is better: a law must both describe and predict, so the geometric mean of
-    `in_sample` and `held_out`; inf without a fit."""
     shift: float = 0.0
     """How far the law lies above the data at their end; the average takes it back."""
     reason: str = ""
+
+    @property
+    def score(self) -> float:
+        """What orders candidates, smaller is better: a law must both describe and predict, so the geometric mean of
+        `in_sample` and `held_out` (`in_sample` alone where that is nan); inf without a fit."""
+        if self.fit is None:
+            return float("inf")
+        held_out = self.held_out if np.isfinite(self.held_out) else self.in_sample
+        return float(np.sqrt(max(self.in_sample, FLOOR) * max(held_out, FLOOR)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,39 +305,31 @@ class Selection:
         assert fit is not None
         return fit
 
-    @property
-    def members(self) -> tuple[Candidate, ...]:
-        """The candidates of the average, in alphabetical order, so that equal averages draw alike."""
-        return tuple(sorted((c for c in self.candidates if c.weight > 0), key=lambda c: c.name))
+    @cached_property
+    def members(self) -> tuple[tuple[Candidate, LawFit], ...]:
+        """The laws of the average, in alphabetical order, so that equal averages draw alike."""
+        used = sorted((c for c in self.candidates if c.weight > 0), key=lambda c: c.name)
+        return tuple((c, c.fit) for c in used if c.fit is not None)
 
     @property
-    def average(self) -> tuple[tuple[LawFit, float], ...]:
-        """The laws of the average with their weights."""
-        return tuple((c.fit, c.weight) for c in self.members if c.fit is not None)
+    def weights(self) -> np.ndarray:
+        """Shares of `members` near the data [L]."""
+        return np.array([c.weight for c, _ in self.members])
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
         """Refits of `best`: `.interval(level)` maps its parameters to (low, high), or to None where the table does not
         determine them."""
-        return self._refits(self.best)
-
-    def _refits(self, fit: LawFit) -> Bootstrap:
-        weights, targets = self._resampled_weights, self.resampling.targets(fit)
-        return Bootstrap(fit, refit(fit, weights, targets), self.resampling.num_clusters(len(fit.y)))
-
-    @cached_property
-    def _resampled_weights(self) -> np.ndarray:
-        return self.resampling.weights(len(self.best.y))
+        return bootstrap(self.best, self.resampling)
 
     def table(self, x: Mapping[str, object] | object) -> dict[str, np.ndarray]:
         """The columns that the laws need, as flat arrays of one length."""
-        if not isinstance(x, Mapping):
-            x = {self.columns[0]: x}
+        x = x if isinstance(x, Mapping) else {self.columns[0]: x}
         missing = [name for name in self.columns if name not in x]
         if missing:
             raise LawError(f"columns {', '.join(missing)} are missing; the laws were fitted over {self.columns}")
-        return {n: np.atleast_1d(c) for n, c in zip(self.columns, np.broadcast_arrays(
-            *(as_numbers(name, x[name]) for name in self.columns)), strict=True)}  # fmt: skip
+        columns = np.broadcast_arrays(*(np.atleast_1d(as_numbers(name, x[name])) for name in self.columns))
+        return dict(zip(self.columns, columns, strict=True))
 
     @cached_property
     def fitted(self) -> dict[str, np.ndarray]:
@@ -318,18 +345,23 @@ class Selection:
         table = self.table(x)
         return tuple(n for n, (low, high) in self.measured().items() if table[n].min() < low or table[n].max() > high)
 
-    def predict(self, x: Mapping[str, object] | object) -> np.ndarray:
-        """The average's y [n]: weighted geometric mean of the laws (arithmetic under linear losses)."""
-        mean = np.array([c.weight for c in self.members]) @ self._each(x)
-        return np.exp(mean) if self.best.loss.is_log else mean
+    def _beyond(self, table: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """log(x / largest x measured) of every variable [variables, n], 0 inside, and their sum as a part of the measured
+        log ranges [n]."""
+        distance = np.array([np.maximum(np.log(table[name] / c.max()), 0.0) for name, c in self.fitted.items()])
+        return distance, (1 / np.array([np.log(c.max() / c.min()) for c in self.fitted.values()])) @ distance
 
-    def _each(self, x: Mapping[str, object] | object) -> np.ndarray:
-        """Every member's (log) prediction, moved to the data's end [members, n]."""
-        table = self.table(x)
-        raw = np.array([fit.predict(_of(fit, table)) for fit, _ in self.average])
-        shifts = np.array([[c.shift] for c in self.members])
+    def _each(self, table: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Every member's (log) prediction, moved to the data's end [L, n]."""
+        raw = np.array([fit.predict(table) for _, fit in self.members])
         with np.errstate(all="ignore"):
-            return (np.log(raw) if self.best.loss.is_log else raw) - shifts
+            return (np.log(raw) if self.best.loss.is_log else raw) - np.array([[c.shift] for c, _ in self.members])
+
+    def predict(self, x: Mapping[str, object] | object) -> np.ndarray:
+        """The average's y [n]: of log y, or of y under linear losses (`blend`)."""
+        table = self.table(x)
+        mean, _ = blend(self._each(table), self.weights, self._beyond(table)[1])
+        return np.exp(mean) if self.best.loss.is_log else mean
 
     def draws(self, x: Mapping[str, object] | object) -> np.ndarray:
         """Curves [S, n] of y without measurement noise: a law drawn in proportion to its weight, its parameters from a
@@ -338,32 +370,38 @@ class Selection:
         Row s of two selections with equal cluster labels and seed used the same resample: differences between arms are
         paired row by row. `draws(a) - draws(b)` on a grid is what `judge(law_curves=…)` takes.
         """
-        table, is_log = self.table(x), self.best.loss.is_log
-        y = np.empty((self.resampling.num_resamples, len(next(iter(table.values())))))
-        for (fit, _), (rows, theta, shift) in zip(self.average, self._drawn, strict=True):
-            drawn = fit.predict_draws(_of(fit, table), theta)
-            y[rows] = drawn * np.exp(-shift)[:, None] if is_log else drawn - shift[:, None]
+        table, is_log, known = self.table(x), self.best.loss.is_log, self.calibration
+        distance, reach = self._beyond(table)
+        each = self._each(table)
+        y = np.empty((self.resampling.num_resamples, each.shape[1]))
+        with np.errstate(all="ignore"):
+            for (_, fit), (rows, theta, shift) in zip(self.members, self._drawn, strict=True):
+                drawn = fit.predict_draws(table, theta)
+                y[rows] = (np.log(drawn) if is_log else drawn) - shift[:, None]
+        y += blend(each, self.weights, reach)[0] - self.weights @ each
         rng = np.random.default_rng([self.resampling.seed, zlib.crc32(self.best.y.tobytes())])
-        known = self.calibration
-        size = rng.choice(known.scores, len(y)) if len(known.scores) else np.abs(rng.standard_normal(len(y)))
-        misfit = (size * rng.choice([-1.0, 1.0], len(y)))[:, None] * known.drift * distance_beyond(self.fitted, table)
-        misfit = misfit + known.misfit * smooth_curves(table, self.fitted, len(y), rng)
-        return y * np.exp(misfit) if is_log else y + misfit
+        for size, degrees, beyond in zip(known.drift, known.degrees, distance, strict=True):
+            t = rng.standard_t(degrees, len(y)) if np.isfinite(degrees) else rng.standard_normal(len(y))
+            limit = LARGEST_DRIFT if is_log else LARGEST_DRIFT * float(np.abs(self.best.y).max())
+            y += np.clip(t[:, None] * size * beyond, -limit, limit)
+        y += known.misfit * smooth_curves(table, self.fitted, len(y), rng)
+        return np.exp(y) if is_log else y
 
     @cached_property
     def _drawn(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each member the draws that are its own, their coordinates, and how far each is moved."""
-        count, weights = self.resampling.num_resamples, self._resampled_weights
+        count, weights = self.resampling.num_resamples, self.resampling.weights(len(self.best.y))
         place = (np.arange(count) + 0.5) * 0.6180339887498949 % 1.0  # spread evenly whatever the shares
-        ends = np.cumsum([w for _, w in self.average])
+        ends = np.cumsum(self.weights)
         owner = np.minimum(np.searchsorted(ends, place), len(ends) - 1)
         found = []
-        for k, (fit, _) in enumerate(self.average):
+        for k, (_, fit) in enumerate(self.members):
             rows, targets = np.flatnonzero(owner == k), self.resampling.targets(fit)
-            own = None if targets is None else targets[rows]
-            theta = refit(fit, weights[rows], own)
-            residual = fit.problem.residual(theta) - (0.0 if own is None else own - fit.problem.target)
-            residual = residual * (1.0 if fit.loss.is_log else fit.units["y"])
+            own = fit.problem.target if targets is None else targets[rows]
+            theta = refit(fit, weights[rows], None if targets is None else own)
+            residual = (fit.problem.residual(theta) + fit.problem.target - own) * (
+                1.0 if fit.loss.is_log else fit.units["y"]
+            )
             found.append((rows, theta, level_shift(fit, residual, weights[rows] * fit.weights)))
         return found
 
@@ -375,17 +413,11 @@ class Selection:
     def interval(self, x: Mapping[str, object] | object, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bound [n], [n] for a new measurement at `x`: calibrated on the average's own held-out errors,
         widened by how far its laws disagree."""
-        table, each = self.table(x), self._each(x)
-        shares = np.array([c.weight for c in self.members])
-        distance = distance_beyond(self.fitted, table)
-        spread = np.sqrt(np.maximum(shares @ (each - shares @ each) ** 2, 0.0))
-        half = np.hypot(self.calibration.half_width(distance, level), spread)
-        return band(self.predict(x), half, is_log=self.best.loss.is_log)
-
-    @property
-    def coverage(self) -> float:
-        """Share of held-out rows inside the average's 90 % interval; nan where the table is too short to say."""
-        return self.calibration.coverage
+        table = self.table(x)
+        distance, reach = self._beyond(table)
+        y, spread = blend(self._each(table), self.weights, reach)
+        half = self.calibration.half_width(distance, level, spread)
+        return (np.exp(y - half), np.exp(y + half)) if self.best.loss.is_log else (y - half, y + half)
 
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Predicted and measured y of the rows at the largest level of the first column, by the average of laws that
@@ -397,38 +429,25 @@ class Selection:
         except LawError:
             return np.full(int(last.sum()), np.nan), self.best.y[last]
 
-    def report(self, intervals: Mapping[str, tuple[float, float] | None] | None = None) -> str:
+    def report(self, intervals: Mapping[str, Interval] | None = None) -> str:
         """Scores of every law as text, and the best law's parameters."""
-        lines = [f"{'law':14s} weight   in-sample  held-out   covers"]
+        lines = [f"{'law':14s} weight   in-sample  held-out"]
         for c in self.candidates:
-            scores = f"{c.weight:6.3f}   {c.in_sample:.4f}     {c.held_out:.4f}     {c.coverage:.0%}"
-            lines.append(f"{c.name:14s} {scores if c.fit else c.reason}")
+            lines.append(f"{c.name:14s} " + (c.reason or f"{c.weight:6.3f}   {c.in_sample:.4f}     {c.held_out:.4f}"))
         return "\n".join([*lines, "", self.best.report(intervals)])
 
     def to_dict(self) -> dict:
         """JSON-ready: scores, weights, reasons, and each fitted law's `LawFit.to_dict`."""
-        numbers = ("weight", "in_sample", "held_out", "coverage", "score", "shift")
+        numbers, known = ("weight", "in_sample", "held_out", "score", "shift"), self.calibration
         return {
-            "schema": "dbscale.laws/selection/2",
+            "schema": "dbscale.laws/selection/3",
             "columns": list(self.columns),
             "candidates": [
-                {
-                    "name": c.name,
-                    **{k: finite_or_none(getattr(c, k)) for k in numbers},
-                    "reason": c.reason,
-                    "fit": c.fit.to_dict() if c.fit else None,
-                }
-                for c in self.candidates
+                {"name": c.name, **{k: finite_or_none(getattr(c, k)) for k in numbers}, "reason": c.reason,
+                 "fit": c.fit.to_dict() if c.fit else None} for c in self.candidates
             ],
-            "noise": self.calibration.noise,
-            "drift": self.calibration.drift,
-            "coverage": finite_or_none(self.coverage),
-        }
-
-
-def _of(fit: LawFit, table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The table's columns under the names of the law's variables."""
-    return dict(table) if len(table) > 1 else {fit.form.variable_names[0]: next(iter(table.values()))}
+            "noise": known.noise, "drift": known.drift.tolist(), "coverage": finite_or_none(known.coverage),
+        }  # fmt: skip
 
 
 def select_law(
@@ -450,30 +469,32 @@ def select_law(
 
     `laws` default to those that the columns allow: laws of one variable where one column varies, else those of
     upstream_samples, num_params and downstream_samples whose variables all vary. `weights` [n] are relative inverse
-    variances (`error_weights`). The resamples: `clusters` [n] labels rows that are drawn together (an upstream run of
-    either arm), `within` [n] what is drawn again inside (a finetune), `stderr` [n] the standard error of each y from its
-    finite test set, in units of y. `bounds` maps a law's name to parameter bounds in the table's units; `ceiling` is
-    the largest value that y can take (1 for error rates, 100 for percent), if there is one. Raises NotEnoughData
-    when the table is too small for every candidate, LawError for bad input.
+    variances (`error_weights`); `clusters`, `within` and `stderr` say how to resample (`Resampling`). `bounds` maps a
+    law's name to parameter bounds in the table's units; `ceiling` is the largest value that y can take (1 for error
+    rates, 100 for percent), if there is one. Raises NotEnoughData when the table is too small for every candidate,
+    LawError for bad input.
     """
     columns = varying_columns(x)
     forms = [find_form(law) for law in laws] if laws else default_laws(columns)
     fits, failures, shared = [], [], {}
     for form in forms:
         limits = (bounds or {}).get(form.name, {})
+        # a law that cannot do with fewer columns has to see them all, to say what it lacks
+        own = columns if form.restrict or len(form.variables) == 1 else x
         try:
-            search = Search.make(form, columns_for(form, columns, x), y, weights, loss, limits, {}, ceiling, seed)
+            search = Search.make(form, own, y, weights, loss, limits, {}, ceiling, seed)
             if not limits:  # what a law contains need not be searched for twice
                 search.found = shared.setdefault(str(sorted(search.units().items())), {})
             fits.append(search.fit())
         except LawError as error:
-            failures.append((form.name, error))
+            failures.append(Candidate(form.name, None, reason=str(error)))
+            raised = error
     if not fits:
-        raise failures[0][1]
+        raise raised
     names = column_names(fits[0].form, columns)
     odd = [fit for fit in fits if column_names(fit.form, columns) != names]
-    failures += [(fit.name, LawError(f"not over {', '.join(names)} as {fits[0].name} is")) for fit in odd]
-    how = Resampling.make(len(fits[0].y), num_resamples, clusters, within, stderr, seed)
+    failures += [Candidate(f.name, None, reason=f"not over {', '.join(names)} as {fits[0].name} is") for f in odd]
+    how = Resampling(num_resamples, clusters, within, stderr, seed).checked(len(fits[0].y))
 
     def without_last() -> Selection:
         seen = columns[names[0]] < columns[names[0]].max()
@@ -481,27 +502,19 @@ def select_law(
         return select_law({n: columns[n][seen] for n in names}, own, laws=forms, weights=w, loss=loss,
                           bounds=bounds, ceiling=ceiling, seed=seed)  # fmt: skip
 
-    return make_selection([fit for fit in fits if fit not in odd], failures, names, how, without_last)
+    made, known = assess([fit for fit in fits if fit not in odd])
+    return Selection((*sorted(made, key=lambda c: c.score), *failures), names, known, how, without_last)
 
 
 def column_names(form: Form, columns: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     """The table's names of a law's variables, in the law's order."""
-    if len(form.variables) == 1:
-        return (next(iter(columns)),)
-    return tuple(str(v.found_in(columns)) for v in form.variables)
+    return tuple(columns) if len(form.variables) == 1 else tuple(str(v.found_in(columns)) for v in form.variables)
 
 
 def varying_columns(x: Mapping[str, object] | object) -> dict[str, np.ndarray]:
     """The table's columns that vary, by their own names; all of them where none does."""
-    columns = {n: as_numbers(n, c) for n, c in x.items()} if isinstance(x, Mapping) else {"x": as_numbers("x", x)}
+    columns = {n: as_numbers(n, c) for n, c in (x if isinstance(x, Mapping) else {"x": x}).items()}
     return {n: c for n, c in columns.items() if c.size and np.any(c != c.flat[0])} or columns
-
-
-def columns_for(form: Form, columns: Mapping[str, np.ndarray], x: Mapping[str, object] | object) -> object:
-    """What a law is fitted over: the columns that vary, or all, where it would have to say what it lacks."""
-    if len(form.variables) == 1 and len(columns) == 1:
-        return next(iter(columns.values()))
-    return columns if form.restrict is not None else x
 
 
 def default_laws(columns: Mapping[str, np.ndarray]) -> list[Form]:
@@ -510,66 +523,28 @@ def default_laws(columns: Mapping[str, np.ndarray]) -> list[Form]:
         return [FORMS[name] for name in ONE_VARIABLE]
     fitting = []
     for form in FORMS.values():
-        names = [v.name for v in form.variables if v.found_in(columns)]
-        whole = len(names) == len(form.variables) or form.restrict is not None
-        if len(names) == len(columns) and whole and form.name != "effective_data":
+        names = tuple(v.name for v in form.variables if v.found_in(columns))
+        if len(names) == len(columns) and form.name != "effective_data":
             try:
-                fitting.append(find_form(form, tuple(names)))
+                own = find_form(form, names)
             except LawError:  # a law that needs a variable that does not vary here
                 continue
+            fitting += [own] if own.variable_names == names else []
     if not fitting:
         raise LawError(f"no law has the columns {', '.join(columns)}; laws of one variable take one column")
     return fitting
 
 
-def make_selection(fits, failures, columns: tuple[str, ...], how: Resampling, without_last) -> Selection:
-    """Weights from the fits; the average's own rolling errors calibrate its intervals."""
-    rolled, weight = [rolling_origins(fit) for fit in fits], average_weights(fits)
-    noise = np.array([in_sample_noise(fit) for fit in fits])
+def assess(fits: Sequence[LawFit]) -> tuple[list[Candidate], Calibration]:
+    """Scores and weights of the fits; the average's own held-out errors calibrate its intervals."""
+    origins, weights = Origins.of(fits[0].x), average_weights(fits)
+    errors = np.array([origins.errors(fit) for fit in fits])
     made = [
-        scored(fit, rolling, float(w), float(n)) for fit, rolling, w, n in zip(fits, rolled, weight, noise, strict=True)
-    ]
-    lost = [Candidate(name, None, reason=str(error)) for name, error in failures]
-    residuals = weight @ np.array([fit.residuals - each.shift for fit, each in zip(fits, made, strict=True)])
-    misfit = lack_of_fit(fits[0].x, residuals, float(weight @ [fit.num_free for fit in fits]))
-    calibration = Calibration.make(float(weight @ noise), average_errors(rolled, weight), misfit)
-    ordered = (*sorted(made, key=lambda c: c.score), *lost)
-    return Selection(ordered, columns, calibration, how, without_last)
-
-
-def scored(fit: LawFit, rolling: RollingErrors, weight: float, noise: float) -> Candidate:
-    """A fitted law with all its scores."""
-    held_out = rolling.rms
-    return Candidate(
-        fit.name,
-        fit,
-        weight=weight,
-        in_sample=noise,
-        held_out=held_out,
-        coverage=Calibration.make(noise, rolling).coverage,
-        score=float(np.sqrt(max(noise, FLOOR) * max(held_out if np.isfinite(held_out) else noise, FLOOR))),
-        shift=float(level_shift(fit, fit.residuals[None], fit.weights[None])[0]),
-    )
-
-
-def average_weights(fits: Sequence[LawFit]) -> np.ndarray:
-    """Shares of the average [laws]: a power of 1 / (rms residual), among the laws that the table can carry."""
-    points = np.stack(list(fits[0].x.values()), axis=1)
-    ratio = np.array([len(np.unique(points, axis=0)) / max(fit.num_free, 1) for fit in fits])
-    named = np.array([len(fit.x) > 1 or fit.name in AVERAGED for fit in fits])
-    pool = named & (ratio >= POINTS_PER_PARAM) if named.any() else ratio >= POINTS_PER_PARAM
-    if not pool.any():
-        pool = ratio == ratio.max()
-    trust = TRUST if len(fits[0].x) == 1 else TRUST_OF_GRIDS
-    size = np.maximum([in_sample_noise(fit) for fit in fits], FLOOR) ** -trust
-    return np.where(pool, size, 0.0) / np.sum(size[pool])
-
-
-def average_errors(rolled: Sequence[RollingErrors], weight: np.ndarray) -> RollingErrors:
-    """Held-out errors of the average; where a law is missing, the others share its weight."""
-    errors = np.array([rolling.error for rolling in rolled])
-    shares = np.where(np.isfinite(errors), weight[:, None, None], 0.0)
-    total = shares.sum(axis=0)
-    with np.errstate(all="ignore"):
-        mean = np.where(total > 0, np.sum(shares * np.nan_to_num(errors), axis=0) / total, np.nan)
-    return RollingErrors(rolled[0].distance, mean)
+        Candidate(fit.name, fit, float(weight), in_sample_noise(fit), origins.rms(each),
+                  float(level_shift(fit, fit.residuals[None], fit.weights[None])[0]))
+        for fit, weight, each in zip(fits, weights, errors, strict=True)
+    ]  # fmt: skip
+    residuals = weights @ np.array([fit.residuals - each.shift for fit, each in zip(fits, made, strict=True)])
+    misfit = lack_of_fit(fits[0].x, residuals, float(weights @ [fit.num_free for fit in fits]))
+    noise = float(weights @ [each.in_sample for each in made])
+    return made, Calibration.make(noise, origins, average_errors(origins, errors, weights), len(fits[0].x), misfit)

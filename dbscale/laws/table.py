@@ -6,6 +6,7 @@ Knows rows, columns and weights, nothing of optimisation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -29,12 +30,20 @@ def check_table(
         form = form.restrict(present) if present and len(present) < len(form.variables) else form
     columns = {name: np.atleast_1d(column) for name, column in form.columns(x).items()}
     y = np.atleast_1d(as_numbers("y", y))
-    _check_lengths(columns, y)
+    w = np.ones(len(y)) if weights is None else np.atleast_1d(as_numbers("weights", weights))
+    for name, column in {**columns, "weights": w, "y": y}.items():
+        if column.ndim != 1:
+            raise LawError(f"{name} has {column.ndim} dimensions; columns and y must be one-dimensional")
+        if len(column) != len(y):
+            raise LawError(f"{name} has {len(column)} rows, y has {len(y)}")
+    if len(y) == 0:
+        raise LawError("the table has no rows")
     for name, column in columns.items():
-        _check_values(name, column, positive=True)
-    _check_values("y", y, positive=False)
+        _refuse(name, column, column <= 0, "not above 0", "keep those rows (such as 'from scratch') apart")
+    _refuse("y", y, (y < 0) & is_log, "negative", "use loss='least_squares'")
+    if not np.all(np.isfinite(w)) or np.any(w < 0) or not np.any(w > 0):
+        raise LawError("weights must be finite, not negative, and not all 0")
     y = _lift_zeros(y, notes) if is_log else y
-    w = _check_weights(weights, len(y))
     form, columns = _drop_constant(form, columns, notes)
     if len(y) > 1 and np.all(y == y[0]):
         raise LawError(f"y is {y[0]:g} in every row: no law can be told from a constant")
@@ -42,58 +51,31 @@ def check_table(
     return form, columns, y, w
 
 
-def _check_lengths(columns: Mapping[str, np.ndarray], y: np.ndarray) -> None:
-    if y.ndim != 1 or any(c.ndim != 1 for c in columns.values()):
-        raise LawError("columns and y must be one-dimensional")
-    for name, column in columns.items():
-        if len(column) != len(y):
-            raise LawError(f"column {name!r} has {len(column)} rows, y has {len(y)}")
-    if len(y) == 0:
-        raise LawError("the table has no rows")
-
-
-def _check_values(name: str, column: np.ndarray, *, positive: bool) -> None:
+def _refuse(name: str, column: np.ndarray, wrong: np.ndarray, what: str, fix: str) -> None:
     """Refuse values that no law can take, naming the rows."""
     size = np.abs(column)
     absurd = (size > HUGE) | (size < 1 / HUGE) & (size > 0)
-    apart = "a power law has no value there; keep those rows (such as 'from scratch') apart"
-    for wrong, what, fix in (
+    for bad, why, mend in (
         (~np.isfinite(column), "not a finite number", "drop those rows or repair them"),
-        (positive & (column <= 0), "not above 0", apart),
+        (wrong, what, fix),
         (absurd, f"beyond {HUGE:g} or below its inverse", "change the column's unit"),
     ):
-        rows = np.flatnonzero(wrong)
+        rows = np.flatnonzero(bad)
         if rows.size:
-            shown = ", ".join(str(r) for r in rows[:5]) + (" …" if rows.size > 5 else "")
+            shown = ", ".join(map(str, rows[:5])) + (" …" if rows.size > 5 else "")
             raise LawError(
-                f"{name}: {rows.size} value(s) {what} (row index {shown}: {float(column[rows[0]])!r}); {fix}"
+                f"{name}: {rows.size} value(s) {why} (row index {shown}: {float(column[rows[0]])!r}); {mend}"
             )
 
 
 def _lift_zeros(y: np.ndarray, notes: list[str]) -> np.ndarray:
     """A measured error of 0 has no logarithm: it stands for 'below the smallest error seen'."""
-    if np.any(y < 0):
-        row = np.flatnonzero(y < 0)
-        raise LawError(f"y: {row.size} negative value(s) (row index {row[0]}: {y[row[0]]:g}); use loss='least_squares'")
     if not np.any(y > 0):
         raise LawError("y is 0 in every row: nothing to fit")
-    floor = 0.5 * y[y > 0].min()
-    if np.any(y == 0):
-        notes.append(
-            f"{np.sum(y == 0)} row(s) with y = 0 were taken as {floor:.3g}, half the smallest y above 0 (log loss)"
-        )
+    floor, zeros = 0.5 * y[y > 0].min(), int(np.sum(y == 0))
+    if zeros:
+        notes.append(f"{zeros} row(s) with y = 0 were taken as {floor:.3g}, half the smallest y above 0 (log loss)")
     return np.where(y == 0, floor, y)
-
-
-def _check_weights(weights: object, n: int) -> np.ndarray:
-    if weights is None:
-        return np.ones(n)
-    w = np.atleast_1d(as_numbers("weights", weights))
-    if w.shape != (n,):
-        raise LawError(f"weights have shape {w.shape}, y has {n} rows")
-    if not np.all(np.isfinite(w)) or np.any(w < 0) or not np.any(w > 0):
-        raise LawError("weights must be finite, not negative, and not all 0")
-    return w
 
 
 def _drop_constant(form: Form, columns: dict[str, np.ndarray], notes: list[str]) -> tuple[Form, dict[str, np.ndarray]]:
@@ -115,23 +97,15 @@ def _look(columns: dict[str, np.ndarray], y: np.ndarray, notes: list[str]) -> No
     num_copies = len(rows) - len(np.unique(rows, axis=0))
     if num_copies:
         notes.append(f"{num_copies} row(s) repeat another exactly; they count in the fit")
-    names = list(columns)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            r = _correlation(np.log(columns[a]), np.log(columns[b]))
-            if abs(r) > COLLINEAR:
-                notes.append(
-                    f"{a} and {b} vary together (correlation of logs {r:.3f}): their terms cannot be told apart"
-                )
-    if len(names) == 1 and _correlation(np.log(columns[names[0]]), y) > 0.5:
-        notes.append(f"y rises with {names[0]}: these laws are made for errors and losses that fall")
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's r; 0 where a column hardly varies."""
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / size if size > 0 else 0.0
+    with np.errstate(all="ignore"):  # columns that hardly vary correlate with nothing
+        r = np.nan_to_num(np.atleast_2d(np.corrcoef([*(np.log(c) for c in columns.values()), y])))
+    for (i, a), (j, b) in combinations(enumerate(columns), 2):
+        if abs(r[i, j]) > COLLINEAR:
+            notes.append(
+                f"{a} and {b} vary together (correlation of logs {r[i, j]:.3f}): their terms cannot be told apart"
+            )
+    if len(columns) == 1 and r[0, -1] > 0.5:
+        notes.append(f"y rises with {next(iter(columns))}: these laws are made for errors and losses that fall")
 
 
 def error_weights(error_rate: object, num_test: object, *, seed_stderr: object = 0.0, space: str = "log") -> np.ndarray:

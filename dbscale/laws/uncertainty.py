@@ -9,22 +9,26 @@ which is what pairs the arms of a study.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import NormalDist
+from typing import Any, Literal
 
 import numpy as np
 
 from dbscale.errors import LawError, nearest
-from dbscale.laws.fit import LOST, LawFit, make_problem, smooth_curvature, spread_starts
+from dbscale.laws.fit import LOST, Interval, LawFit, make_problem, smooth_curvature, spread_starts
 from dbscale.laws.form import as_numbers
-from dbscale.laws.solver import Problem, minimise, polish
+from dbscale.laws.solver import minimise, polish
 
 BATCH = 64
 """Resamples per batch: small enough for their Jacobians to stay in cache. A refit takes 0.1 to 1.1 ms in a batch and
 1.3 to 6 by scipy.optimize.least_squares (docs/benchmarks/laws.md)."""
 UNSEEN = 20.0
 """Logarithm of how far below a first guess an amplitude is surely too small to be seen."""
+WITH_FLOOR = ("power_plus", "additive", "product", "transfer_gap")
+"""Laws that are a floor and a factor times a power of the first variable."""
+Triple = tuple[float, float, float]
+"""Value, lower and upper end."""
 REACH = 40
 """Doublings of the step after which a profile that has not risen is taken as open."""
 
@@ -32,44 +36,48 @@ REACH = 40
 @dataclass(frozen=True)
 class Resampling:
     """How a table is resampled: in a hierarchy of clusters (a cell), labels within them (a seed), and the noise of the
-    finite test set."""
+    finite test set. Two tables given the same labels and seed stay paired."""
 
     num_resamples: int = 1000
-    clusters: np.ndarray | None = None
+    clusters: Any = None
     """[n] labels of rows that are drawn together; None: each row alone."""
-    within: np.ndarray | None = None
+    within: Any = None
     """[n] labels of what is drawn again inside each cluster."""
-    stderr: np.ndarray | None = None
+    stderr: Any = None
     """[n] standard error of each y from its test set, redrawn as normal noise, in units of y."""
     seed: int = 0
 
-    @classmethod
-    def make(cls, num_rows: int, num_resamples: int, clusters, within, stderr, seed: int) -> Resampling:
-        """Checked for lengths and values. Raises LawError."""
+    def checked(self, num_rows: int) -> Resampling:
+        """With columns as arrays of one length. Raises LawError for other lengths and values."""
         columns = {
-            "clusters": None if clusters is None else np.asarray(clusters),
-            "within": None if within is None else np.asarray(within),
-            "stderr": None if stderr is None else as_numbers("stderr", stderr) * np.ones(num_rows),
+            n: None if c is None else np.asarray(c) for n, c in (("clusters", self.clusters), ("within", self.within))
         }
+        columns["stderr"] = None if self.stderr is None else as_numbers("stderr", self.stderr) * np.ones(num_rows)
         for name, column in columns.items():
             if column is not None and column.shape != (num_rows,):
                 raise LawError(f"{name} has shape {column.shape}, the table {num_rows} rows")
         if columns["stderr"] is not None and not np.all(columns["stderr"] >= 0):
             raise LawError("stderr must not be negative")
-        if num_resamples < 1:
-            raise LawError(f"num_resamples must be at least 1, got {num_resamples}")
-        return cls(num_resamples, columns["clusters"], columns["within"], columns["stderr"], seed)
+        if self.num_resamples < 1:
+            raise LawError(f"num_resamples must be at least 1, got {self.num_resamples}")
+        return replace(self, **columns)
+
+    def _labels(self, num_rows: int) -> list[str]:
+        return [str(c) for c in (range(num_rows) if self.clusters is None else self.clusters)]
+
+    def num_clusters(self, num_rows: int) -> int:
+        """How many clusters are drawn."""
+        return len(set(self._labels(num_rows)))
 
     def weights(self, num_rows: int) -> np.ndarray:
         """Weight of each row in each resample [B, n], 1 on average."""
-        labels = [str(c) for c in (range(num_rows) if self.clusters is None else self.clusters)]
-        drawn = {label: self._drawn(label) for label in dict.fromkeys(labels)}
-        weights = np.stack([drawn[label] for label in labels], axis=1)
-        if self.within is None:
-            return weights
-        inner = [f"{outer}/{label}" for outer, label in zip(labels, self.within, strict=True)]
-        drawn = {label: self._drawn(label) for label in dict.fromkeys(inner)}
-        return weights * np.stack([drawn[label] for label in inner], axis=1)
+        outer = self._labels(num_rows)
+        inner = [] if self.within is None else [f"{a}/{b}" for a, b in zip(outer, self.within, strict=True)]
+        weights = np.ones((self.num_resamples, num_rows))
+        for labels in filter(None, (outer, inner)):
+            drawn = {label: self._drawn(label) for label in dict.fromkeys(labels)}
+            weights *= np.stack([drawn[label] for label in labels], axis=1)
+        return weights
 
     def _drawn(self, label: str) -> np.ndarray:
         return np.random.default_rng([self.seed, zlib.crc32(label.encode())]).beta(0.5, 1.5, self.num_resamples) * 4
@@ -79,12 +87,7 @@ class Resampling:
         if self.stderr is None:
             return None
         noise = np.random.default_rng([self.seed, 1]).standard_normal((self.num_resamples, len(fit.y))) * self.stderr
-        target = fit.problem.target
-        return target + noise / (fit.y if fit.loss.is_log else fit.units["y"])
-
-    def num_clusters(self, num_rows: int) -> int:
-        """How many clusters are drawn."""
-        return num_rows if self.clusters is None else len({str(c) for c in self.clusters})
+        return fit.problem.target + noise / (fit.y if fit.loss.is_log else fit.units["y"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +104,7 @@ class Bootstrap:
         """[B, p] in the table's units, columns in the order of `fit.form.param_names`."""
         return self.fit.to_params(self.theta)
 
-    @property
-    def stderr(self) -> dict[str, float]:
-        """Standard deviation over the resamples."""
-        sizes = self.params.std(axis=0, ddof=1)
-        return dict(zip(self.fit.form.param_names, sizes.tolist(), strict=True))
-
-    def interval(self, level: float = 0.9) -> dict[str, tuple[float, float] | None]:
+    def interval(self, level: float = 0.9) -> dict[str, Interval]:
         """Percentile interval of each parameter, widened for small tables; None where it is not determined.
 
         Percentiles of n resampled rows are too narrow by √(n/(n − p)) and by Student's t over the normal quantile; both
@@ -116,34 +113,17 @@ class Bootstrap:
         """
         fit, tails = self.fit, [0.5 - level / 2, 0.5 + level / 2]
         spare = max(self.num_clusters - fit.num_free, 1)
-        wider = np.sqrt(self.num_clusters / spare) * student_quantile(level, spare) / normal_quantile(level)
+        wider = np.sqrt(self.num_clusters / spare) * central_quantile(level, spare) / central_quantile(level)
         middle = fit.to_plain(fit.theta)
         ends = middle + wider * (np.quantile(fit.to_plain(self.theta), tails, axis=0) - middle)
         near = 1e-6 * (1 + np.abs(self.theta))
-        pressed = np.mean((self.theta - fit.lower < near) | (fit.upper - self.theta < near), axis=0) > tails[0]
-        return intervals_of(fit, ends, level, dict(zip(fit.form.param_names, pressed.tolist(), strict=True)))
-
-    def draws(self, x: object) -> np.ndarray:
-        """The curve of every resample [B, n] at flat columns x."""
-        return self.fit.predict_draws(x, self.theta)
+        at_end = (self.theta - fit.lower < near) | (fit.upper - self.theta < near)
+        return intervals_of(fit, ends, level, at_end.mean(axis=0) > tails[0])
 
 
-def bootstrap(
-    fit: LawFit,
-    *,
-    num_resamples: int = 1000,
-    clusters: object = None,
-    within: object = None,
-    stderr: object = None,
-    seed: int = 0,
-) -> Bootstrap:
-    """Refit `fit` to `num_resamples` resampled tables.
-
-    `clusters` [n] labels rows that are drawn together (default: each row alone; pass the cell), `within` [n] what is
-    drawn again inside each cluster (the seed), `stderr` [n] the standard error of each y from its finite test set. Two
-    arms given the same labels and seed stay paired. Raises LawError for columns of another length.
-    """
-    how = Resampling.make(len(fit.y), num_resamples, clusters, within, stderr, seed)
+def bootstrap(fit: LawFit, how: Resampling) -> Bootstrap:
+    """Refit `fit` to resampled tables. Raises LawError for columns of another length."""
+    how = how.checked(len(fit.y))
     theta = refit(fit, how.weights(len(fit.y)), how.targets(fit))
     return Bootstrap(fit, theta, how.num_clusters(len(fit.y)))
 
@@ -178,35 +158,35 @@ def smallest_starts(fit: LawFit) -> np.ndarray:
     return spread_starts(fit.problem, 64, fit.seed).min(axis=0)
 
 
-def parameter_intervals(fit: LawFit, level: float = 0.9) -> dict[str, tuple[float, float] | None]:
+def parameter_intervals(fit: LawFit, level: float = 0.9) -> dict[str, Interval]:
     """Student-t interval of each parameter from the curvature, symmetric in the coordinates (amplitudes stay positive).
 
     Parameters at a bound get their profile-likelihood interval, fixed ones no width, undetermined ones None.
     """
-    half = student_quantile(level, fit.degrees) * np.sqrt(np.maximum(np.diag(fit.plain_covariance), 0.0))
+    half = central_quantile(level, fit.degrees) * np.sqrt(np.maximum(np.diag(fit.plain_covariance), 0.0))
     middle = fit.to_plain(fit.theta)
-    return intervals_of(fit, np.stack([middle - half, middle + half]), level, {})
+    return intervals_of(fit, np.stack([middle - half, middle + half]), level, np.zeros(len(half), bool))
 
 
-def intervals_of(
-    fit: LawFit, ends: np.ndarray, level: float, pressed: dict[str, bool]
-) -> dict[str, tuple[float, float] | None]:
-    """Intervals in the table's units from coordinates `ends` [2, p], except where a rule overrides them."""
-    found: dict[str, tuple[float, float] | None] = {}
-    own = np.diag(fit.form.unscaling(fit.units)[0])
-    box = [np.where(fit.form.is_log, sign * np.inf, own * end) for sign, end in ((-1, fit.lower), (1, fit.upper))]
+def intervals_of(fit: LawFit, ends: np.ndarray, level: float, pressed: np.ndarray) -> dict[str, Interval]:
+    """Intervals in the table's units from coordinates `ends` [2, p]; by profile likelihood where the estimate, or what
+    was resampled (`pressed` [p]), lies at a bound."""
+    found: dict[str, Interval] = {}
+    is_log, own = fit.form.is_log, np.diag(fit.form.unscaling(fit.units)[0])
+    box = np.array([np.where(is_log, side * np.inf, own * end) for side, end in ((-1, fit.lower), (1, fit.upper))])
     with np.errstate(over="ignore"):
-        low, high = np.where(fit.form.is_log, np.exp(ends), np.clip(ends, *box))
+        ends = np.where(is_log, np.exp(ends), np.clip(ends, *box))
     for k, name in enumerate(fit.form.param_names):
         if name in fit.fixed:
             found[name] = (fit.params[name], fit.params[name])
         elif name in fit.undetermined:
             found[name] = None
         else:
-            at_bound = name in fit.at_bound or pressed.get(name, False)
-            both = profile_interval(fit, name, level) if at_bound else (float(low[k]), float(high[k]))
-            empty = says_nothing(both, is_log=bool(fit.form.is_log[k]), box=(float(box[0][k]), float(box[1][k])))
-            found[name] = None if empty else both
+            low, high = (
+                profile_interval(fit, name, level) if pressed[k] or name in fit.at_bound else ends[:, k].tolist()
+            )
+            empty = says_nothing((low, high), is_log=bool(is_log[k]), box=(box[0, k], box[1, k]))
+            found[name] = None if empty else (low, high)
     return found
 
 
@@ -231,7 +211,7 @@ def profile_interval(fit: LawFit, name: str, level: float = 0.9) -> tuple[float,
         raise LawError(f"{name!r} was fixed; there is nothing to profile")
     profile = Profile(fit, fit.form.param_names.index(name))
     is_square = fit.loss.kind == "least_squares"
-    limit = student_quantile(level, fit.degrees) if is_square else normal_quantile(level)
+    limit = central_quantile(level, fit.degrees) if is_square else central_quantile(level)
     ends = [profile.end(side, limit**2) for side in (-1, 1)]
     with np.errstate(over="ignore"):
         return (float(np.exp(ends[0])), float(np.exp(ends[1]))) if profile.is_log else (ends[0], ends[1])
@@ -242,19 +222,16 @@ class Profile:
 
     def __init__(self, fit: LawFit, k: int) -> None:
         self.fit, self.k, self.is_log = fit, k, bool(fit.form.is_log[k])
-        units = dict.fromkeys(fit.units, 1.0)
         matrix, shift = fit.form.unscaling(fit.units)
+        own, self.theta = np.diag(matrix), fit.to_plain(fit.theta)
         # A box over scaled coordinates is none over plain ones where an exponent mixes in; those ends stay open.
-        own = np.diag(matrix)
-        lower, upper = (np.where(np.isfinite(e), own * e + shift, e) for e in (fit.lower, fit.upper))
-        mixed = (matrix - np.diag(own)).any(axis=1)
-        self.theta = fit.to_plain(fit.theta)
-        fixed = np.isin(fit.form.param_names, fit.fixed)
-        lower, upper = (
-            np.where(fixed, self.theta, np.where(mixed, s * np.inf, e)) for s, e in ((-1, lower), (1, upper))
-        )
-        self.problem = make_problem(fit.form, fit.x, fit.y, units, fit.loss, (lower, upper))
-        self.low, self.high = lower[k], upper[k]
+        mixed, fixed = (matrix - np.diag(own)).any(axis=1), np.isin(fit.form.param_names, fit.fixed)
+        box = [
+            np.where(fixed, self.theta, np.where(mixed, side * np.inf, np.where(np.isfinite(e), own * e + shift, e)))
+            for side, e in ((-1, fit.lower), (1, fit.upper))
+        ]
+        self.problem = make_problem(fit.form, fit.x, fit.y, dict.fromkeys(fit.units, 1.0), fit.loss, box)
+        self.low, self.high = box[0][k], box[1][k]
         self.best = float(self.problem.objective(self.theta[None], fit.weights[None])[0])
         # An amplitude that vanished is sought from far below the smallest value that a first guess would take.
         self.vanished = self.is_log and bool(fit.theta[k] <= fit.lower[k] + 1.0)
@@ -264,9 +241,8 @@ class Profile:
     def rise(self, value: float, start: np.ndarray) -> tuple[float, np.ndarray]:
         """Twice the rise of the log-likelihood at `value`, and the optimum there [p]."""
         at = np.where(np.arange(len(start)) == self.k, value, start)
-        lower, upper = self.problem.lower.copy(), self.problem.upper.copy()
-        lower[self.k] = upper[self.k] = value
-        problem = Problem(self.problem.form, self.problem.x, self.problem.target, self.problem.loss, lower, upper)
+        box = [np.where(np.arange(len(start)) == self.k, value, e) for e in (self.problem.lower, self.problem.upper)]
+        problem = replace(self.problem, lower=box[0], upper=box[1])
         theta, _ = minimise(problem, at[None], self.fit.weights[None], max_steps=60)
         theta, objective, _ = polish(problem, theta[0], self.fit.weights)
         return self.deviance(objective), theta
@@ -290,33 +266,78 @@ class Profile:
             return -np.inf
         size = float(np.sqrt(max(self.fit.plain_covariance[self.k, self.k], 0.0)))
         step = size or (1.0 if self.is_log else 0.01 * (1 + abs(self.middle)))
-        close = 1e-3 * step
-        inside, known, start = self.middle, -limit, self.theta
+        close, inside, known, start = 1e-3 * step, self.middle, -limit, self.theta
         for _ in range(REACH):
-            value = inside + side * step
-            value = max(value, bound) if side < 0 else min(value, bound)
+            value = float(np.clip(inside + side * step, self.low, self.high))
             rise, there = self.rise(value, start)
             if rise > limit:
                 ends = {inside: known, value: rise - limit}
-                found = brentq(
-                    lambda v, s=start, e=ends: e[v] if v in e else self.rise(v, s)[0] - limit,
-                    inside, value, xtol=close,
-                )  # fmt: skip
-                return float(found)  # type: ignore[arg-type]
+                excess = lambda v, s=start, e=ends: e[v] if v in e else self.rise(v, s)[0] - limit  # noqa: E731
+                return float(brentq(excess, inside, value, xtol=close))  # type: ignore[arg-type]
             if value == bound:
                 return float(bound)
             inside, known, start, step = value, rise - limit, there, 2 * step
         return side * np.inf
 
 
+@dataclass(frozen=True)
+class Premise:
+    """Whether the premise of Theorem 1 (2504.13219) holds: the distilled floor E∞ lies above the plain one, and the
+    distilled arm has the larger exponent or the larger factor. Each difference is distilled − plain, with its interval."""
+
+    verdict: Literal["holds", "fails", "not determined"]
+    floor: Triple
+    """E∞, in units of y."""
+    exponent: Triple
+    """Of the law's first variable, such as D_p."""
+    log_factor: Triple
+    """Of the term's factor, at 1 in the variable's unit."""
+    level: float
+
+
+def premise(plain: Bootstrap, distilled: Bootstrap, level: float = 0.9) -> Premise:
+    """Test the premise on one law fitted to both arms, and resampled.
+
+    Every difference combines the arms' own intervals (percentiles, profile likelihood at bounds) by MOVER (Zou & Donner
+    2008), as if the arms were independent, which pairing makes cautious. `holds` and `fails` follow from the ends of the
+    intervals; a parameter that a table does not determine leaves its difference open. Raises LawError for two laws, and
+    for laws that are no sum of a floor and powers.
+    """
+    form = plain.fit.form
+    if form.equation != distilled.fit.form.equation:
+        raise LawError(f"premise: fit one law to both arms, not {form.equation} and {distilled.fit.form.equation}")
+    if form.name not in WITH_FLOOR:
+        raise LawError(
+            f"premise: {form.name} has no floor, exponent and factor to compare; use {', '.join(WITH_FLOOR)}"
+        )
+    rule = next(r for r in form.scaling if r.variable == form.variable_names[0] and r.exponent)
+    names = (form.param_names[0], str(rule.exponent), rule.amplitude)
+    arms = [(bootstrap.fit.params, bootstrap.interval(level)) for bootstrap in (distilled, plain)]
+
+    def difference(name: str) -> Triple:
+        ends = np.array([(p[name], *(found[name] or (-np.inf, np.inf))) for p, found in arms])
+        if name == rule.amplitude:
+            with np.errstate(divide="ignore"):
+                ends = np.log(np.maximum(ends, 0.0))
+        elif name == rule.exponent and rule.sign < 0:  # a rising power: the law falls with -exponent
+            ends = -ends[:, [0, 2, 1]]
+        (high_arm, low, high), (low_arm, other_low, other_high) = ends.tolist()
+        middle = high_arm - low_arm
+        return (
+            middle,
+            middle - np.hypot(high_arm - low, other_high - low_arm),
+            middle + np.hypot(high - high_arm, low_arm - other_low),
+        )
+
+    floor, exponent, factor = map(difference, names)
+    holds = floor[1] > 0 and (exponent[1] > 0 or factor[1] > 0)
+    fails = floor[2] <= 0 or (exponent[2] < 0 and factor[2] < 0)
+    return Premise("holds" if holds else "fails" if fails else "not determined", floor, exponent, factor, level)
+
+
 @lru_cache(maxsize=256)
-def student_quantile(level: float, degrees: int) -> float:
-    """Half-width of the central interval of Student's t in standard errors; one degree of freedom is the least."""
+def central_quantile(level: float, degrees: float = np.inf) -> float:
+    """Half-width in standard errors of the central interval of Student's t (at least 1 degree), by default the normal."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(max(degrees, 1), 0.5 + level / 2))
-
-
-def normal_quantile(level: float) -> float:
-    """Half-width of the central interval of the normal distribution in standard errors."""
-    return NormalDist().inv_cdf(0.5 + level / 2)
+    return float(stdtrit(max(degrees, 1.0), 0.5 + level / 2))

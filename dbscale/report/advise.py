@@ -15,37 +15,26 @@ from dbscale.report.findings import Question, family_of, study_questions
 from dbscale.report.law_findings import AXIS_NAMES, ArmLaws, Options, arm_laws
 from dbscale.report.schema import AxisName, ContrastRecord, Estimate
 from dbscale.report.table import RunTable, Setting
-from dbscale.report.words import AXES, advice, answer, percent, say, stratum
+from dbscale.report.words import AXES, advice, answer, percent, say, span, stratum
 
 
 @dataclass(frozen=True)
 class Advice:
     """What the study says of one point on one downstream set."""
 
-    label: str
-    """The downstream set, and whatever else tells the settings of the table apart."""
+    sentence: str
     record: ContrastRecord
     """The contrast that the advice rests on."""
-    upstream_samples: float
-    outside: tuple[str, ...]
-    """Every axis on which the point lies outside what was measured, said."""
     expected: Mapping[str, Estimate]
     """Error at the point by the laws of each arm; empty without laws, and outside what was measured."""
 
-    @property
-    def sentence(self) -> str:
-        return f"{self.label}: {advice(self.record, self.upstream_samples, self.outside)}"
-
     def text(self) -> str:
         """The advice, the verdict behind it and the laws' expectation, for a terminal."""
-        return "\n".join([self.sentence, *self._basis()])
-
-    def _basis(self) -> Iterator[str]:
-        yield f"  verdict ({stratum(self.record)}): {answer(self.record)}"
+        lines = [self.sentence, f"  verdict ({stratum(self.record)}): {answer(self.record)}"]
         for arm, error in self.expected.items():
-            yield f"  {arm} by its laws: {percent(error.value)} ({percent(error.low)} to {percent(error.high)})"
-        if len({error.value < self.expected["plain"].value for error in self.expected.values()}) > 1:
-            yield say("laws_alone")
+            lines.append(f"  {arm} by its laws: {percent(error.value)} ({percent(error.low)} to {percent(error.high)})")
+        apart = {error.value < self.expected["plain"].value for error in self.expected.values()}
+        return "\n".join([*lines, *([say("laws_alone")] if len(apart) > 1 else [])])
 
 
 def advise(
@@ -73,30 +62,24 @@ def advise(
 def _advice(
     arms: ArmLaws, setting: Setting, point: Mapping[AxisName, float], questions: list[Question], options: Options
 ) -> Advice:
-    own = [each for each in questions if each.setting == setting and each.metric == "error_rate"]
-    family = family_of(questions)
-    record = own[0].record(arms, options, family)
-    single = _nearest(arms.table, own[1:], point)
-    if single is not None:
-        closer = single.record(arms, options, family)
-        decided = closer.verdict is not None and closer.verdict.kind != "undecided"
-        record = closer if decided else record
+    pooled, *single = [each for each in questions if each.setting == setting and each.metric == "error_rate"]
+
+    def distance(question: Question) -> float:
+        size, labels = arms.table.params(str(question.student)), question.labels or point["downstream_samples"]
+        return float(np.hypot(np.log(size / point["num_params"]), np.log(labels / point["downstream_samples"])))
+
+    # The student and D_f nearest to the point, as ratios, where they have a verdict.
+    record = pooled.record(arms, options, family_of(questions))
+    for nearest_one in [min(single, key=distance)] if single else []:
+        closer = nearest_one.record(arms, options, family_of(questions))
+        record = closer if closer.verdict is not None and closer.verdict.kind != "undecided" else record
+    label = setting.label(arms.table)
     if record.verdict is None:
-        raise TableError(f"{setting.label(arms.table)}: {record.reason}")
+        raise TableError(f"{label}: {record.reason}")
     outside = tuple(_outside(arms.table, setting, point))
     # No prediction stands beside a warning against it.
     expected = {} if outside else _expected(arms, setting, point, options.level)
-    return Advice(setting.label(arms.table), record, point["upstream_samples"], outside, expected)
-
-
-def _nearest(table: RunTable, questions: list[Question], point: Mapping[AxisName, float]) -> Question | None:
-    """The student and D_f nearest to the point, as ratios."""
-
-    def distance(question: Question) -> float:
-        size, labels = table.params(str(question.student)), question.labels or point["downstream_samples"]
-        return float(np.hypot(np.log(size / point["num_params"]), np.log(labels / point["downstream_samples"])))
-
-    return min(questions, key=distance, default=None)
+    return Advice(f"{label}: {advice(record, point['upstream_samples'], outside)}", record, expected)
 
 
 def _outside(table: RunTable, setting: Setting, point: Mapping[AxisName, float]) -> Iterator[str]:
@@ -106,17 +89,15 @@ def _outside(table: RunTable, setting: Setting, point: Mapping[AxisName, float])
         low, high = runs.values(axis)[0], runs.values(axis)[-1]
         if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
             side = "below" if value < low else "above"
-            yield say("outside_axis", value=value, axis=AXES[axis], side=side, low=low, high=high)
+            yield say("outside_axis", value=value, axis=AXES[axis], side=side, span=span(low, high))
 
 
 def _expected(arms: ArmLaws, setting: Setting, point: Mapping[AxisName, float], level: float) -> dict[str, Estimate]:
     """Error at the point by the laws of both arms; empty where an arm has none."""
+    laws = {arm: law for arm in ("plain", "distilled") if (law := arms.of(setting, "error_rate", arm)) is not None}
     at = {name: np.array([value]) for name, value in point.items()}
-    found: dict[str, Estimate] = {}
-    for arm in ("plain", "distilled"):
-        law = arms.of(setting, "error_rate", arm)
-        if law is None:
-            return {}
-        low, high = law.curve_interval(at, level)
-        found[arm] = Estimate(value=float(law.predict(at)[0]), low=float(low[0]), high=float(high[0]))
+    found = {}
+    for arm, law in laws.items() if len(laws) == 2 else ():
+        (low,), (high,) = law.curve_interval(at, level)
+        found[arm] = Estimate(value=float(law.predict(at)[0]), low=float(low), high=float(high))
     return found

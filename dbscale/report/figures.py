@@ -1,12 +1,14 @@
 """Every figure of a study, declared once: the page shows it, `dbscale export` writes it as SVG and PDF.
 
-Draws records and runs, computes nothing of science. Colours come from a theme, so that one declaration serves light,
-dark and paper; the width of panels is the page's.
+Draws records and runs, computes nothing of science. Colours come from templates/theme.json, so that one declaration
+serves light, dark and paper; the width of panels is the page's.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +18,23 @@ import altair as alt
 
 from dbscale.files import write_atomic
 from dbscale.laws import Verdict
-from dbscale.report.schema import AxisName, Band, BoundaryFile, ContrastRecord, LawsFile, OfSetting
+from dbscale.report.schema import AxisName, BoundaryFile, ContrastRecord, LawsFile
 from dbscale.report.table import RunTable, Setting
-from dbscale.report.words import AXES, COMPONENTS, axis_of, count, is_rate, metric_of, side_of, stratum, where
+from dbscale.report.words import AXES, COMPONENTS, axis_of, is_rate, listed, metric_of, side_of, stratum, where
 
 Rows = list[dict[str, Any]]
+Layers = Sequence[tuple[str, Any]]
+"""Marks from back to front, each with the part of the rows that it draws."""
 DATA = alt.NamedData(name="rows")
 """Rows stay out of Altair, which would copy them with every step of a declaration."""
 HIDDEN = alt.param(name="hidden", value=[])
 """Arms switched off. The page's script sets it when a legend is clicked: Vega-Lite binds no legend of panels."""
 ARMS = ("plain", "distilled", "teacher", "scratch")
 """In the order of the theme's colours; no figure has more than three."""
-SHAPES = ("circle", "diamond", "square", "triangle-up")
 PAPER_WIDTH = 210
 """Of a panel on paper, in pixels; a single panel is twice as wide."""
 ASIDE = 1.06
 """Single seeds stand a little to the right of their mean."""
-FONT = "Inter, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
 @dataclass(frozen=True)
@@ -49,36 +51,14 @@ class Figure:
     def spec(self, theme: str = "") -> dict[str, Any]:
         """Vega-Lite, with the colours of a theme (`light` or `dark`) or, for the page, without."""
         spec = self.chart.to_dict(validate=False)
-        return spec | {"datasets": {"rows": self.rows}, "config": config(**THEMES[theme]) if theme else {}}
+        return spec | {"datasets": {"rows": self.rows}, "config": themes()[theme] if theme else {}}
 
 
-THEMES = {
-    "light": {"ink": "#1d2430", "muted": "#5c6678", "rule": "#e3e6ec", "page": "#ffffff",
-              "colors": ("#1f5fae", "#d2690a", "#8892a3", "#14805e")},
-    "dark": {"ink": "#e7eaf0", "muted": "#9aa5b8", "rule": "#2c3442", "page": "#12161d",
-             "colors": ("#6ea9f5", "#f2a055", "#7f8a9c", "#4cc39a")},
-}  # fmt: skip
-
-
-def config(*, ink: str, muted: str, rule: str, page: str, colors: Sequence[str]) -> dict[str, Any]:
-    """Vega-Lite's config: type, colours, and the named styles that marks refer to."""
-    axis = {
-        "domainColor": muted, "tickColor": muted, "gridColor": rule, "labelColor": muted, "titleColor": muted,
-        "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": 400, "titlePadding": 8, "tickSize": 4,
-    }  # fmt: skip
-    text = {"labelColor": ink, "titleColor": muted, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
-    return {
-        "font": FONT, "background": page, "view": {"stroke": None}, "axis": axis, "axisX": {"grid": False},
-        "legend": text | {"orient": "top", "symbolStrokeWidth": 2, "offset": 4, "symbolLimit": 8},
-        "header": text | {"labelFontWeight": 500, "title": None, "labelPadding": 4, "labelAnchor": "start"},
-        "range": {"category": list(colors), "symbol": list(SHAPES)}, "facet": {"spacing": 22},
-        "style": {
-            "zero": {"color": muted, "strokeWidth": 1}, "zone": {"color": muted, "opacity": 0.14},
-            "band": {"color": muted, "opacity": 0.2}, "line": {"color": muted, "strokeWidth": 1.5},
-            "root": {"color": colors[3], "opacity": 0.14}, "root-line": {"color": colors[3], "strokeDash": [4, 3]},
-            "seed": {"color": muted, "opacity": 0.6, "size": 12}, "guide": {"color": muted, "strokeDash": [3, 3]},
-        },
-    }  # fmt: skip
+def themes() -> dict[str, dict[str, Any]]:
+    """Vega-Lite's config by theme: type, colours, and the named styles that marks refer to."""
+    table = json.loads((Path(__file__).parent / "templates" / "theme.json").read_text(encoding="utf-8"))
+    config = string.Template(json.dumps(table["config"]))
+    return {name: json.loads(config.substitute(colors)) for name, colors in table["palettes"].items()}
 
 
 def log_x(title: str, values: Iterable[float], margin: float = 1.25) -> alt.X:
@@ -98,27 +78,32 @@ def log_ticks(values: Iterable[float]) -> list[float]:
     return [digit * 10.0**decade for decade in decades for digit in fine if low <= digit * 10.0**decade <= high]
 
 
-def panelled(layers: Sequence[tuple[str, Any]], rows: Rows, panels: Sequence[str], height: int) -> Any:
-    """Layers, with the part of the rows that each draws, over one table; a panel for each name."""
+def panelled(name: str, layers: Layers, rows: Rows, height: int, title: str) -> Figure:
+    """Layers over one table of rows; a panel for each of their panels, in their order."""
     zoom = alt.selection_interval(
         name="zoom", bind="scales", zoom="wheel![event.ctrlKey || event.metaKey]",
         translate="[pointerdown[event.pointerType == 'mouse'], window:pointerup] > window:pointermove!",
     )  # fmt: skip
-    wide = 2 if len(panels) == 1 else 1
-    present = {row["part"] for row in rows}
-    *drawn, top = [layer for name, layer in layers if name in present]
-    chart = alt.layer(*drawn, top.add_params(zoom)).properties(width=wide * PAPER_WIDTH, height=height)
-    switches = [HIDDEN] if "run" in present else []
+    panels, parts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("panel", "part"))
+    *drawn, top = [layer for part, layer in layers if part in parts]
+    width = PAPER_WIDTH * (2 if len(panels) == 1 else 1)
+    chart = alt.layer(*drawn, top.add_params(zoom)).properties(width=width, height=height)
+    switches = [HIDDEN] if "run" in parts else []
     if len(panels) == 1:
-        return chart.properties(data=DATA).add_params(*switches)
-    order = alt.Facet("panel:N", title=None, sort=list(panels))
+        return Figure(name, chart.properties(data=DATA).add_params(*switches), rows, title)
+    order = alt.Facet("panel:N", title=None, sort=panels)
     chart = chart.facet(order, columns=min(len(panels), 3), data=DATA)
-    return chart.resolve_axis(x="independent").add_params(*switches)
+    return Figure(name, chart.resolve_axis(x="independent").add_params(*switches), rows, title)
 
 
 def part(name: str) -> Any:
     """A chart of the rows of one part, without data of its own."""
     return alt.Chart().transform_filter(f"datum.part == '{name}'")
+
+
+def band(name: str, x: alt.X, y: str) -> Any:
+    """The area between the ends of a part's rows."""
+    return part(name).encode(x=x, y=alt.Y("low:Q", title=y), y2="high:Q")
 
 
 def hunt_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
@@ -139,20 +124,29 @@ def hunt_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
 
 def delta_figure(name: str, records: Sequence[ContrastRecord], height: int = 250) -> Figure | None:
     """Δ with its intervals, curve and boundary; one panel a contrast. All are of one metric, axis and pair of sides."""
-    judged = [(record, record.verdict) for record in records if record.verdict is not None]
+    return _delta_figure(name, records, [(stratum(each), each.verdict) for each in records], height)
+
+
+def halves_figure(name: str, record: ContrastRecord) -> Figure | None:
+    """The same of two disjoint halves of the seeds, side by side."""
+    panels = [(f"seeds {listed(half.seeds)}", half.verdict) for half in record.halves]
+    return _delta_figure(name, [record], panels, 200)
+
+
+def _delta_figure(
+    name: str, records: Sequence[ContrastRecord], panels: Sequence[tuple[str, Verdict | None]], height: int
+) -> Figure | None:
+    judged = [(panel, verdict) for panel, verdict in panels if verdict is not None]
     if not judged:
         return None
-    first, scale = judged[0][0], 100 if is_rate(judged[0][0].metric) else 1
-    signs = [f"{side_of(first, 'a')} lower", f"{side_of(first, 'b')} lower", "sign not established"]
-    rows = [row for record, verdict in judged for row in _delta_rows(stratum(record), verdict, scale, signs)]
+    first, scale = records[0], 100 if is_rate(records[0].metric) else 1
+    sides = [side_of(first, side) for side in "ab"]
+    signs = [*(f"{side} lower" for side in sides), "sign not established"]
+    rows = [row for panel, verdict in judged for row in _delta_rows(panel, verdict, scale, signs)]
     x = log_x(axis_of(first), (point.x for _, verdict in judged for point in verdict.points))
-    unit = " (points)" if scale == 100 else ""
-    title = f"{metric_of(first.metric)}, {first.a} − {first.b}{unit}"
-    chart = panelled(_delta_layers(x, title, signs), rows, [stratum(record) for record, _ in judged], height)
-    told = (
-        f"{metric_of(first.metric)} of {side_of(first, 'a')} minus that of {side_of(first, 'b')} over {axis_of(first)}"
-    )
-    return Figure(name, chart, rows, f"{told}, {where(first)}")
+    title = f"{metric_of(first.metric)}, {first.a} − {first.b}{' (points)' if scale == 100 else ''}"
+    told = f"{metric_of(first.metric)} of {sides[0]} minus that of {sides[1]} over {axis_of(first)}, {where(first)}"
+    return panelled(name, _delta_layers(x, title, signs), rows, height, told)
 
 
 def _delta_rows(panel: str, verdict: Verdict, scale: float, signs: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -161,52 +155,58 @@ def _delta_rows(panel: str, verdict: Verdict, scale: float, signs: Sequence[str]
     if verdict.interval is not None:
         low, high = verdict.interval
         yield {"panel": panel, "part": "root", "x": verdict.root, "low": low, "high": high}
-    for x, *ends in zip(*(verdict.curve[name] for name in ("x", "delta", "low", "high")), strict=True):
-        y, low, high = (scale * end for end in ends)
-        yield {"panel": panel, "part": "curve", "x": x, "y": y, "low": low, "high": high}
+    for x, *ends in zip(*verdict.curve.values(), strict=True):
+        yield {
+            "panel": panel,
+            "part": "curve",
+            "x": x,
+            **_scaled(dict(zip(("y", "low", "high"), ends, strict=True)), scale),
+        }
     for point in verdict.points:
-        ends = {name: scale * getattr(point, name) for name in ("low", "high", "low_all", "high_all")}
+        ends = {name: getattr(point, name) for name in ("low", "high", "low_all", "high_all")} | {"y": point.delta}
         sign = signs[1 if point.low_all > 0 else 0 if point.high_all < 0 else 2]
-        yield {"panel": panel, "part": "point", "x": point.x, "y": scale * point.delta, **ends, "sign": sign,
+        yield {"panel": panel, "part": "point", "x": point.x, **_scaled(ends, scale), "sign": sign,
                "seeds": point.num_seeds}  # fmt: skip
         for value in point.by_seed:
             yield {"panel": panel, "part": "seed", "x": ASIDE * point.x, "y": scale * value}
 
 
-def band_rows(band: Band) -> Iterator[dict[str, Any]]:
-    """One row a point of a curve; what is unknown is left out."""
-    for x, y, low, high in zip(band.x, band.y, band.low, band.high, strict=True):
-        if None not in (y, low, high):
-            yield {"x": x, "y": y, "low": low, "high": high}
+def _scaled(values: dict[str, float], scale: float) -> dict[str, float]:
+    return {name: scale * value for name, value in values.items()}
 
 
-def _delta_layers(x: alt.X, title: str, signs: Sequence[str]) -> list[tuple[str, Any]]:
+def _delta_layers(x: alt.X, title: str, signs: Sequence[str]) -> Layers:
     """From back to front: what does not matter, the boundary, the curve, seeds, intervals, means."""
     y = alt.Y("y:Q", title=title)
-    low, high = alt.Y("low:Q", title=title), alt.Y2("high:Q")
     color = alt.Color("sign:N", title=None, scale=alt.Scale(domain=list(signs)))
-    tooltip = [
-        alt.Tooltip("x:Q", title=x["title"], format=",.0f"), alt.Tooltip("y:Q", title="difference", format="+.2f"),
-        alt.Tooltip("low_all:Q", title="from (simultaneous)", format="+.2f"),
-        alt.Tooltip("high_all:Q", title="to (simultaneous)", format="+.2f"),
-        alt.Tooltip("seeds:Q", title="seeds"), alt.Tooltip("sign:N", title="established"),
-    ]  # fmt: skip
-    whisker = part("point").encode(x=x, color=color)
+    told = (("x", x["title"], ",.0f"), ("y", "difference", "+.2f"), ("low_all", "from (simultaneous)", "+.2f"),
+            ("high_all", "to (simultaneous)", "+.2f"))  # fmt: skip
+    tooltip = [alt.Tooltip(f"{name}:Q", title=text, format=spec) for name, text, spec in told]
+    tooltip += [alt.Tooltip("seeds:Q", title="seeds"), alt.Tooltip("sign:N", title="established")]
+    mean, root = part("point").encode(x=x, y=y, color=color), part("root")
+    wide = mean.mark_rule(strokeWidth=1).encode(y=alt.Y("low_all:Q", title=title), y2="high_all:Q")
     return [
-        ("zone", part("zone").mark_rect(style="zone").encode(y=low, y2=high)),
+        ("zone", part("zone").mark_rect(style="zone").encode(y=alt.Y("low:Q", title=title), y2="high:Q")),
         ("zone", part("zone").mark_rule(style="zero").encode(y=y)),
-        ("root", part("root").mark_rect(style="root").encode(x=alt.X("low:Q", title=x["title"]), x2="high:Q")),
-        ("root", part("root").mark_rule(style="root-line").encode(x=x)),
-        ("curve", part("curve").mark_area(style="band").encode(x=x, y=low, y2=high)),
+        ("root", root.mark_rect(style="root").encode(x=alt.X("low:Q", title=x["title"]), x2="high:Q")),
+        ("root", root.mark_rule(style="root-line").encode(x=x)),
+        ("curve", band("curve", x, title).mark_area(style="band")),
         ("curve", part("curve").mark_line(style="line").encode(x=x, y=y)),
         ("seed", part("seed").mark_circle(style="seed").encode(x=x, y=y)),
-        ("point", whisker.mark_rule(strokeWidth=1).encode(y=alt.Y("low_all:Q", title=title), y2="high_all:Q")),
-        ("point", whisker.mark_rule(strokeWidth=3.5).encode(y=low, y2=high)),
-        ("point", whisker.mark_point(filled=True, size=75, opacity=1).encode(y=y, tooltip=tooltip)),
+        ("point", wide),
+        ("point", band("point", x, title).mark_rule(strokeWidth=3.5).encode(color=color)),
+        ("point", mean.mark_point(filled=True, size=75, opacity=1).encode(tooltip=tooltip)),
     ]
 
 
 # Errors of the arms, with their laws.
+
+PANELS: dict[AxisName, str] = {
+    "upstream_samples": "{0.student}, {0.downstream_samples:,} labels",
+    "downstream_samples": "{0.student}, {0.upstream_samples:,} upstream images",
+    "num_params": "{0.upstream_samples:,} upstream images, {0.downstream_samples:,} labels",
+}
+"""How the panel of a run or curve is called: by what the axis does not show."""
 
 
 def error_figure(
@@ -215,38 +215,24 @@ def error_figure(
 ) -> Figure:  # fmt: skip
     """Every run and the laws' curves over one axis; a panel for each combination of the others worth a curve."""
     runs = table.where(lambda run: getattr(run, metric) is not None and run.dataset == setting.dataset)
-    panel_of, own = _panel_names(axis), _worth_drawing(runs.pretrained.where(setting=setting), axis)
-    rows: Rows = [
-        {"panel": panel_of(run), "part": "run", "arm": run.arm, "x": getattr(run, axis), "y": getattr(run, metric),
-         "seed": str(run.seed)}
-        for run in own
-    ]  # fmt: skip
-    if axis == "upstream_samples":
-        rows += _scratch_rows(runs.scratch, panel_of, metric)
-    panels = list(dict.fromkeys(row["panel"] for row in rows if row["part"] == "run"))
-    rows += [
-        {"panel": panel_of(curve), "part": "law", "arm": curve.arm, **row}
-        for curve in laws.curves if (setting_of(curve), curve.metric, curve.axis) == (setting, metric, axis)
-        for row in band_rows(curve.band)
-    ]  # fmt: skip
-    rows = [row for row in rows if row["panel"] in panels]
-    layers = _arm_layers(log_x(AXES[axis], own.values(axis)), metric_of(metric), metric, rows)
+    own = _worth_drawing(runs.pretrained.where(setting=setting), axis)
+    rows = [_run_row(PANELS[axis].format(run), run, getattr(run, axis), getattr(run, metric)) for run in own]
+    panels = {row["panel"] for row in rows}
+    if axis == "upstream_samples":  # a run without upstream data has no place on a log axis: a level
+        levels = (_run_row(PANELS[axis].format(run), run, None, getattr(run, metric)) for run in runs.scratch)
+        rows += [row | {"part": "level"} for row in levels]
+    for curve in laws.curves:
+        if (curve.setting, curve.metric, curve.axis) == (setting, metric, axis):
+            names = {"panel": PANELS[axis].format(curve), "part": "law", "arm": curve.arm}
+            known = zip(*curve.band.model_dump().values(), strict=True)
+            rows += [names | dict(zip(("x", "y", "low", "high"), at, strict=True)) for at in known if None not in at]
     told = f"{metric_of(metric)} over {AXES[axis]}, {setting.dataset}"
-    return Figure(name, panelled(layers, rows, panels, 190), rows, told)
+    rows = [row for row in rows if row["panel"] in panels]
+    return panelled(name, _arm_layers(log_x(AXES[axis], own.values(axis)), metric, rows), rows, 190, told)
 
 
-def setting_of(record: OfSetting) -> Setting:
-    return Setting(record.variant, record.upstream_dataset, record.dataset)
-
-
-def _panel_names(axis: AxisName) -> Any:
-    """How the panel of a run or curve is called: by what the axis does not show."""
-    names = {
-        "upstream_samples": lambda run: f"{run.student}, {run.downstream_samples:,} labels",
-        "downstream_samples": lambda run: f"{run.student}, {run.upstream_samples:,} upstream images",
-        "num_params": lambda run: f"{run.upstream_samples:,} upstream images, {run.downstream_samples:,} labels",
-    }
-    return names[axis]
+def _run_row(panel: str, run: Any, x: float | None, y: float | None, arm: str = "") -> dict[str, Any]:
+    return {"panel": panel, "part": "run", "arm": arm or run.arm, "x": x, "y": y, "seed": str(run.seed)}
 
 
 def _worth_drawing(runs: RunTable, axis: AxisName) -> RunTable:
@@ -258,80 +244,67 @@ def _worth_drawing(runs: RunTable, axis: AxisName) -> RunTable:
     return runs.where(lambda run: all(getattr(run, name) in ends[name] for name in others))
 
 
-def _scratch_rows(runs: RunTable, panel_of: Any, metric: str) -> Rows:
-    """Runs without upstream data, which have no place on a log axis: a level each."""
-    return [
-        {"panel": panel_of(run), "part": "level", "arm": run.arm, "y": getattr(run, metric), "seed": str(run.seed)}
-        for run in runs
-    ]
-
-
 def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | None:
-    """Upstream test error of both arms and of the teachers; a panel a student."""
-    runs: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for run in table.pretrained:
-        if (run.variant, run.upstream_dataset) == (setting.variant, setting.upstream_dataset):
-            for arm, error in ((run.arm, run.upstream_error_rate), ("teacher", run.teacher_error_rate)):
-                if error is not None:
-                    row = {"panel": run.student, "arm": arm, "x": run.upstream_samples, "seed": str(run.seed)}
-                    runs[tuple(row.values())] = row | {"part": "run", "y": error}
-    if not runs:
+    """Upstream test error of both arms and of the teachers, every run once; a panel a student."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in table.pretrained.where(variant=setting.variant, upstream_dataset=setting.upstream_dataset):
+        for arm, error in ((run.arm, run.upstream_error_rate), ("teacher", run.teacher_error_rate)):
+            if error is not None:
+                key = (table.students.index(run.student), arm, run.upstream_samples, run.seed)
+                found[key] = _run_row(run.student, run, run.upstream_samples, error, arm)
+    if not found:
         return None
-    rows = list(runs.values())
-    panels = [student for student in table.students if any(row["panel"] == student for row in rows)]
+    rows = sorted(found.values(), key=lambda row: table.students.index(row["panel"]))
     x = log_x(AXES["upstream_samples"], (row["x"] for row in rows))
-    chart = panelled(_arm_layers(x, "upstream error", "error_rate", rows), rows, panels, 190)
-    return Figure(name, chart, rows, f"upstream test error, {setting.upstream_dataset}")
+    told = f"upstream test error, {setting.upstream_dataset}"
+    return panelled(name, _arm_layers(x, "upstream_error_rate", rows), rows, 190, told)
 
 
-def _arm_layers(x: alt.X, title: str, metric: str, rows: Rows) -> list[tuple[str, Any]]:
+def _arm_layers(x: alt.X, metric: str, rows: Rows, title: str = "") -> Layers:
     """Laws and runs by arm; arms that the parameter `hidden` lists are not shown."""
+    title, rate = title or metric_of(metric), is_rate(metric)
     ticks = log_ticks(row[name] for row in rows for name in ("y", "low", "high") if row.get(name))
-    axis = alt.Axis(format=".1~%" if is_rate(metric) else ".2~f", values=ticks)
+    axis = alt.Axis(format=".1~%" if rate else ".2~f", values=ticks)
     y = alt.Y("y:Q", title=title, axis=axis, scale=alt.Scale(type="log", nice=False, padding=8))
     arms = [arm for arm in ARMS if any(row.get("arm") == arm for row in rows)]
     color, shape = (channel("arm:N", title=None, scale=alt.Scale(domain=arms)) for channel in (alt.Color, alt.Shape))
     tooltip = [
         alt.Tooltip("arm:N"), alt.Tooltip("x:Q", title=x["title"], format=",.4~g"),
-        alt.Tooltip("y:Q", title=title, format=".2%" if is_rate(metric) else ".4f"), alt.Tooltip("seed:N"),
+        alt.Tooltip("y:Q", title=title, format=".2%" if rate else ".4f"), alt.Tooltip("seed:N"),
     ]  # fmt: skip
 
-    def opacity(value: float) -> Any:
-        return alt.when("indexof(hidden, datum.arm) < 0").then(alt.value(value)).otherwise(alt.value(0))
+    def shown(mark: Any, opacity: float, **channels: Any) -> Any:
+        is_on = alt.when("indexof(hidden, datum.arm) < 0")
+        return mark.encode(color=color, opacity=is_on.then(alt.value(opacity)).otherwise(alt.value(0)), **channels)
 
-    level = part("level").mark_rule(strokeDash=[2, 3])
-    area, line = part("law").mark_area(), part("law").mark_line(strokeWidth=1.8)
-    mark = part("run").mark_point(filled=True, size=42).encode(shape=shape, tooltip=tooltip)
     return [
-        ("level", level.encode(y=y, color=color, opacity=opacity(0.7), tooltip=tooltip)),
-        ("law", area.encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q", color=color, opacity=opacity(0.16))),
-        ("law", line.encode(x=x, y=y, color=color, opacity=opacity(1))),
-        ("run", mark.encode(x=x, y=y, color=color, opacity=opacity(0.85))),
+        ("level", shown(part("level").mark_rule(strokeDash=[2, 3]), 0.7, y=y, tooltip=tooltip)),
+        ("law", shown(band("law", x, title).mark_area(), 0.16)),
+        ("law", shown(part("law").mark_line(strokeWidth=1.8), 1, x=x, y=y)),
+        ("run", shown(part("run").mark_point(filled=True, size=42), 0.85, x=x, y=y, shape=shape, tooltip=tooltip)),
     ]
 
 
 # What the results rest on.
 
 
-def predicted_figure(name: str, laws: LawsFile, setting: Setting) -> Figure | None:
-    """Measured against predicted error, by laws that saw the run and by laws that did not."""
-    panels = ("laws fitted to all runs", "largest D_p held out")
-    rows: Rows = [
-        {"panel": panels[each.held_out], "part": "run", "arm": each.arm, "x": each.measured, "y": each.predicted,
-         "seed": str(each.seed)}
-        for each in laws.predictions
-        if each.predicted and each.measured > 0 and setting_of(each) == setting
-    ]  # fmt: skip
+def predicted_figure(name: str, laws: LawsFile, setting: Setting, metric: str = "error_rate") -> Figure | None:
+    """Measured against predicted, by laws that saw the run and by laws that did not."""
+    panels, what = ("laws fitted to all runs", "largest D_p held out"), metric_of(metric)
+    own = [each for each in laws.predictions if (each.setting, each.metric) == (setting, metric)]
+    known = [each for each in own if each.predicted and each.measured > 0]
+    rows = [_run_row(panels[each.held_out], each, each.measured, each.predicted) for each in known]
     if not rows:
         return None
     ends = [end(row[name] for row in rows for name in "xy") for end in (min, max)]
     rows += [{"panel": panel, "part": "guide", "x": end, "y": end} for panel in panels for end in ends]
-    x = alt.X("x:Q", title="measured error", axis=alt.Axis(format=".1~%", tickCount=5),
-              scale=alt.Scale(type="log", nice=False, padding=8))  # fmt: skip
-    *_, runs = _arm_layers(x, "predicted error", "error_rate", rows)
+    x = alt.X("x:Q", title=f"measured {what}", scale=alt.Scale(type="log", nice=False, padding=8),
+              axis=alt.Axis(format=".1~%" if is_rate(metric) else ".2~f", tickCount=5))  # fmt: skip
+    *_, runs = _arm_layers(x, metric, rows, f"predicted {what}")
     diagonal = part("guide").mark_line(style="guide").encode(x=x, y=runs[1].encoding.y)
-    chart = panelled([("guide", diagonal), runs], rows, panels, 260)
-    return Figure(name, chart, rows, f"predicted against measured error, {setting.dataset}")
+    return panelled(
+        name, [("guide", diagonal), runs], rows, 260, f"predicted against measured {what}, {setting.dataset}"
+    )
 
 
 def noise_figure(name: str, contrasts: Sequence[ContrastRecord]) -> Figure | None:
@@ -356,75 +329,53 @@ def noise_figure(name: str, contrasts: Sequence[ContrastRecord]) -> Figure | Non
     return Figure(name, chart, rows, "where the noise of a difference comes from")
 
 
-def halves_figure(name: str, record: ContrastRecord) -> Figure | None:
-    """The means of two disjoint halves of the seeds, side by side."""
-    if not record.halves:
-        return None
-    scale = 100 if is_rate(record.metric) else 1
-    names = [f"seeds {', '.join(half.seeds)}" for half in record.halves]
-    rows: Rows = [{"part": "zero", "y": 0}]
-    for half, half_name in zip(record.halves, names, strict=True):
-        for point in half.verdict.points:
-            ends = {"y": scale * point.delta, "low": scale * point.low, "high": scale * point.high}
-            rows.append({"part": "mean", "half": half_name, "x": count(point.x), **ends})
-    x = alt.X("x:N", title=axis_of(record), sort=None, axis=alt.Axis(labelAngle=0))
-    color, offset = alt.Color("half:N", title=None, sort=names), alt.XOffset("half:N", sort=names)
-    mean, y = part("mean").encode(x=x, xOffset=offset, color=color), alt.Y("y:Q", title="difference")
-    chart = alt.layer(
-        part("zero").mark_rule(style="zero").encode(y=y),
-        mean.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="difference"), y2="high:Q"),
-        mean.mark_point(filled=True, size=60, opacity=1).encode(
-            y=y, tooltip=["half:N", "x:N", alt.Tooltip("y:Q", title="difference", format="+.2f")]),
-        data=DATA,
-    ).properties(width=2 * PAPER_WIDTH, height=200)  # fmt: skip
-    return Figure(name, chart, rows, f"two halves of the seeds, {where(record)}")
+# Which figures there are.
 
 
 def study_figures(table: RunTable, laws: LawsFile, boundary: BoundaryFile) -> dict[str, Figure]:
     """Every figure of a study by name, in the page's order."""
-    return {figure.name: figure for figure in _study_figures(table, laws, boundary.contrasts) if figure is not None}
+    return _named(_study_figures(table, laws, boundary.contrasts))
 
 
 def contrast_figures(record: ContrastRecord) -> dict[str, Figure]:
     """The figures of one contrast that stands alone."""
-    found = (
-        delta_figure("verdict", [record], height=330),
-        halves_figure("halves", record),
-        noise_figure("noise", [record]),
-    )
-    return {figure.name: figure for figure in found if figure is not None}
+    return _named(_contrast_figures([record], [record]))
 
 
-def group_of(record: ContrastRecord, contrasts: Sequence[ContrastRecord]) -> str:
-    """Name of the figure that shows a contrast beside those of the same metric and test set."""
-    return f"delta-{slug(record.metric, where(record, contrasts))}"
+def _named(figures: Iterable[Figure | None]) -> dict[str, Figure]:
+    return {figure.name: figure for figure in figures if figure is not None}
 
 
-def _study_figures(table: RunTable, laws: LawsFile, contrasts: Sequence[ContrastRecord]) -> Iterator[Figure | None]:
-    main = [record for record in contrasts if record.main]
+def _contrast_figures(main: Sequence[ContrastRecord], contrasts: Sequence[ContrastRecord]) -> Iterator[Figure | None]:
     yield delta_figure("verdict", main, height=330)
     yield from (halves_figure("halves", record) for record in main)
     yield noise_figure("noise", contrasts)
+
+
+def grouped(contrasts: Sequence[ContrastRecord]) -> dict[str, list[ContrastRecord]]:
+    """Contrasts that share a metric and a test set, by the name of the figure that shows them side by side."""
     groups: dict[str, list[ContrastRecord]] = {}
     for record in contrasts:
-        groups.setdefault(group_of(record, contrasts), []).append(record)
-    yield from (delta_figure(name, group, height=190) for name, group in groups.items())
+        groups.setdefault(f"delta-{slug(record.metric, where(record, contrasts))}", []).append(record)
+    return groups
+
+
+def _study_figures(table: RunTable, laws: LawsFile, contrasts: Sequence[ContrastRecord]) -> Iterator[Figure | None]:
+    yield from _contrast_figures([record for record in contrasts if record.main], contrasts)
+    yield from (delta_figure(name, group, height=190) for name, group in grouped(contrasts).items())
     for setting in {(s.variant, s.upstream_dataset): s for s in table.settings}.values():
         yield upstream_figure(f"upstream-{slug(setting.variant, setting.upstream_dataset)}", table, setting)
     for setting in table.settings:
-        yield from _setting_figures(table, laws, setting, slug(setting.label(table)))
-
-
-def _setting_figures(table: RunTable, laws: LawsFile, setting: Setting, name: str) -> Iterator[Figure | None]:
-    own = table.pretrained.where(setting=setting)
-    yield error_figure(f"error-{name}", table, laws, setting)
-    if any(run.test_loss for run in own):
-        yield error_figure(f"loss-{name}", table, laws, setting, metric="test_loss")
-    if len(own.values("downstream_samples")) > 1:
-        yield error_figure(f"labels-{name}", table, laws, setting, axis="downstream_samples")
-    if len(own.students) > 1:
-        yield error_figure(f"size-{name}", table, laws, setting, axis="num_params")
-    yield predicted_figure(f"predicted-{name}", laws, setting)
+        name, own = slug(setting.label(table)), table.pretrained.where(setting=setting)
+        yield error_figure(f"error-{name}", table, laws, setting)
+        if any(run.test_loss for run in own):
+            yield error_figure(f"loss-{name}", table, laws, setting, metric="test_loss")
+        if len(own.values("downstream_samples")) > 1:
+            yield error_figure(f"labels-{name}", table, laws, setting, axis="downstream_samples")
+        if len(own.students) > 1:
+            yield error_figure(f"size-{name}", table, laws, setting, axis="num_params")
+        yield predicted_figure(f"predicted-{name}", laws, setting)
+        yield predicted_figure(f"predicted_loss-{name}", laws, setting, "test_loss")
 
 
 def slug(*names: str) -> str:

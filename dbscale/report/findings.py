@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,18 @@ from dbscale.report.pairing import pair_arms, pair_upstream
 from dbscale.report.reduce import load_mistakes, reduce_grid
 from dbscale.report.schema import BoundaryFile, ContrastRecord, HalfRecord, LawsFile, Note
 from dbscale.report.table import RunTable, Setting, read_table, to_csv
-from dbscale.report.words import answers, count, listed, note, size_text, where
+from dbscale.report.words import answers, count, listed, note, notes_of, where
 from dbscale.study.cell import canonical_json
 from dbscale.study.store import Store
 
-METHOD_VERSION = 9
+METHOD_VERSION = 10
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
 """Of a table that comes without a grid."""
 ALONG = "upstream_samples"
 FEWEST_FOR_HALVES = 4
 MOST_DEGREES = 1e9
+"""Stands for infinity, which JSON does not know."""
 NEAR_CHANCE = 0.8
 """Upstream error of a model that has hardly begun to learn: guessing among ten classes errs in .9, among more in more."""
 SAME_STEPS = 1.15
@@ -82,15 +84,14 @@ def _current(
     """The findings stored in `folder` where they are of this table, else new ones."""
     options = options or Options(level=table.level, min_effect=table.min_effect)
     wanted = digest(table, options)
-    try:
+    with suppress(ConfigError, TableError):
         found = Findings(
             schema.read(LawsFile, folder / "laws.json"), schema.read(BoundaryFile, folder / "boundary.json")
         )
-    except (ConfigError, TableError):
-        found = None
-    if found is None or (found.laws.source, found.boundary.source) != (wanted, wanted):
-        found = find(table, wrong=load_wrong(), options=options, source=wanted)
-        found.write(folder)
+        if found.laws.source == found.boundary.source == wanted:
+            return found
+    found = find(table, wrong=load_wrong(), options=options, source=wanted)
+    found.write(folder)
     return found
 
 
@@ -115,7 +116,8 @@ def find(
     arms, laws = study_laws(table, options, source)
     questions = study_questions(table, wrong or {}, options)
     contrasts = tuple(question.record(arms, options, family_of(questions)) for question in questions)
-    notes = (*_notes_on_table(table), *_notes_on_regime(table), *_notes_on_contrasts(contrasts))
+    odd = (each for record in contrasts if record.pooled for each in notes_of(record, where(record, contrasts)))
+    notes = (*_notes_on_table(table), *_notes_on_regime(table), *odd)
     boundary = BoundaryFile(
         grid=table.grid, source=source, level=options.level, min_effect=options.min_effect,
         answers=tuple(answers(contrasts)), contrasts=contrasts, notes=notes,
@@ -140,17 +142,23 @@ class Question:
     main: bool = False
 
     def record(self, arms: ArmLaws, options: Options, family: int) -> ContrastRecord:
-        dataset = self.setting.upstream_dataset if self.metric.startswith("upstream_") else self.setting.dataset
+        """Judged, with the laws' ΔE where both arms have laws; `family` counts the verdicts beside the main one."""
         names = {
-            "variant": self.setting.variant, "upstream_dataset": self.setting.upstream_dataset, "dataset": dataset,
-            "student": self.student, "downstream_samples": self.labels, "main": self.main,
-        }  # fmt: skip
-        options = replace(options, min_effect=self.min_effect)
+            **self.setting._asdict(),
+            "student": self.student,
+            "downstream_samples": self.labels,
+            "main": self.main,
+        }
+        if self.metric.startswith("upstream_"):
+            names["dataset"] = self.setting.upstream_dataset
         if self.pairs is None:
             return _record(names, self.metric, reason=self.reason)
-        curves = law_delta(arms, self.setting, self.metric, self.pairs)
-        return contrast(self.pairs, names, self.metric, options, family=1 if self.main else family, laws=curves,
-                        halves=self.student is None and self.labels is None)  # fmt: skip
+        laws = law_delta(arms, self.setting, self.metric, self.pairs)
+        options = replace(options, min_effect=self.min_effect)
+        whole = self.student is None and self.labels is None
+        return contrast(
+            self.pairs, names, self.metric, options, family=1 if self.main else family, laws=laws, halves=whole
+        )
 
 
 def study_questions(table: RunTable, wrong: Mapping[str, np.ndarray], options: Options) -> list[Question]:
@@ -160,13 +168,13 @@ def study_questions(table: RunTable, wrong: Mapping[str, np.ndarray], options: O
         runs = table.pretrained.where(setting=setting)
         for metric in ("error_rate", "test_loss"):
             if any(getattr(run, metric) is not None for run in runs):
-                pairs, notes = pair_arms(table, setting, metric=metric, wrong=wrong)
-                found += _questions(setting, metric, pairs, notes, _min_effect(runs, metric, options))
+                paired = pair_arms(table, setting, metric=metric, wrong=wrong)
+                found += _questions(setting, metric, *paired, _min_effect(runs, metric, options))
     for setting in {(s.variant, s.upstream_dataset): s for s in reversed(table.settings)}.values():
         runs = table.pretrained.where(variant=setting.variant, upstream_dataset=setting.upstream_dataset)
         if any(run.upstream_error_rate is not None for run in runs):
-            pairs, notes = pair_upstream(table, setting, wrong=wrong)
-            found += _questions(setting, "upstream_error_rate", pairs, notes, options.min_effect)
+            paired = pair_upstream(table, setting, wrong=wrong)
+            found += _questions(setting, "upstream_error_rate", *paired, options.min_effect)
     return [replace(question, main=number == 0) for number, question in enumerate(found)]
 
 
@@ -180,11 +188,12 @@ def _questions(
 ) -> Iterator[Question]:
     """Pooled, then for each student and D_f where there are several."""
     yield Question(setting, metric, pairs, "; ".join(notes), min_effect)
-    strata = sorted(set(zip(pairs.student.tolist(), pairs.labels.tolist(), strict=True)), key=str) if pairs else []
+    if pairs is None:
+        return
+    strata = sorted(set(zip(pairs.student.tolist(), pairs.labels.tolist(), strict=True)), key=str)
     for student, labels in strata if len(strata) > 1 else ():
-        part = pairs.of(student, labels) if pairs else None
         known = None if metric.startswith("upstream_") else int(labels)
-        yield Question(setting, metric, part, "", min_effect, str(student), known)
+        yield Question(setting, metric, pairs.of(student, labels), "", min_effect, str(student), known)
 
 
 def _min_effect(runs: RunTable, metric: str, options: Options) -> float:
@@ -201,42 +210,38 @@ def contrast(
     laws: DeltaCurves | None = None, halves: bool = True,
 ) -> ContrastRecord:  # fmt: skip
     """Judge pairs, of any two procedures; `names` are further fields of the record. δ is `options.min_effect`."""
+
+    def verdict_of(part: Pairs, laws: DeltaCurves | None = None, *, curve: bool = True) -> Verdict:
+        found = judge(part, min_effect=options.min_effect, level=options.level, family=family,
+                      num_draws=options.num_draws, seed=options.seed, law_curves=laws)  # fmt: skip
+        drawn = {name: [float(f"{value:.5g}") for value in values] for name, values in found.curve.items()}
+        return replace(found, curve=drawn if curve else {})
+
     try:
-        verdict = _judge(pairs, options, family, laws)
+        verdict = verdict_of(pairs, laws)
     except LawError as error:
         return _record(names, metric, reason=f"{error} (x is {names.get('along', ALONG)})")
-    noise = _finite(fit_noise(pairs))
-    parts = _halves(pairs, options, family) if halves else ()
+    parts: tuple[HalfRecord, ...] = ()
+    seeds = sorted(set(pairs.seed.tolist()), key=lambda seed: (str(type(seed)), seed))
+    if halves and len(seeds) >= FEWEST_FOR_HALVES:
+        with suppress(LawError):  # a half may lack what a verdict needs: then there is no repetition
+            parts = tuple(
+                HalfRecord(seeds=tuple(map(str, half)), verdict=verdict_of(_of_seeds(pairs, half), curve=False))
+                for half in (seeds[::2], seeds[1::2])
+            )
+    noise = fit_noise(pairs)
     return _record(
-        names, metric, num_incomplete=pairs.pooled().left_out, verdict=_tidy(verdict), noise=noise,
-        power=_power(pairs, noise, verdict) if noise else None, halves=parts, held=_held(parts) if parts else None,
+        names, metric, num_incomplete=pairs.pooled().left_out, verdict=verdict, halves=parts, held=_held(parts),
+        noise=noise and _without_infinity(noise), power=noise and _power(pairs, noise, verdict),
     )  # fmt: skip
 
 
 def _record(names: Mapping[str, Any], metric: str, **found: Any) -> ContrastRecord:
-    sides = {"a": "plain", "b": "distilled", "along": ALONG, "metric": metric}
-    return ContrastRecord(**(sides | dict(names)), **found)
+    return ContrastRecord(**({"a": "plain", "b": "distilled", "along": ALONG, "metric": metric} | dict(names)), **found)
 
 
-def _judge(pairs: Pairs, options: Options, family: int, laws: DeltaCurves | None = None) -> Verdict:
-    return judge(pairs, min_effect=options.min_effect, level=options.level, family=family,
-                 num_draws=options.num_draws, seed=options.seed, law_curves=laws)  # fmt: skip
-
-
-def _halves(pairs: Pairs, options: Options, family: int) -> tuple[HalfRecord, ...]:
-    """The verdict of every other seed, and of the rest; none with fewer than four seeds, or where one cannot be judged."""
-    seeds = sorted(set(pairs.seed.tolist()), key=lambda seed: (str(type(seed)), seed))
-    if len(seeds) < FEWEST_FOR_HALVES:
-        return ()
-    try:
-        return tuple(
-            HalfRecord(seeds=tuple(map(str, half)),
-                       verdict=_tidy(_judge(pairs.rows(rows), options, family), curve=False))
-            for half in (seeds[::2], seeds[1::2])
-            for rows in (np.flatnonzero(np.isin(pairs.seed, np.array(half))),)
-        )  # fmt: skip
-    except LawError:
-        return ()
+def _of_seeds(pairs: Pairs, seeds: Sequence[Any]) -> Pairs:
+    return pairs.rows(np.flatnonzero(np.isin(pairs.seed, np.array(seeds))))
 
 
 def _held(halves: Sequence[HalfRecord]) -> float | None:
@@ -244,45 +249,39 @@ def _held(halves: Sequence[HalfRecord]) -> float | None:
     means = [{point.x: point for point in half.verdict.points} for half in halves]
     hits = [
         abs(one[x].delta - other[x].delta) <= (one[x].high - one[x].delta) * np.hypot(1, other[x].stderr / one[x].stderr)
-        for one, other in (means, means[::-1]) for x in one.keys() & other.keys() if one[x].stderr > 0
+        for one, other in permutations(means, 2) for x in one.keys() & other.keys() if one[x].stderr > 0
     ]  # fmt: skip
     return float(np.mean(hits)) if hits else None
 
 
-def _tidy(verdict: Verdict, *, curve: bool = True) -> Verdict:
-    """Curves with five digits; none where no figure draws it."""
-    rows = {name: [float(f"{value:.5g}") for value in values] for name, values in verdict.curve.items()}
-    return replace(verdict, curve=rows if curve else {})
-
-
-def _finite(noise: NoiseModel | None) -> NoiseModel | None:
+def _without_infinity(noise: NoiseModel) -> NoiseModel:
     """JSON knows no infinite degrees of freedom."""
-    if noise is None:
-        return None
     capped = tuple(replace(each, degrees=min(each.degrees, MOST_DEGREES)) for each in noise.components)
     return replace(noise, components=capped, degrees=min(noise.degrees, MOST_DEGREES))
 
 
 def _power(pairs: Pairs, noise: NoiseModel, verdict: Verdict) -> Power | None:
     """What more runs of the same design would buy; None for designs that have none."""
-    sizes = [len(set(getattr(pairs, name).tolist())) for name in ("x", "student", "labels", "draw")]
+    sizes = {
+        count: len(set(getattr(pairs, name).tolist()))
+        for name, count in (
+            ("x", "num_x"),
+            ("student", "num_students"),
+            ("labels", "num_labels"),
+            ("draw", "finetunes"),
+        )
+    }
+    octaves, slope = np.log2(pairs.x.max() / pairs.x.min()), None
+    if verdict.root is not None:  # the change of Δ per octave there
+        near = np.log2(verdict.root) + np.array([-0.5, 0.5])
+        slope = float(np.diff(np.interp(near, np.log2(verdict.curve["x"]), verdict.curve["delta"]))[0]) or None
     try:
         return power(
-            noise, num_x=sizes[0], num_seeds=verdict.num_seeds, num_students=sizes[1], num_labels=sizes[2],
-            finetunes=sizes[3], level=verdict.level, family=verdict.family, slope=_slope(verdict),
-            step_octaves=float(np.log2(pairs.x.max() / pairs.x.min()) / max(sizes[0] - 1, 1)),
+            noise, **sizes, num_seeds=verdict.num_seeds, level=verdict.level, family=verdict.family, slope=slope,
+            step_octaves=float(octaves / max(sizes["num_x"] - 1, 1)),
         )  # fmt: skip
     except LawError:
         return None
-
-
-def _slope(verdict: Verdict) -> float | None:
-    """Change of Δ per octave at the root."""
-    if verdict.root is None:
-        return None
-    x, y = np.log2(verdict.curve["x"]), verdict.curve["delta"]
-    before, after = np.interp(np.log2(verdict.root) + np.array([-0.5, 0.5]), x, y)
-    return float(after - before) or None
 
 
 # What a reader must know of the runs.
@@ -306,68 +305,47 @@ def _notes_on_table(table: RunTable) -> Iterator[Note]:
         yield note("gap", arm=arm, dataset=dataset, sizes=told)
 
 
-def _notes_on_contrasts(contrasts: Sequence[ContrastRecord]) -> Iterator[Note]:
-    """What the engine found odd about the evidence of pooled contrasts."""
-    for record in contrasts:
-        verdict = record.verdict
-        if verdict is not None and record.pooled:
-            delta = size_text(verdict.min_effect, record.metric)
-            for code in verdict.notes:
-                yield note(code, where=where(record, contrasts), delta=delta, count=record.num_incomplete)
-
-
 def _notes_on_regime(table: RunTable) -> Iterator[Note]:
     """Whether upstream training is limited by data, as the question supposes, or by its number of steps."""
     for variant, dataset in dict.fromkeys((s.variant, s.upstream_dataset) for s in table.settings):
         runs = table.pretrained.where(variant=variant, upstream_dataset=dataset)
-        curves = {f"plain {name}": _curve(runs.where(arm="plain", student=name), "upstream_error_rate")
-                  for name in runs.both_arms.students}  # fmt: skip
-        teacher = {"the teacher": _curve(runs.where(arm="distilled"), "teacher_error_rate")}
-        for who, curve in curves.items():
-            yield from _not_falling("not_falling", who, curve)
-        for who, curve in teacher.items():
-            yield from (*_not_falling("teacher_flat", who, curve), *_steepest_last(who, curve))
-        for who, curve in (curves | teacher).items():
-            yield from _near_chance(who, curve, f"the test images of {dataset}")
-        yield from _same_steps(runs)
+        for student in runs.both_arms.students:
+            curve = _curve(runs.where(arm="plain", student=student), "upstream_error_rate")
+            yield from _notes_on_curve(f"plain {student}", "not_falling", curve, dataset)
+        teacher = _curve(runs.where(arm="distilled"), "teacher_error_rate")
+        yield from _notes_on_curve("the teacher", "teacher_flat", teacher, dataset)
+        falls = [(before - after) / octaves for (_, before), (_, after), octaves in _steps(teacher)]
+        if len(falls) > 1 and falls[-1] == max(falls) and falls[-1] > 0:  # by the octave
+            (_, first), (size, last) = list(teacher.items())[-2:]
+            yield note("steepest_last", who="the teacher", first=first, last=last, after=size)
+        # D_p whose runs saw no more images, repeats counted, than those of the smallest D_p: a floor, unless all do.
+        seen = {run.upstream_samples: run.upstream_samples_seen for run in runs if run.upstream_samples_seen}
+        floor = min(seen.values(), default=0)
+        sizes = sorted(size for size, number in seen.items() if number <= SAME_STEPS * floor)
+        if 1 < len(sizes) < len(seen):
+            yield note("same_steps", sizes=listed(map(count, sizes)), seen=floor)
 
 
 def _curve(runs: RunTable, column: str) -> dict[int, float]:
     """Mean over upstream runs of a column by D_p."""
     found: dict[int, dict[Any, float]] = {}
     for run in runs:
-        value = getattr(run, column)
-        if value is not None:
+        if (value := getattr(run, column)) is not None:
             found.setdefault(run.upstream_samples, {})[(run.seed, run.student, run.teacher_key)] = value
     return {size: float(np.mean(list(values.values()))) for size, values in sorted(found.items())}
 
 
-def _not_falling(code: str, who: str, curve: Mapping[int, float]) -> Iterator[Note]:
-    for (before, first), (after, last) in pairwise(curve.items()):
+def _steps(curve: Mapping[int, float]) -> Iterator[tuple[tuple[int, float], tuple[int, float], float]]:
+    """Neighbouring points of a curve, and the octaves between them."""
+    for before, after in pairwise(curve.items()):
+        yield before, after, float(np.log2(after[0] / before[0]))
+
+
+def _notes_on_curve(who: str, code: str, curve: Mapping[int, float], dataset: str) -> Iterator[Note]:
+    """Steps at which error does not fall, and the largest D_p at which it is near chance."""
+    for (before, first), (after, last), _ in _steps(curve):
         if last >= first:
             yield note(code, who=who, before=before, after=after, first=first, last=last)
-
-
-def _steepest_last(who: str, curve: Mapping[int, float]) -> Iterator[Note]:
-    """Error falls by the octave faster at the last step than at any before."""
-    points = list(curve.items())
-    falls = [(first - last) / np.log2(after / before) for (before, first), (after, last) in pairwise(points)]
-    if len(falls) > 1 and falls[-1] == max(falls) and falls[-1] > 0:
-        (_, first), (after, last) = points[-2:]
-        yield note("steepest_last", who=who, first=first, last=last, after=after)
-
-
-def _near_chance(who: str, curve: Mapping[int, float], what: str) -> Iterator[Note]:
     bad = {size: error for size, error in curve.items() if error >= NEAR_CHANCE}
     if bad:
-        size = max(bad)
-        yield note("near_chance", who=who, size=size, error=bad[size], where=what)
-
-
-def _same_steps(runs: RunTable) -> Iterator[Note]:
-    """D_p whose runs saw no more images, repeats counted, than those of the smallest D_p; a floor, unless all do."""
-    seen = {run.upstream_samples: run.upstream_samples_seen for run in runs if run.upstream_samples_seen}
-    floor = min(seen.values(), default=0)
-    sizes = sorted(size for size, number in seen.items() if number <= SAME_STEPS * floor)
-    if 1 < len(sizes) < len(seen):
-        yield note("same_steps", sizes=listed(map(count, sizes)), seen=floor)
+        yield note("near_chance", who=who, size=max(bad), error=bad[max(bad)], where=dataset)

@@ -7,7 +7,9 @@ Asks the engine (`dbscale.laws.select_law`) once for every setting, metric and a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -27,7 +29,7 @@ from dbscale.laws import (
 )  # fmt: skip
 from dbscale.report import schema
 from dbscale.report.schema import AxisName, Estimate, LawRecord, Note, ParamRecord
-from dbscale.report.table import Run, RunTable, Setting
+from dbscale.report.table import COLUMNS, Run, RunTable, Setting
 from dbscale.report.words import AXES, metric_of, note
 
 AXIS_NAMES: tuple[AxisName, ...] = ("upstream_samples", "num_params", "downstream_samples")
@@ -67,82 +69,137 @@ class Options:
 
 
 @dataclass(frozen=True)
+class ArmLaw:
+    """The laws of one arm and metric, or why there are none."""
+
+    setting: Setting
+    metric: str
+    arm: str
+    runs: RunTable
+    """What they were fitted to."""
+    selection: Selection | None
+    reason: str = ""
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What every record of it begins with."""
+        return {**self.setting._asdict(), "metric": self.metric, "arm": self.arm}
+
+    @property
+    def laws(self) -> Selection:
+        """The selection where there is one."""
+        assert self.selection is not None, self.reason
+        return self.selection
+
+    @cached_property
+    def measured(self) -> np.ndarray:
+        """The metric of every run, as its logarithm can be taken [n]."""
+        return np.maximum(self.runs.column(self.metric), SMALLEST)
+
+    @cached_property
+    def noise(self) -> float | None:
+        """Spread of log y between seeds of one point; None where no point was repeated."""
+        return float(np.max(seed_spread(self.measured, points_of(self.runs)) / self.measured)) or None
+
+    @cached_property
+    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted by laws that did not see the largest D_p, and measured there."""
+        return self.laws.held_out()
+
+    @cached_property
+    def misses(self) -> dict[str, float | None]:
+        """Root mean square of log(predicted / measured), of the laws over their own runs and over the largest D_p unseen."""
+        return {
+            "residual": _rms_log(self.laws.predict(columns_of(self.runs.runs)), self.measured),
+            "held_out": _rms_log(*self.held_out),
+        }
+
+    @property
+    def floor(self) -> float:
+        """What no law can explain on that scale, or may be supposed not to."""
+        return max(self.noise or LEAST_SEED_NOISE, LEAST_NOISE)
+
+    def exceeds(self, name: str, times: float) -> bool:
+        """Whether a miss is more than so many times the floor; what is unknown is."""
+        miss = self.misses[name]
+        return miss is None or miss > times * self.floor
+
+
+@dataclass(frozen=True)
 class ArmLaws:
-    """Every selection of a study, or why there is none, by setting, metric and arm."""
+    """The laws of a study by setting, metric and arm."""
 
     table: RunTable
-    found: Mapping[tuple[Setting, str, str], Selection | str]
+    found: Mapping[tuple[Setting, str, str], ArmLaw]
 
     def of(self, setting: Setting, metric: str, arm: str) -> Selection | None:
-        selection = self.found.get((setting, metric, arm))
-        return selection if isinstance(selection, Selection) else None
+        found = self.found.get((setting, metric, arm))
+        return found.selection if found else None
 
     def runs(self, setting: Setting, metric: str, arm: str) -> RunTable:
         """The runs that a selection was fitted to."""
-        return self.table.pretrained.where(lambda run: getattr(run, metric) is not None, setting=setting, arm=arm)
+        return self.found[setting, metric, arm].runs
 
 
 def study_laws(table: RunTable, options: Options, source: str) -> tuple[ArmLaws, schema.LawsFile]:
     """Fit the laws of every arm and write down what they say; an arm without a law is recorded with the reason."""
     arms = arm_laws(table, options)
-    held = {key: found.held_out() for key, found in arms.found.items() if isinstance(found, Selection)}
-    laws = [_record(arms, key, options, held) for key in arms.found]
-    known = [(law, key) for law, key in zip(laws, arms.found, strict=True) if not law.reason]
-    errors = [(law, key) for law, key in known if law.metric == "error_rate"]
+    laws = [(each, _record(each, options.level)) for each in arms.found.values()]
+    known = [(each, record) for each, record in laws if not record.reason]
     return arms, schema.LawsFile(
         grid=table.grid, source=source, level=options.level, num_draws=options.num_resamples, seed=options.seed,
-        laws=tuple(laws),
-        curves=tuple(curve for _, key in known for curve in _curves(arms, key, options.level)),
-        predictions=tuple(each for _, key in errors for each in _predictions(arms, key, held[key][0])),
-        transfer=tuple(_transfer(table, options)),
-        levers=tuple(_lever(arms, key, law, options.level) for law, key in errors),
+        laws=tuple(record for _, record in laws),
+        curves=tuple(curve for each, _ in known for curve in _curves(each, options.level)),
+        predictions=tuple(prediction for each, _ in known for prediction in _predictions(each)),
+        transfer=tuple(gap for each in arms.found.values() for gap in _transfer(each, options)),
+        levers=tuple(_lever(each, record, options.level) for each, record in known),
         predictors=tuple(_predictors(table, options.level)),
-        notes=tuple(each for law in laws for each in _notes(arms, law)),
+        notes=tuple(told for each, _ in laws for told in _notes(each, table)),
     )  # fmt: skip
-
-
-Key = tuple[Setting, str, str]
 
 
 def arm_laws(table: RunTable, options: Options, metrics: Sequence[str] = METRICS) -> ArmLaws:
     """Fit the laws of every arm; one that has none keeps the reason."""
-    return ArmLaws(table, dict(_selections(table, options, metrics)))
-
-
-def _selections(table: RunTable, options: Options, metrics: Sequence[str]) -> Iterator[tuple[Key, Selection | str]]:
-    for setting, metric in product(table.settings, metrics):
-        for arm in table.arms:
-            runs = table.pretrained.where(lambda run, m=metric: getattr(run, m) is not None, setting=setting, arm=arm)
-            if len(runs):
-                try:
-                    yield (setting, metric, arm), _select(runs, metric, options)
-                except LawError as error:
-                    yield (setting, metric, arm), str(error)
+    found: dict[tuple[Setting, str, str], ArmLaw] = {}
+    for key in product(table.settings, metrics, table.arms):
+        setting, metric, arm = key
+        runs = table.pretrained.where(lambda run, m=metric: getattr(run, m) is not None, setting=setting, arm=arm)
+        if len(runs):
+            try:
+                found[key] = ArmLaw(*key, runs, _select(runs, metric, options))
+            except LawError as error:
+                found[key] = ArmLaw(*key, runs, None, str(error))
+    return ArmLaws(table, found)
 
 
 def _select(runs: RunTable, metric: str, options: Options) -> Selection:
     if len(runs.values("upstream_samples")) < FEWEST_SIZES:
         raise NotEnoughData(f"laws of upstream data need {FEWEST_SIZES} values of D_p")
     columns = {name: values for name, values in columns_of(runs.runs).items() if len(set(values)) > 1}
-    is_error = metric == "error_rate"
-    tests = np.array([run.num_test_samples or UNKNOWN_TEST_SIZE for run in runs])
-    errors = np.array(runs.column("error_rate"))
+    noise: dict[str, Any] = {}
+    if metric == "error_rate":
+        tests = np.array([run.num_test_samples or UNKNOWN_TEST_SIZE for run in runs])
+        errors = np.array(runs.column("error_rate"))
+        noise = {"weights": _weights(runs, tests), "stderr": np.sqrt(errors * (1 - errors) / tests), "ceiling": 1.0}
     return select_law(
-        columns, np.maximum(runs.column(metric), SMALLEST), weights=_weights(runs, tests) if is_error else None,
+        columns, np.maximum(runs.column(metric), SMALLEST), **noise,
         clusters=[f"{run.student}|{run.upstream_samples}|{run.seed}" for run in runs],
         within=[f"{run.downstream_samples}|{run.finetune}" for run in runs],
-        stderr=np.sqrt(errors * (1 - errors) / tests) if is_error else None, ceiling=1.0 if is_error else None,
         num_resamples=options.num_resamples, seed=options.seed,
     )  # fmt: skip
 
 
 def _weights(runs: RunTable, tests: np.ndarray) -> np.ndarray:
     """Inverse variances; errors are averaged over seeds first, so that a lucky run does not weigh more than another."""
-    points = [f"{run.student}|{run.upstream_samples}|{run.downstream_samples}" for run in runs]
-    errors = np.array(runs.column("error_rate"))
+    points, errors = points_of(runs), np.array(runs.column("error_rate"))
     _, place = np.unique(points, return_inverse=True)
     means = (np.bincount(place, errors) / np.bincount(place))[place]
     return error_weights(means, tests, seed_stderr=np.maximum(seed_spread(errors, points), LEAST_SEED_NOISE * means))
+
+
+def points_of(runs: RunTable) -> list[str]:
+    """What the runs of one point share, whatever their seed."""
+    return [f"{run.student}|{run.upstream_samples}|{run.downstream_samples}" for run in runs]
 
 
 def columns_of(runs: Sequence[Run]) -> dict[str, np.ndarray]:
@@ -167,89 +224,57 @@ def law_delta(arms: ArmLaws, setting: Setting, metric: str, pairs: Pairs) -> Del
     return DeltaCurves(grid, np.mean(best, axis=0), np.mean(drawn, axis=0), name)
 
 
-def _record(arms: ArmLaws, key: Key, options: Options, held: Mapping[Key, tuple[np.ndarray, np.ndarray]]) -> LawRecord:
-    setting, metric, arm = key
-    runs, found = arms.runs(*key), arms.found[key]
-    names: dict[str, Any] = {**setting._asdict(), "metric": metric, "arm": arm, "num_runs": len(runs)}
-    if isinstance(found, str):
-        return LawRecord(**names, reason=found)
-    residual = _rms_log(found.predict(columns_of(runs.runs)), np.array(runs.column(metric)))
-    held_out, noise = _rms_log(*held[key]), _noise(runs, metric)
-    params = _params(found, options.level)
+def _record(own: ArmLaw, level: float) -> LawRecord:
+    names = own.names | {"num_runs": len(own.runs), "reason": own.reason}
+    if own.selection is None:
+        return LawRecord(**names)
+    best, intervals = own.laws.best, own.laws.bootstrap.interval(level)
+    params = {
+        name: ParamRecord(value=None, status="not_determined") if ends is None else
+        ParamRecord(value=float(best.params[name]), low=_finite(ends[0]), high=_finite(ends[1]),
+                    status="at_bound" if name in best.at_bound else "determined")
+        for name, ends in ((name, intervals.get(name)) for name in best.params)
+    }  # fmt: skip
+    candidates = tuple(
+        schema.CandidateRecord(law=each.name, weight=float(each.weight), in_sample=_finite(each.in_sample),
+                               held_out=_finite(each.held_out), reason=each.reason)
+        for each in own.laws.candidates
+    )  # fmt: skip
+    exponents = GAP_EXPONENTS if best.name == "transfer_gap" else EXPONENTS
+    loose = {exponents[name] for name in exponents.keys() & params if params[name].status == "not_determined"}
     return LawRecord(
-        **names, law=found.best.name, equation=found.best.form.equation, params=params, residual=residual,
-        candidates=tuple(
-            schema.CandidateRecord(law=each.name, weight=float(each.weight), in_sample=_finite(each.in_sample),
-                            held_out=_finite(each.held_out), reason=each.reason)
-            for each in found.candidates
-        ),
-        held_out=held_out, noise=noise, coverage=_finite(found.coverage),
-        no_extrapolation=tuple(_closed(runs, _loose(found.best.name, params), residual, held_out, noise)),
+        **names, law=best.name, equation=best.form.equation, params=params, candidates=candidates, **own.misses,
+        noise=own.noise, coverage=_finite(own.laws.calibration.coverage), no_extrapolation=tuple(_closed(own, loose)),
     )  # fmt: skip
 
 
-def _params(found: Selection, level: float) -> dict[str, ParamRecord]:
-    intervals, records = found.bootstrap.interval(level), {}
-    for name, value in found.best.params.items():
-        ends = intervals.get(name)
-        if ends is None:
-            records[name] = ParamRecord(value=None, status="not_determined")
-        else:
-            status = "at_bound" if name in found.best.at_bound else "determined"
-            records[name] = ParamRecord(value=float(value), low=_finite(ends[0]), high=_finite(ends[1]), status=status)
-    return records
-
-
-def _loose(law: str, params: Mapping[str, ParamRecord]) -> set[AxisName]:
-    """Axes whose exponent the table does not determine."""
-    exponents = GAP_EXPONENTS if law == "transfer_gap" else EXPONENTS
-    return {axis for name, axis in exponents.items() if name in params and params[name].status == "not_determined"}
-
-
-def _closed(
-    runs: RunTable, loose: set[AxisName], residual: float | None, held_out: float | None, noise: float | None
-) -> Iterator[AxisName]:
-    """Axes along which the laws must not be read beyond what was measured."""
-    floor = max(noise or LEAST_SEED_NOISE, LEAST_NOISE)
-    misfit = residual is None or residual > MISFIT * floor
+def _closed(own: ArmLaw, loose: set[AxisName]) -> Iterator[AxisName]:
+    """Axes along which the laws must not be read beyond what was measured; `loose` are those without an exponent."""
+    misfit, far_out = own.exceeds("residual", MISFIT), own.exceeds("held_out", FAR_OUT)
     for axis in AXIS_NAMES:
-        far = axis == "upstream_samples" and (held_out is None or held_out > FAR_OUT * floor)
-        if misfit or far or axis in loose or len(runs.values(axis)) <= 2:
+        if misfit or (far_out and axis == "upstream_samples") or axis in loose or len(own.runs.values(axis)) <= 2:
             yield axis
 
 
-def _notes(arms: ArmLaws, law: LawRecord) -> Iterator[Note]:
+def _notes(own: ArmLaw, table: RunTable) -> Iterator[Note]:
     """Laws that fit or foretell poorly, or not at all."""
-    setting = Setting(law.variant, law.upstream_dataset, law.dataset)
-    names = {"where": setting.label(arms.table), "metric": metric_of(law.metric), "arm": law.arm}
-    if law.reason:
-        yield note("no_law", **names, reason=law.reason)
+    names = {"where": own.setting.label(table), "metric": metric_of(own.metric), "arm": own.arm}
+    if own.selection is None:
+        yield note("no_law", **names, reason=own.reason)
         return
-    floor = max(law.noise or LEAST_SEED_NOISE, LEAST_NOISE)
-    if law.residual is not None and law.residual > MISFIT * floor:
-        yield note("misfit", **names, size=law.residual, times=law.residual / floor)
-    if law.held_out is not None and law.held_out > FAR_OUT * floor:
-        yield note("far_out", **names, size=law.held_out)
-    for axis in AXIS_NAMES if law.metric == "error_rate" and law.arm == arms.table.arms[0] else ():
-        if len(arms.runs(setting, law.metric, law.arm).values(axis)) == 2:
+    for code, name, most in (("misfit", "residual", MISFIT), ("far_out", "held_out", FAR_OUT)):
+        size = own.misses[name]
+        if size is not None and own.exceeds(name, most):
+            yield note(code, **names, size=size, times=size / own.floor)
+    for axis in AXIS_NAMES if (own.metric, own.arm) == ("error_rate", table.arms[0]) else ():
+        if len(own.runs.values(axis)) == 2:
             yield note("two_values", **names, axis=AXES[axis])
 
 
 def _rms_log(predicted: np.ndarray, measured: np.ndarray) -> float | None:
-    """Root mean square of log(predicted / measured); None where a prediction is missing."""
+    """None where a prediction is missing."""
     ratio = np.log(np.maximum(predicted, SMALLEST)) - np.log(np.maximum(measured, SMALLEST))
     return float(np.sqrt(np.mean(ratio**2))) if len(ratio) and np.isfinite(ratio).all() else None
-
-
-def _noise(runs: RunTable, metric: str) -> float | None:
-    """Spread of log y between seeds of one point; None where no point was repeated."""
-    cells: dict[Any, list[float]] = {}
-    for run in runs:
-        place = (run.student, run.upstream_samples, run.downstream_samples)
-        cells.setdefault(place, []).append(float(np.log(max(getattr(run, metric), SMALLEST))))
-    degrees = sum(len(values) - 1 for values in cells.values())
-    squares = sum(float(np.var(values) * len(values)) for values in cells.values())
-    return float(np.sqrt(squares / degrees)) if degrees else None
 
 
 def _finite(value: float) -> float | None:
@@ -260,96 +285,73 @@ def _rounded(values: np.ndarray) -> tuple[float | None, ...]:
     return tuple(float(f"{value:.6g}") if np.isfinite(value) else None for value in values.tolist())
 
 
-def _curves(arms: ArmLaws, key: Key, level: float) -> Iterator[schema.LawCurve]:
+def _curves(own: ArmLaw, level: float) -> Iterator[schema.LawCurve]:
     """The average along each axis over its measured range, at every measured combination of the others."""
-    runs, found = arms.runs(*key), arms.of(*key)
-    assert found is not None
     for axis in AXIS_NAMES:
-        ends = runs.values(axis)[0], runs.values(axis)[-1]
-        if ends[0] == ends[1]:
+        sizes = own.runs.values(axis)
+        if len(sizes) == 1:
             continue
-        grid = np.geomspace(*ends, CURVE_POINTS)
-        fixed = [name for name in ("student", "upstream_samples", "downstream_samples") if _is_free(name, axis)]
-        for place in sorted({tuple(getattr(run, name) for name in fixed) for run in runs}, key=str):
-            at = dict(zip(fixed, place, strict=True))
-            band = _band(found, grid, axis, at, runs, level)
-            names: dict[str, Any] = {"student": None, "upstream_samples": None, "downstream_samples": None} | at
-            yield schema.LawCurve(**key[0]._asdict(), metric=key[1], arm=key[2], axis=axis, **names, band=band)
+        grid = np.geomspace(sizes[0], sizes[-1], CURVE_POINTS)
+        # A student fixes the size of the model.
+        fixed = [name for name in ("student", "upstream_samples", "downstream_samples") if name != axis]
+        fixed = fixed[1:] if axis == "num_params" else fixed
+        for run in {tuple(getattr(run, name) for name in fixed): run for run in own.runs}.values():
+            at = {name: np.full(CURVE_POINTS, float(getattr(run, name))) for name in AXIS_NAMES} | {axis: grid}
+            names = dict.fromkeys(("student", "upstream_samples", "downstream_samples"))
+            names |= {name: getattr(run, name) for name in fixed}
+            ends = map(_rounded, (own.laws.predict(at), *own.laws.curve_interval(at, level)))
+            band = schema.Band(x=tuple(grid.tolist()), **dict(zip(("y", "low", "high"), ends, strict=True)))
+            yield schema.LawCurve(**own.names, axis=axis, **names, band=band)
 
 
-def _is_free(column: str, axis: AxisName) -> bool:
-    """A student fixes the size of the model."""
-    return axis != ("num_params" if column == "student" else column)
-
-
-def _band(
-    found: Selection, grid: np.ndarray, axis: AxisName, at: Mapping[str, Any], runs: RunTable, level: float
-) -> schema.Band:
-    columns: dict[str, np.ndarray] = {axis: grid}
-    for name in AXIS_NAMES:
-        if name != axis:
-            value = runs.params(at["student"]) if name == "num_params" else at[name]
-            columns[name] = np.full(len(grid), float(value))
-    low, high = found.curve_interval(columns, level)
-    return schema.Band(
-        x=tuple(map(float, grid)), y=_rounded(found.predict(columns)), low=_rounded(low), high=_rounded(high)
-    )
-
-
-def _predictions(arms: ArmLaws, key: Key, held: np.ndarray) -> Iterator[schema.Prediction]:
+def _predictions(own: ArmLaw) -> Iterator[schema.Prediction]:
     """Every run by laws that saw it, and runs at the largest D_p once more by laws that did not."""
-    runs, found = arms.runs(*key), arms.of(*key)
-    assert found is not None
-    largest = runs.where(upstream_samples=runs.values("upstream_samples")[-1])
-    parts = ((runs, found.predict(columns_of(runs.runs)), False), (largest, held, True))
-    for part, predicted, held_out in parts:
-        for run, value in zip(part, predicted.tolist(), strict=True):
+    largest = own.runs.where(upstream_samples=own.runs.values("upstream_samples")[-1])
+    names = set(schema.Prediction.model_fields) & set(COLUMNS)
+    for runs, predicted in (own.runs, own.laws.predict(columns_of(own.runs.runs))), (largest, own.held_out[0]):
+        for run, value in zip(runs, predicted.tolist(), strict=True):
             yield schema.Prediction(
-                key=run.key, arm=run.arm, **run.setting._asdict(), student=run.student,
-                upstream_samples=run.upstream_samples, downstream_samples=run.downstream_samples, seed=run.seed,
-                measured=run.error_rate, predicted=_finite(value), held_out=held_out,
+                metric=own.metric, **{name: getattr(run, name) for name in names}, measured=getattr(run, own.metric),
+                predicted=_finite(value), held_out=runs is largest,
             )  # fmt: skip
 
 
-def _transfer(table: RunTable, options: Options) -> Iterator[schema.TransferRecord]:
-    """The gap G of every student and arm that has the values for it."""
-    for setting, arm, student in product(table.settings, table.arms, table.students):
-        runs = table.pretrained.where(setting=setting, arm=arm, student=student)
-        if len(runs.values("upstream_samples")) < FEWEST_SIZES or len(runs.values("downstream_samples")) < 2:
-            continue
+def _transfer(own: ArmLaw, options: Options) -> Iterator[schema.TransferRecord]:
+    """The gap G of every student that has the values for it."""
+    for student in own.runs.students:
+        runs = own.runs.where(student=student)
         columns = {name: values for name, values in columns_of(runs.runs).items() if name != "num_params"}
-        try:
-            fit = fit_law("transfer_gap", columns, np.maximum(runs.column("error_rate"), SMALLEST), seed=options.seed)
-            found = transfer_gap(fit, options.level)
-        except LawError:
+        distinct = [len(set(values)) for values in columns.values()]
+        if distinct[0] < FEWEST_SIZES or distinct[1] < 2:
             continue
-        low, high = map(_finite, found.interval)
-        yield schema.TransferRecord(**setting._asdict(), arm=arm, student=student, share=float(found.share),
-                             gap=Estimate(value=float(found.gap), low=low, high=high),
-                             gap_error=float(found.gap_error))  # fmt: skip
+        with suppress(LawError):
+            fit = fit_law("transfer_gap", columns, np.maximum(runs.column(own.metric), SMALLEST), seed=options.seed)
+            found = transfer_gap(fit, options.level)
+            low, high = map(_finite, found.interval)
+            gap = Estimate(value=float(found.gap), low=low, high=high)
+            yield schema.TransferRecord(**own.names, student=student, gap=gap, gap_error=float(found.gap_error),
+                                        share=float(found.share))  # fmt: skip
 
 
-def _lever(arms: ArmLaws, key: Key, law: LawRecord, level: float) -> schema.LeverRecord:
+def _lever(own: ArmLaw, law: LawRecord, level: float) -> schema.LeverRecord:
     """Error at the largest point measured, and with twice as much of each lever that may be read that far."""
-    runs, found = arms.runs(*key), arms.of(*key)
-    assert found is not None
-    student = runs.students[-1]
-    sizes = (runs.values("upstream_samples")[-1], runs.params(student), runs.values("downstream_samples")[-1])
-    point = {str(name): float(size) for name, size in zip(AXIS_NAMES, sizes, strict=True)}
+    student = own.runs.students[-1]
+    largest = {name: own.runs.values(name)[-1] for name in ("upstream_samples", "downstream_samples")}
+    point = {name: float(value) for name, value in (largest | {"num_params": own.runs.params(student)}).items()}
 
     def error(lever: AxisName | None = None) -> Estimate:
         at = {name: np.array([value * (2 if name == lever else 1)]) for name, value in point.items()}
-        low, high = found.curve_interval(at, level)
-        return Estimate(value=float(found.predict(at)[0]), low=_finite(low[0]), high=_finite(high[0]))
+        (low,), (high,) = own.laws.curve_interval(at, level)
+        return Estimate(value=float(own.laws.predict(at)[0]), low=_finite(low), high=_finite(high))
 
-    open_axes: list[AxisName] = [
-        axis for axis in AXIS_NAMES if axis not in law.no_extrapolation and axis in found.columns
+    axes: list[AxisName] = [
+        axis for axis in AXIS_NAMES if axis not in law.no_extrapolation and axis in own.laws.columns
     ]
-    rate = exchange_rates(found, point, level).get("upstream_samples_per_downstream_sample")
-    both = {"upstream_samples", "downstream_samples"} <= set(open_axes)
+    rate = exchange_rates(own.laws, point, level).get("upstream_samples_per_downstream_sample")
+    both = set(largest) <= set(axes)
     return schema.LeverRecord(
-        **key[0]._asdict(), arm=key[2], student=student, upstream_samples=int(sizes[0]),
-        downstream_samples=int(sizes[2]), error=error(), doubled={axis: error(axis) for axis in open_axes},
+        **own.names, student=student, **largest, error=error(),
+        doubled={axis: error(axis) for axis in axes},
         images_per_label=Estimate(value=rate[0], low=rate[1], high=rate[2]) if rate and both else None,
     )  # fmt: skip
 

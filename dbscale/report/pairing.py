@@ -8,27 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dbscale.errors import TableError
 from dbscale.laws import Pairs, make_pairs
 from dbscale.report.sheet import Sheet, near_spellings, shown
-from dbscale.report.table import Place, Run, RunTable, Setting, student_of_size
+from dbscale.report.table import PLACE, Run, RunTable, Setting, student_of_size
 
 Key = tuple[Hashable, ...]
+Curves = dict[Key, dict[float, float]]
+"""Values of the pair columns (the repetition, then the strata) -> x -> y."""
 Mistakes = Mapping[str, np.ndarray]
 """Key of a run -> which of the test samples it got wrong, booleans [samples]."""
-
-
-class Difference(NamedTuple):
-    """One paired difference before it becomes a row of `Pairs`."""
-
-    key: Key
-    """Values of the pair columns: the repetition, then the strata."""
-    x: float
-    delta: float
 
 
 def pair_rows(
@@ -44,13 +37,10 @@ def pair_rows(
     sides = [_rows_of(sheet, conditions) for conditions in (a, b)]
     if not pair:
         raise TableError(f"{sheet.name}: no column to pair by; name the one of the repetition, such as seed")
-    both = sorted(sides[0] & sides[1])
-    if both:
-        raise TableError(
-            f"{sheet.place(both[0])} is a row of both sides; let a and b differ in the value of one column"
-        )
+    for row in sorted(sides[0] & sides[1]):
+        raise TableError(f"{sheet.place(row)} is a row of both sides; let a and b differ in the value of one column")
     names = [", ".join(f"{column}={value}" for column, value in side.items()) for side in (a, b)]
-    notes: list[str] = list(sheet.notes)
+    notes = list(sheet.notes)
     one, other = (_curves(sheet, sorted(rows), along, metric, pair, notes) for rows in sides)
     found, how = _differences(one, other, along)
     points = [{(x, *key) for key, curve in side.items() for x in curve} for side in (one, other)]
@@ -61,13 +51,15 @@ def pair_rows(
         notes += [how, *_left_over([set(one), set(other)], pair, names, "curves")]
     else:
         notes += _left_over(points, (along, *pair), names, "rows")
-    return _pairs(found, len(pair) - 1), tuple(notes)
+    x, delta, keys = zip(*found, strict=True)
+    further = [key[2:] for key in keys]  # together one axis of the strata, the first stratum column is the other
+    labels = [key[0] if len(key) == 1 else " / ".join(map(str, key)) for key in further] if len(pair) > 2 else None
+    student = [key[1] for key in keys] if len(pair) > 1 else None
+    return make_pairs(x, delta, seed=[key[0] for key in keys], student=student, labels=labels), tuple(notes)
 
 
 def _rows_of(sheet: Sheet, conditions: Mapping[str, str]) -> set[int]:
-    rows = set(range(len(sheet)))
-    for column, value in conditions.items():
-        rows &= set(sheet.matches(column, value))
+    rows = set.intersection(set(range(len(sheet))), *(set(sheet.matches(*each)) for each in conditions.items()))
     if not rows or not conditions:
         wanted = " and ".join(f"{column}={value}" for column, value in conditions.items())
         raise TableError(f"{sheet.name}: no row has {wanted or 'no condition'}; each side needs COLUMN=VALUE")
@@ -76,33 +68,28 @@ def _rows_of(sheet: Sheet, conditions: Mapping[str, str]) -> set[int]:
 
 def _curves(
     sheet: Sheet, rows: Sequence[int], along: str, metric: str, pair: Sequence[str], notes: list[str]
-) -> dict[Key, dict[float, float]]:
-    """The curve (x -> y) of every combination of pair values. Raises TableError for two rows at one point."""
+) -> Curves:
+    """The curve of every combination of pair values. Raises TableError for two rows at one point."""
     part = sheet.take(rows)
-    x, y = part.numbers(along), part.numbers(metric)
-    keys = list(zip(*(_labels(part, column) for column in pair), strict=True))
-    curves: dict[Key, dict[float, float]] = {}
+    columns = [part.labels(column) for column in pair]
+    for column, labels in zip(pair, columns, strict=True):
+        if None in labels:
+            raise TableError(f"{part.place(labels.index(None))}: {column} is empty; fill it in, leave it out of the pair "
+                             "columns, or remove the row")  # fmt: skip
     seen: dict[tuple[Key, float], int] = {}
+    curves: Curves = {}
     unused = 0
-    for row, (key, position, value) in enumerate(zip(keys, x, y, strict=True)):
-        if position is None or value is None or position <= 0:
+    for row, (x, y, *key) in enumerate(zip(part.numbers(along), part.numbers(metric), *columns, strict=True)):
+        if x is None or y is None or x <= 0:
             unused += 1
             continue
-        first = seen.setdefault((key, position), row)
+        first = seen.setdefault((tuple(key), x), row)
         if first != row:
             raise TableError(_doubled(part, first, row, (along, *pair), metric))
-        curves.setdefault(key, {})[float(position)] = float(value)
+        curves.setdefault(tuple(key), {})[float(x)] = float(y)
     if unused:
         notes.append(f"{unused} rows without {metric}, or with {along} not above 0, were left out")
     return curves
-
-
-def _labels(sheet: Sheet, column: str) -> list[Hashable]:
-    labels = sheet.labels(column)
-    if None in labels:
-        place = sheet.place(labels.index(None))
-        raise TableError(f"{place}: {column} is empty; fill it in, leave it out of the pair columns, or remove the row")
-    return list(labels)
 
 
 def _doubled(sheet: Sheet, first: int, second: int, columns: Iterable[str], metric: str) -> str:
@@ -113,21 +100,18 @@ def _doubled(sheet: Sheet, first: int, second: int, columns: Iterable[str], metr
     return f"{sheet.place(second)} has the {alike} of {sheet.unit} {sheet.lines[first]}; {remedy}"
 
 
-def _differences(
-    a: Mapping[Key, dict[float, float]], b: Mapping[Key, dict[float, float]], along: str
-) -> tuple[list[Difference], str]:
-    """Differences where both were measured; where that is rarely so, between straight lines in log x. Says which."""
+def _differences(a: Curves, b: Curves, along: str) -> tuple[list[tuple[float, float, Key]], str]:
+    """(x, Δ, key) where both were measured; where that is rarely so, between straight lines in log x. Says which."""
     common = sorted(a.keys() & b.keys(), key=str)
-    exact = [Difference(key, x, a[key][x] - b[key][x]) for key in common for x in sorted(a[key].keys() & b[key].keys())]
-    sizes = [sum(len(side[key]) for key in common) for side in (a, b)]
-    if 2 * len(exact) >= min(sizes):
+    exact = [(x, a[key][x] - b[key][x], key) for key in common for x in sorted(a[key].keys() & b[key].keys())]
+    if 2 * len(exact) >= min(sum(len(side[key]) for key in common) for side in (a, b)):
         return exact, ""
     # One grid for all repetitions, or each x would have one seed: the x that all of A share, else its longest curve's.
     grid, longest = set.intersection(*(set(a[key]) for key in common)), max((a[key] for key in common), key=len)
     grid = grid if 2 * len(grid) >= len(longest) else set(longest)
     found = [
-        Difference(key, x, _at(a[key], x) - _at(b[key], x))
-        for key in common for x in sorted(grid) if _covers(a[key], x) and _covers(b[key], x)
+        (x, _at(a[key], x) - _at(b[key], x), key) for key in common for x in sorted(grid)
+        if all(min(side[key]) <= x <= max(side[key]) for side in (a, b))
     ]  # fmt: skip
     if len(found) <= len(exact):
         return exact, ""
@@ -138,74 +122,57 @@ def _differences(
     )
 
 
-def _covers(curve: Mapping[float, float], x: float) -> bool:
-    return min(curve) <= x <= max(curve)
-
-
 def _at(curve: Mapping[float, float], x: float) -> float:
     """The straight line in log x through the curve's points, exact at each of them."""
     known = sorted(curve)
     return float(np.interp(math.log(x), np.log(known), [curve[each] for each in known]))
 
 
-def _pairs(found: Sequence[Difference], num_strata: int) -> Pairs:
-    """The first stratum column is one axis of the strata, all further ones together the other."""
-    student = [each.key[1] for each in found] if num_strata else None
-    further = [each.key[2:] for each in found]
-    labels = [key[0] if len(key) == 1 else " / ".join(map(str, key)) for key in further] if num_strata > 1 else None
-    return make_pairs(
-        [each.x for each in found], [each.delta for each in found], seed=[each.key[0] for each in found],
-        student=student, labels=labels,
-    )  # fmt: skip
-
-
-def _why(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequence[str]) -> str:
-    """The columns in which the sides share no value; without such a column an example of what only one side has."""
-    values = [[{key[place] for key in side} for side in sides] for place in range(len(columns))]
-    disjoint = [place for place, (one, other) in enumerate(values) if not one & other]
-    if disjoint:
-        return "; ".join(_values(columns[place], values[place], names) for place in disjoint)
-    lone = _in_order(sides[0] - sides[1] or sides[1] - sides[0])[0]
-    has, lacks = names if lone in sides[0] else names[::-1]
-    row = ", ".join(f"{column} {_shown(value)}" for column, value in zip(columns, lone, strict=True))
-    return f"{has} has a row with {row}, {lacks} has none" + "".join(map(_hint, values))
-
-
-def _values(column: str, sides: Sequence[set[Hashable]], names: Sequence[str]) -> str:
-    told = []
-    for name, values in zip(names, map(_in_order, sides), strict=True):
-        told.append(f"{name} has {', '.join(map(_shown, values[:4]))}{', …' if len(values) > 4 else ''}")
-    return f"what keeps them apart is {column}: {', '.join(told)}{_hint(sides)}"
-
-
-def _hint(sides: Sequence[set[Hashable]]) -> str:
-    return "".join(f" ({hint})" for hint in near_spellings(sides[0] ^ sides[1]))
-
-
-def _in_order(values: Iterable[Any]) -> list[Any]:
-    """Numbers by size before words."""
-    return sorted(values, key=lambda value: (isinstance(value, str), value) if not isinstance(value, tuple) else
-                  tuple((isinstance(each, str), each) for each in value))  # fmt: skip
-
-
-def _shown(value: Hashable) -> str:
-    return shown(int(value) if isinstance(value, float) and value.is_integer() else value)
+# Why rows have no partner.
 
 
 def _left_over(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequence[str], what: str) -> list[str]:
     """A note on what has no partner."""
     lone = [sides[0] - sides[1], sides[1] - sides[0]]
-    if not any(lone):
-        return []
     counts = [
         f"{len(left)} of {len(side)} {what} of {name}"
         for left, side, name in zip(lone, sides, names, strict=True) if left
     ]  # fmt: skip
-    why = _why([left or side for left, side in zip(lone, sides, strict=True)], columns, names)
-    return [f"{' and '.join(counts)} have no partner; {why}"]
+    why = _why([left or side for left, side in zip(lone, sides, strict=True)], columns, names) if counts else ""
+    return [f"{' and '.join(counts)} have no partner; {why}"] if counts else []
 
+
+def _why(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequence[str]) -> str:
+    """The columns in which the sides share no value; without such a column an example of what only one side has."""
+    values = [[{key[place] for key in side} for side in sides] for place in range(len(columns))]
+    hints = ["".join(f" ({hint})" for hint in near_spellings(one ^ other)) for one, other in values]
+    apart = [
+        f"what keeps them apart is {column}: {names[0]} has {_few(one)}, {names[1]} has {_few(other)}{hint}"
+        for column, (one, other), hint in zip(columns, values, hints, strict=True) if not one & other
+    ]  # fmt: skip
+    if apart:
+        return "; ".join(apart)
+    lone = min(sides[0] - sides[1] or sides[1] - sides[0], key=_rank)
+    has, lacks = names if lone in sides[0] else names[::-1]
+    row = ", ".join(f"{column} {_few([value])}" for column, value in zip(columns, lone, strict=True))
+    return f"{has} has a row with {row}, {lacks} has none" + "".join(hints)
+
+
+def _few(values: Iterable[Any]) -> str:
+    """The first four values, numbers by size before words."""
+    plain = [int(v) if isinstance(v, float) and v.is_integer() else v for v in sorted(values, key=_rank)]
+    return ", ".join(map(shown, plain[:4])) + (", …" if len(plain) > 4 else "")
+
+
+def _rank(value: Any) -> tuple[Any, ...]:
+    return tuple(map(_rank, value)) if isinstance(value, tuple) else (isinstance(value, str), value)
+
+
+# The arms of a study.
 
 ARMS = ("plain", "distilled")
+Arms = tuple[dict[Key, Run], dict[Key, Run]]
+"""Plain and distilled runs by what pairs them."""
 
 
 def pair_arms(
@@ -215,12 +182,7 @@ def pair_arms(
 
     `metric` is a column of runs; `wrong` gives the test set's own noise. Without a pair None, and why.
     """
-    arms, notes = _by_arm(table, setting._asdict(), Place._fields, metric)
-    shared = sorted(arms[0].keys() & arms[1].keys())
-    if not shared:
-        return None, notes
-    labels, draws = ([getattr(arms[0][key], name) for key in shared] for name in ("downstream_samples", "finetune"))
-    return _arm_pairs(arms, shared, metric, "key", wrong, labels=labels, draw=draws), notes
+    return _pair(table, setting._asdict(), PLACE, metric, "key", wrong)
 
 
 def pair_upstream(
@@ -231,31 +193,24 @@ def pair_upstream(
     `metric` is error_rate or test_loss, on the upstream test split. Without a pair None, and why.
     """
     fixed = {"variant": setting.variant, "upstream_dataset": setting.upstream_dataset}
-    arms, notes = _by_arm(table, fixed, ("student", "upstream_samples", "seed"), f"upstream_{metric}")
-    shared = sorted(arms[0].keys() & arms[1].keys())
-    return (_arm_pairs(arms, shared, f"upstream_{metric}", "upstream_key", wrong) if shared else None), notes
+    return _pair(table, fixed, ("student", "upstream_samples", "seed"), f"upstream_{metric}", "upstream_key", wrong)
 
 
-Arms = tuple[dict[Key, Run], dict[Key, Run]]
-"""Plain and distilled runs by what pairs them."""
-
-
-def _by_arm(
-    table: RunTable, fixed: Mapping[str, Any], columns: Sequence[str], metric: str
-) -> tuple[Arms, tuple[str, ...]]:
-    """Runs with the metric where the columns `fixed` have these values; and what has no partner, or several values."""
+def _pair(
+    table: RunTable, fixed: Mapping[str, str], columns: Sequence[str], metric: str, file: str, wrong: Mistakes | None
+) -> tuple[Pairs | None, tuple[str, ...]]:
+    """Runs in which the columns `fixed` have these values; `file` names the run whose test results `wrong` holds."""
     arms, notes = _first_runs(table.pretrained.where(**fixed), columns, metric)
-    if all(arms):
-        return arms, (*notes, *_unpaired(arms, columns))
-    # The other arm may stand elsewhere: under another name of the dataset, say.
-    everywhere, _ = _first_runs(table.pretrained, (*fixed, *columns), metric)
-    here = [
-        {(*fixed.values(), *key) for key in side} or set(other) for side, other in zip(arms, everywhere, strict=True)
-    ]
-    if all(here):
-        why = _why(here, (*fixed, *columns), ARMS)
-        return arms, (*notes, f"no {ARMS[bool(arms[0])]} run of {', '.join(fixed.values())} has {metric}; {why}")
-    return arms, (*notes, f"no {ARMS[bool(here[0])]} run has {metric}: there is nothing to compare")
+    sides = [set(side) for side in arms]
+    shared = sorted(sides[0] & sides[1])
+    if shared:  # a teacher, which has the plain arm only, misses no partner
+        students = {key[0] for key in sides[0]} & {key[0] for key in sides[1]}
+        left = _left_over([{key for key in side if key[0] in students} for side in sides], columns, ARMS, "runs")
+        return _arm_pairs([(arms[0][key], arms[1][key]) for key in shared], columns, metric, file, wrong), (
+            *notes,
+            *left,
+        )
+    return None, (*notes, _no_pair(table, fixed, columns, metric, arms))
 
 
 def _first_runs(runs: RunTable, columns: Sequence[str], metric: str) -> tuple[Arms, list[str]]:
@@ -264,58 +219,53 @@ def _first_runs(runs: RunTable, columns: Sequence[str], metric: str) -> tuple[Ar
     several = 0
     for run in runs:
         if run.arm in ARMS and getattr(run, metric) is not None:
-            key = tuple(getattr(run, column) for column in columns)
-            first = arms[ARMS.index(run.arm)].setdefault(key, run)
+            first = arms[ARMS.index(run.arm)].setdefault(tuple(getattr(run, column) for column in columns), run)
             several += getattr(first, metric) != getattr(run, metric)
-    return arms, [f"{several} rows give another {metric} than the first row of their run, which was used"] * (
-        several > 0
-    )
+    told = f"{several} rows give another {metric} than the first row of their run, which was used"
+    return arms, [told] if several else []
 
 
-def _unpaired(arms: Arms, columns: Sequence[str]) -> list[str]:
-    """Why runs have no partner; a teacher, which has the plain arm only, misses none."""
-    sides = [set(side) for side in arms]
-    students = {key[0] for key in sides[0]} & {key[0] for key in sides[1]}
-    if sides[0] & sides[1]:
-        return _left_over([{key for key in side if key[0] in students} for side in sides], columns, ARMS, "runs")
-    why = f"no plain run pairs with a distilled one; {_why(sides, columns, ARMS)}"
-    unnamed = all(run.student == student_of_size(run.num_params) for side in arms for run in side.values())
-    if unnamed and not students:
-        why += "; the arms' models differ in size: add a column `student` that names each model alike in both arms"
-    return [why]
+def _no_pair(table: RunTable, fixed: Mapping[str, str], columns: Sequence[str], metric: str, arms: Arms) -> str:
+    """What keeps the arms apart; an arm that is not here may stand elsewhere, under another name of the dataset, say."""
+    if all(arms):
+        why = f"no plain run pairs with a distilled one; {_why([set(side) for side in arms], columns, ARMS)}"
+        unnamed = all(run.student == student_of_size(run.num_params) for side in arms for run in side.values())
+        if unnamed and not {key[0] for key in arms[0]} & {key[0] for key in arms[1]}:
+            why += "; the arms' models differ in size: add a column `student` that names each model alike in both arms"
+        return why
+    everywhere, _ = _first_runs(table.pretrained, (*fixed, *columns), metric)
+    here = [
+        {(*fixed.values(), *key) for key in side} or set(other) for side, other in zip(arms, everywhere, strict=True)
+    ]
+    if all(here):
+        why = _why(here, (*fixed, *columns), ARMS)
+        return f"no {ARMS[bool(arms[0])]} run of {', '.join(fixed.values())} has {metric}; {why}"
+    return f"no {ARMS[bool(here[0])]} run has {metric}: there is nothing to compare"
 
 
 def _arm_pairs(
-    arms: Arms, shared: Sequence[Key], metric: str, file: str, wrong: Mistakes | None, **strata: Sequence[Hashable]
+    both: Sequence[tuple[Run, Run]], columns: Sequence[str], metric: str, file: str, wrong: Mistakes | None
 ) -> Pairs:
-    """`file` is the column that names the run whose single test results `wrong` holds."""
-    both = [(arms[0][key], arms[1][key]) for key in shared]
     samples = {}
-    if metric.endswith("error_rate"):
-        pairs = (
-            (row, _by_sample(getattr(one, file), getattr(other, file), wrong)) for row, (one, other) in enumerate(both)
-        )
-        samples = {row: found for row, found in pairs if found is not None}
+    for row, (one, other) in enumerate(both if metric.endswith("error_rate") else ()):
+        a, b = ((wrong or {}).get(getattr(run, file)) for run in (one, other))
+        if a is not None and b is not None and len(a) == len(b):
+            samples[row] = a.astype(np.int8) - b.astype(np.int8)
+    strata = {"labels": "downstream_samples", "draw": "finetune"}
     teachers = [other.teacher_key for _, other in both]
     return make_pairs(
         [one.upstream_samples for one, _ in both], [getattr(one, metric) - getattr(other, metric) for one, other in both],
         seed=[one.seed for one, _ in both], student=[one.student for one, _ in both],
         teacher=teachers if all(teachers) else None, by_sample=samples or None,
-        test_variance=[_test_variance(one, other, metric, samples.get(row)) for row, (one, other) in enumerate(both)],
-        **strata,
+        test_variance=[_test_variance(pair, metric, samples.get(row)) for row, pair in enumerate(both)],
+        **{name: [getattr(one, column) for one, _ in both] for name, column in strata.items() if column in columns},
     )  # fmt: skip
 
 
-def _by_sample(one: str, other: str, wrong: Mistakes | None) -> np.ndarray | None:
-    """Wrong by the first − wrong by the second, per test sample in {-1, 0, 1}; None without both."""
-    a, b = (wrong or {}).get(one), (wrong or {}).get(other)
-    return None if a is None or b is None or len(a) != len(b) else a.astype(np.int8) - b.astype(np.int8)
-
-
-def _test_variance(one: Run, other: Run, metric: str, samples: np.ndarray | None) -> float:
+def _test_variance(pair: tuple[Run, Run], metric: str, samples: np.ndarray | None) -> float:
     """Variance of ΔE over test sets: paired by sample where single results exist, else the binomial upper bound."""
     if samples is not None:
         return float(np.var(samples) / len(samples))
     if metric != "error_rate":
         return 0.0
-    return sum(run.error_rate * (1 - run.error_rate) / (run.num_test_samples or math.inf) for run in (one, other))
+    return sum(run.error_rate * (1 - run.error_rate) / (run.num_test_samples or math.inf) for run in pair)

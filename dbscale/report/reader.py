@@ -21,14 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dbscale.errors import TableError
-from dbscale.report.numerals import parse_numeral
-from dbscale.report.sheet import Sheet, shown
+from dbscale.report.sheet import Sheet, parse_numeral, shown
 
 COMMENT = re.compile(r"\s*#(?!N/A|DIV/0!|REF!|NAME\?|NUM!|VALUE!|NULL!)")
 """Start of a comment line; Excel's error values begin alike."""
-DELIMITERS = ("\t", ";", ",", " ")
-SAMPLE = 1000
-"""Lines that mostly tell the delimiter."""
+DELIMITERS = ("\t", ";", ",")
+"""Blanks are one only where none of these is: they stand inside names and words too."""
 BINARY = {
     b"PK\x03\x04": "an Excel workbook or a zip archive", b"\xd0\xcf\x11\xe0": "an old Excel workbook",
     b"\x89HDF": "an HDF5 file", b"SQLite format 3": "a database", b"\x80\x04": "a pickle",
@@ -81,19 +79,14 @@ def _decoded(raw: bytes, name: str) -> str:
     try:
         text = raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        found = raw[error.start : error.start + 1].hex()
-        raise TableError(
-            f"{name}, line {line}: byte 0x{found} is not a table's text in UTF-8; save it as CSV in UTF-8, or as Parquet"
-        ) from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise TableError(
-            f"{name}, line {line}: a NUL byte, so this is not a table; save it as CSV in UTF-8, or as Parquet"
-        )
-    if not text.strip():
-        raise TableError(f"{name} is empty; a table begins with the names of its columns")
-    return text
+        before, what = raw[: error.start].count(b"\n"), f"byte 0x{raw[error.start]:02x} is not a table's text in UTF-8"
+    else:
+        if text.strip() == "":
+            raise TableError(f"{name} is empty; a table begins with the names of its columns")
+        if "\0" not in text:
+            return text
+        before, what = text.count("\n", 0, text.index("\0")), "a NUL byte, so this is not a table"
+    raise TableError(f"{name}, line {before + 1}: {what}; save it as CSV in UTF-8, or as Parquet")
 
 
 def _from_arrow(raw: bytes, name: str) -> Sheet:
@@ -109,7 +102,7 @@ def _from_arrow(raw: bytes, name: str) -> Sheet:
         else:
             open_ = pyarrow.ipc.open_file if raw.startswith(b"ARROW1") else pyarrow.ipc.open_stream
             table = open_(buffer).read_all()
-        _check_names([(column, 1) for column in table.column_names], name)
+        _check_names(table.column_names, f"{name}, line 1")
         columns = {column: _values(table.column(column)) for column in table.column_names}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         why = " ".join(str(error).split())[:150]
@@ -131,24 +124,22 @@ def _values(column: Any) -> list[Any]:
 
 def _from_json(text: str, name: str) -> Sheet | None:
     """JSON lines, or one list of records; None where `[` begins a CSV header."""
-    if text.lstrip().startswith("["):
+    is_list = text.lstrip().startswith("[")
+    lines = [text] if is_list else io.StringIO(text, newline=None)
+    records: list[tuple[int, Any]] = []
+    for line, each in enumerate(lines, start=1):
         try:
-            records = list(enumerate(json.loads(text, object_pairs_hook=_no_doubles), start=1))
+            found = json.loads(each, object_pairs_hook=_no_doubles) if each.strip() else []
         except (ValueError, RecursionError) as error:
-            if not re.match(r"\s*\[\s*{", text):
+            if is_list and not re.match(r"\s*\[\s*{", text):
                 return None
-            raise TableError(
-                f"{name} begins as a list of records in JSON, and is none ({error}); write it again"
-            ) from None
-        return _from_records(records, name, "record")
-    records = []
-    for line, each in enumerate(io.StringIO(text, newline=None), start=1):
-        if each.strip():
-            try:
-                records.append((line, json.loads(each, object_pairs_hook=_no_doubles)))
-            except (ValueError, RecursionError) as error:
-                raise TableError(f"{name}, line {line}: no record in JSON ({error}); write one record a line") from None
-    return _from_records(records, name, "line")
+            if is_list:
+                raise TableError(
+                    f"{name} begins as a list of records in JSON, and is none ({error}); write it again"
+                ) from None
+            raise TableError(f"{name}, line {line}: no record in JSON ({error}); write one record a line") from None
+        records += enumerate(found, start=1) if is_list else [(line, found)] if each.strip() else []
+    return _from_records(records, name, "record" if is_list else "line")
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -192,15 +183,15 @@ def _from_csv(text: str, name: str) -> Sheet:
     records = _records(kept, delimiter, name)
     if not records:
         raise TableError(f"{name} holds comments only; a table begins with the names of its columns")
-    notes = []
-    records = _with_header(records, lines, comments, delimiter, name, notes)
-    header, rows = _trimmed(records)
+    told = {number: _cells(lines[number - 1], delimiter) for number in sorted(comments)}
+    above = [_Record(number, cells) for number, cells in told.items() if number < records[0].line]
+    header, rows, notes = _with_header(records, above[-1:], name)
     _check_shape(header, rows, name)
     names = _names(header, rows, name)
-    cells = {number: _cells(lines[number - 1], delimiter) for number in sorted(comments) if number > header.line}
     alike = [
-        number for number, found in cells.items() if len(found) == len(names) > 1 and any(map(parse_numeral, found))
-    ]
+        number for number, cells in told.items()
+        if number > header.line and len(cells) == len(names) > 1 and any(map(parse_numeral, cells))
+    ]  # fmt: skip
     if alike:
         notes.append(f"{name}: {len(alike)} lines that begin with # were left out as comments although they look like "
                      f"rows (line {alike[0]} is the first)")  # fmt: skip
@@ -241,72 +232,60 @@ def _records(lines: Sequence[str], delimiter: str, name: str) -> list[_Record]:
 def _cells(line: str, delimiter: str) -> list[str]:
     """The cells of a comment line, without its #."""
     try:
-        return [
-            cell.strip() for record in _records([line.lstrip().lstrip("#")], delimiter, "") for cell in record.cells
-        ]
+        records = _records([line.lstrip().lstrip("#")], delimiter, "")
     except TableError:
         return []
+    return [cell.strip() for record in records for cell in record.cells]
 
 
 def _delimiter(lines: Sequence[str]) -> str:
     """The delimiter under which all rows are as wide as the header; else the header's most frequent one."""
-    place = next((place for place, line in enumerate(lines) if line.strip(' \t;,"\r\n')), 0)
-    head, marks = lines[place].strip(), DELIMITERS[:-1]
-    for part in (lines[:SAMPLE], lines):
-        widths = {mark: _width(part, mark) for mark in marks if mark in head}
-        if any(widths.values()):
-            return max(widths, key=lambda mark: widths[mark])
-        # Blanks stand inside names and words too: they delimit only where nothing else does.
-        if len(head.split()) > 1 and _width(part, " "):
-            return " "
-    if any(map(head.count, marks)):
-        return max(marks, key=head.count)
-    return " " if len(head.split()) > 1 and any(len(line.split()) > 1 for line in lines[place + 1 :]) else ","
+    head = next((line.strip() for line in lines if line.strip(' \t;,"\r\n')), "")
+    widths = {mark: _width(lines, mark) for mark in DELIMITERS if mark in head}
+    if any(widths.values()):
+        return max(widths, key=lambda mark: widths[mark])
+    has_blanks = len(head.split()) > 1
+    if has_blanks and _width(lines, " "):
+        return " "
+    if widths:
+        return max(widths, key=head.count)
+    return " " if has_blanks and any(len(line.split()) > 1 for line in lines if line.strip() != head) else ","
 
 
 def _width(lines: Sequence[str], delimiter: str) -> int:
     """Number of cells in every row, the header's included; 0 where they differ."""
     try:
-        records = _records(lines, delimiter, "")
-    except TableError:
+        header, rows = _trimmed(_records(lines, delimiter, ""))
+    except (TableError, ValueError):
         return 0
-    header, rows = _trimmed(records) if records else (_Record(1, []), [])
     return len(header.cells) if all(len(row.cells) == len(header.cells) for row in rows) else 0
 
 
-def _with_header(
-    records: list[_Record], lines: Sequence[str], comments: set[int], delimiter: str, name: str, notes: list[str]
-) -> list[_Record]:
-    """The records under a header of names; numpy.savetxt and gnuplot write theirs as a comment."""
-    header = records[0]
-    numeric = [parse_numeral(cell) is not None for cell in header.cells]
-    above = max((number for number in comments if number < header.line), default=None)
-    if any(numeric) and above is not None:
-        cells = _cells(lines[above - 1], delimiter)
-        if len(cells) == len(header.cells) and not any(map(parse_numeral, cells)):
-            notes.append(f"{name}, line {above}: the names of the columns were taken from this comment")
-            return [_Record(above, cells), *records]
-    if all(numeric):
-        raise TableError(f"{name}, line {header.line}: the first row holds numbers ({shown(header.cells[0])} …); put the "
-                         "names of the columns above it")  # fmt: skip
-    return records
-
-
-def _trimmed(records: list[_Record]) -> tuple[_Record, list[_Record]]:
+def _trimmed(records: Sequence[_Record]) -> tuple[_Record, list[_Record]]:
     """Header and rows without the empty cells that delimiters at the end of every row leave."""
-    header, rows = records[0], records[1:]
+    header, *rows = records
     named = max(place for place, cell in enumerate(header.cells) if cell.strip()) + 1
     widths = {len(row.cells) for row in rows}
-    if named == len(header.cells) and (len(widths) != 1 or widths == {named}):
+    is_padded = named < len(header.cells) or (len(widths) == 1 and widths != {named})
+    if not is_padded or any(cell.strip() for row in rows for cell in row.cells[named:]):
         return header, rows
+    return _Record(header.line, header.cells[:named]), [_Record(row.line, row.cells[:named]) for row in rows]
 
-    def trim(record: _Record) -> _Record:
-        extra = any(cell.strip() for cell in record.cells[named:])
-        return record if extra else _Record(record.line, record.cells[:named])
 
-    if any(len(trim(row).cells) > named for row in rows):
-        return header, rows
-    return trim(header), [trim(row) for row in rows]
+def _with_header(
+    records: list[_Record], above: Sequence[_Record], name: str
+) -> tuple[_Record, list[_Record], list[str]]:
+    """Header, rows, and what to tell of it: numpy.savetxt and gnuplot write theirs as a comment, the one `above`."""
+    first = records[0]
+    numeric = [parse_numeral(cell) is not None for cell in first.cells]
+    for comment in above if any(numeric) else ():
+        if len(comment.cells) == len(first.cells) and not any(map(parse_numeral, comment.cells)):
+            told = f"{name}, line {comment.line}: the names of the columns were taken from this comment"
+            return *_trimmed([comment, *records]), [told]
+    if all(numeric):
+        raise TableError(f"{name}, line {first.line}: the first row holds numbers ({shown(first.cells[0])} …); put the "
+                         "names of the columns above it")  # fmt: skip
+    return *_trimmed(records), []
 
 
 def _check_shape(header: _Record, rows: Sequence[_Record], name: str) -> None:
@@ -314,37 +293,29 @@ def _check_shape(header: _Record, rows: Sequence[_Record], name: str) -> None:
     width, names = len(header.cells), [cell.strip() for cell in header.cells]
     for line, cells in rows:
         if len(cells) != width:
-            hint = (
-                "put numbers such as 1,000 and text with delimiters into quotes; R's row names: row.names = FALSE"
-                if len(cells) > width
-                else "fill in what is missing, or repair the end of the file"
-            )
-            raise TableError(
-                f"{name}, line {line}: {len(cells)} cells under a header of {width} (line {header.line}); {hint}"
-            )
-        if cells[0].strip() == names[0] and [cell.strip() for cell in cells] == names:
+            many = "put numbers such as 1,000 and text with delimiters into quotes; R's row names: row.names = FALSE"
+            few = "fill in what is missing, or repair the end of the file"
+            raise TableError(f"{name}, line {line}: {len(cells)} cells under a header of {width} (line {header.line}); "
+                             f"{many if len(cells) > width else few}")  # fmt: skip
+        if [cell.strip() for cell in cells] == names:
             raise TableError(f"{name}, line {line}: the header again; were two files joined? Remove this line")
 
 
 def _names(header: _Record, rows: Sequence[_Record], name: str) -> dict[int, str]:
     """Place and name of every column; pandas leaves the first one, its index, without."""
-    names = {place: cell.strip() for place, cell in enumerate(header.cells)}
-    for place, column in list(names.items()):
+    names = {}
+    for place, column in enumerate(cell.strip() for cell in header.cells):
         full = [row for row in rows if row.cells[place].strip()]
-        if column == "" and not full:
-            del names[place]
-        elif column == "" and place == 0:
-            names[0] = "Unnamed: 0"
-        elif column == "":
+        if column == "" and full and place > 0:
             raise TableError(f"{name}, line {header.line}: column {place + 1} has no name, and holds "
                              f"{shown(full[0].cells[place])} on line {full[0].line}; name it")  # fmt: skip
-    _check_names([(column, header.line) for column in names.values()], name)
+        if column or full:
+            names[place] = column or "Unnamed: 0"
+    _check_names(list(names.values()), f"{name}, line {header.line}")
     return names
 
 
-def _check_names(names: Sequence[tuple[str, int]], name: str) -> None:
-    seen = set()
-    for column, line in names:
-        if column in seen:
-            raise TableError(f"{name}, line {line}: column {column!r} stands twice in the header; rename one")
-        seen.add(column)
+def _check_names(names: Sequence[str], place: str) -> None:
+    for before, after in pairwise(sorted(names)):
+        if before == after:
+            raise TableError(f"{place}: column {after!r} stands twice in the header; rename one")

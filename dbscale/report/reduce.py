@@ -13,7 +13,7 @@ import numpy as np
 
 from dbscale.errors import TableError, nearest
 from dbscale.files import atomic_open, write_atomic
-from dbscale.report.table import COLUMNS, KINDS, MissingPoint, Run, RunTable, checked, to_csv
+from dbscale.report.table import COLUMNS, MissingPoint, Run, RunTable, checked, kind_of, to_csv
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
 from dbscale.study.store import Row, Store
 
@@ -54,53 +54,35 @@ def collect(store: Store, plan: PlanRecord) -> RunTable:
 
 
 def _run(point: PointRecord, row: Row, rows: dict[str, Row | None]) -> Run:
+    """What was measured, then what was asked for, then what the lineage tells."""
     upstream, teacher = rows.get(point.upstream_cell or ""), rows.get(point.teacher_cell or "")
-    asked, measured = (record.model_dump(include=set(COLUMNS)) for record in (point, row))
-    found = {
+    own = [record.model_dump(include=set(COLUMNS)) for record in (row, row.timing, point)]
+    found: dict[str, Any] = {
         "upstream_dataset": point.upstream_dataset or "", "upstream_samples": point.upstream_num_samples,
         "downstream_samples": row.num_samples, "upstream_key": point.upstream_cell or "",
         "teacher_key": point.teacher_cell or "",
-        **_timing(row), **_upstream(row, upstream),
     }  # fmt: skip
+    if row.upstream is not None:  # the finetune's own copy; the parent's row has what the copy leaves out
+        found |= row.upstream.model_dump(include={"linear_probe_error", "transrate"})
+        found |= {f"upstream_{name}": getattr(row.upstream, name) for name in ("stage", "error_rate")}
+    if upstream is not None:
+        found |= {f"upstream_{name}": getattr(upstream, name) for name in ("test_loss", "samples_seen", "train_flops")}
+        found["upstream_device_time_s"] = upstream.timing.device_time_s
     if teacher is not None:
         found |= {"teacher_params": teacher.num_params, "teacher_error_rate": teacher.error_rate}
-    return Run(**{**measured, **asked, **found})
-
-
-def _timing(row: Row) -> dict[str, Any]:
-    timing = row.timing
-    names = ("train_time_s", "device_time_s", "num_attempts", "device", "host")
-    return {name: getattr(timing, name) for name in names}
-
-
-def _upstream(row: Row, upstream: Row | None) -> dict[str, Any]:
-    """What the finetune started from: its own copy first, then the parent's row for what the copy leaves out."""
-    found: dict[str, Any] = {}
-    if row.upstream is not None:
-        found |= {
-            "upstream_stage": row.upstream.stage, "upstream_error_rate": row.upstream.error_rate,
-            "linear_probe_error": row.upstream.linear_probe_error, "transrate": row.upstream.transrate,
-        }  # fmt: skip
-    if upstream is not None:
-        found |= {
-            "upstream_test_loss": upstream.test_loss,
-            "upstream_samples_seen": upstream.samples_seen, "upstream_train_flops": upstream.train_flops,
-            "upstream_device_time_s": upstream.timing.device_time_s,
-        }  # fmt: skip
-    return found
+    return Run(**{name: value for part in (*own, found) for name, value in part.items()})
 
 
 def _missing(store: Store, point: PointRecord, rows: dict[str, Row | None]) -> MissingPoint:
     path = [key for key in (point.teacher_cell, point.upstream_cell, point.cell) if key is not None]
     culprit = next(key for key in path if rows.get(key) is None)
     found = store.standing(culprit)
-    attempt, state = found.attempt, found.state
-    told = found.note or (attempt.reason if attempt else None)
-    reason = told or f"the cell is {'not started' if state == 'new' else state}"
+    told = found.note or (found.attempt and found.attempt.reason)
     return MissingPoint(
-        point.variant, point.arm, point.student, point.upstream_num_samples, point.dataset, point.num_samples,
-        point.seed,
-        point.cell, culprit, state, reason, (attempt.log if attempt else None) or "",
+        variant=point.variant, arm=point.arm, student=point.student, upstream_samples=point.upstream_num_samples,
+        dataset=point.dataset, downstream_samples=point.num_samples, seed=point.seed, key=point.cell, culprit=culprit,
+        state=found.state, reason=told or f"the cell is {'not started' if found.state == 'new' else found.state}",
+        log=(found.attempt and found.attempt.log) or "",
     )  # fmt: skip
 
 
@@ -109,17 +91,10 @@ def write_parquet(path: Path, table: RunTable) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
-    columns = {
-        name: pyarrow.array(table.column(name), type=kinds[next(kind for kind in kinds if kind in _members(name))])
-        for name in COLUMNS
-    }
+    types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    columns = {name: pyarrow.array(table.column(name), type=types[kind_of(name)]) for name in COLUMNS}
     with atomic_open(path, "wb") as file:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
-
-
-def _members(name: str) -> tuple[Any, ...]:
-    return getattr(KINDS[name], "__args__", (KINDS[name],))
 
 
 def read_mistakes(path: Path) -> np.ndarray:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from dbscale.errors import TableError
 from dbscale.files import atomic_open, read_json
 from dbscale.laws import NoiseModel, Power, Verdict
+from dbscale.report.table import Setting
 from dbscale.strict import Strict, validate
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 AxisName = Literal["upstream_samples", "downstream_samples", "num_params"]
 
 
@@ -50,6 +51,10 @@ class OfSetting(Strict):
     upstream_dataset: str = ""
     dataset: str
 
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.variant, self.upstream_dataset, self.dataset)
+
 
 class ContrastRecord(OfSetting):
     """Two procedures compared along an axis, and how that ended."""
@@ -83,22 +88,6 @@ class ContrastRecord(OfSetting):
     @property
     def pooled(self) -> bool:
         return self.student is None and self.downstream_samples is None
-
-
-# Readings of a verdict.
-
-
-def established(verdict: Verdict, side: str | None, beyond: float = 0.0) -> list[float]:
-    """Measured x where `side` is established to have the lower y, by more than `beyond`."""
-    lowest = {p.x: p.low_all if side == "b" else -p.high_all for p in verdict.points}
-    return [x for x, size in lowest.items() if side and size > beyond]
-
-
-def excludes(verdict: Verdict) -> frozenset[str]:
-    """`harm`: B's y exceeds A's by δ at no measured x; `gain`: it is below A's by δ at none; both, or neither."""
-    harm = all(point.low_all > -verdict.min_effect for point in verdict.points)
-    gain = all(point.high_all < verdict.min_effect for point in verdict.points)
-    return frozenset(name for name, holds in (("harm", harm), ("gain", gain)) if holds)
 
 
 class Note(Strict):
@@ -146,11 +135,16 @@ class CandidateRecord(Strict):
     """Why there is no fit."""
 
 
-class LawRecord(OfSetting):
-    """What the laws say of one arm: the average that predicts, and the law that is named where one must be."""
+class OfArm(OfSetting):
+    """The arm and the metric that laws were fitted to."""
 
     metric: str
     arm: str
+
+
+class LawRecord(OfArm):
+    """What the laws say of one arm: the average that predicts, and the law that is named where one must be."""
+
     num_runs: int
     reason: str = ""
     """Why no law could be fitted."""
@@ -171,11 +165,9 @@ class LawRecord(OfSetting):
     """Axes along which the laws must not be read beyond the measured values."""
 
 
-class LawCurve(OfSetting):
+class LawCurve(OfArm):
     """The average of the laws along one axis, the other axes fixed."""
 
-    metric: str
-    arm: str
     axis: AxisName
     student: str | None
     upstream_samples: int | None
@@ -183,11 +175,10 @@ class LawCurve(OfSetting):
     band: Band
 
 
-class Prediction(OfSetting):
-    """Measured against predicted error of one run."""
+class Prediction(OfArm):
+    """Measured against predicted error or loss of one run."""
 
     key: str
-    arm: str
     student: str
     upstream_samples: int
     downstream_samples: int
@@ -198,30 +189,28 @@ class Prediction(OfSetting):
     """By laws that never saw this D_p."""
 
 
-class TransferRecord(OfSetting):
+class TransferRecord(OfArm):
     """What `transfer_gap` says of one student and arm: E = (A·D_p^-α + G)·D_f^-β + E∞."""
 
-    arm: str
     student: str
     gap: Estimate
     """G, with its profile-likelihood interval."""
     gap_error: float
-    """The gap as an error rate at the largest D_f: G·D_f^-β."""
+    """The gap as error or loss at the largest D_f: G·D_f^-β."""
     share: float
     """G over A·D_p^-α + G at the largest D_p: near 1, more upstream data of this kind no longer helps."""
 
 
-class LeverRecord(OfSetting):
+class LeverRecord(OfArm):
     """What twice as much of each lever would do at the largest point measured, by the laws of one arm."""
 
-    arm: str
     student: str
     upstream_samples: int
     downstream_samples: int
     error: Estimate
     """At that point."""
     doubled: dict[AxisName, Estimate]
-    """Error with twice as much of one lever; left out are levers that must not be read beyond what was measured."""
+    """The same with twice as much of one lever; left out are levers that must not be read beyond what was measured."""
     images_per_label: Estimate | None
     """Upstream images that lower the error as much as one more label does."""
 
@@ -259,18 +248,16 @@ File = TypeVar("File", LawsFile, BoundaryFile)
 
 
 def write(path: Path, value: LawsFile | BoundaryFile) -> None:
-    """One record a line, so that a file can be read, searched and compared by eye."""
-    fields = value.model_dump(mode="json").items()
-    lines = [f' "{name}": {_block(field)}' for name, field in fields]
+    """One item of a list a line, so that a file can be read, searched and compared by eye."""
+    lines = []
+    for name, field in value.model_dump(mode="json").items():
+        items = [json.dumps(item, allow_nan=False) for item in (field if isinstance(field, list) else [field])]
+        whole = (
+            "[\n  " + ",\n  ".join(items) + "\n ]" if isinstance(field, list) and field else items[0] if items else "[]"
+        )
+        lines.append(f' "{name}": {whole}')
     with atomic_open(path, "w") as file:
         file.write("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def _block(field: Any) -> str:
-    """A field's value: lists with one item a line, all else in one."""
-    if not (isinstance(field, list) and field):
-        return json.dumps(field, allow_nan=False)
-    return "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in field) + "\n ]"
 
 
 def read(kind: type[File], path: Path) -> File:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from dbscale.errors import TableError, nearest
 from dbscale.report.reader import read_sheet
-from dbscale.report.sheet import Sheet, closest, near_spellings, shown
+from dbscale.report.sheet import Sheet, closest, near_spellings
 
 SCRATCH = 0
 """`upstream_samples` of a run that saw no upstream data; such runs are shown, never fitted."""
@@ -31,22 +31,17 @@ class Setting(NamedTuple):
 
     def label(self, table: RunTable) -> str:
         """Names only what differs within `table`."""
-        words = [self.dataset]
-        if len({run.upstream_dataset for run in table.pretrained}) > 1:
-            words.append(f"from {self.upstream_dataset}")
-        if len(table.values("variant")) > 1:
-            words.append(f"({self.variant})")
-        return " ".join(words)
+        return self.among(table.settings)
+
+    def among(self, others: Iterable[Setting]) -> str:
+        """The test set, and of variant and upstream set what differs among these."""
+        variants, upstreams, _ = (set(column) for column in zip(self, *others, strict=True))
+        upstream = [f"from {self.upstream_dataset}"] * (len(upstreams) > 1 and self.upstream_dataset != self.dataset)
+        return " ".join([self.dataset, *upstream, *[f"({self.variant})"] * (len(variants) > 1)])
 
 
-class Place(NamedTuple):
-    """A point on the axes of a setting: what the runs of a pair share."""
-
-    student: str
-    upstream_samples: int
-    downstream_samples: int
-    seed: int
-    finetune: int
+PLACE = ("student", "upstream_samples", "downstream_samples", "seed", "finetune")
+"""A point on the axes of a setting: what the runs of a pair share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +102,7 @@ class Run:
     def setting(self) -> Setting:
         return Setting(self.variant, self.upstream_dataset, self.dataset)
 
-    @property
-    def place(self) -> Place:
-        return Place(self.student, self.upstream_samples, self.downstream_samples, self.seed, self.finetune)
 
-
-KINDS: dict[str, Any] = get_type_hints(Run)
 COLUMNS = tuple(field.name for field in fields(Run))
 REQUIRED = tuple(
     field.name for field in fields(Run) if field.default is MISSING and field.name not in ("variant", "student")
@@ -121,6 +111,12 @@ REQUIRED = tuple(
 POSITIVE = ("num_params", "downstream_samples")
 SHARES = ("error_rate", "top5_error_rate", "upstream_error_rate", "linear_probe_error", "teacher_error_rate")
 ARMS = ("plain", "distilled", "scratch")
+_HINTS = get_type_hints(Run)
+
+
+def kind_of(column: str) -> type:
+    """str, int or float: what a column holds where it holds anything."""
+    return next(kind for kind in (str, int, float) if kind in (_HINTS[column], *get_args(_HINTS[column])))
 
 
 @dataclass(frozen=True)
@@ -215,10 +211,6 @@ class RunTable:
         """Parameters of a student; in a table with several head sizes, the first one's."""
         return next(run.num_params for run in self.runs if run.student == student)
 
-    def scratch_of(self, setting: Setting) -> RunTable:
-        """Runs without upstream data that a setting may be compared with."""
-        return self.scratch.where(variant=setting.variant, dataset=setting.dataset)
-
 
 def read_table(path: Path, columns: Mapping[str, str] | None = None) -> RunTable:
     """Runs from any table with these columns; `columns` says where a name of ours stands (`error_rate` -> `top1_err`).
@@ -231,40 +223,35 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> RunTable
 def runs_of(sheet: Sheet, columns: Mapping[str, str] | None = None) -> RunTable:
     """The same from a sheet. Columns that no run has are left out with a note."""
     columns = dict(columns or {})
-    for name in columns:
-        if name not in COLUMNS:
-            raise TableError(f"{name}={columns[name]}: runs have no {name!r}; {nearest(name, COLUMNS)}")
-    given = {name: columns.get(name, name) for name in COLUMNS if columns.get(name, name) in sheet.columns}
-    absent = [columns.get(name, name) for name in (*columns, *REQUIRED) if name not in given]
-    if absent:
-        raise TableError(f"{sheet.name}: no column {absent[0]!r}; {closest(absent[0], sheet.columns)}")
-    cells = {name: _cells(sheet, column, KINDS[name]) for name, column in given.items()}
-    runs = [_run(sheet, row, {name: cells[name][row] for name in given}) for row in range(len(sheet))]
+    for name in columns.keys() - set(COLUMNS):
+        raise TableError(f"{name}={columns[name]}: runs have no {name!r}; {nearest(name, COLUMNS)}")
+    given = {name: columns.get(name, name) for name in COLUMNS}
+    for name in (*columns, *REQUIRED):
+        if given[name] not in sheet.columns:
+            raise TableError(f"{sheet.name}: no column {given[name]!r}; {closest(given[name], sheet.columns)}")
+    cells = {name: _cells(sheet, column, kind_of(name)) for name, column in given.items() if column in sheet.columns}
+    places = [sheet.place(row) for row in range(len(sheet))]
+    runs = tuple(_run({name: cells[name][row] for name in cells}, place) for row, place in enumerate(places))
     unknown = [column for column in sheet.columns if column not in given.values()]
     notes = [f"{sheet.name}: columns that dbscale does not know were left out: {', '.join(unknown)}"] if unknown else []
-    return checked(
-        RunTable(tuple(runs), warnings=(*sheet.notes, *notes)), [sheet.place(row) for row in range(len(sheet))]
-    )
+    return checked(RunTable(runs, warnings=(*sheet.notes, *notes)), places)
 
 
-def _cells(sheet: Sheet, column: str, kind: Any) -> Sequence[Any]:
+def _cells(sheet: Sheet, column: str, kind: type) -> Sequence[Any]:
     if kind is str:
         return sheet.texts(column)
     values = sheet.numbers(column)
-    if kind in (float, float | None):
-        return [None if value is None else float(value) for value in values]
     for row, value in enumerate(values):
-        if value is not None and value != int(value):
-            raise TableError(f"{sheet.place(row)}: {column} is {shown(sheet.cells(column)[row])}, not a whole number; "
-                             "write 86.57M for a count in millions")  # fmt: skip
-    return [None if value is None else int(value) for value in values]
+        if kind is int and value is not None and value != int(value):
+            raise sheet.wrong(column, row, "not a whole number; write 86.57M for a count in millions")
+    return [None if value is None else kind(value) for value in values]
 
 
-def _run(sheet: Sheet, row: int, values: dict[str, Any]) -> Run:
+def _run(values: Mapping[str, Any], place: str) -> Run:
     present = {name: value for name, value in values.items() if value not in (None, "")}
-    empty = [name for name in REQUIRED if name not in present]
-    if empty:
-        raise TableError(f"{sheet.place(row)}: {empty[0]!r} is empty; fill it in or remove the row")
+    for name in REQUIRED:
+        if name not in present:
+            raise TableError(f"{place}: {name!r} is empty; fill it in or remove the row")
     return Run(**{"variant": "base", "student": student_of_size(present["num_params"]), **present})
 
 
@@ -294,26 +281,29 @@ def checked(table: RunTable, places: Sequence[str]) -> RunTable:
 
 
 def _check_values(run: Run, place: str) -> None:
+    def refuse(name: str, what: str) -> TableError:
+        value = getattr(run, name)
+        return TableError(f"{place}: {name} is {f'{value:g}' if isinstance(value, float) else repr(value)}; {what}")
+
     if run.arm not in ARMS:
-        raise TableError(f"{place}: arm is {run.arm!r}; {nearest(run.arm, ARMS)}")
+        raise refuse("arm", nearest(run.arm, ARMS))
     if run.upstream_samples < 0:
-        raise TableError(f"{place}: upstream_samples is {run.upstream_samples}; counts start at 0 (from scratch)")
+        raise refuse("upstream_samples", "counts start at 0 (from scratch)")
     for name in POSITIVE:
         if getattr(run, name) <= 0:
-            raise TableError(f"{place}: {name} is {getattr(run, name)}; it must be above 0")
+            raise refuse(name, "it must be above 0")
     for name in SHARES:
-        share = getattr(run, name)
-        if share is not None and not 0 <= share <= 1:
-            raise TableError(f"{place}: {name} is {share:g}; error rates are shares between 0 and 1, or written with %")
+        if not 0 <= (getattr(run, name) or 0) <= 1:
+            raise refuse(name, "error rates are shares between 0 and 1, or written with %")
     if (run.arm == "scratch") != (run.upstream_samples == 0):
         raise TableError(f"{place}: arm {run.arm!r} with upstream_samples {run.upstream_samples}; 0 goes with scratch")
 
 
 def _without_repeats(table: RunTable, places: Sequence[str]) -> tuple[tuple[Run, ...], list[str]]:
-    seen: dict[tuple[Setting, str, Place], tuple[Run, str]] = {}
+    seen: dict[tuple[Any, ...], tuple[Run, str]] = {}
     repeats = 0
     for run, place in zip(table.runs, places, strict=True):
-        first, where = seen.setdefault((run.setting, run.arm, run.place), (run, place))
+        first, where = seen.setdefault((run.setting, run.arm, *(getattr(run, name) for name in PLACE)), (run, place))
         repeats += first is not run
         if first.error_rate != run.error_rate:
             raise TableError(

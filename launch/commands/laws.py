@@ -213,7 +213,7 @@ def bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float | None]]
 
 def mixed(sheet: Sheet, used: set[str]) -> dict[str, list[str]]:
     """Columns of words, unused by the law, that sort the rows into groups: perhaps studies that do not belong together."""
-    from dbscale.report.numerals import parse_numeral
+    from dbscale.report.sheet import parse_numeral
 
     groups = {}
     for column in sheet.columns.keys() - used:
@@ -253,8 +253,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def advise(arguments: argparse.Namespace) -> int:
     from dbscale.report.advise import advise as ask
-    from dbscale.report.numerals import parse_count
     from dbscale.report.reduce import load_mistakes
+    from dbscale.report.sheet import parse_count
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     table = runs_of(arguments)

@@ -99,14 +99,14 @@ def power_text(study: Study, plan: Plan, cost: CostModel) -> list[str]:
     design = design_of(plan, cost)
     if design is None:
         return []
-    from dbscale.report.power import Design, plan_power
+    from dbscale.report.power import plan_power
     from dbscale.report.reduce import collect
 
     known = None
     with contextlib.suppress(ConfigError, FileError):  # the plan's notes name a damaged plan.json
         known = read_plan(study.store, plan.grid.name) if plan.count()["done"] else None
     table = collect(study.store, known) if known is not None else None
-    return ["", *plan_power(Design(**design), table, f"{plan.grid.name}_{plan.grid.downstream[0].dataset}")]
+    return ["", *plan_power(table, f"{plan.grid.name}_{plan.grid.downstream[0].dataset}", **design)]
 
 
 def design_of(plan: Plan, cost: CostModel) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import csv
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,8 +22,8 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from dbscale.laws import (
-    Candidate,
     Prices,
+    Resampling,
     Selection,
     allocate,
     bootstrap,
@@ -32,7 +32,7 @@ from dbscale.laws import (
     select_law,
     transfer_gap,
 )
-from dbscale.laws.select import POINTS_PER_PARAM
+from dbscale.laws.select import FAR, TRIM, TRUST, trimmed_mean
 
 T = TypeVar("T")
 HALF_POINTS = 10
@@ -103,36 +103,51 @@ def public_curves(folder: Path) -> Iterator[Curve]:
 
 
 def fresh_curves() -> Iterator[Curve]:
-    """Test errors of five classifiers on five sets, 17 sizes each: the last five are foretold from 12, the last eight
-    from nine."""
-    from sklearn.datasets import load_digits, make_classification, make_gaussian_quantiles
+    """Test errors of five classifiers on five sets, and of five others on four, on which no choice was made. 17 sizes
+    each: the last five are foretold from 12, the last eight from nine."""
+    from sklearn.datasets import load_digits, make_classification, make_gaussian_quantiles, make_moons
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression, Perceptron, RidgeClassifier
     from sklearn.naive_bayes import GaussianNB
-    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+    from sklearn.svm import SVC
     from sklearn.tree import DecisionTreeClassifier
 
-    digits = load_digits(return_X_y=True)
-    shapes = ((40, 10, 5, 1.0, 0.0), (20, 15, 3, 0.7, 0.05), (100, 20, 10, 1.5, 0.0))
-    made = [
-        make_classification(12_000, d, n_informative=i, n_redundant=0, n_classes=c, n_clusters_per_class=3,
-                            class_sep=s, flip_y=f, random_state=k) for k, (d, i, c, s, f) in enumerate(shapes)
-    ]  # fmt: skip
+    def made(size: int, *shapes: tuple[int, int, int, int, int, float, float], first: int) -> list:
+        return [
+            make_classification(size, d, n_informative=i, n_redundant=r, n_classes=c, n_clusters_per_class=k,
+                                class_sep=s, flip_y=f, random_state=first + n)
+            for n, (d, i, r, c, k, s, f) in enumerate(shapes)
+        ]  # fmt: skip
+
+    pixels, digits = load_digits(return_X_y=True)
+    shapes = ((40, 10, 0, 5, 3, 1.0, 0.0), (20, 15, 0, 3, 3, 0.7, 0.05), (100, 20, 0, 10, 3, 1.5, 0.0))
     rings = make_gaussian_quantiles(n_samples=12_000, n_features=10, n_classes=4, random_state=3)
     models = (LogisticRegression, KNeighborsClassifier, GaussianNB, LinearDiscriminantAnalysis, DecisionTreeClassifier)
-    for features, labels in ((digits[0] / 16, digits[1]), *made, rings):
-        order = np.random.default_rng(0).permutation(len(labels))
+    yield from learning_curves("", models, [(pixels / 16, digits), *made(12_000, *shapes, first=0), rings], 0, 5)
+    others = (SVC, lambda: RandomForestClassifier(20, random_state=0), lambda: Perceptron(random_state=0), RidgeClassifier,
+              NearestCentroid)  # fmt: skip
+    shapes = ((30, 12, 4, 4, 2, 1.2, 0.02), (60, 8, 0, 2, 5, 0.9, 0.0))
+    moons = make_moons(9_000, noise=0.25, random_state=13)
+    yield from learning_curves("other ", others, [(pixels / 16, digits), *made(9_000, *shapes, first=11), moons], 1, 3)
+
+
+def learning_curves(prefix: str, models: Sequence, sets: Sequence, split: int, repeats: int) -> Iterator[Curve]:
+    """Mean test errors of `repeats` subsets of each size, of every model on every set."""
+    for features, labels in sets:
+        order = np.random.default_rng(split).permutation(len(labels))
         test, train = order[: len(labels) // 3], order[len(labels) // 3 :]
         sizes = np.unique(np.round(np.geomspace(30, len(train), 17)).astype(int))
         for model in models:
-            y = []
+            errors = []
             for size in sizes:
-                picks = [np.random.default_rng(seed).permutation(train)[:size] for seed in range(5)]
-                made_of = [model().fit(features[p], labels[p]).predict(features[test]) for p in picks]
-                y.append(np.mean([np.mean(guess != labels[test]) for guess in made_of]))
-            x, errors = sizes.astype(float), np.array(y)
-            for name, kept in (("classifiers, 12 sizes", 12), ("classifiers, 9 sizes", 9)):
-                yield Curve(name, x[:kept], errors[:kept], x[kept:], errors[kept:], 1.0)
+                picks = [np.random.default_rng(100 * split + seed).permutation(train)[:size] for seed in range(repeats)]
+                guesses = [model().fit(features[p], labels[p]).predict(features[test]) for p in picks]
+                errors.append(np.mean([np.mean(guess != labels[test]) for guess in guesses]))
+            x, y = sizes.astype(float), np.maximum(errors, 1e-4)
+            for kept in (12, 9):
+                yield Curve(f"{prefix}classifiers, {kept} sizes", x[:kept], y[:kept], x[kept:], y[kept:], 1.0)
 
 
 @dataclass(frozen=True)
@@ -151,28 +166,34 @@ class Judged:
     def error(self, log_prediction: np.ndarray) -> float:
         return float(np.sqrt(np.mean((log_prediction - np.log(self.curve.truth)) ** 2)))
 
-    def candidate(self, name: str) -> Candidate:
-        return next(c for c in self.selection.candidates if c.name == name)
+    def rule(self, trust: float, far: float, trim: float, shift: bool) -> np.ndarray:
+        """What an average by another rule foretells: weights near the data 1/rms^trust, from `far` of the measured range
+        beyond it all alike, each without `trim` of the weight at either end."""
+        each = np.array([self.logs[c.name] - shift * c.shift for c, _ in self.selection.members])
+        noise = np.maximum([c.in_sample for c, _ in self.selection.members], 1e-9)
+        weight, alike = (noise.min() / noise) ** trust, np.full(len(each), 1 / len(each))
+        x = self.curve.x
+        share = np.clip(np.log(self.curve.ahead / x.max()) / np.log(x.max() / x.min()) / far, 0, 1)
+        near, middle = (trimmed_mean(each, w, trim) for w in (weight / weight.sum(), alike))
+        return (1 - share) * near + share * middle
 
-    def rule(self, laws: tuple[str, ...], points: float, trust: float, shift: bool) -> np.ndarray:
-        """What an average by another rule foretells."""
-        distinct = len(np.unique(self.curve.x))
-        known = [self.candidate(name) for name in laws if name in self.logs]
-        used = [c for c in known if c.fit is not None and distinct >= points * c.fit.num_free] or known[:1]
-        weight = np.array([max(c.in_sample, 1e-9) ** -trust for c in used])
-        each = np.array([self.logs[c.name] - shift * c.shift for c in used])
-        return weight @ each / weight.sum()
+    @property
+    def equal(self) -> float:
+        """Error of the plain mean of saturating, m4 and bnsl."""
+        return self.error(np.mean([self.logs[n] for n in ("saturating", "m4", "bnsl")], axis=0))
+
+    @property
+    def median(self) -> float:
+        """Error of the median of all laws."""
+        return self.error(np.median(list(self.logs.values()), axis=0))
 
 
-FOUR = ("saturating", "rectified", "m4", "bnsl")
 RULES = {
-    f"{len(laws)} laws, {points} points a parameter, trust {trust:g}{', level moved' if shift else ''}": (
-        laws, points, trust, shift,
+    f"trust {trust}, alike from {far:.2g} ranges on, {trim:.2g} trimmed{', level moved' if shift else ''}": (
+        trust, far, trim, shift,
     )
-    for laws in (FOUR, ("power_plus", *FOUR), ("power", "power_plus", *FOUR))
-    for points in (0, POINTS_PER_PARAM)
-    for trust in (0.0, 0.5, 1.0, 2.0)
-    for shift in (False, True)
+    for trust in (0, 1, 2, 3, 4, 6) for far in (0.25, 1 / 3, 0.5, 2 / 3, 1.0, 1e9)
+    for trim in (0.0, 0.1, 0.2, 0.3) for shift in (False, True)
 }  # fmt: skip
 
 
@@ -188,8 +209,7 @@ def averages(curves: Iterator[Curve]) -> None:
     print(f"\n| {heads} | 90 % covers, log-width |\n|---|---|---|---|---|---|")
     for family, each in judged.items():
         own = np.mean([rmsle(j.selection.predict(j.curve.ahead), j.curve.truth) for j in each])
-        equal = np.mean([j.error(np.mean([j.logs[n] for n in ("saturating", "m4", "bnsl")], axis=0)) for j in each])
-        median = np.mean([j.error(np.median(list(j.logs.values()), axis=0)) for j in each])
+        equal, median = np.mean([[j.equal, j.median] for j in each], axis=0)
         single = {n: np.mean([j.error(j.logs[n]) for j in each]) for n in each[0].logs}
         best = min(single, key=lambda n: single[n])
         ends = [j.selection.interval(j.curve.ahead, 0.9) for j in each]
@@ -204,18 +224,21 @@ def averages(curves: Iterator[Curve]) -> None:
 
 
 def leave_one_out(judged: dict[str, list[Judged]]) -> None:
-    """Would another rule have been chosen on the other families, and how does it do on the one left out?"""
-    error = {
-        (rule, family): np.mean([j.error(j.rule(*options)) for j in each])
+    """Would another rule have been chosen on the other families, and how does it do on the one left out?
+
+    Chosen is the rule whose worst ratio to the better of the two plain means is least.
+    """
+    plain = {f: min(np.mean([[j.equal, j.median] for j in each], axis=0)) for f, each in judged.items()}
+    ratio = {
+        (rule, family): np.mean([j.error(j.rule(*options)) for j in each]) / plain[family]
         for rule, options in RULES.items() for family, each in judged.items()
     }  # fmt: skip
-    own = next(rule for rule, options in RULES.items() if options == (FOUR, POINTS_PER_PARAM, 0.5, True))
-    print("\n| family left out | rule with the least mean log error on the others | its error there | the rule in use |\n"
-          "|---|---|---|---|")  # fmt: skip
+    own = next(rule for rule, options in RULES.items() if options == (TRUST, FAR, TRIM, True))
+    print("\n| family left out | rule chosen on the others | its error there | the rule in use | the better plain mean |\n"
+          "|---|---|---|---|---|")  # fmt: skip
     for family in judged:
-        others = [f for f in judged if f != family]
-        best = min(RULES, key=lambda r: np.mean([np.log(error[r, f]) for f in others]))
-        show(family, best, f"{error[best, family]:.5f}", f"{error[own, family]:.5f}")
+        best = min(RULES, key=lambda r: max(ratio[r, f] for f in judged if f != family))
+        show(family, best, *(f"{size * plain[family]:.5f}" for size in (ratio[best, family], ratio[own, family], 1.0)))
 
 
 # Single tables.
@@ -230,8 +253,9 @@ def chinchilla(folder: Path, num_resamples: int) -> None:
     show("Chinchilla objective, worst of 10 seeds", f"{max(f.objective for f in fits):.9f}", "≤ 0.00101828")
     show("Chinchilla parameters", ", ".join(f"{k} {v:.6g}" for k, v in fits[0].params.items()), "within 1 %")
     show("Chinchilla, CPU seconds per fit (mean)", f"{np.mean(seconds):.3f}", "")
-    resampled, took = timed(lambda: bootstrap(fits[0], num_resamples=num_resamples))
-    errors = ", ".join(f"{k} {v:.4g}" for k, v in resampled.stderr.items())
+    resampled, took = timed(lambda: bootstrap(fits[0], Resampling(num_resamples)))
+    sizes = zip(fits[0].params, resampled.params.std(axis=0, ddof=1), strict=True)
+    errors = ", ".join(f"{k} {v:.4g}" for k, v in sizes)
     show(f"Chinchilla standard errors, {num_resamples:,} resamples", errors,
          "A 124.5, B 1293, E .0257, alpha .0154, beta .0206 within 10 %")  # fmt: skip
     show("… CPU seconds on one core", f"{took:.1f}", "≤ 15 s on two cores")
@@ -344,7 +368,7 @@ def simulated_coverage(count: int) -> None:
         fit = fit_law("power_plus", x, y, loss="least_squares_log")
         for kind, found in (
             ("curvature", parameter_intervals(fit, 0.9)),
-            ("bootstrap", bootstrap(fit, num_resamples=300).interval(0.9)),
+            ("bootstrap", bootstrap(fit, Resampling(300)).interval(0.9)),
         ):
             for name, ends in found.items():
                 hits[kind, name] += ends is not None and ends[0] <= truth[name] <= ends[1]

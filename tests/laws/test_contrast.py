@@ -129,7 +129,7 @@ def test_pooling_samples_as_it_pools_deltas() -> None:
     pairs = make_pairs([1] * 4, [0.5, 1, -0.5, 1], seed=[0, 0, 1, 1], student=["a", "b", "a", "b"], by_sample=samples)
     pooled = pairs.pooled()
     assert pooled.by_sample is not None
-    assert [each.tolist() for each in pooled.by_sample.values()] == [[1, 0.5], [0.5, 0]]
+    assert pooled.by_sample.tolist() == [[1, 0.5], [0.5, 0]]
 
 
 def test_parts_of_the_pairs() -> None:

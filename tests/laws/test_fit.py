@@ -261,7 +261,7 @@ def test_a_vanished_gap_is_at_its_bound() -> None:
 
 # Laws that contain others.
 
-NESTED = [(f.name, c.name) for f in FORMS.values() for c in f.contains if len(f.variables) == 1]
+NESTED = [(f.name, inner) for f in FORMS.values() for inner in f.contains if len(f.variables) == 1]
 SHAPES = {
     "falling": lambda x, rng: 0.1 + rng.random() * x ** -rng.uniform(0, 1) * np.exp(0.1 * rng.standard_normal(len(x))),
     "loss": lambda x, rng: 2 + rng.random() * x ** -rng.uniform(0, 1) * np.exp(0.05 * rng.standard_normal(len(x))),
@@ -397,15 +397,15 @@ def changed(values: np.ndarray, row: int, value: float) -> np.ndarray:
         (changed(X6, 0, 0.0), Y6, "not above 0"),
         (changed(X6, 0, -5.0), Y6, "not above 0"),
         (changed(X6, 4, 1e200), Y6, r"beyond 1e\+100 .* change the column's unit"),
-        (X6, changed(Y6, 1, -0.1), r"1 negative value\(s\) \(row index 1: -0.1\)"),
+        (X6, changed(Y6, 1, -0.1), r"1 value\(s\) negative \(row index 1: -0.1\); use loss"),
         (np.full(6, 1e3), Y6, "one distinct value of x"),
         (X6[:2], Y6[:2], "3 free parameters, the table 2 distinct points"),
         (X6, np.full(6, 0.3), "in every row"),
         (X6, np.zeros(6), "0 in every row"),
         (X6, Y6[:4], "6 rows, y has 4"),
         ([], [], "no rows"),
-        (["1e3", "many"], [0.1, 0.2], "'many' is not a number"),
-        (X6, [["a"]], "not a number"),
+        (["1e3", "many"], [0.1, 0.2], "column 'x' must hold numbers: .*'many'"),
+        (X6, [["a"]], "must hold numbers"),
         (X6[None], Y6[None], "one-dimensional"),
     ],
 )
@@ -421,7 +421,7 @@ def test_what_cannot_be_fitted_is_refused_in_words(x, y, words: str) -> None:
         ({"fixed": {"e": 0.1}}, "no parameter 'e'"),
         ({"bounds": {"c": (1.0, -1.0)}}, "is above"),
         ({"fixed": {"b": -1.0}}, "outside its domain"),
-        ({"weights": [1.0]}, "weights have shape"),
+        ({"weights": [1.0]}, "weights has 1 rows, y has 6"),
         ({"weights": [-1.0] * 6}, "not negative"),
         ({"weights": [0.0] * 6}, "not all 0"),
     ],

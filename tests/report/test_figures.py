@@ -93,9 +93,10 @@ def test_halves_stand_side_by_side():
         for seeds, delta in ((("0", "2"), 0.01), (("1", "3"), -0.03))
     )
     figure = halves_figure("halves", make_contrast(make_verdict(HELPS_THEN_HURTS), halves=halves))
-    drawn = [(row["half"], row["x"], row["y"], row["low"], row["high"]) for row in rows_of(figure, "mean")]
-    assert drawn[0] == ("seeds 0, 2", "1,000", pytest.approx(1), pytest.approx(0), pytest.approx(2))
-    assert drawn[2] == ("seeds 1, 3", "1,000", pytest.approx(-3), pytest.approx(-4), pytest.approx(-2))
+    drawn = [(row["panel"], row["x"], row["y"], row["low"], row["high"]) for row in rows_of(figure, "point")]
+    assert drawn[0] == ("seeds 0 and 2", 1000, pytest.approx(1), pytest.approx(0), pytest.approx(2))
+    assert drawn[2] == ("seeds 1 and 3", 1000, pytest.approx(-3), pytest.approx(-4), pytest.approx(-2))
+    assert figure is not None and figure.spec()["facet"]["sort"] == ["seeds 0 and 2", "seeds 1 and 3"]
     assert halves_figure("halves", make_contrast(None)) is None
 
 
@@ -170,7 +171,7 @@ def test_predictions_stand_against_measurements_seen_and_held_out():
         "seed": 0,
         "key": "k",
     }
-    made = [Prediction(**names, arm="plain", measured=0.4, predicted=value, held_out=out)
+    made = [Prediction(**names, metric="error_rate", arm="plain", measured=0.4, predicted=value, held_out=out)
             for value, out in ((0.5, False), (0.2, True), (None, True))]  # fmt: skip
     figure = figures.predicted_figure("predicted", laws_file(predictions=tuple(made)), SETTING)
     assert [(row["panel"], row["x"], row["y"]) for row in rows_of(figure, "run")] == [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dbscale.laws import make_pairs
-from dbscale.report import schema
+from dbscale.report import schema, words
 from dbscale.report.findings import Findings, Options, contrast, digest, find, refresh_table
 from dbscale.report.schema import BoundaryFile, LawsFile
 from dbscale.report.table import MissingPoint, Run, RunTable, read_table, to_csv
@@ -166,7 +166,25 @@ def test_pairs_that_lack_a_stratum_are_counted():
     findings = find(replace(table, runs=runs), options=FAST)
     assert findings.boundary.contrasts[0].num_incomplete == 1
     assert [note.code for note in findings.boundary.notes] == ["incomplete_pairs"]
-    assert findings.boundary.notes[0].text == "On digits 1 incomplete sets of pairs are left out of the pooled means."
+    assert (
+        findings.boundary.notes[0].text
+        == "On digits 1 incomplete sets of pairs are left out of the pooled means of error."
+    )
+
+
+def test_no_sentence_of_a_page_stands_twice():
+    """Error and test loss lack the same pair: each note names its metric, and nothing else tells them apart."""
+    table = study(labels=(100, 1000))
+    kept = (r for r in table if (r.arm, r.upstream_samples, r.downstream_samples, r.seed) != ("plain", 1000, 100, 0))
+    found = find(replace(table, runs=tuple(replace(r, test_loss=3 * r.error_rate) for r in kept)), options=FAST)
+    main = found.boundary.contrasts[0]
+    notes = [note.text for note in (*found.boundary.notes, *found.laws.notes)]
+    told = [*notes, *words.sentences(main), *words.evidence(main), words.noise_text(main)]
+    assert len(set(told)) == len(told)
+    assert [note.text for note in found.boundary.notes] == [
+        f"On digits 1 incomplete sets of pairs are left out of the pooled means of {metric}."
+        for metric in ("error", "test loss")
+    ]
 
 
 BAD = {

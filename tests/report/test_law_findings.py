@@ -101,6 +101,21 @@ def test_the_transfer_gap_has_its_profile_interval(found):
         assert 0 <= each.share < 0.5 and 0 <= each.gap_error < 0.05
 
 
+def test_test_loss_is_fitted_predicted_and_read_as_error_is():
+    table = study(students={"h1": 10_000})
+    runs = tuple(Run(**{**vars(run), "test_loss": 3 * run.error_rate}) for run in table)
+    _, laws = study_laws(RunTable(runs), FAST, "")
+    metrics = ["error_rate", "error_rate", "test_loss", "test_loss"]
+    assert [law.metric for law in laws.laws] == [each.metric for each in laws.transfer] == metrics
+    assert [each.metric for each in laws.levers] == metrics
+    error, loss = laws.levers[0], laws.levers[2]
+    assert loss.error.value == pytest.approx(3 * error.error.value, rel=0.02)
+    seen = [[each for each in laws.predictions if each.metric == metric and not each.held_out]
+            for metric in ("error_rate", "test_loss")]  # fmt: skip
+    assert [each.measured for each in seen[1]] == pytest.approx([3 * each.measured for each in seen[0]])
+    assert {each.metric for each in laws.curves} == {"error_rate", "test_loss"}
+
+
 def test_axes_with_two_values_are_not_read_further():
     _, laws = study_laws(study(labels=(100, 400), students={"h1": 10_000}), FAST, "")
     assert laws.laws[0].no_extrapolation == ("num_params", "downstream_samples")

@@ -12,9 +12,8 @@ import pytest
 
 from dbscale.laws import make_pairs
 from dbscale.report import schema
-from dbscale.report.background import of_table
 from dbscale.report.findings import Options, contrast, find
-from dbscale.report.page import compare_page, export_table_figures, write_page, write_table_report
+from dbscale.report.page import compare_page, export_table_figures, of_table, write_page, write_table_report
 from dbscale.report.schema import BoundaryFile
 from dbscale.report.table import RunTable, read_table, to_csv
 from dbscale.study.store import Store
@@ -84,6 +83,26 @@ def test_what_was_run_and_the_checklist_stand_at_the_end(html: str):
     text = words_of(html)
     assert "cells took" in text and "AdamW" in text
     assert text.index("What was run") < text.index("Reproducibility checklist")
+
+
+def test_the_checklist_says_what_is_known_and_what_is_not_recorded(html: str, tmp_path: Path):
+    def answers(page: str) -> dict[str, str]:
+        part = page[page.index('<section id="checklist">') :]
+        return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", part, flags=re.S))
+
+    known = answers(html)
+    assert len(known) == 20
+    assert known["How many models, of which sizes?"] == "h2 (200,000 parameters), h4 (800,000 parameters)"
+    assert known["On how much data?"] == "D_p 500, 2,000, 8,000, 32,000; D_f 100, 1,000; seeds 0, 1"
+    assert known["Which metric, on which data?"] == "digits; test sets of 2,000 images"
+    assert known["Which architecture and optimiser?"].startswith("pretrain: AdamW, lr 0.001, weight decay")
+    table = study(seeds=2)
+    page = write_page(table, find(table, options=FAST), of_table(Path("rows.csv"), table), tmp_path)
+    unknown = answers(page.read_text())
+    for question in ("Which architecture and optimiser?", "Are images repeated in training?"):
+        assert unknown[question] == "not recorded in rows.csv; see the grid’s YAML"
+    assert unknown["How is compute counted?"].startswith("multiply-adds")
+    assert unknown["Which metric, on which data?"] == "digits; test sets of 10,000 images"
 
 
 def test_a_table_alone_is_enough(tmp_path: Path):

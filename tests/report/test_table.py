@@ -26,9 +26,8 @@ from hypothesis import strategies as st
 
 from dbscale.errors import TableError
 from dbscale.launch.cli import main
-from dbscale.report.numerals import is_missing, parse_count, parse_numeral
 from dbscale.report.reader import parse_sheet, read_sheet
-from dbscale.report.sheet import Sheet, near_spellings
+from dbscale.report.sheet import Sheet, is_missing, near_spellings, parse_count, parse_numeral
 from dbscale.report.table import COLUMNS, REQUIRED, Run, RunTable, runs_of, to_csv
 
 
@@ -125,7 +124,7 @@ def test_what_may_mean_two_things_is_refused():
     for text in ("samples;error\n1,014;2\n", "samples;error\n1.014;2\n", "samples\terror\n1,014\t2\n"):
         assert "which may be 1014 or 1.014" in refusal(text, "samples")
     assert refusal("x;y\n1,5;2\n1.5;3\n", "x") == (
-        "t.csv, line 2: x is '1,5', on line 3 '1.5'; write all numbers with one decimal mark"
+        "t.csv, line 3: x is '1.5', on line 2 '1,5'; write all numbers with one decimal mark"
     )
     assert "may be" in refusal('x,y\n"1,014",2\n1.014,3\n', "x")
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbscale.laws import boundary as laws_boundary
 from dbscale.report import words
 from dbscale.report.schema import BoundaryFile, HalfRecord, LawRecord, LawsFile, Note, ParamRecord
 from tests.report.verdicts import HELPS_THEN_HURTS, make_contrast, make_noise, make_power, make_verdict
@@ -124,8 +127,8 @@ ADVICE = [
 def test_advice_follows_from_the_verdict(points, x, expected):
     record = make_contrast(make_verdict(points))
     assert words.advice(record, x) == expected
-    outside = words.say("outside_axis", value=5e6, axis="parameters", side="above", low=50_000, high=50_000)
-    told = " This point is an extrapolation: 5,000,000 parameters are above the measured 50,000 to 50,000."
+    outside = words.say("outside_axis", value=5e6, axis="parameters", side="above", span=words.span(50_000, 50_000))
+    told = " This point is an extrapolation: 5,000,000 parameters are above the measured 50,000."
     assert words.advice(record, x, (outside,)) == expected + told
 
 
@@ -135,7 +138,8 @@ def test_a_sign_that_turns_twice_is_no_boundary_to_advise_by():
     record = make_contrast(twice)
     assert words.answer(record) == (
         "distillation gives the lower error just below about 8,000 upstream images (90 % interval 5,300 to 12,000) and "
-        "plain pretraining just above; over the whole range the sign turns more than once."
+        "plain pretraining just above; over the whole range the sign turns more than once, and this is the last turn from "
+        "distillation to plain pretraining."
     )
     assert words.brief(record) == (
         "turns more than once, at 8,000 (5,300 to 12,000) from distillation to plain pretraining lower"
@@ -145,11 +149,57 @@ def test_a_sign_that_turns_twice_is_no_boundary_to_advise_by():
     )
 
 
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [((2666.7, 6000), "2,700 to 6,000"), ((4010, 4040), "4,010 to 4,040"), ((50_000, 50_000), "50,000"),
+     ((0.5, 0.504), "0.5 to 0.504"), ((1e15, 4e15), "1e15 to 4e15")],
+)  # fmt: skip
+def test_the_ends_of_a_range_are_told_apart(ends, expected):
+    assert words.span(*ends) == expected
+
+
+def test_what_an_undecided_answer_says_its_evidence_does_not_say_again():
+    record = make_contrast(make_verdict(OPEN), power=make_power())
+    assert "8 seeds find a difference of 2.1 points" in words.answer(record)
+    assert list(words.evidence(record))[1] == "To find differences half as small as now takes 30 seeds in all."
+    bare = list(words.evidence(make_contrast(make_verdict(OPEN))))
+    assert len(bare) == 2 and bare[1].startswith("A repetition on two disjoint halves")
+
+
+def test_every_sentence_of_the_table_is_said_somewhere():
+    source = "".join(
+        path.read_text() for path in Path(words.__file__).parent.rglob("*.*") if path.suffix in (".py", ".j2")
+    )
+    table = Path(words.__file__).parent / "templates" / "sentences.toml"
+    for code in words.SENTENCES:
+        by_engine = code in words.TABLE["notes"] and code in Path(laws_boundary.__file__).read_text()
+        assert by_engine or f'"{code}"' in source or f"{{{code}}}" in table.read_text(), code
+    for state, texts in words.TABLE["states"].items():
+        assert set(texts) == {"answer", "brief", "advice"} and f'"{state}"' in source
+
+
 def test_laws_sharpen_a_crossing():
     verdict = make_verdict(HELPS_THEN_HURTS, law_root=5000.0, law_interval=(4500.0, 5600.0), law_name="additive")
     assert words.answer(make_contrast(verdict)).endswith(
         " The fitted laws put the turn at about 5,000 (4,500 to 5,600)."
     )
+
+
+def test_laws_that_do_not_sharpen_are_not_said():
+    verdict = make_verdict(HELPS_THEN_HURTS, law_root=5000.0, law_interval=(2000.0, 8000.0), law_name="additive")
+    assert words.answer(make_contrast(verdict)) == ANSWERS[0][1]
+
+
+@pytest.mark.parametrize("metric", ["error_rate", "test_loss"])
+def test_notes_on_a_verdict_name_its_metric(metric):
+    codes = ("incomplete_pairs", "single_seed_points", "within_min_effect", "several_crossings", "laws_do_not_cross",
+             "laws_disagree")  # fmt: skip
+    verdict = make_verdict(HELPS_THEN_HURTS, notes=codes)
+    notes = {each.code: each.text for each in words.notes_of(make_contrast(verdict, metric=metric), "digits")}
+    assert list(notes) == list(codes)
+    for text in notes.values():
+        assert words.metric_of(metric) in text and text.startswith("On digits ") and "{" not in text
+    assert notes["several_crossings"].endswith("the last turn from distillation to plain pretraining.")
 
 
 def test_a_study_that_no_seeds_decide_says_so():
@@ -187,7 +237,7 @@ def test_evidence_holds_means_power_and_the_repetition():
     assert list(words.evidence(record)) == [
         "Measured differences in points (pooled, 8 seeds): +5.0 at 1,000, +0.0 at 4,000 and −4.0 at 16,000 upstream images.",
         "8 seeds find a difference of 2.1 points four times in five. The interval of a boundary would span about 1.3 "
-        "octaves. 30 seeds in all would find half of that, and so would 5 finetunes of each upstream run.",
+        "octaves. To find differences half as small as now takes 30 seeds in all or 5 finetunes of each upstream run.",
         "The same question put to two disjoint halves of the seeds: seeds 0 and 2: distillation lower; seeds 1 and 3: "
         "undecided. 75 % of one half’s 90 % intervals, widened for the other half’s own noise, hold the other’s mean.",
     ]
@@ -202,7 +252,12 @@ def test_noise_says_its_size_and_what_is_confounded():
     record = make_contrast(make_verdict(OPEN), noise=make_noise())
     assert words.noise_text(record) == (
         "One difference of one seed, student and number of labels scatters by 5.7 points (standard deviation). These runs "
-        "do not tell teacher run from upstream run: the two are counted together."
+        "do not tell teacher run from upstream run: they are counted together."
+    )
+    more = replace(make_noise(), confounded=("teacher_in_upstream", "finetune_in_upstream", "seed_in_test_set"))
+    assert words.noise_text(make_contrast(make_verdict(OPEN), noise=more)).endswith(
+        " These runs do not tell teacher run and finetune draw from upstream run: they are counted together. These runs do "
+        "not tell seed (images drawn, initialisation) from test images: they are counted together."
     )
 
 
@@ -286,19 +341,10 @@ def test_a_plan_says_what_it_finds_and_what_more_would_cost():
     assert words.power_lines(power, "the rows at hand", 0.02) == [
         "this design finds a ΔE of 2.1 points at one D_p four times in five (noise of the rows at hand)",
         "it finds a boundary where ΔE turns by 2 points per octave with 95 % probability, to within about 0.8 octaves",
-        "to find half as small a ΔE takes 30 seeds (3.8 times the device time) or 6 finetunes of each upstream run (1.5 "
-        "times the device time)",
+        "to find half as small a ΔE takes 30 seeds in all (3.8 times the device time) or 6 finetunes of each upstream run "
+        "(1.5 times the device time)",
         "the most accuracy per device-hour: 3 finetunes of each upstream run",
     ]
-
-
-def test_the_checklist_says_what_is_not_recorded():
-    names = {name for _, part in words.CHECKLIST for _, text in part for name in re.findall(r"\{(\w+)\}", text)}
-    filled = {title: dict(entries) for title, entries in words.checklist(**dict.fromkeys(names, "known"))}
-    assert filled["Training"]["How many models, of which sizes?"] == "known"
-    empty = dict(words.checklist(**dict.fromkeys(names, ""))[1][1])
-    assert empty["How many models, of which sizes?"] == words.UNKNOWN
-    assert empty["How is compute counted?"].startswith("multiply-adds")
 
 
 # No two sentences disagree: each names a side only where its sign is established.
