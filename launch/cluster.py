@@ -23,7 +23,7 @@ from dbscale.study.cell import Cell
 from dbscale.study.cost import DEVICES, STAGES, CostModel
 from dbscale.study.plan import Plan
 from dbscale.study.recipe import Stage
-from dbscale.study.resources import Resources
+from dbscale.study.resources import Resources, visible_gpus
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MEMORY_PER_WORKER_BYTES = 1.5e9
@@ -270,15 +270,6 @@ def available_workers(resources: Resources) -> int:
     cores_per_bundle = resources.num_processes * (resources.threads or 1)
     by_memory = int(psutil.virtual_memory().available / (MEMORY_PER_WORKER_BYTES * resources.num_processes))
     return max(1, min(physical_cores() // cores_per_bundle, by_memory))
-
-
-def visible_gpus() -> tuple[int, ...]:
-    """Indices of the NVIDIA GPUs this process may use; CUDA_VISIBLE_DEVICES is honoured where it lists indices."""
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if asked is not None:
-        return tuple(int(part) for part in asked.split(",") if part.strip().isdigit())
-    folder = Path("/proc/driver/nvidia/gpus")
-    return tuple(range(len(list(folder.iterdir())))) if folder.is_dir() else ()
 
 
 def physical_cores() -> int:

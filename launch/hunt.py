@@ -277,7 +277,7 @@ def measured_pairs(found: Survey) -> dict[Target, Pairs | None]:
         return dict.fromkeys(found.targets)
     plan = make_plan(found.study.grid, done, states={}, cost=found.cost, target_s=1.0)
     table = collect(found.study.store, record(plan, found.cost))
-    wrong = load_mistakes(found.study.store, {point.cell.key for point in done})
+    wrong, _ = load_mistakes(found.study.store, {point.cell.key for point in done})  # the report names damaged files
     sizes = student_sizes(found.study.grid) if found.hunt.along == "num_params" else None
     return {target: target_pairs(table, found.hunt, target, wrong, sizes) for target in found.targets}
 

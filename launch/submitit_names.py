@@ -1,7 +1,7 @@
 """Every name of submitit that is not of its documented interface: with a new version, look here first.
 
-submitit hands scripts and processes to SLURM and to this machine. What they run is a command line, never a pickled
-function. Beside these names the launcher uses `LocalExecutor`, `SlurmExecutor`, `Job` and `JobEnvironment`.
+submitit hands scripts to SLURM. What they run is a command line, never a pickled function. Beside these names the
+launcher uses `SlurmExecutor` and `JobEnvironment`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from submitit import JobEnvironment, LocalExecutor, SlurmExecutor
-from submitit.core.core import Job
-from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths, environment_variables
+from submitit import JobEnvironment, SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 from submitit.slurm.slurm import _make_sbatch_string
 
 from dbscale.launch.sbatch_options import OWNED_VARIABLES
 
-__all__ = ["REFUSALS", "environment_variables", "log_of_job", "render", "start_local", "submit_array"]
+__all__ = ["REFUSALS", "log_of_job", "render", "submit_array"]
 REFUSALS = (FailedJobError, FailedSubmissionError)
 """sbatch failed, or said something that holds no job's number."""
 
@@ -38,11 +37,6 @@ def render(folder: Path, command: str, values: Mapping[str, Any], num_elements: 
     """The script: `command` on every rank of each element, their logs in `folder`."""
     count = num_elements if num_elements > 1 else None
     return _make_sbatch_string(command=command, folder=folder, map_count=count, **values)
-
-
-def start_local(executor: LocalExecutor, command: str) -> Job[None]:
-    """Run `command` on this machine, once per task, with the executor's parameters."""
-    return executor._submit_command(command)
 
 
 def log_of_job(folder: Path) -> str:

@@ -210,7 +210,8 @@ def write_page(
     path = hunt_figure(hunt.rows) if hunt else None
     return _write(
         folder / "report.html", title=table.grid, question=table.question, contrasts=boundary.contrasts,
-        figures=study_figures(table, laws, boundary) | ({path.name: path} if path else {}), notes=(*boundary.notes, *laws.notes, *background.notes), origin=background.origin,
+        figures=study_figures(table, laws, boundary) | ({path.name: path} if path else {}),
+        notes=(*boundary.notes, *laws.notes, *background.notes), origin=background.origin,
         study={"laws": laws, "settings": table.settings, "table": table, "background": background, "hunt": hunt},
     )  # fmt: skip
 

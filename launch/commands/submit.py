@@ -7,6 +7,7 @@ are computed from the rows in the store.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -17,6 +18,7 @@ from dbscale.files import driver_lock, make_folder
 from dbscale.launch.cluster import Cluster, tasks_of
 from dbscale.launch.commands import plan as plan_command
 from dbscale.launch.commands.results import report_is_current, write_results
+from dbscale.launch.preflight import check
 from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, plan_study, study_of
 from dbscale.launch.worker import stop_on_signals
 from dbscale.study.cost import CostModel, duration
@@ -35,6 +37,8 @@ def add_commands(add: AddCommand) -> None:
     add_study(parser)
     add_tracker(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what would be started, start nothing")
+    parser.add_argument("--no-smoke", action="store_true",
+                        help="leave out the trial of one step of each new kind of recipe")  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
 
 
@@ -50,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     with driver_lock(study.store.root, "dbscale submit", study.grid.name):
         study = pack_missing(study)
         if on_slurm:
-            return submit_to_slurm(study)
+            return submit_to_slurm(study, trial=not arguments.no_smoke)
         plan, cost = settled_plan(study)
+        refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
         write_records(study, plan, cost)
         if plan.waves:
             show_plan(plan, cost, study)
@@ -102,12 +107,23 @@ def show_script(script: str) -> None:
     print(f"\n{script}")
 
 
-def submit_to_slurm(study: Study) -> int:
+def refuse_what_would_fail(study: Study, plan: Plan, *, trial: bool) -> None:
+    """Before anything is queued: what can be known without training and, with `trial`, from one step of each new kind of
+    recipe. Raises ConfigError; the plan that is shown names what is merely to be known."""
+    check(study, plan).refuse()
+    if trial:
+        from dbscale.launch.smoke import smoke
+
+        smoke(study, plan)
+
+
+def submit_to_slurm(study: Study, *, trial: bool) -> int:
     """Queue what is neither done nor queued nor running, and return."""
     from dbscale.launch.slurm.submit import Submission, settle_queue
 
     queued = settle_queue(study.store, study.grid.name)
     plan, cost = plan_study(study, queued.cells)
+    refuse_what_would_fail(study, plan, trial=trial)
     write_records(study, plan, cost)
     count, keys = plan.count(), [cell.key for cell in plan.cells]
     if not plan.waves and queued.will_be_reduced(keys):
@@ -178,7 +194,8 @@ def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
             store=study.store, total=len(plan.cells), done=plan.count()["done"],
             predicted_s={cell.key: cost.seconds(cell) for cell in plan.todo}, workers=study.cluster.num_workers(),
         )  # fmt: skip
-        folder = study.store.grid_dir(study.grid.name).absolute() / "jobs" / time.strftime("%Y%m%d-%H%M%S")
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = study.store.own_grid_dir(study.grid.name).absolute() / "jobs" / name
         make_folder(folder, private=True)
         local = LocalRun(
             store=study.store, data_dir=study.data_dir, cluster=study.cluster, job_folder=folder, stop=stop,
