@@ -114,9 +114,8 @@ def hunt_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
     y = alt.Y("y:Q", title="octaves", scale=alt.Scale(zero=True))
     color = alt.Color("series:N", title=None)
     chart = part("path").mark_line(point=True).encode(x, y, color=color, tooltip=["series:N", "x:Q", "y:Q"])
-    panels = list(dict.fromkeys(row["panel"] for row in rows))
     told = "Octaves of the boundary's interval and of wrong advice left, against device-hours"
-    return Figure("hunt", panelled([("path", chart)], list(rows), panels, 200), list(rows), told)
+    return panelled("hunt", [("path", chart)], list(rows), 200, told)
 
 
 # The difference of two sides.
