@@ -19,7 +19,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-slow test-slurm chaos shards plan grid hunt status cancel reduce report export clean \
+.PHONY: help setup check fix docs test test-slow test-slurm chaos shards plan grid hunt status cancel reduce report export clean \
         bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch replicate mutants
 
 help: ## List the targets
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "dbscale needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.11" >&2; exit 1; }
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV) (a few minutes, about 5 GB, once) ..."
+	@echo "Installing into $(VENV), once: about 5 GB, of which torch and its CUDA libraries are 4; a few minutes ..."
 	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -100,6 +100,10 @@ bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts be
 replicate: $(STAMP) ## Run the grid ten times with other seeds and compare the verdicts (hours; type it again to resume)
 	@$(VENV)/bin/python tests/bench/bench_replicate.py --grid "$$GRID" --store "$$STORE" --data "$$DATA" $(ARGS)
 
+docs: $(STAMP) ## Make the documentation as pages: docs/_build/html/index.html
+	@$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
+	@echo docs/_build/html/index.html
+
 mutants: $(STAMP) ## Plant faults in a wing and say which its fast tests let pass (WING=dbscale/laws ARGS="--count 250")
 	@$(VENV)/bin/python tests/bench/mutants.py $(or $(WING),dbscale/laws) $(ARGS)
 
@@ -107,5 +111,5 @@ export: $(STAMP) ## Draw the report's figures as SVG and PDF
 	@$(RUN) export $(WHERE) $(ARGS)
 
 clean: ## Remove caches; results (STORE), DATA and .venv stay
-	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist docs/_build .pytest_cache .ruff_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

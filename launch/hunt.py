@@ -228,18 +228,19 @@ def next_wave(study: Study, active: Collection[str] | None = None) -> NextWave:
 
 
 def bought_by(choices: Sequence[Choice], places: Sequence[Place]) -> tuple[tuple[Bought, ...], tuple[Pair, ...]]:
-    """The choices as the log has them, and their pairs."""
-    taken: Counter[int] = Counter()
-    bought, chosen = [], []
+    """The choices as the log has them, those at one place together, and their pairs."""
+    chosen: list[Pair] = []
+    bought: dict[int, Bought] = {}
     for choice in choices:
-        place, first = places[choice.candidate], taken[choice.candidate]
-        taken[choice.candidate] += choice.num_pairs
+        place, earlier = places[choice.candidate], bought.get(choice.candidate)
+        first, gain, cost_s = (earlier.num_pairs, earlier.gain, earlier.cost_s) if earlier else (0, None, 0.0)
         chosen += [pair for pairs in place.repetitions[first : first + choice.num_pairs] for pair in pairs]
-        bought.append(Bought(
-            x=int(place.candidate.x), targets=place.candidate.targets, num_pairs=choice.num_pairs, gain=choice.gain,
-            cost_s=choice.cost, reason=choice.reason,
-        ))  # fmt: skip
-    return tuple(bought), tuple(chosen)
+        bought[choice.candidate] = Bought(
+            x=int(place.candidate.x), targets=place.candidate.targets, num_pairs=first + choice.num_pairs,
+            gain=choice.gain if gain is None else gain + (choice.gain or 0.0), cost_s=cost_s + choice.cost,
+            reason=earlier.reason if earlier else choice.reason,
+        )  # fmt: skip
+    return tuple(bought.values()), tuple(chosen)
 
 
 def num_repetitions(pairs: Sequence[Pair]) -> int:

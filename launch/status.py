@@ -19,7 +19,18 @@ from typing import Any, Literal
 from dbscale.errors import ConfigError, FileError
 from dbscale.files import holder, is_held
 from dbscale.launch.slurm.queue import Queued, SlurmError, read_queued, read_records
-from dbscale.launch.study import AddCommand, add_data, add_grid, add_store, corrected, plan_study, store_of, study_of
+from dbscale.launch.study import (
+    AddCommand,
+    add_data,
+    add_grid,
+    add_json,
+    add_store,
+    corrected,
+    plan_study,
+    print_json,
+    store_of,
+    study_of,
+)
 from dbscale.study.cost import STAGES, duration
 from dbscale.study.grid import load_grid
 from dbscale.study.hunt import STOPS, Finding, HuntLog, read_log
@@ -88,6 +99,7 @@ def add_commands(add: AddCommand) -> None:
     add_grid(parser)
     add_store(parser)
     add_data(parser)
+    add_json(parser)
     parser.add_argument("--watch", action="store_true", help="show it again every few seconds until interrupted")
     parser.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="of --watch (default: 5)")
     parser.add_argument("--wait", type=float, default=WAIT_S, metavar="SECONDS",
@@ -97,6 +109,9 @@ def add_commands(add: AddCommand) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     store, limit = store_of(arguments), None if arguments.all else MAX_SHOWN
+    if arguments.json:
+        print_json(as_data(look_once(store, planned(arguments), arguments.wait)))
+        return 0
     while True:
         status = look_once(store, planned(arguments), arguments.wait)
         text = "\n".join([render(status, store, limit=limit), *hunt_so_far(store, status.grid)])
@@ -229,6 +244,13 @@ def describe(cell: Running) -> str:
     return f"{cell.share:4.0%}  {cell.images_per_s:7.0f} img/s  {cell.key}"
 
 
+def as_data(status: Status) -> dict[str, Any]:
+    """One look for a program: times in device-seconds."""
+    counts = [{"wave": wave, "stage": stage, "state": state, "count": count}
+              for ((wave, stage), state), count in status.counts.items()]  # fmt: skip
+    return {**vars(status), "counts": counts, "num_cells": status.num_cells, "num_done": status.count("done")}
+
+
 def render(status: Status, store: Store, *, limit: int | None) -> str:
     """The page that `dbscale status` prints."""
     places = sorted({place for place, _ in status.counts}, key=lambda place: (place[0], STAGES.index(place[1])))
@@ -300,6 +322,8 @@ def headline(status: Status, store: Store) -> list[str]:
     driver = "nobody works on it (`dbscale submit` resumes it)"
     if other is not None and other.grid == status.grid and is_held(store.root):
         driver = f"driven by pid {other.process.pid} on {other.process.host}"
+    elif status.running:
+        driver = f"{len(status.running)} cells run in workers or by hand"
     return [text, status.scheduler or driver]
 
 

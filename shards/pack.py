@@ -53,6 +53,7 @@ from dbscale.data.manifest import (
 from dbscale.data.read import checksum, file_checksum, index_dtype, open_index, save_index, split_fingerprint
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder, write_atomic
+from dbscale.shards.remote import ensure_mirrored, remote_of
 from dbscale.shards.source import Content, Listing, Source, listing_digest, stratified_order
 from dbscale.shards.sources import source_of
 from dbscale.strict import Strict
@@ -72,6 +73,12 @@ _SHOWN_FAULTS = 10
 """Samples that cannot be packed which a message names at most."""
 
 
+def check_entry(name: str, entry: Mapping[str, Any], data_dir: str | Path) -> None:
+    """Raise ConfigError for a dataset entry that cannot be packed, or that names no remote dataset; reads nothing."""
+    if remote_of(name, entry) is None:
+        source_of(name, entry, data_dir)
+
+
 def ensure_packed(
     name: str, entry: Mapping[str, Any], data_dir: str | Path, *, jobs: int | None = None, progress: bool = True
 ) -> Path:
@@ -85,6 +92,9 @@ def ensure_packed(
         DataError: see `pack`; also when what was packed under this name came from another entry.
     """
     folder = Path(data_dir) / "shards" / name
+    remote = remote_of(name, entry)
+    if remote is not None:
+        return ensure_mirrored(name, remote, folder)
     recorded = json.loads(json.dumps(dict(entry)))
     source = source_of(name, entry, data_dir)
     if (folder / MANIFEST_NAME).exists():

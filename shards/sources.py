@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dbscale import plugins
 from dbscale.data.manifest import MANIFEST_NAME, load_manifest
+from dbscale.data.remote import origin
 from dbscale.errors import ConfigError, nearest
 from dbscale.shards.cifar import Cifar
 from dbscale.shards.generated import Digits, Fractals
 from dbscale.shards.imagefolder import ImageFolder, TinyImageNet
 from dbscale.shards.parquet import Parquet
+from dbscale.shards.remote import KIND as REMOTE
 from dbscale.shards.source import FileSource, Source, listing_digest
 from dbscale.shards.webdataset import WebDatasetTars
 from dbscale.strict import validate
@@ -35,10 +38,11 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: str | Path = ".") -
     """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in entry.items() if key != "source"}
     kind = entry.get("source")
-    if not isinstance(kind, str) or kind not in KINDS:
+    kinds = KINDS | plugins.SOURCES
+    if not isinstance(kind, str) or kind not in kinds:
         what = "names no `source`" if kind is None else f"has the unknown source {kind!r}"
-        raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, KINDS)}")
-    return validate(KINDS[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
+        raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, [*kinds, REMOTE])}")
+    return validate(kinds[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
 
 
 def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Source:
@@ -50,9 +54,11 @@ def source_change(folder: Path, data_dir: str | Path, *, quick: bool = True) -> 
     """A sentence when the source of the dataset packed in `folder` holds other samples now, else None.
 
     Quick looks at the times of a few files and folders, and lists the source again only where one is newer than the
-    pack. A source that is gone cannot have changed.
+    pack. A source that is gone cannot have changed, and what was packed behind a URL has none here.
     """
     manifest = load_manifest(folder)
+    if origin(folder) is not None:
+        return None
     packed_at = (folder / MANIFEST_NAME).stat().st_mtime_ns
     try:
         source = source_of(manifest.name, manifest.source, data_dir)

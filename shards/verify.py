@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dbscale.data.dataset import TOGETHER
 from dbscale.data.decode import DecodeError, decode_image
 from dbscale.data.manifest import MANIFEST_NAME, Manifest, SplitInfo, load_manifest, mend
 from dbscale.data.read import checksum, open_index, split_fingerprint
+from dbscale.data.remote import RemoteShards, origin
 from dbscale.errors import DataError
 from dbscale.shards.pack import ShardJob, default_processes, encode, index_is_damaged, make_plan, plan_jobs
 from dbscale.shards.source import FileSource, Source
@@ -91,10 +93,32 @@ def _index_problems(folder: Path, split: SplitInfo, manifest: Manifest) -> Itera
         yield Problem(split.index, bytes(record["key"]).decode(), found)
 
 
+def _verify_remote(folder: Path, split: SplitInfo, shard: int) -> list[Problem]:
+    """The same for a tar behind a URL, whose samples are read by byte ranges."""
+    info, problems = split.shards[shard], []
+    first = sum(other.num_samples for other in split.shards[:shard])
+    index = np.load(folder / split.index, mmap_mode="r", allow_pickle=False)
+    files = RemoteShards(folder, split, index)
+    for start in range(first, first + info.num_samples, TOGETHER):
+        positions = np.arange(start, min(start + TOGETHER, first + info.num_samples))
+        try:
+            files.prepare(positions)
+        except DataError as error:
+            return [Problem(info.name, None, str(error).removeprefix(f"{files.url}/{info.name}: "))]
+        for position in positions.tolist():
+            try:
+                decode_image(files.read(position))
+            except DecodeError as error:
+                problems.append(Problem(info.name, bytes(index["key"][position]).decode(), str(error)))
+    return problems
+
+
 def verify_shard(folder: Path, split_name: str, shard: int) -> list[Problem]:
     """Problems of one tar."""
     split = load_manifest(folder).split(split_name)
     info = split.shards[shard]
+    if origin(folder) is not None:
+        return _verify_remote(folder, split, shard)
     path = folder / info.name
     if not path.exists():
         return [Problem(info.name, None, f"missing; {mend(folder)}")]
@@ -214,7 +238,7 @@ def exact_source_change(folder: Path, data_dir: str | Path) -> str | None:
     that cannot be written to only the listing is compared.
     """
     change = source_change(folder, data_dir, quick=False)
-    if change is not None:
+    if change is not None or origin(folder) is not None:
         return change
     manifest = load_manifest(folder)
     source = source_of(manifest.name, manifest.source, data_dir)

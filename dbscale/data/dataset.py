@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, center_square, decode_image, resize_short
 from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
-from dbscale.data.read import EncodedReader, RawReader, Reader, ShardFiles, file_checksum, open_index
+from dbscale.data.read import EncodedReader, Files, RawReader, Reader, ShardFiles, file_checksum, open_index
+from dbscale.data.remote import RemoteRawReader, RemoteShards, is_url, mirror, origin
 from dbscale.errors import DataError, FileError
 from dbscale.files import atomic_open, make_folder, write_atomic
 from dbscale.keyed import keyed_bits
 
 Tier = Literal["resident", "raw", "jpeg256", "jpeg"]
 RESIDENT_MAX_SIDE = 64
+TOGETHER = 1024
+"""Samples that are asked for at once when a whole split is decoded."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,20 @@ class Dataset:
         return self.index["label"][positions].astype(np.int64)
 
     @cached_property
+    def files(self) -> ShardFiles | RemoteShards:
+        """The split's tars."""
+        kind = ShardFiles if origin(self.folder) is None else RemoteShards
+        return kind(self.folder, self.split, self.index)
+
+    @cached_property
     def reader(self) -> Reader:
         """Fetches pixels by position in the split."""
         if self.tier == "resident":
             assert self.image_size is not None
-            return ResidentReader(self.folder, self.split, self.index, self.image_size, self.cache_dir)
+            return ResidentReader(self.folder, self.split, self.files, self.image_size, self.cache_dir)
         if self.tier == "raw":
-            return RawReader(self.folder, self.split, self.index)
-        return EncodedReader(self.folder, self.split, self.index)
+            return RawReader(self.files) if isinstance(self.files, ShardFiles) else RemoteRawReader(self.files)
+        return EncodedReader(self.files)
 
     def subset(self, num_samples: int | None = None, subset_seed: int = 0) -> "Subset":
         """`num_samples` samples, class-balanced within one while that is possible; None takes all.
@@ -163,21 +172,31 @@ def open_dataset(
     tier: Tier | None = None,
     image_size: int | None = None,
     cache_dir: str | Path | None = None,
+    keep: bool = False,
 ) -> Dataset:
     """Open a packed dataset.
 
     Args:
-        folder: where `manifest.json` lies.
+        folder: where `manifest.json` lies: a folder, or a URL that fsspec opens (s3://, gs://, hf://, https://).
         split: `train`, `test`, or another one of the manifest.
         tier: decode tier; None takes `resident` for images of at most 64 px, else the one of the packed encoding.
         image_size: side in px of the resident tier's images (others are resized once, centre-cropped); None keeps
             the stored size. Ignored by the other tiers, whose transform resizes.
-        cache_dir: folder of the resident tier's decoded array; None keeps it beside the shards.
+        cache_dir: folder of the resident tier's decoded array; None keeps it beside the shards. Of a URL, the folder
+            for manifest and index; None takes one below the user's cache.
+        keep: of a URL, also keep there what is read of the tars, so that a second epoch asks for nothing.
 
     Raises:
         DataError: nothing is packed there, no such split, a damaged index, or a tier the encoding cannot serve.
+
+    >>> import dbscale, tempfile
+    >>> from dbscale.shards.pack import ensure_packed
+    >>> folder = ensure_packed("digits", {"source": "digits"}, tempfile.mkdtemp(), progress=False)
+    >>> dataset = dbscale.open_dataset(folder)
+    >>> dataset.num_classes, dataset.tier, len(dataset.subset(100))
+    (10, 'resident', 100)
     """
-    folder = Path(folder)
+    folder = mirror(str(folder), cache_dir, keep=keep) if is_url(folder) else Path(folder)
     manifest = load_manifest(folder)
     manifest.split(split)
     chosen = tier or default_tier(manifest)
@@ -226,13 +245,10 @@ class ResidentReader:
     foreign or half-written file is rebuilt; where nothing can be written the array stays in RAM.
     """
 
-    def __init__(
-        self, folder: Path, split: SplitInfo, index: NDArray[np.void], image_size: int, cache_dir: Path | None
-    ) -> None:
+    def __init__(self, folder: Path, split: SplitInfo, files: Files, image_size: int, cache_dir: Path | None) -> None:
         name = f"{split.index.split('.')[0]}-{split.fingerprint[:12]}-{image_size}px"
         path = (cache_dir or folder / "cache") / f"{name}.npy"
-        files = ShardFiles(folder, split, index)
-        known = _opened(path, (len(index), 3, image_size, image_size))
+        known = _opened(path, (len(files.index), 3, image_size, image_size))
         if known is None or any(_decoded(files, position) is not None for position in known[1]):
             # A cache that calls samples bad outlives the damage: `shards pack` may have mended them.
             known = _store(path, *_build(files, image_size))
@@ -246,11 +262,13 @@ class ResidentReader:
         return images, [slot for slot, position in enumerate(positions.tolist()) if position in self.bad]
 
 
-def _build(files: ShardFiles, image_size: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
+def _build(files: Files, image_size: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
     """Decode a split into [num_samples, 3, S, S]."""
     images = np.zeros((len(files.index), 3, image_size, image_size), np.uint8)
     bad = set()
     for position in range(len(images)):
+        if position % TOGETHER == 0:
+            files.prepare(np.arange(position, min(position + TOGETHER, len(images))))
         pixels = _decoded(files, position)
         if pixels is None:
             bad.add(position)
@@ -259,7 +277,7 @@ def _build(files: ShardFiles, image_size: int) -> tuple[NDArray[np.uint8], froze
     return images, frozenset(bad)
 
 
-def _decoded(files: ShardFiles, position: int) -> NDArray[np.uint8] | None:
+def _decoded(files: Files, position: int) -> NDArray[np.uint8] | None:
     """Pixels of one sample, or None where its bytes changed or do not decode."""
     try:
         return decode_image(files.read(position))

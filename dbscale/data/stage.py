@@ -24,6 +24,7 @@ import numpy as np
 from dbscale.data.dataset import Dataset, Subset
 from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
 from dbscale.data.read import check_shard_size, checksum, file_checksum
+from dbscale.data.remote import copy_shard, origin
 from dbscale.errors import DataError, FileError
 from dbscale.files import atomic_open, cannot_write, make_folder, write_atomic
 
@@ -138,13 +139,19 @@ def _stage_file(
         if _holds(is_sound):  # another process may have copied it while this one waited
             return
         if shard is not None:
-            check_shard_size(source, shard)
+            _check_at_source(source, shard)
         _copy(source / name, local / name)
         if not _holds(is_sound):
             raise DataError(
                 f"{local / name}: the copy is not what was packed; look at this node's disk, and let "
                 f"`dbscale shards verify {source}` look at the original"
             )
+
+
+def _check_at_source(source: Path, shard: ShardInfo) -> None:
+    """Raise DataError when a local shard is damaged; one behind a URL is found to be when it is copied."""
+    if origin(source) is None:
+        check_shard_size(source, shard)
 
 
 def _holds(is_sound: Callable[[], bool]) -> bool:
@@ -165,11 +172,12 @@ def _is_whole(dataset: Dataset, local: Path, number: int) -> bool:
     if status.st_size != shard.num_bytes:
         return False
     first = sum(other.num_samples for other in dataset.split.shards[:number])
-    with open(path, "rb") as copy, open(dataset.folder / shard.name, "rb") as original:
-        for _, size, offset, expected, *_ in dataset.index[first : first + shard.num_samples].tolist():
+    with open(path, "rb") as copy:
+        for position in range(first, first + shard.num_samples):
+            _, size, offset, expected, *_ = dataset.index[position].item()
             data = os.pread(copy.fileno(), size, offset)
             # A sample that is bad at its source too is the loader's to replace and to count.
-            if checksum(data) != expected and data != os.pread(original.fileno(), size, offset):
+            if checksum(data) != expected and data != dataset.files.stored(position):
                 return False
     write_atomic(note, stamp.encode())
     return True
@@ -196,7 +204,11 @@ def _copy(source: Path, target: Path) -> None:
 
 def _copy_once(source: Path, target: Path) -> None:
     try:
-        with open(source, "rb") as reader, atomic_open(target) as writer:
-            shutil.copyfileobj(reader, writer, 1 << 22)
+        with atomic_open(target) as writer:
+            if origin(source.parent) is not None and not source.exists():
+                copy_shard(source.parent, source.name, writer)
+            else:
+                with open(source, "rb") as reader:
+                    shutil.copyfileobj(reader, writer, 1 << 22)
     except OSError as error:
         raise cannot_write(target, error) from error

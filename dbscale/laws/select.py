@@ -473,6 +473,12 @@ def select_law(
     law's name to parameter bounds in the table's units; `ceiling` is the largest value that y can take (1 for error
     rates, 100 for percent), if there is one. Raises NotEnoughData when the table is too small for every candidate,
     LawError for bad input.
+
+    >>> import dbscale
+    >>> sizes = [1e3, 2e3, 4e3, 8e3, 16e3, 32e3]
+    >>> found = dbscale.select_law(sizes, [0.1 + 16 / size**0.5 for size in sizes], laws=["power_plus", "m4"])
+    >>> found.best.name, round(float(found.predict([64e3])[0]), 3)
+    ('power_plus', 0.163)
     """
     columns = varying_columns(x)
     forms = [find_form(law) for law in laws] if laws else default_laws(columns)

@@ -9,7 +9,7 @@ import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 from zlib import error as ZlibError
 
@@ -20,6 +20,9 @@ from dbscale.files import atomic_open, write_atomic
 from dbscale.report.table import COLUMNS, MissingPoint, Run, RunTable, checked, kind_of, to_csv
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
 from dbscale.study.store import Row, Store
+
+if TYPE_CHECKING:
+    import pyarrow
 
 NOT_A_BITMAP = (OSError, LookupError, ValueError, TypeError, EOFError, BadZipFile, ZlibError, RuntimeError, MemoryError)
 """What numpy and zipfile raise for a damaged archive."""
@@ -94,14 +97,20 @@ def _missing(store: Store, point: PointRecord, rows: dict[str, Row | None]) -> M
 
 
 def write_parquet(path: Path, table: RunTable) -> None:
-    """The same columns as rows.csv, typed; empty strings stay empty strings, missing numbers are null."""
-    import pyarrow
+    """The same columns as rows.csv, typed."""
     import pyarrow.parquet
+
+    with atomic_open(path, "wb") as file:
+        pyarrow.parquet.write_table(arrow_table(table), file)
+
+
+def arrow_table(table: RunTable) -> pyarrow.Table:
+    """The runs as Arrow columns; empty strings stay empty strings, missing numbers are null."""
+    import pyarrow
 
     types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     columns = {name: pyarrow.array(table.column(name), type=types[kind_of(name)]) for name in COLUMNS}
-    with atomic_open(path, "wb") as file:
-        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return pyarrow.table(columns)
 
 
 def read_mistakes(path: Path, row: Row) -> np.ndarray:

@@ -50,6 +50,13 @@ class Cell:
         """Folder name in the store: a slug for people, the id for us."""
         return f"{slug(self.recipe)}-{self.id}"
 
+    @property
+    def teacher_model(self) -> Model | None:
+        """What guides a distill cell: the model of its teacher cell, or of the weights that its recipe names."""
+        if self.teacher is not None:
+            return self.teacher.recipe.model
+        return self.recipe.teacher.model if self.recipe.teacher is not None else None
+
     def spec(self) -> CellSpec:
         return CellSpec(
             version=RECIPE_VERSION,

@@ -172,8 +172,7 @@ def fit_step_times(measured: Sequence[tuple[float, float]]) -> tuple[float, floa
 
 def step_flops(cell: Cell) -> float:
     """Operations of one optimizer step."""
-    teacher = cell.teacher.recipe.model if cell.teacher else None
-    return train_flops(cell.recipe, teacher) / cell.recipe.num_steps
+    return train_flops(cell.recipe, cell.teacher_model) / cell.recipe.num_steps
 
 
 def train_flops(
@@ -273,7 +272,7 @@ def device_memory(cell: Cell, resources: Resources) -> Memory | None:
     ZeRO partitions AdamW's moments and DeepSpeed's copy of the weights from stage 1 on, gradients from 2, weights and
     their average from 3 (1910.02054, section 5). The head counts 1,000 classes.
     """
-    recipe, asked = cell.recipe, cell.teacher.recipe.model if cell.teacher else None
+    recipe, asked = cell.recipe, cell.teacher_model
     size, world_size, zero = recipe.data.image_size, resources.num_processes, resources.zero_stage or 0
     student, teacher = as_deit(recipe.model), as_deit(asked)
     if student is None or (teacher is None and asked is not None):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from dbscale import plugins
 from dbscale.errors import ConfigError, nearest
 from dbscale.strict import Strict, load_extended, override, set_path, validate
 from dbscale.study.cell import Arm, Cell
@@ -25,6 +26,7 @@ from dbscale.study.recipe import (
     Distill,
     Model,
     Positive,
+    Pretrained,
     Recipe,
     Stage,
     Tier,
@@ -32,6 +34,7 @@ from dbscale.study.recipe import (
     Training,
     draw_seed,
 )
+from dbscale.study.weights import Weights
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 """Becomes a folder name: letters, digits, dot, underscore and hyphen."""
@@ -120,8 +123,11 @@ class Grid(Strict):
     block_size: Positive | None = None
     models: dict[Name, Model]
     students: Annotated[tuple[Name, ...], Field(min_length=1)]
-    teachers: dict[Name, Name] = {}
-    """Student → teacher of the distilled arm; a student without one has a plain arm only."""
+    teachers: dict[Name, Name | Weights] = {}
+    """Student → teacher of the distilled arm: a model that the grid trains, or weights from elsewhere, alike at every
+    size and seed. A student without one has a plain arm only."""
+    init: dict[Name, Weights] = {}
+    """Model → weights that its upstream runs begin with, in every arm; the head is new."""
     arms: tuple[Literal["plain", "distilled", "plain_matched", "self_distilled"], ...] = ("plain", "distilled")
     """What precedes the finetunes. plain: `pretrain` alone. distilled: guided by the teacher, pretrained on the same
     images. plain_matched: plain, with the steps that training the teacher, asking it and `distill_training` would have
@@ -137,6 +143,11 @@ class Grid(Strict):
     """Difference of error rates that matters; the verdict calls what is surely smaller no difference."""
     noise: Name | None = None
     """Table of noise that `plan` takes for power before there are rows; None: the default one."""
+    plugins: dict[str, str] = {}
+    """Parts of your own: a list of modules, or of files beside this one, `plugins: [my_lab.models, parts.py]`; reading
+    the grid imports them and notes their hashes. Cells are named after them too."""
+    metrics: tuple[Name, ...] = ()
+    """Further means over the test split that plugins register; every row has them."""
     pretrain: Training
     finetune: Training
     distill: Distill | None = None
@@ -165,8 +176,12 @@ class Grid(Strict):
 
     @model_validator(mode="after")
     def _costs_to_match_are_known(self) -> Grid:
-        pairs = self.teachers.items() if "plain_matched" in self.arms else ()
-        for model in (self.models[name] for pair in pairs for name in pair):
+        pairs = list(self.teachers.items()) if "plain_matched" in self.arms else []
+        foreign = [student for student, teacher in pairs if not isinstance(teacher, str)]
+        if foreign:
+            raise ValueError(f"the plain_matched arm spends what the teacher's training cost, and nobody knows it for the "
+                             f"teacher of {foreign[0]!r}, which comes from elsewhere; leave the arm out")  # fmt: skip
+        for model in (self.models[str(name)] for pair in pairs for name in pair):
             if isinstance(model, TimmModel) and not has_known_flops(model):
                 raise ValueError(
                     f"the plain_matched arm needs the operations of every student and teacher, and those of {model.name!r} "
@@ -176,9 +191,8 @@ class Grid(Strict):
 
     @model_validator(mode="after")
     def _patches_divide_images(self) -> Grid:
-        for name in dict.fromkeys(
-            (*self.students, *(self.teachers.get(student, student) for student in self.students))
-        ):
+        teachers = (self.teachers.get(student, student) for student in self.students)
+        for name in dict.fromkeys((*self.students, *(name for name in teachers if isinstance(name, str)))):
             model = self.models[name]
             if isinstance(model, DeiT) and self.image_size % model.patch_size:
                 raise ValueError(
@@ -190,7 +204,8 @@ class Grid(Strict):
     def _references(self) -> Iterator[tuple[str, Sequence[str], Mapping[str, Any]]]:
         yield "student", self.students, self.models
         yield "student in teachers", tuple(self.teachers), self.models
-        yield "teacher", tuple(self.teachers.values()), self.models
+        yield "teacher", tuple(name for name in self.teachers.values() if isinstance(name, str)), self.models
+        yield "model in init", tuple(self.init), self.models
         yield "dataset in tiers", tuple(self.tiers), self.datasets
         yield "upstream dataset", (self.upstream.dataset,), self.datasets
         yield "downstream dataset", tuple(axis.dataset for axis in self.downstream), self.datasets
@@ -220,9 +235,14 @@ class Point:
     """Draw of the labels, head and order: 0 to `finetunes` - 1."""
 
 
-def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
-    """Read, override, validate. Raises ConfigError naming file, key, value and what is allowed."""
-    return validate(Grid, override(load_extended(path), overrides), where=str(path))
+def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
+    """Read, override, import plugins, validate. Raises ConfigError naming file, key, value and what is allowed."""
+    path = Path(path)
+    data = override(load_extended(path), overrides)
+    places = data.get("plugins")
+    if isinstance(places, list):
+        data = {**data, "plugins": plugins.load(map(str, places), path.parent)}
+    return validate(Grid, data, where=str(path))
 
 
 def variants_of(grid: Grid) -> list[tuple[str, Grid]]:
@@ -263,11 +283,14 @@ def overlapping_draws(grid: Grid, available: Mapping[str, int]) -> list[str]:
     ]
 
 
-def expand(grid: Grid, fingerprints: Mapping[str, str]) -> tuple[Point, ...]:
-    """Every finetune of the grid, equal cells merged; a dataset without fingerprint gives provisional ids."""
+def expand(grid: Grid, fingerprints: Mapping[str, str], weights: Mapping[str, str] | None = None) -> tuple[Point, ...]:
+    """Every finetune of the grid, equal cells merged.
+
+    `fingerprints` of datasets by name and hashes of `weights` by checkpoint; what lacks one has provisional ids.
+    """
     points: dict[tuple[str, Arm, str], Point] = {}
     for name, variant in variants_of(grid):
-        for point in _Expansion(variant, name, fingerprints).points():
+        for point in _Expansion(variant, name, fingerprints, weights or {}).points():
             points[name, point.arm, point.cell.key] = point
     return tuple(points.values())
 
@@ -279,6 +302,7 @@ class _Expansion:
     grid: Grid
     variant: str
     fingerprints: Mapping[str, str]
+    weights: Mapping[str, str]
     cells: dict[str, Cell] = field(default_factory=dict)
 
     def points(self) -> Iterator[Point]:
@@ -312,7 +336,9 @@ class _Expansion:
             # With the student's own seed, the teacher would start from the same weights: the plain arm's very run.
             teacher = self._pretrain(student, size, seed, init_seed=draw_seed(seed, 1))
             return self._distill(student, size, seed, teacher)
-        distilled = self._distill(student, size, seed, self._pretrain(self.grid.teachers[student], size, seed))
+        teacher = self.grid.teachers[student]
+        guide = self._pretrain(teacher, size, seed) if isinstance(teacher, str) else teacher
+        distilled = self._distill(student, size, seed, guide)
         if arm == "distilled":
             return distilled
         steps = matched_steps(self._pretrain(student, size, seed).recipe, distilled)
@@ -323,14 +349,17 @@ class _Expansion:
         grid = self.grid
         return self._cell("pretrain", model, grid.upstream.dataset, size, seed, grid.pretrain, init_seed=init_seed)
 
-    def _distill(self, student: str, size: int, seed: int, teacher: Cell) -> Cell:
+    def _distill(self, student: str, size: int, seed: int, teacher: Cell | Weights) -> Cell:
         grid = self.grid
         training = grid.distill_training or grid.pretrain
         return self._cell("distill", student, grid.upstream.dataset, size, seed, training, teacher=teacher)
 
+    def _identified(self, weights: Weights | None) -> Pretrained | None:
+        return weights.identified(self.weights.get(weights.checkpoint)) if weights is not None else None
+
     def _cell(
         self, stage: Stage, model: str, dataset: str, size: int, seed: int, training: Training,
-        *, teacher: Cell | None = None, init: Cell | None = None, draw: int = 0, init_seed: int | None = None,
+        *, teacher: Cell | Weights | None = None, init: Cell | None = None, draw: int = 0, init_seed: int | None = None,
     ) -> Cell:  # fmt: skip
         """`init_seed` stands in for `seed` in all but the choice of images."""
         grid, seed = self.grid, draw_seed(seed, draw)
@@ -343,8 +372,12 @@ class _Expansion:
             stage=stage, model=grid.models[model], data=data, training=training, draw=draw or None,
             seed=seed if init_seed is None else init_seed,
             distill=grid.distill if stage == "distill" else None,
+            teacher=self._identified(teacher) if isinstance(teacher, Weights) else None,
+            start=self._identified(grid.init.get(model)) if stage != "finetune" else None,
+            plugins=grid.plugins or None, metrics=grid.metrics or None,
         )  # fmt: skip
-        cell = Cell(recipe, self.fingerprints.get(dataset), teacher=teacher, init=init)
+        parent = teacher if isinstance(teacher, Cell) else None
+        cell = Cell(recipe, self.fingerprints.get(dataset), teacher=parent, init=init)
         return self.cells.setdefault(cell.key, cell)
 
 
@@ -366,3 +399,14 @@ def merged_cells(points: Sequence[Point]) -> tuple[Cell, ...]:
 def datasets_in_use(grid: Grid) -> tuple[str, ...]:
     """Names of the datasets any axis reads, in order, each once."""
     return tuple(dict.fromkeys(axis.dataset for _, variant in variants_of(grid) for axis in variant.axes))
+
+
+def weights_in_use(grid: Grid) -> tuple[Weights, ...]:
+    """Weights from elsewhere that any variant names, each checkpoint once."""
+    found = [
+        weights
+        for _, variant in variants_of(grid)
+        for weights in (*variant.teachers.values(), *variant.init.values())
+        if isinstance(weights, Weights)
+    ]
+    return tuple({weights.checkpoint: weights for weights in found}.values())

@@ -183,6 +183,21 @@ class Training(Strict):
     then. None: the weights of the last step."""
     scope: Literal["full", "linear_probe"] = "full"
     """What a finetune changes: everything, or the head alone."""
+    loss_terms: dict[str, float] | None = None
+    """Terms of plugins that are added to the loss, with their weights."""
+
+
+Channels = tuple[float, float, float]
+
+
+class Pretrained(Strict):
+    """Weights that no cell trained, known by the hash of their file."""
+
+    sha256: str | None = None
+    """None until they are imported: ids are provisional."""
+    model: Model
+    mean: Channels | None = None
+    std: Channels | None = None
 
 
 class Recipe(Strict):
@@ -195,6 +210,14 @@ class Recipe(Strict):
     seed: int
     """Keys initialisation (of a finetune: its head), order and augmentation."""
     distill: Distill | None = None
+    teacher: Pretrained | None = None
+    """Of a distill cell whose teacher no cell trained."""
+    plugins: dict[str, str] | None = None
+    """Hash of each plugin, by module."""
+    metrics: tuple[str, ...] | None = None
+    """Further means over the test split, of plugins."""
+    start: Pretrained | None = None
+    """Of an upstream run that does not begin with random weights; the head does."""
     draw: Positive | None = None
     """Which further finetune of one upstream run this is; None for the first. `draw_seed` then gives `seed` and
     `data.subset_seed`."""
@@ -203,6 +226,14 @@ class Recipe(Strict):
     def _draws_are_finetunes(self) -> Recipe:
         if self.draw is not None and self.stage != "finetune":
             raise ValueError(f"a {self.stage} recipe has no draw; only finetunes are drawn several times")
+        return self
+
+    @model_validator(mode="after")
+    def _foreign_weights_fit_the_stage(self) -> Recipe:
+        if (self.teacher is not None and self.stage != "distill") or (
+            self.start is not None and self.stage == "finetune"
+        ):
+            raise ValueError(f"a {self.stage} recipe takes no {'teacher' if self.teacher else 'start'}")
         return self
 
     @model_validator(mode="after")

@@ -100,6 +100,16 @@ class Timing(Strict):
     host: Word
 
 
+class WeightsOrigin(Strict):
+    """Weights that no cell trained."""
+
+    source: str
+    """As the grid names them."""
+    licence: str
+    """As their owner says; empty where nobody said."""
+    sha256: str
+
+
 class Row(Strict):
     """One finished cell: `row.json`, written last, so its existence means done.
 
@@ -125,6 +135,8 @@ class Row(Strict):
     top5_error_rate: Share | None = None
     test_loss: float = Field(allow_inf_nan=False)
     calibration_error: Share | None = None
+    metrics: dict[str, float] = {}
+    """Means over the test split that plugins define."""
     num_test_samples: Count
     train_loss: float = Field(allow_inf_nan=False)
     """Mean over the last tenth of the run."""
@@ -136,6 +148,8 @@ class Row(Strict):
     """Undecodable training images that another of their class stood in for."""
     upstream: Upstream | None = None
     teacher: str | None = None
+    weights_from: dict[str, WeightsOrigin] = {}
+    """Of a teacher, or of the start, that no cell trained."""
     kd_backend: str | None = None
     resources: dict[str, str | int | float | bool | None] = {}
     """How it ran (precision plugin, ZeRO stage, world size …); informative, not part of its identity."""

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from timm.models._hub import save_config_for_hf
 
 from dbscale.data import IMAGENET_MEAN, IMAGENET_STD, load_manifest
@@ -49,6 +52,24 @@ def class_names(spec: CellSpec, data_dir: Path | None) -> tuple[str, ...] | None
     except DataError:
         return None
     return None if manifest is None or manifest.fingerprint != spec.fingerprint else manifest.classes
+
+
+def push_export(folder: Path, target: str, *, private: bool = False) -> str:
+    """Upload an exported cell to the hub as `hf-hub:owner/name`; returns its address. The token is the hub client's own.
+
+    Raises TrainingError where the name is none, or the hub refuses or cannot be reached.
+    """
+    repository = target.removeprefix("hf-hub:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise TrainingError(f"--push {target!r}: write hf-hub:owner/name, such as hf-hub:my-lab/birds-h4")
+    api = HfApi(library_name="dbscale")
+    try:
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}"))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise TrainingError(f"--push {target!r}: {why}; log in with `hf auth login`, and look at the network; the export is "
+                            f"in {folder}") from error  # fmt: skip
 
 
 def _write_config(spec: CellSpec, row: Row, names: tuple[str, ...] | None, path: Path) -> None:

@@ -28,8 +28,9 @@ from dbscale.files import atomic_open
 from dbscale.kernels.timm_attention import DistilledAttention
 from dbscale.keyed import derive_seed
 from dbscale.study.cell import CellSpec
-from dbscale.study.recipe import DeiT, Model
+from dbscale.study.recipe import DeiT, Model, Pretrained
 from dbscale.study.store import Row, Store
+from dbscale.study.weights import read_origin, weights_dir
 from dbscale.training.losses import wants_maps, wants_teacher
 from dbscale.training.optimizer import EMA
 
@@ -104,7 +105,7 @@ def load_backbone(model: nn.Module, weights: Path) -> None:
         state = checkpoint_filter_fn(state, model)
     heads = head_names(model)
     backbone = {name: value for name, value in state.items() if not name.startswith(heads)}
-    _refuse_misfit(
+    refuse_misfit(
         weights, backbone, {name: each for name, each in model.state_dict().items() if not name.startswith(heads)}
     )
     model.load_state_dict(backbone, strict=False)
@@ -117,12 +118,12 @@ def restore_model(model: Model, weights: Path, *, num_classes: int, image_size: 
     network = copy.deepcopy(skeleton(model, num_classes=num_classes, image_size=image_size))
     if any(buffer.is_meta for name, buffer in network.named_buffers() if name not in state):
         network = make_model(model, num_classes=num_classes, image_size=image_size)
-    _refuse_misfit(weights, state, network.state_dict())
+    refuse_misfit(weights, state, network.state_dict())
     network.load_state_dict(state, assign=True)
     return network
 
 
-def _refuse_misfit(weights: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def refuse_misfit(weights: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Raise TrainingError unless `state` holds exactly the tensors that are wanted."""
     wrong = [
         f"{name} is {list(state[name].shape)} there, {list(each.shape)} here"
@@ -232,7 +233,8 @@ def _takes_image_size(name: str) -> bool:
 
 
 def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
-    """Initial weights: 1. drawn from (seed, "init"); 2. for a finetune, all but the head from its parent."""
+    """Initial weights: 1. drawn from (seed, "init"); 2. for a finetune, all but the head from its parent; 3. for an
+    upstream run that starts from weights of elsewhere, all but the head from them."""
     recipe = spec.recipe
     student = make_model(
         recipe.model,
@@ -247,6 +249,8 @@ def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
         if row is None:
             raise TrainingError(f"the parent {spec.init} has no row; train it first")
         load_backbone(student, verified_weights(store, row))
+    if recipe.start is not None:
+        load_backbone(student, stored_weights(store, recipe.start))
     if recipe.distill is not None and recipe.distill.head == "parallel":
         add_parallel_head(student, recipe.seed)
     if recipe.training.scope == "linear_probe":
@@ -309,6 +313,20 @@ def _plain(tensor: Tensor) -> Tensor:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_weights(store: Store, pretrained: Pretrained) -> Path:
+    """The file of imported weights. Raises TrainingError where it is damaged, FileError where it was not imported."""
+    if pretrained.sha256 is None:
+        raise TrainingError(
+            "the cell was planned before its weights were imported; `dbscale submit` of the grid plans it anew"
+        )
+    origin = read_origin(store, pretrained.sha256)
+    path = Path(weights_dir(store)) / f"{pretrained.sha256}.safetensors"
+    if not path.is_file() or sha256_of(path) != origin.stored_sha256:
+        raise TrainingError(f"{path} is missing or damaged; remove {path.with_suffix('.json')}, and `dbscale submit` "
+                            f"imports {origin.checkpoint} again")  # fmt: skip
+    return path
 
 
 def verified_weights(store: Store, row: Row) -> Path:

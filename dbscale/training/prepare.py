@@ -20,9 +20,10 @@ from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import device_name
 from dbscale.training.engine import AMP_DTYPE, Batching, engine_name
 from dbscale.training.loop import Run
-from dbscale.training.losses import CachedTeacher, make_objective, open_cache, wants_maps
+from dbscale.training.losses import CachedTeacher, make_objective, open_cache, wants_maps, wants_teacher
 from dbscale.training.models import load_teacher, make_student
 from dbscale.training.optimizer import EMA, make_optimizer
+from dbscale.training.pretrained import make_teacher
 from dbscale.training.progress import Reporter, truncate_metrics
 
 DEVICE_TIERS = ("resident", "raw")
@@ -45,7 +46,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     """Build the run and restore its newest whole checkpoint. Raises TrainingError, DataError or FileError."""
     recipe, accelerator = spec.recipe, context.accelerator
     student = make_student(spec, context.store, dataset.num_classes)
-    teacher = load_teacher(context.store, spec, num_classes=dataset.num_classes, device=accelerator.device)
+    teacher = find_teacher(spec, context.store, dataset.num_classes, accelerator.device)
     for model in (student, teacher):
         set_precision(model, recipe, accelerator)
     objective = make_objective(recipe, context.resources, teacher, student, _make_answer(spec, teacher, context))
@@ -82,6 +83,17 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         checkpoint_interval_s=context.resources.checkpoint_interval_s,
         checkpoint_stall_share=context.resources.checkpoint_stall_share,
     )
+
+
+def find_teacher(spec: CellSpec, store: Store, num_classes: int, device: torch.device) -> nn.Module | None:
+    """The frozen teacher: a cell of the store, or weights from elsewhere; None where no term asks one."""
+    recipe = spec.recipe
+    if recipe.teacher is None:
+        return load_teacher(store, spec, num_classes=num_classes, device=device)
+    if not wants_teacher(recipe.distill):
+        return None
+    teacher = make_teacher(store, recipe.teacher, num_classes=num_classes, image_size=recipe.data.image_size)
+    return teacher.to(device).eval().requires_grad_(False)
 
 
 def _make_answer(spec: CellSpec, teacher: nn.Module | None, context: Context) -> CachedTeacher | None:

@@ -10,7 +10,8 @@ import shutil
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,15 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dbscale import plugins
 from dbscale.data import EvalLoader, make_eval_loader, make_transform
 from dbscale.errors import FileError
 from dbscale.files import atomic_open
 from dbscale.kernels import attention_backend, resolve_backend
 from dbscale.study.cell import Arm, CellSpec, model_label
-from dbscale.study.recipe import Recipe
-from dbscale.study.store import Attempt, Row, Store, Timing, Upstream
+from dbscale.study.recipe import Model, Recipe
+from dbscale.study.store import Attempt, Row, Store, Timing, Upstream, WeightsOrigin
+from dbscale.study.weights import read_origin
 from dbscale.training.checkpoint import LoopState, read_sealed, write_sealed
 from dbscale.training.device import count_train_flops, device_name, measure, peak_flops, peak_memory_bytes
 from dbscale.training.engine import engine_name, lockstep, reduce_over_ranks
@@ -36,6 +39,7 @@ from dbscale.training.prepare import Context, open_cell_dataset, set_precision
 from dbscale.training.probes import probe_upstream
 
 TRAINED_NAME, CORRECT_NAME = "trained.json", "correct.npz"
+Metrics = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
 EVAL_BATCH_PIXELS = 1 << 20
 """Pixels of an evaluation batch: 1,024 images of 32 px, 20 of 224 px, on a CPU; 16 times as many on a GPU."""
 NUM_CALIBRATION_BINS = 15
@@ -57,6 +61,8 @@ class Evaluation:
     """One per sample, in the split's order."""
     counted_N: NDArray[np.bool_]
     """False for samples that could not be decoded; they are in no mean."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Means of plugins' metrics, by name."""
 
 
 @dataclass(frozen=True)
@@ -116,27 +122,35 @@ def evaluate_cell(spec: CellSpec, trained: Trained, context: Context) -> tuple[E
         num_workers=context.resources.num_workers,
         transform=make_transform(image_size=size, train=False, tier=recipe.data.tier),
     )
-    evaluation = evaluate(model, loader, len(test), accelerator)
+    metrics = {name: plugins.part_of(plugins.METRICS, "metric", name) for name in recipe.metrics or ()}
+    evaluation = evaluate(model, loader, len(test), accelerator, metrics)
     if accelerator.is_main_process:
         write_correct(folder / CORRECT_NAME, evaluation)
     return evaluation, time.perf_counter() - started
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: EvalLoader, num_samples: int, accelerator: Accelerator) -> Evaluation:
-    """Evaluate `model` on a loader's pass; every rank gets the whole result."""
+def evaluate(
+    model: nn.Module, loader: EvalLoader, num_samples: int, accelerator: Accelerator, metrics: Metrics | None = None
+) -> Evaluation:
+    """Evaluate `model` on a loader's pass; every rank gets the whole result. `metrics` are plugins', by name."""
     model.eval()
-    table_N5, num_classes = torch.zeros(num_samples, 5, dtype=torch.float64), 0
+    further = metrics or {}
+    table_N5, num_classes = torch.zeros(num_samples, 5 + len(further), dtype=torch.float64), 0
     for batch in lockstep(iter(loader), accelerator):
         assert isinstance(batch.images, Tensor), "an evaluation loader transforms"
         logits_BC = model(batch.images.to(accelerator.device, non_blocking=True)).float()
         num_classes = logits_BC.shape[1]
-        rows_B5 = _judge(logits_BC, batch.labels.to(logits_BC.device)).double().cpu()
+        labels_B = batch.labels.to(logits_BC.device)
+        values = [each(logits_BC, labels_B).float()[:, None] for each in further.values()]
+        rows_B5 = torch.cat([_judge(logits_BC, labels_B), *values], 1).double().cpu()
         counted = batch.weights > 0
         table_N5[batch.sample_ids[counted]] = rows_B5[counted]
     # Each sample was judged by one rank, the others hold zeros: a sum gathers exactly.
     table_N5 = reduce_over_ranks(accelerator, table_N5, "sum").cpu()
-    return summarize(table_N5.numpy(), num_classes)
+    found = summarize(table_N5[:, :5].numpy(), num_classes)
+    means = table_N5[torch.from_numpy(found.counted_N), 5:].mean(0).tolist()
+    return replace(found, metrics=dict(zip(further, means, strict=True)))
 
 
 def _judge(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
@@ -188,8 +202,7 @@ def make_row(
 ) -> Row:
     """Everything a table of cells needs; `attempts` are all tries, the last one still running."""
     recipe, store, accelerator = spec.recipe, context.store, context.accelerator
-    uses_teacher = spec.teacher is not None and wants_teacher(recipe.distill)
-    teacher = store.read_spec(spec.teacher).recipe.model if spec.teacher and uses_teacher else None
+    teacher = _teacher_model(spec, store) if wants_teacher(recipe.distill) else None
     size = measure(recipe.model, num_classes=trained.num_classes, image_size=recipe.data.image_size)
     train_flops = count_train_flops(recipe, teacher, trained.num_classes)
     return Row(
@@ -210,6 +223,7 @@ def make_row(
         top5_error_rate=evaluation.top5_error_rate,
         test_loss=evaluation.loss,
         calibration_error=evaluation.calibration_error,
+        metrics=evaluation.metrics,
         num_test_samples=int(evaluation.counted_N.sum()),
         train_loss=trained.state.record.train_loss,
         weights_sha256=trained.weights_sha256,
@@ -217,6 +231,7 @@ def make_row(
         replaced_samples=len(trained.state.bad_ids),
         upstream=_upstream(spec, context),
         teacher=spec.teacher,
+        weights_from=_origins(recipe, store),
         kd_backend=resolve_backend(context.resources.kd_backend, "kd_loss", accelerator.device.type)
         if teacher
         else None,
@@ -229,6 +244,20 @@ def clear_scratch(folder: Path) -> None:
     """Drop what only an unfinished cell needs."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / TRAINED_NAME).unlink(missing_ok=True)
+
+
+def _teacher_model(spec: CellSpec, store: Store) -> Model | None:
+    if spec.teacher is not None:
+        return store.read_spec(spec.teacher).recipe.model
+    return spec.recipe.teacher.model if spec.recipe.teacher is not None else None
+
+
+def _origins(recipe: Recipe, store: Store) -> dict[str, WeightsOrigin]:
+    """Where weights that no cell trained came from, by what they are to the cell."""
+    origins = {role: read_origin(store, used.sha256) for role, used in (("teacher", recipe.teacher), ("start", recipe.start))
+               if used is not None and used.sha256 is not None}  # fmt: skip
+    return {role: WeightsOrigin(source=each.checkpoint, licence=each.licence, sha256=each.sha256)
+            for role, each in origins.items()}  # fmt: skip
 
 
 def _arm(spec: CellSpec, store: Store) -> Arm:

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 
+from dbscale import plugins
 from dbscale.errors import FileError
 from dbscale.files import ProcessMark, locked, read_json, write_json
 from dbscale.study.cell import CellSpec
@@ -102,6 +103,7 @@ def _live(
     """From spec to row, on this rank; what `stack` holds is given back after the outcome is on record."""
     store, key = admission.store, admission.key
     spec, folder = store.read_spec(key), store.cell_dir(key)
+    plugins.require(spec.recipe.plugins or {})
     training = spec.recipe.training
     batching = make_batching(training.global_batch, world_size_from_environment(), resources.micro_batch)
     resources = with_launch_options(training, resources, batching)

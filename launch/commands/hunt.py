@@ -24,6 +24,7 @@ from dbscale.launch.commands.submit import (
     execute,
     finish,
     pack_missing,
+    refuse_what_would_fail,
     report_path,
     say_stopped,
     show_script,
@@ -56,6 +57,8 @@ def add_commands(add: AddCommand) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show the next wave with gain, price and reason")
     parser.add_argument("--json", action="store_true", help="print each wave as one line of JSON instead of sentences")
     parser.add_argument("--step", metavar="JSON", help="for the job behind a wave: plan and submit the next one")
+    parser.add_argument("--no-smoke", action="store_true",
+                        help="leave out the trial of one step of each new kind of recipe")  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
 
 
@@ -75,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         study = pack_missing(study)
         if on_slurm:
             return hunt_on_slurm(study, arguments)
-        return hunt_here(study, shower(arguments), report=not arguments.no_report)
+        return hunt_here(study, arguments)
 
 
 def shower(arguments: argparse.Namespace) -> Show:
@@ -107,16 +110,17 @@ def dry_run(study: Study, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def hunt_here(study: Study, show: Show, *, report: bool) -> int:
+def hunt_here(study: Study, arguments: argparse.Namespace) -> int:
     """Run wave after wave on this machine until the hunt is over; says why it is."""
     before = None
     while True:
         wave = settled_wave(study)
-        show(study, wave, record_wave(study, wave))
         plan = wave.plan()
+        refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
+        shower(arguments)(study, wave, record_wave(study, wave))
         write_records(study, plan, wave.survey.cost, level=wave.level)
         if wave.stopped:
-            return finish(study, plan, report=report)
+            return finish(study, plan, report=not arguments.no_report)
         now = [(key, each.state) for key, each in sorted(wave.survey.standings.items()) if each.state != "new"]
         if now == before:
             print("the last wave finished no run; `dbscale status` says why. The same command tries again",
@@ -268,8 +272,10 @@ def hunt_on_slurm(
         queued = queue_without(study, step)
         wave = next_wave(study, queued.cells)
         check()
-        shower(arguments)(study, wave, record_wave(study, wave))
         plan = wave.plan()
+        if step is None:
+            refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
+        shower(arguments)(study, wave, record_wave(study, wave))
         write_records(study, plan, wave.survey.cost, level=wave.level)
         in_flight = frozenset(cell.key for cell in plan.cells if cell.key in queued.cells)
         if wave.stopped and step is not None and not in_flight:

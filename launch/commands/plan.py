@@ -22,7 +22,7 @@ from dbscale.errors import ConfigError, FileError
 from dbscale.files import hostname
 from dbscale.launch.preflight import check
 from dbscale.launch.status import states_table, table
-from dbscale.launch.study import AddCommand, Study, add_study, plan_study, study_of
+from dbscale.launch.study import AddCommand, Study, add_json, add_study, plan_study, print_json, study_of
 from dbscale.study import cost as costs
 from dbscale.study.cell import Cell
 from dbscale.study.cost import STAGES, Calibration, CostModel, Measured, duration, step_flops
@@ -45,6 +45,7 @@ def add_commands(add: AddCommand) -> None:
                         help="first measure this machine on the grid's cells, cut short, for about 60 seconds; later "
                         "plans on this store use it")  # fmt: skip
     parser.add_argument("--cells", action="store_true", help="also list every cell with its state and predicted time")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,13 +54,39 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.calibrate is not None:
         calibration = calibrate(study, plan, seconds=arguments.calibrate)
         costs.write_calibration(study.store, calibration)
-        print(describe_calibration(calibration, study.cluster.cost_model().probed(calibration)) + "\n")
+        if not arguments.json:
+            print(describe_calibration(calibration, study.cluster.cost_model().probed(calibration)) + "\n")
         plan, cost = plan_study(study)
+    if arguments.json:
+        print_json(as_data(study, plan, cost, cells=arguments.cells))
+        return 0
     print("\n".join([describe(study, plan, cost), *power_text(study, plan, cost)]))
     if arguments.cells:
         rows = [(cell.key, plan.states[cell.key], duration(cost.seconds(cell))) for cell in plan.cells]
         print("\n" + table(rows, header=("cell", "state", "predicted")))
     return 0
+
+
+def as_data(study: Study, plan: Plan, cost: CostModel, *, cells: bool) -> dict[str, Any]:
+    """The same page for a program: times in device-seconds, counts of cells by stage and state."""
+    counts = Counter((cell.recipe.stage, plan.states[cell.key]) for cell in plan.cells)
+    return {
+        "grid": plan.grid.name, "question": plan.grid.question.strip(), "store": study.store.root,
+        "cluster": study.cluster.executor, "device": cost.device.name, "num_points": len(plan.points),
+        "num_cells": len(plan.cells), "predicted_s": plan.predicted_s,
+        "cells_by_stage": {
+            stage: {state: count for (at, state), count in counts.items() if at == stage}
+            for stage in STAGES if any(at == stage for at, _ in counts)
+        },
+        "waves": [
+            {"bundles": len(wave.bundles), "cells": sum(len(each.cells) for each in wave.bundles),
+             "longest_s": max(each.predicted_s for each in wave.bundles)} for wave in plan.waves
+        ],
+        "not_packed": study.missing_datasets, "stale": plan.stale, "notes": plan.notes,
+        "power": [line.strip() for line in power_text(study, plan, cost) if line],
+        **({"cells": [{"key": cell.key, "state": plan.states[cell.key], "predicted_s": cost.seconds(cell)}
+                      for cell in plan.cells]} if cells else {}),
+    }  # fmt: skip
 
 
 def describe(study: Study, plan: Plan, cost: CostModel) -> str:
@@ -86,6 +113,9 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
     if study.missing_datasets:
         lines.append(f"not packed yet: {', '.join(study.missing_datasets)} (`dbscale submit` packs them; ids of cells "
                      "that read them are provisional until then)")  # fmt: skip
+    if study.missing_weights:
+        lines.append(f"not imported yet: {', '.join(study.missing_weights)} (`dbscale submit` imports them; ids of cells "
+                     "that use them are provisional until then)")  # fmt: skip
     lines += overlapping_draws(grid, {name: size for name, (_, size) in study.manifests.items()})
     lines += plan.notes
     lines += check(study, plan).lines

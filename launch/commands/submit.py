@@ -22,6 +22,7 @@ from dbscale.launch.preflight import check
 from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, plan_study, study_of
 from dbscale.launch.worker import stop_on_signals
 from dbscale.study.cost import CostModel, duration
+from dbscale.study.grid import weights_in_use
 from dbscale.study.plan import Plan, record, write_plan
 from dbscale.study.plan import read_plan as read_record
 from dbscale.study.resources import StopRequest
@@ -67,15 +68,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def pack_missing(study: Study) -> Study:
-    """The same study with every dataset packed; one that stands is left alone."""
-    from dbscale.shards.pack import ensure_packed, source_of
+    """The same study with every dataset packed and all weights imported; what stands is left alone."""
+    from dbscale.shards.pack import check_entry, ensure_packed
 
     for name in study.missing_datasets:  # all entries before the first is packed, which may take hours
-        source_of(name, study.grid.datasets[name], study.data_dir)
+        check_entry(name, study.grid.datasets[name], study.data_dir)
     for name in study.used_datasets:
         if name in study.missing_datasets:
             print(f"packing dataset {name} into {study.dataset_dir(name)}", flush=True)
         ensure_packed(name, study.grid.datasets[name], study.data_dir)
+    for weights in weights_in_use(study.grid):
+        from dbscale.training.pretrained import import_weights  # with torch, and few grids have any
+
+        digest = import_weights(study.store, weights, study.data_dir)
+        print(f"weights {weights.checkpoint}: sha256 {digest}", flush=True)
     return replace(study)  # a new value, because manifests are read once per study
 
 

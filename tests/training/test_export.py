@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import safetensors.torch
@@ -14,8 +17,10 @@ from timm.optim import create_optimizer_v2
 from timm.utils.metrics import accuracy
 
 from dbscale.data import make_eval_loader, make_transform, open_dataset
+from dbscale.errors import TrainingError
 from dbscale.study.cost import num_params
 from dbscale.study.recipe import Budget, Distill, TimmModel
+from dbscale.training import export
 from dbscale.training.models import restore_model, timm_arguments
 from dbscale.training.results import evaluate
 
@@ -171,3 +176,33 @@ def test_a_timm_checkpoint_is_judged_as_timm_judges_it(name, bench, tmp_path):
     assert 0.2 < 1 - found.error_rate < 1
     assert (1 - found.error_rate, 1 - found.top5_error_rate) == pytest.approx((float(top1) / 100, float(top5) / 100))
     assert found.correct_N.tolist() == (logits.argmax(1) == labels).tolist()
+
+
+def test_an_export_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the hub's client, and what is said when there is no network."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    class Client:
+        def __init__(self, **options: Any) -> None:
+            asked.append(("client", options))
+
+        def create_repo(self, repository: str, **options: Any) -> Any:
+            asked.append(("create", {"repository": repository, **options}))
+            return SimpleNamespace(repo_id="my-lab/birds")
+
+        def upload_folder(self, **options: Any) -> str:
+            asked.append(("upload", options))
+            return "https://hub/my-lab/birds"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "HfApi", Client)
+        assert export.push_export(tmp_path, "hf-hub:my-lab/birds", private=True) == "https://hub/my-lab/birds"
+    assert [name for name, _ in asked] == ["client", "create", "upload"]
+    assert asked[1][1] == {"repository": "my-lab/birds", "private": True, "exist_ok": True}
+    assert (asked[2][1]["repo_id"], asked[2][1]["folder_path"]) == ("my-lab/birds", tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(TrainingError, match=r"hf-hub:my-lab/birds.*; log in with .*; the export is in "):
+        export.push_export(tmp_path, "hf-hub:my-lab/birds")
+    for name in ("birds", "hf-hub:birds", "hf-hub:a/b/c", "hf-hub:a/b c"):
+        with pytest.raises(TrainingError, match="write hf-hub:owner/name"):
+            export.push_export(tmp_path, name)

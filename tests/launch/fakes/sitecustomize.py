@@ -3,8 +3,8 @@
 On PYTHONPATH of the tests' subprocesses only: Python imports a module of this name at start-up. The fake cell keeps
 `run_cell`'s contract: rows last, attempts opened and closed, a lock per cell, resume from a checkpoint, bitwise rows.
 `<store>/fake.json` says how it should misbehave: {"steps": 5, "step_s": 0.01, "fail": [...], "die": [...]} where the
-lists hold parts of keys. {"boundary": {"root": 64, "slope": 0.1, "noise": 0.01}} gives finetunes errors whose ΔE falls by
-`slope` an octave through 0 at `root` upstream images.
+lists hold parts of keys; {"locks": false} is a file system without locks; {"boundary": {"root": 64, "slope": 0.1, "noise":
+0.01}} gives finetunes errors whose ΔE falls by `slope` an octave through 0 at `root` upstream images.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def behaviour(store) -> dict:
         "step_s": 0.01,
         "fail": [],
         "die": [],
+        "locks": True,
         **(json.loads(path.read_text()) if path.exists() else {}),
     }
 
@@ -50,7 +51,8 @@ def run_cell(store, key, *, data_dir, resources, stop, job=None, log=None):
     (store.cell_dir(key)).mkdir(parents=True, exist_ok=True)
     with (store.cell_dir(key) / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if behaviour(store)["locks"]:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return Outcome("busy", "another process runs this cell", None)
         row = store.read_row(key)
@@ -169,7 +171,7 @@ def modules() -> dict[str, types.ModuleType]:
     made = {}
     for name, functions in {
         "dbscale.training.run": {"run_cell": run_cell, "Outcome": Outcome},
-        "dbscale.shards.pack": {"ensure_packed": ensure_packed, "source_of": lambda name, spec, data_dir: None},
+        "dbscale.shards.pack": {"ensure_packed": ensure_packed, "check_entry": lambda name, spec, data_dir: None},
         "dbscale.report.findings": {"refresh": refresh},
         "dbscale.launch.smoke": {"smoke": lambda study, plan: 0},
         "dbscale.report.page": {"write_report": write_report},
