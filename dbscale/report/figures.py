@@ -106,6 +106,18 @@ def band(name: str, x: alt.X, y: str) -> Any:
     return part(name).encode(x=x, y=alt.Y("low:Q", title=y), y2="high:Q")
 
 
+def hunt_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
+    """The path of a hunt: octaves of interval and of wrong advice against device-hours, a panel a target."""
+    if not rows:
+        return None
+    x = alt.X("x:Q", title="device-hours")
+    y = alt.Y("y:Q", title="octaves", scale=alt.Scale(zero=True))
+    color = alt.Color("series:N", title=None)
+    chart = part("path").mark_line(point=True).encode(x, y, color=color, tooltip=["series:N", "x:Q", "y:Q"])
+    told = "Octaves of the boundary's interval and of wrong advice left, against device-hours"
+    return panelled("hunt", [("path", chart)], list(rows), 200, told)
+
+
 # The difference of two sides.
 
 

@@ -106,6 +106,10 @@ class Submission:
     """A job that the reducer waits for beside the arrays."""
     show: Callable[[str], object] | None = None
     """Takes each script instead of SLURM, and nothing is written: a dry run, in which ids of arrays read as 0."""
+    behind: frozenset[str] | None = None
+    """The cells that the job at the end waits for; None: all that wait or run."""
+    last: Callable[[SubmitRecord], str] | None = None
+    """Command line of the job at the end; None: the reducer's."""
     max_size: int | None = None
     """Elements one array may have; None asks the cluster."""
     job_of: dict[str, int] = field(default_factory=dict)
@@ -125,7 +129,8 @@ class Submission:
             yield self._submit(shape, part, after)
         # An older reducer that still waits would come too early.
         own = set() if self.after is None else {self.after}
-        yield self._submit(self.cluster.reducer_shape(), (), sorted({*self.job_of.values(), *own}))
+        waited = {job for key, job in self.job_of.items() if self.behind is None or key in self.behind}
+        yield self._submit(self.cluster.reducer_shape(), (), sorted({*waited, *own}))
         if self.show is None:
             slurm.cancel_jobs(self.queued.reducers)
 
@@ -156,6 +161,8 @@ class Submission:
         """What each rank runs, as the script writes it."""
         common = {"store": str(self.store.root.absolute()), "grid": self.grid, "uid": record.uid,
                   "data": str(self.data_dir.absolute())}  # fmt: skip
+        if record.kind == "reduce" and self.last is not None:
+            return self.last(record)
         if record.kind == "reduce":
             work: BaseModel = ReduceWork(**common, cluster=self.cluster, hand_ins=self.hand_ins)
             return python_command("dbscale.launch.slurm.reducer", work)
