@@ -198,7 +198,8 @@ def test_a_teacher_from_a_file_goes_through_submit(finished: Study, tmp_path: Pa
     weights = finished.store.cell_dir(keys["pretrain"]) / "model.safetensors"
     (data / "teacher.safetensors").write_bytes(weights.read_bytes())
     study = Study(tmp_path / "foreign", data, num_steps=60)
-    teacher = "{h2: {checkpoint: teacher.safetensors, model: {kind: deit, heads: 1, head_width: 16, depth: 2, patch_size: 8}}}"
+    model = "{kind: deit, heads: 1, head_width: 16, depth: 2, patch_size: 8}"
+    teacher = f"{{h2: {{checkpoint: teacher.safetensors, model: {model}}}}}"
     study.grid.write_text(study.grid.read_text().replace("teachers: {h2: h1}", f"teachers: {teacher}"))
     assert "not imported yet: teacher.safetensors" in study.run("plan")
     study.run("submit", "--no-report")
