@@ -267,7 +267,7 @@ def advise(arguments: argparse.Namespace) -> int:
         print(each, file=sys.stderr)
     found = ask(table, *point, dataset=arguments.dataset, wrong=wrong)
     if arguments.json:
-        print_json([{"sentence": each.sentence, **vars(each)} for each in found])
+        print_json(found)
         return 0
     print("\n\n".join(advice.text() for advice in found))
     for note in table.warnings:

@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def pack_missing(study: Study) -> Study:
     """The same study with every dataset packed and all weights imported; what stands is left alone."""
-    from dbscale.shards.pack import check_entry, ensure_packed
+    from dbscale.shards.pack import ensure_packed
+    from dbscale.shards.sources import check_entry
 
     for name in study.missing_datasets:  # all entries before the first is packed, which may take hours
         check_entry(name, study.grid.datasets[name], study.data_dir)

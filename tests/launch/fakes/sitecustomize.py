@@ -171,7 +171,7 @@ def modules() -> dict[str, types.ModuleType]:
     made = {}
     for name, functions in {
         "dbscale.training.run": {"run_cell": run_cell, "Outcome": Outcome},
-        "dbscale.shards.pack": {"ensure_packed": ensure_packed, "check_entry": lambda name, spec, data_dir: None},
+        "dbscale.shards.pack": {"ensure_packed": ensure_packed},
         "dbscale.report.findings": {"refresh": refresh},
         "dbscale.launch.smoke": {"smoke": lambda study, plan: 0},
         "dbscale.report.page": {"write_report": write_report},
