@@ -129,6 +129,14 @@ class Study:
                 found[name] = (manifest.fingerprint, manifest.split("train").num_samples)
         return found
 
+    @cached_property
+    def num_classes(self) -> dict[str, int]:
+        """Of each dataset in use; 0 for one that is not packed."""
+        from dbscale.data.manifest import load_manifest
+
+        packed = {name: load_manifest(self.dataset_dir(name)).num_classes for name in self.manifests}
+        return dict.fromkeys(self.used_datasets, 0) | packed
+
     def dataset_dir(self, name: str) -> Path:
         return self.data_dir / "shards" / name
 

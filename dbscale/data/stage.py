@@ -111,6 +111,10 @@ def hold(local: Path) -> None:
         return
     while True:
         make_folder(local)
+        if local.is_symlink() or local.stat().st_uid != os.geteuid():
+            raise DataError(
+                f"{local} is another user's, or a link: choose a staging folder of your own, such as $TMPDIR"
+            )
         descriptor = os.open(local / _USERS, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         # Another process may have removed the folder between opening and locking.

@@ -29,8 +29,8 @@ DATA = alt.NamedData(name="rows")
 """Rows stay out of Altair, which would copy them with every step of a declaration."""
 HIDDEN = alt.param(name="hidden", value=[])
 """Arms switched off. The page's script sets it when a legend is clicked: Vega-Lite binds no legend of panels."""
-ARMS = ("plain", "distilled", "teacher", "scratch")
-"""In the order of the theme's colours; no figure has more than three."""
+ARMS = ("plain", "distilled", "plain_matched", "self_distilled", "teacher", "scratch")
+"""In the order of the theme's colours."""
 PAPER_WIDTH = 210
 """Of a panel on paper, in pixels; a single panel is twice as wide."""
 ASIDE = 1.06
@@ -236,7 +236,8 @@ def upstream_figure(name: str, table: RunTable, setting: Setting) -> Figure | No
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in table.pretrained.where(variant=setting.variant, upstream_dataset=setting.upstream_dataset):
         for arm, error in ((run.arm, run.upstream_error_rate), ("teacher", run.teacher_error_rate)):
-            if error is not None:
+            # The teacher of the arm `self_distilled` is one more plain run of the student's size.
+            if error is not None and (arm, run.arm) != ("teacher", "self_distilled"):
                 key = (table.students.index(run.student), arm, run.upstream_samples, run.seed)
                 found[key] = _run_row(run.student, run, run.upstream_samples, error, arm)
     if not found:

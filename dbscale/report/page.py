@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dbscale import __version__
+from dbscale.errors import FileError
 from dbscale.files import atomic_open
 from dbscale.report import words
 from dbscale.report.figures import Figure, contrast_figures, export, grouped, slug, study_figures, themes
@@ -79,6 +80,8 @@ class Background:
     missing: tuple[Cell, ...] = ()
     """Cells without a result, with reason, log and points_lost by their absence."""
     specs: tuple[CellSpec, ...] = ()
+    notes: tuple[Note, ...] = ()
+    """Damaged files that the page does without."""
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -107,11 +110,24 @@ def of_grid(store: Store, plan: PlanRecord, table: RunTable) -> Background:
     """All that the store holds of a planned grid."""
     rows = {key: store.read_row(key) for key in plan.cells}
     cells = [_of_row(row) if row else {"key": key, "state": store.state(key)} for key, row in rows.items()]
-    specs = [store.read_spec(key) for key in plan.cells if (store.cell_dir(key) / "recipe.json").exists()]
+    specs, notes = _specs(store, plan)
     return Background(
         f"Planned {day(plan.created)}", tuple(sorted(cells, key=lambda cell: cell["state"] == "done")),
-        _cost(cells, plan.predicted_device_s), tuple(_lost_cells(table, store, plan)), tuple(specs),
+        _cost(cells, plan.predicted_device_s), tuple(_lost_cells(table, store, plan)), tuple(specs), tuple(notes),
     )  # fmt: skip
+
+
+def _specs(store: Store, plan: PlanRecord) -> tuple[list[CellSpec], list[Note]]:
+    """The recipes that can be read, and a note on each that cannot."""
+    specs, notes = [], []
+    for key in plan.cells:
+        if not (store.cell_dir(key) / "recipe.json").exists():
+            continue
+        try:
+            specs.append(store.read_spec(key))
+        except FileError as error:
+            notes.append(Note(code="table", text=str(error)))
+    return specs, notes
 
 
 def _of_row(row: Row) -> Cell:
@@ -188,7 +204,8 @@ def write_page(table: RunTable, findings: Findings, background: Background, fold
     laws, boundary = findings.laws, findings.boundary
     return _write(
         folder / "report.html", title=table.grid, question=table.question, contrasts=boundary.contrasts,
-        figures=study_figures(table, laws, boundary), notes=(*boundary.notes, *laws.notes), origin=background.origin,
+        figures=study_figures(table, laws, boundary),
+        notes=(*boundary.notes, *laws.notes, *background.notes), origin=background.origin,
         study={"laws": laws, "settings": table.settings, "table": table, "background": background},
     )  # fmt: skip
 

@@ -5,9 +5,12 @@ Reads plan.json, row.json and attempts; says which points are missing and why. C
 
 from __future__ import annotations
 
+import hashlib
+import io
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 
@@ -16,6 +19,9 @@ from dbscale.files import atomic_open, write_atomic
 from dbscale.report.table import COLUMNS, MissingPoint, Run, RunTable, checked, kind_of, to_csv
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
 from dbscale.study.store import Row, Store
+
+NOT_A_BITMAP = (OSError, LookupError, ValueError, TypeError, EOFError, BadZipFile, ZlibError, RuntimeError, MemoryError)
+"""What numpy and zipfile raise for a damaged archive."""
 
 
 def reduce_grid(store: Store, grid_name: str) -> RunTable:
@@ -97,15 +103,27 @@ def write_parquet(path: Path, table: RunTable) -> None:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
 
-def read_mistakes(path: Path) -> np.ndarray:
+def read_mistakes(path: Path, row: Row) -> np.ndarray:
     """Which test samples a cell got wrong, booleans over those that could be decoded, from its correct.npz.
 
-    Raises TableError where the file is damaged.
+    Raises TableError where the file is missing, damaged, or not the one that the cell's `row` describes.
     """
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            count = int(file["num_samples"])
-            correct, counted = (np.unpackbits(file[name], count=count).astype(bool) for name in ("correct", "counted"))
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
-        raise TableError(f"{path} cannot be read ({error}); remove the cell's folder to run it again") from error
+        data = path.read_bytes()
+        if row.correct_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise ValueError("it is not what the cell's row describes")
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            count, bits = int(file["num_samples"]), [file[name] for name in ("correct", "counted")]
+        # Or unpackbits would fill up with as many zeros as it is told.
+        if any(len(each) != -(-count // 8) for each in bits):
+            raise ValueError(f"it does not hold a bit for each of {count} samples")
+        correct, counted = (np.unpackbits(each, count=count).astype(bool) for each in bits)
+    except NOT_A_BITMAP as error:
+        raise TableError(
+            f"{path} cannot be used ({error}): the test set's own noise is estimated without it; remove {path.parent} to "
+            "run the cell again"
+        ) from error
+    if counted.sum() != row.num_test_samples:
+        raise TableError(f"{path} counts {counted.sum()} samples, the cell's row {row.num_test_samples}; remove "
+                         f"{path.parent} to run the cell again")  # fmt: skip
     return ~correct[counted]

@@ -16,7 +16,8 @@ from pydantic import Field
 from dbscale.strict import Strict
 from dbscale.study.recipe import RECIPE_VERSION, SEEDS, DeiT, Model, Recipe
 
-Arm = Literal["plain", "distilled", "scratch"]
+Arm = Literal["plain", "distilled", "plain_matched", "self_distilled", "scratch"]
+"""Which curve of a study a finetune belongs to; `study.grid` says what each trains upstream."""
 Key = Annotated[str, Field(pattern=r"^\w[\w-]*$", max_length=200)]
 """Name of a cell's folder: it can lead nowhere else."""
 
@@ -48,15 +49,6 @@ class Cell:
     def key(self) -> str:
         """Folder name in the store: a slug for people, the id for us."""
         return f"{slug(self.recipe)}-{self.id}"
-
-    @property
-    def arm(self) -> Arm:
-        """Which curve a finetune belongs to: that of the run it starts from."""
-        if self.recipe.stage == "distill":
-            return "distilled"
-        if self.init is not None:
-            return self.init.arm
-        return "scratch" if self.recipe.stage == "finetune" else "plain"
 
     def spec(self) -> CellSpec:
         return CellSpec(

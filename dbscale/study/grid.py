@@ -16,7 +16,22 @@ from pydantic import Field, model_validator
 from dbscale.errors import ConfigError, nearest
 from dbscale.strict import Strict, load_extended, override, set_path, validate
 from dbscale.study.cell import Arm, Cell
-from dbscale.study.recipe import SEEDS, Data, DeiT, Distill, Model, Positive, Recipe, Stage, Tier, Training, draw_seed
+from dbscale.study.cost import FORWARD_GFLOPS_224, has_known_flops, matched_steps
+from dbscale.study.recipe import (
+    SEEDS,
+    Budget,
+    Data,
+    DeiT,
+    Distill,
+    Model,
+    Positive,
+    Recipe,
+    Stage,
+    Tier,
+    TimmModel,
+    Training,
+    draw_seed,
+)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 """Becomes a folder name: letters, digits, dot, underscore and hyphen."""
@@ -57,7 +72,12 @@ class Grid(Strict):
     students: Annotated[tuple[Name, ...], Field(min_length=1)]
     teachers: dict[Name, Name] = {}
     """Student → teacher of the distilled arm; a student without one has a plain arm only."""
-    arms: tuple[Literal["plain", "distilled"], ...] = ("plain", "distilled")
+    arms: tuple[Literal["plain", "distilled", "plain_matched", "self_distilled"], ...] = ("plain", "distilled")
+    """What precedes the finetunes. plain: `pretrain` alone. distilled: guided by the teacher, pretrained on the same
+    images. plain_matched: plain, with the steps that training the teacher, asking it and `distill_training` would have
+    cost in operations (`cost.matched_steps`), and the schedule stretched over them. self_distilled: guided by a teacher
+    of the student's own size, pretrained on the same images from other initial weights, in another order. All but plain
+    are for students that have a teacher."""
     scratch: bool = False
     """Also finetune every student from random weights: the error without any upstream data."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
@@ -84,8 +104,22 @@ class Grid(Strict):
             values = getattr(self, axis)
             if len(set(values)) < len(values):
                 raise ValueError(f"{axis} repeats a value: {list(values)}")
-        if "distilled" in self.arms and (self.distill is None or not self.teachers):
-            raise ValueError("the distilled arm needs `distill:` settings and `teachers:`, or leave it out of `arms:`")
+        guided = [arm for arm in self.arms if arm != "plain"]
+        if guided and (self.distill is None or not self.teachers):
+            raise ValueError(
+                f"the {guided[0]} arm needs `distill:` settings and `teachers:`, or leave it out of `arms:`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _costs_to_match_are_known(self) -> Grid:
+        pairs = self.teachers.items() if "plain_matched" in self.arms else ()
+        for model in (self.models[name] for pair in pairs for name in pair):
+            if isinstance(model, TimmModel) and not has_known_flops(model):
+                raise ValueError(
+                    f"the plain_matched arm needs the operations of every student and teacher, and those of {model.name!r} "
+                    f"are not known; {nearest(model.name, list(FORWARD_GFLOPS_224))}, or leave it out of `arms:`"
+                )
         return self
 
     @model_validator(mode="after")
@@ -120,6 +154,7 @@ class Point:
 
     cell: Cell
     variant: str
+    arm: Arm
     student: str
     upstream_num_samples: int
     """0 for training from scratch."""
@@ -127,10 +162,6 @@ class Point:
     """The repetition, as the grid names it."""
     finetune: int
     """Draw of the labels, head and order: 0 to `finetunes` - 1."""
-
-    @property
-    def arm(self) -> Arm:
-        return self.cell.arm
 
 
 def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
@@ -178,10 +209,10 @@ def overlapping_draws(grid: Grid, available: Mapping[str, int]) -> list[str]:
 
 def expand(grid: Grid, fingerprints: Mapping[str, str]) -> tuple[Point, ...]:
     """Every finetune of the grid, equal cells merged; a dataset without fingerprint gives provisional ids."""
-    points: dict[tuple[str, str], Point] = {}
+    points: dict[tuple[str, Arm, str], Point] = {}
     for name, variant in variants_of(grid):
         for point in _Expansion(variant, name, fingerprints).points():
-            points[name, point.cell.key] = point
+            points[name, point.arm, point.cell.key] = point
     return tuple(points.values())
 
 
@@ -197,41 +228,55 @@ class _Expansion:
     def points(self) -> Iterator[Point]:
         sizes: tuple[int, ...] = ((0,) if self.grid.scratch else ()) + self.grid.upstream.num_samples
         for seed, size, student in itertools.product(self.grid.seeds, sizes, self.grid.students):
-            for init in self._upstream_cells(student, size, seed):
+            for arm, init in self._upstream_cells(student, size, seed):
                 for dataset, labels, draw in self._downstream():
                     # A draw of one size and seed is the same labels in both arms.
                     cell = self._cell(
                         "finetune", student, dataset, labels, seed, self.grid.finetune, init=init, draw=draw
                     )
-                    yield Point(cell, self.variant, student, size, seed, draw)
+                    yield Point(cell, self.variant, arm, student, size, seed, draw)
 
     def _downstream(self) -> Iterator[tuple[str, int, int]]:
         draws = range(self.grid.finetunes)
         return ((a.dataset, size, draw) for a in self.grid.downstream for size in a.num_samples for draw in draws)
 
-    def _upstream_cells(self, student: str, size: int, seed: int) -> Iterator[Cell | None]:
+    def _upstream_cells(self, student: str, size: int, seed: int) -> Iterator[tuple[Arm, Cell | None]]:
         if size == 0:
-            yield None
+            yield "scratch", None
             return
-        if "plain" in self.grid.arms:
-            yield self._pretrain(student, size, seed)
-        if "distilled" in self.grid.arms and student in self.grid.teachers:
-            yield self._distill(student, size, seed)
+        for arm in self.grid.arms:
+            if arm == "plain":
+                yield arm, self._pretrain(student, size, seed)
+            elif student in self.grid.teachers:
+                yield arm, self._guided(arm, student, size, seed)
 
-    def _pretrain(self, model: str, size: int, seed: int) -> Cell:
-        grid = self.grid
-        return self._cell("pretrain", model, grid.upstream.dataset, size, seed, grid.pretrain)
+    def _guided(self, arm: Arm, student: str, size: int, seed: int) -> Cell:
+        """The upstream run of an arm that has to do with a teacher."""
+        if arm == "self_distilled":
+            # With the student's own seed, the teacher would start from the same weights: the plain arm's very run.
+            teacher = self._pretrain(student, size, seed, init_seed=draw_seed(seed, 1))
+            return self._distill(student, size, seed, teacher)
+        distilled = self._distill(student, size, seed, self._pretrain(self.grid.teachers[student], size, seed))
+        if arm == "distilled":
+            return distilled
+        steps = matched_steps(self._pretrain(student, size, seed).recipe, distilled)
+        longer = self.grid.pretrain.model_copy(update={"budget": Budget(steps=steps)})
+        return self._cell("pretrain", student, self.grid.upstream.dataset, size, seed, longer)
 
-    def _distill(self, student: str, size: int, seed: int) -> Cell:
+    def _pretrain(self, model: str, size: int, seed: int, *, init_seed: int | None = None) -> Cell:
         grid = self.grid
-        teacher = self._pretrain(grid.teachers[student], size, seed)
+        return self._cell("pretrain", model, grid.upstream.dataset, size, seed, grid.pretrain, init_seed=init_seed)
+
+    def _distill(self, student: str, size: int, seed: int, teacher: Cell) -> Cell:
+        grid = self.grid
         training = grid.distill_training or grid.pretrain
         return self._cell("distill", student, grid.upstream.dataset, size, seed, training, teacher=teacher)
 
     def _cell(
         self, stage: Stage, model: str, dataset: str, size: int, seed: int, training: Training,
-        *, teacher: Cell | None = None, init: Cell | None = None, draw: int = 0,
+        *, teacher: Cell | None = None, init: Cell | None = None, draw: int = 0, init_seed: int | None = None,
     ) -> Cell:  # fmt: skip
+        """`init_seed` stands in for `seed` in all but the choice of images."""
         grid, seed = self.grid, draw_seed(seed, draw)
         # Another seed is another window of the same order, so that seeds also sample the choice of images.
         data = Data(
@@ -239,7 +284,8 @@ class _Expansion:
             tier=grid.tiers.get(dataset, grid.tier), block_size=grid.block_size,
         )  # fmt: skip
         recipe = Recipe(
-            stage=stage, model=grid.models[model], data=data, training=training, seed=seed, draw=draw or None,
+            stage=stage, model=grid.models[model], data=data, training=training, draw=draw or None,
+            seed=seed if init_seed is None else init_seed,
             distill=grid.distill if stage == "distill" else None,
         )  # fmt: skip
         cell = Cell(recipe, self.fingerprints.get(dataset), teacher=teacher, init=init)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dbscale.strict import Strict
 
@@ -146,6 +146,26 @@ class Distill(Strict):
     """What the teacher guides with. soft: T²·KL(teacher ‖ student) (Hinton et al., 1503.02531); hard: cross-entropy to
     its decision (DeiT's hard distillation, 2012.12877, eq. 3); mixed: half of each."""
     attention: Attention | None = None
+    head: Literal["class", "parallel"] | None = None
+    """Which classifier the teacher guides. class, or left out: the only one. parallel: a second one on the same features
+    (on its own token, where timm's model has a distillation token), which alone gets `alpha`'s term, while the first
+    learns the labels; predictions average both (DeiT, 2012.12877, section 4). The average of two linear heads is a linear
+    head, so what is exported is plain timm with one."""
+
+    @field_validator("head")
+    @classmethod
+    def _one_spelling(cls, head: str | None) -> str | None:
+        """`class` is what a recipe without the field says, and equal recipes have one id."""
+        return None if head == "class" else head
+
+    @model_validator(mode="after")
+    def _both_heads_learn(self) -> Distill:
+        if self.head == "parallel" and not 0 < self.alpha < 1:
+            raise ValueError(
+                f"head parallel with alpha {self.alpha:g}: one of both heads would learn nothing and spoil their "
+                "average; set alpha between 0 and 1, or head: class"
+            )
+        return self
 
 
 class Training(Strict):

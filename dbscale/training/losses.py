@@ -94,14 +94,26 @@ class _DistillObjective:
         if self.tap is None or self.settings.attention is None:
             with torch.no_grad():
                 teacher_logits_BC = self.teacher(images)
-            return self._on_logits(model(images), teacher_logits_BC, target)
+            return self._on_heads(model(images), teacher_logits_BC, target)
         teacher_logits_BC = self.tap.teacher_logits(images)
-        losses = self._on_logits(model(images), teacher_logits_BC, target)
+        losses = self._on_heads(model(images), teacher_logits_BC, target)
         maps = self.tap.take_kl()
         return losses._replace(loss=losses.loss + self.settings.attention.beta * maps, attention_kl=maps.detach())
 
-    def _on_logits(self, logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target) -> Losses:
+    def _on_heads(self, output: Tensor | tuple[Tensor, Tensor], teacher_logits_BC: Tensor, target: Target) -> Losses:
+        """`output` is the logits [b, C], or those of the head that learns labels and of the one that is guided."""
         alpha = self.settings.alpha
+        if isinstance(output, Tensor):
+            if self.settings.head == "parallel":
+                raise TrainingError("distill.head parallel: timm joins both heads of a frozen model; set scope: full")
+            return self._on_logits(output, teacher_logits_BC, target, alpha)
+        class_BC, guided_BC = output
+        labels = _plain(class_BC, target, self.smoothing)
+        guided = self._on_logits(guided_BC, teacher_logits_BC, target, 1.0)
+        return guided._replace(loss=(1 - alpha) * labels.loss + alpha * guided.loss, ce=labels.ce)
+
+    def _on_logits(self, logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target, alpha: float) -> Losses:
+        """(1 - alpha)·CE + alpha·guidance of one head."""
         if alpha == 0:
             return _plain(logits_BC, target, self.smoothing)
         if self.settings.target == "soft":
@@ -219,8 +231,9 @@ class CachedTeacher:
         if known is not None:
             return known.to(images.device)
         logits_BC = self.teacher(images)
+        content = safetensors.torch.save({"logits": logits_BC.detach().cpu().contiguous()})
         with atomic_open(path, "wb", durable=False) as file:
-            file.write(safetensors.torch.save({"logits": logits_BC.detach().cpu().contiguous()}))
+            file.write(_seal_of(path, content) + content)
         return logits_BC
 
 
@@ -249,9 +262,16 @@ def _digest_of(images: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _seal_of(path: Path, content: bytes) -> bytes:
+    """Checksum of an answer and its place: neither a changed byte nor another batch's answer is taken for it."""
+    return xxhash.xxh3_128(path.name.encode() + content).digest()
+
+
 def _read_logits(path: Path) -> Tensor | None:
     """None where there is no answer yet, or only a damaged one."""
     try:
-        return safetensors.torch.load(path.read_bytes())["logits"]
+        data = path.read_bytes()
+        seal, content = data[:16], data[16:]
+        return safetensors.torch.load(content)["logits"] if seal == _seal_of(path, content) else None
     except (OSError, SafetensorError, KeyError):
         return None

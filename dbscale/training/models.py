@@ -173,6 +173,51 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in names)
 
 
+class ParallelHead(nn.Linear):
+    """A classifier with a second one beside it, for training: the first learns labels, the second a teacher's answers."""
+
+    parallel: nn.Linear
+
+    def __init__(self, head: nn.Linear, seed: int) -> None:
+        super().__init__(head.in_features, head.out_features, device="meta")
+        self.weight, self.bias = head.weight, head.bias
+        self.parallel = nn.Linear(head.in_features, head.out_features, device="meta").to_empty(device="cpu")
+        # DeiT's initialisation of both of its heads; a stream of its own leaves the first as in the plain arm.
+        draws = torch.Generator().manual_seed(derive_seed(seed, "parallel head"))
+        nn.init.trunc_normal_(self.parallel.weight, std=0.02, generator=draws)
+        nn.init.zeros_(self.parallel.bias)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Features [b, D] -> both heads' logits [b, C], in training and evaluation alike."""
+        return super().forward(input), self.parallel(input)
+
+
+def add_parallel_head(model: nn.Module, seed: int) -> None:
+    """Let a timm model's forward give two heads' logits while it trains; its first head and all else stay as they are.
+
+    A model with a distillation token has its second head already. Raises TrainingError where the classifier is not one
+    linear layer with a bias.
+    """
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)  # type: ignore[operator]
+        return
+    prefix, *others = head_names(model)
+    head = model.get_submodule(prefix.removesuffix("."))
+    if others or type(head) is not nn.Linear or head.bias is None:
+        raise TrainingError(
+            f"distill.head parallel: the classifier of {type(model).__name__} is a {type(head).__name__}, not one linear "
+            "layer with a bias, so that two of them would not average to one; set distill.head: class"
+        )
+    model.set_submodule(prefix.removesuffix("."), ParallelHead(head, seed))
+
+
+def merge_parallel_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain timm weights: the average of two linear heads, (W₁x + b₁ + W₂x + b₂)/2, is one linear head."""
+    seconds = {name: name.replace(".parallel.", ".") for name in state if ".parallel." in name}
+    means = {first: (state[first].float() + state[second].float()) / 2 for second, first in seconds.items()}
+    return {name: value for name, value in state.items() if name not in seconds} | means
+
+
 def _takes_image_size(name: str) -> bool:
     """Whether this timm model is built for one image size (ViTs) or takes any (ResNets)."""
     with torch.device("meta"), warnings.catch_warnings():
@@ -202,6 +247,8 @@ def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
         if row is None:
             raise TrainingError(f"the parent {spec.init} has no row; train it first")
         load_backbone(student, verified_weights(store, row))
+    if recipe.distill is not None and recipe.distill.head == "parallel":
+        add_parallel_head(student, recipe.seed)
     if recipe.training.scope == "linear_probe":
         freeze_backbone(student)
     return student
@@ -229,7 +276,8 @@ def load_teacher(store: Store, spec: CellSpec, *, num_classes: int, device: torc
 
 
 def export_weights(path: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None) -> str | None:
-    """Gather the trained weights (their average, if one is kept) and write them as plain float32 timm weights.
+    """Gather the trained weights (their average, if one is kept) and write them as plain float32 timm weights, two
+    parallel heads as one.
 
     Returns the file's SHA-256 on the main rank, None on others.
     """
@@ -237,7 +285,7 @@ def export_weights(path: Path, accelerator: Accelerator, model: nn.Module, ema: 
     with ema.swapped_in() if ema is not None else contextlib.nullcontext():
         state: Any = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
-            digest = write_weights(path, state)  # inside: the state is views of what is swapped
+            digest = write_weights(path, merge_parallel_head(state))  # inside: the state is views of what is swapped
     accelerator.wait_for_everyone()
     return digest
 

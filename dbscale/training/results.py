@@ -35,7 +35,7 @@ from dbscale.training.models import WEIGHTS_NAME, export_weights, restore_model,
 from dbscale.training.prepare import Context, open_cell_dataset, set_precision
 from dbscale.training.probes import probe_upstream
 
-TRAINED_NAME = "trained.json"
+TRAINED_NAME, CORRECT_NAME = "trained.json", "correct.npz"
 EVAL_BATCH_PIXELS = 1 << 20
 """Pixels of an evaluation batch: 1,024 images of 32 px, 20 of 224 px, on a CPU; 16 times as many on a GPU."""
 NUM_CALIBRATION_BINS = 15
@@ -118,7 +118,7 @@ def evaluate_cell(spec: CellSpec, trained: Trained, context: Context) -> tuple[E
     )
     evaluation = evaluate(model, loader, len(test), accelerator)
     if accelerator.is_main_process:
-        write_correct(folder / "correct.npz", evaluation)
+        write_correct(folder / CORRECT_NAME, evaluation)
     return evaluation, time.perf_counter() - started
 
 
@@ -213,6 +213,7 @@ def make_row(
         num_test_samples=int(evaluation.counted_N.sum()),
         train_loss=trained.state.record.train_loss,
         weights_sha256=trained.weights_sha256,
+        correct_sha256=sha256_of(store.cell_dir(spec.key) / CORRECT_NAME),
         replaced_samples=len(trained.state.bad_ids),
         upstream=_upstream(spec, context),
         teacher=spec.teacher,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -258,7 +259,11 @@ def advise(arguments: argparse.Namespace) -> int:
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     table = runs_of(arguments)
-    wrong = None if arguments.table is not None else load_mistakes(store_of(arguments), {run.key for run in table})
+    wrong, damaged = (
+        ({}, ()) if arguments.table is not None else load_mistakes(store_of(arguments), {run.key for run in table})
+    )
+    for each in damaged:
+        print(each, file=sys.stderr)
     print("\n\n".join(advice.text() for advice in ask(table, *point, dataset=arguments.dataset, wrong=wrong)))
     for note in table.warnings:
         print(f"  warning: {note}")
@@ -280,6 +285,7 @@ def allocate(arguments: argparse.Namespace) -> int:
     from dbscale.laws import Prices
     from dbscale.laws import allocate as split
     from dbscale.report.law_findings import AXIS_NAMES, Options, arm_laws
+    from dbscale.report.table import MAIN_ARMS
 
     prices, table = Prices(**price_options(arguments.price)), runs_of(arguments)
     laws = arm_laws(table, Options(), metrics=("error_rate",))
@@ -287,7 +293,7 @@ def allocate(arguments: argparse.Namespace) -> int:
     if not settings:
         raise ConfigError(f"no runs on {arguments.dataset!r}; {nearest(arguments.dataset, table.values('dataset'))}")
     for setting in settings:
-        arms = {arm: law for arm in table.arms if (law := laws.of(setting, "error_rate", arm)) is not None}
+        arms = {arm: law for arm in MAIN_ARMS if (law := laws.of(setting, "error_rate", arm)) is not None}
         if not arms:
             raise ConfigError(f"{setting.label(table)}: no arm has a law; `dbscale report` says why")
         first = laws.runs(setting, "error_rate", next(iter(arms))).runs[0]

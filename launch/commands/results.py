@@ -89,7 +89,7 @@ def table_folder(arguments: argparse.Namespace) -> Path:
 
 def export(arguments: argparse.Namespace) -> int:
     if arguments.cell is not None:
-        return export_model(store_of(arguments), arguments.cell, arguments.out)
+        return export_model(store_of(arguments), arguments.cell, arguments.out, arguments.data)
     from dbscale.report.page import export_figures, export_table_figures
 
     if arguments.table is not None:
@@ -102,12 +102,12 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def export_model(store: Store, name: str, out: Path | None) -> int:
+def export_model(store: Store, name: str, out: Path | None, data_dir: Path) -> int:
     """A finished cell's weights with timm's config, recipe, row and model card."""
     key = find_cell(store, name)
     from dbscale.training.export import export_cell
 
-    print(export_cell(store, key, out or store.root / "exports" / key))
+    print(export_cell(store, key, out or store.root / "exports" / key, data_dir))
     return 0
 
 

@@ -83,6 +83,46 @@ def test_the_main_verdict_is_that_of_the_pooled_differences(found: Findings):
     assert found.boundary.answers[0].startswith("On digits: distillation gives the lower error up to about 2,")
 
 
+def with_controls(gain_at_equal_cost: float, gain_of_equal_size: float) -> RunTable:
+    """The study above, its plain arm also at equal cost, and with a teacher of equal size; both gains alike at all D_p."""
+    table = study(labels=(100, 1000))
+    more = [
+        replace(each, arm=arm, error_rate=each.error_rate - gain - JITTER[each.seed], key=f"{arm}-{each.key}")
+        for each in table.where(arm="plain")
+        for arm, gain in (("plain_matched", gain_at_equal_cost), ("self_distilled", gain_of_equal_size))
+    ]
+    runs = [replace(each, upstream_error_rate=each.error_rate) for each in (*table.runs, *more)]
+    return replace(table, runs=tuple(runs))
+
+
+def test_controls_are_judged_pooled_after_the_main_arms():
+    findings = find(with_controls(0.02, 0.05), options=FAST)
+    seen = [(each.a, each.b, each.metric, each.student) for each in findings.boundary.contrasts]
+    own = [("plain", "distilled", "error_rate", student) for student in (None, "h2", "h2")]
+    assert seen[:4] == [*own, ("plain", "distilled", "upstream_error_rate", None)]
+    assert seen[4:] == [
+        (a, b, metric, None)
+        for a, b in (("plain_matched", "distilled"), ("plain", "self_distilled"))
+        for metric in ("error_rate", "upstream_error_rate")
+    ]
+    matched, by_self = (verdict_of(findings, number) for number in (4, 6))
+    # Pooled ΔE of the main arms is .09, .06, −.06, −.09; at equal cost the plain arm takes .02 off.
+    assert [point.delta for point in matched.points] == pytest.approx([0.07, 0.04, -0.08, -0.11])
+    assert [point.delta for point in by_self.points] == pytest.approx([0.05] * 4)
+    assert (matched.kind, by_self.kind, by_self.better) == ("crossing", "one_sign", "b")
+    told = {each.partition(":")[0]: each for each in findings.boundary.answers}
+    assert "plain pretraining at equal cost does" in told[
+        "On digits (plain pretraining at equal cost against distillation)"]  # fmt: skip
+    assert "distillation from a teacher of equal size gives the lower error" in told[
+        "On digits (plain pretraining against distillation from a teacher of equal size)"]  # fmt: skip
+    assert {law.arm for law in findings.laws.laws} == {"plain", "distilled", "plain_matched", "self_distilled"}
+
+
+def test_controls_leave_the_main_verdict_alone(found: Findings):
+    main = verdict_of(find(with_controls(0.02, 0.05), options=FAST))
+    assert main == verdict_of(found), "it is no part of the family"
+
+
 def test_arms_the_other_way_round_turn_the_verdict_round():
     verdict = verdict_of(find(study(sign=-1.0), options=FAST))
     assert [point.delta for point in verdict.points] == pytest.approx([-0.06, -0.04, 0.04, 0.06])

@@ -15,7 +15,7 @@ from timm.utils.metrics import accuracy
 
 from dbscale.data import make_eval_loader, make_transform, open_dataset
 from dbscale.study.cost import num_params
-from dbscale.study.recipe import Budget, TimmModel
+from dbscale.study.recipe import Budget, Distill, TimmModel
 from dbscale.training.models import restore_model, timm_arguments
 from dbscale.training.results import evaluate
 
@@ -66,6 +66,51 @@ def test_export_loads_with_timm_alone(bench, tmp_path):
     card = (folder / "README.md").read_text()
     assert row.weights_sha256 in card and parent.key in card
     assert json.loads((folder / "recipe.json").read_text())["key"] == cell.key
+
+
+def test_an_export_names_its_classes(bench, tmp_path):
+    from dbscale.data import load_manifest
+    from dbscale.training.export import export_cell
+
+    cell = bench.cell()
+    bench.run(cell)
+    names = list(load_manifest(bench.data_dir / "shards" / "up").classes)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "shards").mkdir(parents=True)
+    (elsewhere / "shards" / "up").symlink_to(bench.data_dir / "shards" / "down")
+    for data_dir, found in ((bench.data_dir, names), (None, None), (tmp_path, None), (elsewhere, None)):
+        folder = export_cell(bench.store, cell.key, tmp_path / "export", data_dir)
+        assert json.loads((folder / "config.json").read_text()).get("label_names") == found
+        said = "by label in `label_names`" if found else "not known here: export again with --data"
+        assert f"- names of the classes: {said}" in (folder / "README.md").read_text()
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == len(names) == 6
+
+
+def test_two_heads_are_written_as_their_average(bench, monkeypatch):
+    from dbscale.training import run
+
+    trained, original = {}, run.finish_training
+
+    def noting(finished, *rest):
+        trained.update({name: value.clone() for name, value in finished.student.state_dict().items()})
+        return original(finished, *rest)
+
+    monkeypatch.setattr(run, "finish_training", noting)
+    teacher = bench.cell(seed=1)
+    bench.run(teacher)
+    trained.clear()
+    cell = bench.cell("distill", teacher=teacher, distill=Distill(head="parallel"))
+    row = bench.run(cell).row
+    assert not torch.equal(trained["head.weight"], trained["head.parallel.weight"])
+    name, arguments = timm_arguments(cell.recipe.model, num_classes=6, image_size=16)
+    path = bench.store.cell_dir(cell.key) / "model.safetensors"
+    model = timm.create_model(name, **arguments, checkpoint_path=str(path))
+    for part in ("weight", "bias"):
+        mean = (trained[f"head.{part}"] + trained[f"head.parallel.{part}"]) / 2
+        torch.testing.assert_close(model.state_dict()[f"head.{part}"], mean)
+    assert row.num_params == sum(each.numel() for each in model.parameters()), "what is used counts, not what trained"
+    child = bench.run(bench.cell("finetune", init=cell))
+    assert child.status == "done", child.reason
 
 
 def test_export_command_writes_what_timm_loads(bench, tmp_path, capsys):

@@ -230,7 +230,7 @@ def test_tiers_read_what_is_packed_and_batches_can_be_cut(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", sorted(GRIDS.keys() - {"vit_giant"}))  # 304M parameters: planned and dry-run elsewhere
 def test_a_toy_run_of_the_whole_grid(name, tmp_path):
     grid = toy(GRIDS[name], tmp_path)
     for dataset in datasets_in_use(grid):

@@ -164,6 +164,7 @@ def modules() -> dict[str, types.ModuleType]:
         "dbscale.training.run": {"run_cell": run_cell, "Outcome": Outcome},
         "dbscale.shards.pack": {"ensure_packed": ensure_packed, "source_of": lambda name, spec, data_dir: None},
         "dbscale.report.findings": {"refresh": refresh},
+        "dbscale.launch.smoke": {"smoke": lambda study, plan: 0},
         "dbscale.report.page": {"write_report": write_report},
     }.items():
         made[name] = types.ModuleType(name)
