@@ -13,8 +13,8 @@ import pytest
 
 from dbscale.laws import make_pairs
 from dbscale.report import schema
-from dbscale.report.findings import Options, contrast, find
-from dbscale.report.page import compare_page, export_table_figures, of_grid, of_table, write_page, write_table_report
+from dbscale.report.findings import Options, contrast, find, refresh_table
+from dbscale.report.page import compare_page, export_figures, of_grid, of_table, write_page, write_table_report
 from dbscale.report.reduce import collect, load_plan
 from dbscale.report.schema import BoundaryFile
 from dbscale.report.table import RunTable, read_table, to_csv
@@ -118,7 +118,7 @@ def test_a_table_alone_is_enough(tmp_path: Path):
     assert "16 of 16 measured points finished" in text and "2 seeds behind the main verdict" in text
     assert "device time of" not in text and "The table does not say what its 16 runs cost." in text
     assert (tmp_path / "out" / "boundary.json").exists() and (tmp_path / "out" / "laws.json").exists()
-    paths = export_table_figures(path, tmp_path / "out" / "figures")
+    paths = export_figures(*refresh_table(path, tmp_path / "out"), tmp_path / "out" / "figures")
     assert {path.suffix for path in paths} == {".svg", ".pdf"} and all(path.stat().st_size > 1000 for path in paths)
 
 
