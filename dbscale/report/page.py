@@ -22,7 +22,7 @@ from dbscale import __version__
 from dbscale.errors import FileError
 from dbscale.files import atomic_open
 from dbscale.report import words
-from dbscale.report.figures import Figure, contrast_figures, export, grouped, hunt_figure, slug, study_figures, themes
+from dbscale.report.figures import Figure, export, grouped, hunt_figure, slug, study_figures, themes
 from dbscale.report.findings import Findings, refresh, refresh_table
 from dbscale.report.hunt import HuntStory, hunt_story
 from dbscale.report.reduce import load_plan
@@ -55,16 +55,9 @@ def write_table_report(path: Path, folder: Path, columns: Mapping[str, str] | No
     return write_page(table, findings, of_table(path, table), folder)
 
 
-def export_figures(store: Store, grid_name: str, folder: Path) -> list[Path]:
-    """Every figure of a grid's study as SVG and PDF; returns the paths."""
-    table, findings = refresh(store, grid_name)
-    return export(study_figures(table, findings.laws, findings.boundary).values(), folder)
-
-
-def export_table_figures(path: Path, folder: Path, columns: Mapping[str, str] | None = None) -> list[Path]:
-    """The same from a table alone."""
-    table, findings = refresh_table(path, folder, columns=columns)
-    return export(study_figures(table, findings.laws, findings.boundary).values(), folder)
+def export_figures(table: RunTable, findings: Findings, folder: Path) -> list[Path]:
+    """Every figure of a study as SVG and PDF; returns the paths."""
+    return export(study_figures(findings.boundary.contrasts, table, findings.laws).values(), folder)
 
 
 # Where the runs came from.
@@ -210,7 +203,7 @@ def write_page(
     path = hunt_figure(hunt.rows) if hunt else None
     return _write(
         folder / "report.html", title=table.grid, question=table.question, contrasts=boundary.contrasts,
-        figures=study_figures(table, laws, boundary) | ({path.name: path} if path else {}),
+        figures=study_figures(boundary.contrasts, table, laws) | ({path.name: path} if path else {}),
         notes=(*boundary.notes, *laws.notes, *background.notes), origin=background.origin,
         study={"laws": laws, "settings": table.settings, "table": table, "background": background, "hunt": hunt},
     )  # fmt: skip
@@ -221,7 +214,7 @@ def compare_page(record: ContrastRecord, folder: Path, *, notes: Sequence[str] =
     record = record.model_copy(update={"main": True})
     sides = " or ".join(words.side_of(record, side) for side in "ab")
     return _write(
-        folder / "compare.html", title=record.dataset, contrasts=(record,), figures=contrast_figures(record),
+        folder / "compare.html", title=record.dataset, contrasts=(record,), figures=study_figures([record]),
         question=f"Which gives the lower {words.metric_of(record.metric)}: {sides}?",
         notes=[Note(code="table", text=text) for text in notes], origin=f"Made from the table {record.dataset}", study={},
     )  # fmt: skip
