@@ -19,8 +19,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-slow test-slurm chaos shards plan grid status cancel reduce report export clean \
-        bench bench-accuracy bench-data bench-dense bench-train bench-kernels bench-laws bench-verdicts bench-pages bench-launch replicate mutants
+.PHONY: help setup check fix docs test test-slow test-slurm chaos shards plan grid hunt status cancel reduce report export clean \
+        bench bench-accuracy bench-data bench-dense bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch replicate mutants
 
 help: ## List the targets
 	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "dbscale needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.11" >&2; exit 1; }
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV) (a few minutes, about 5 GB, once) ..."
+	@echo "Installing into $(VENV), once: about 5 GB, of which torch and its CUDA libraries are 4; a few minutes ..."
 	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -68,6 +68,9 @@ plan: $(STAMP) ## Show what is new, done, running and failed, and what it will c
 grid: $(STAMP) ## Run the grid, fit the laws, write the report; type it again to resume
 	@$(RUN) submit $(WHERE) --cluster "$$CLUSTER" $(ARGS)
 
+hunt: $(STAMP) ## Look for the boundary in waves, each run where it removes most doubt; type it again to resume
+	@$(RUN) hunt $(WHERE) --cluster "$$CLUSTER" $(ARGS)
+
 status: $(STAMP) ## How far it is, what failed and why
 	@$(RUN) status $(WHERE) $(ARGS)
 
@@ -89,13 +92,18 @@ bench-train: ## The loop beside a hand-written one
 bench-kernels: ## Distillation losses beside eager and torch.compile
 bench-laws: ## Fits of public tables, with time per fit
 bench-verdicts: ## Verdicts of simulated studies with real noise (ARGS="rows.parquet --worlds 600")
+bench-hunt: ## Hunts in simulated worlds beside fixed grids (ARGS="--worlds 600 --cache hunts.jsonl")
 bench-pages: ## The same through whole pages, with the demo's noise (hours; type it again to go on)
 bench-launch: ## Planning, submitting and reducing large grids
-bench-accuracy bench-data bench-dense bench-train bench-kernels bench-laws bench-verdicts bench-pages bench-launch: $(STAMP)
+bench-accuracy bench-data bench-dense bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch: $(STAMP)
 	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
 
 replicate: $(STAMP) ## Run the grid ten times with other seeds and compare the verdicts (hours; type it again to resume)
 	@$(VENV)/bin/python tests/bench/bench_replicate.py --grid "$$GRID" --store "$$STORE" --data "$$DATA" $(ARGS)
+
+docs: $(STAMP) ## Make the documentation as pages: docs/_build/html/index.html
+	@$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
+	@echo docs/_build/html/index.html
 
 mutants: $(STAMP) ## Plant faults in a wing and say which its fast tests let pass (WING=dbscale/laws ARGS="--count 250")
 	@$(VENV)/bin/python tests/bench/mutants.py $(or $(WING),dbscale/laws) $(ARGS)
@@ -104,5 +112,5 @@ export: $(STAMP) ## Draw the report's figures as SVG and PDF
 	@$(RUN) export $(WHERE) $(ARGS)
 
 clean: ## Remove caches; results (STORE), DATA and .venv stay
-	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist docs/_build .pytest_cache .ruff_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, JSON, and one lock: temp + fsync + rename, used by every wing.
+"""Files that are written whole or not at all, sealed JSON, and one lock: temp + fsync + rename, used by every wing.
 
-Two processes may write one file at once: each uses a temporary name of its own, and the last rename wins.
+Two processes may write one file at once: each uses a temporary name of its own, and the last rename wins. A sealed file
+ends in a checksum of what stands before it: a changed digit is still valid JSON, and nothing else would tell.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ import contextlib
 import errno
 import fcntl
 import functools
+import grp
+import hashlib
 import json
 import os
+import pwd
+import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +32,10 @@ from dbscale.errors import FileError
 
 Model = TypeVar("Model", bound=BaseModel)
 LOCK_NAME = ".driver.lock"
+SEAL = b',\n "seal": "'
 ZOMBIE = -1
+LATEST = 4e10
+"""Unix time that no honest clock shows: beyond it, a time cannot be printed."""
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -63,10 +72,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents. Raises FileError where that is not possible."""
+def make_folder(path: Path, *, private: bool = False) -> None:
+    """Create a folder and its parents; `private`: a new one that only its owner can enter, for scripts and their like.
+
+    Raises FileError where that is not possible.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(0o700 if private else 0o777, parents=True, exist_ok=not private)
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -87,6 +99,27 @@ def cannot_write(path: Path, error: OSError) -> FileError:
     )
 
 
+def others_who_write(folder: Path) -> str | None:
+    """Who besides its owner can write to a folder, said; None for nobody, and where there is no such folder."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    if status.st_mode & stat.S_IWOTH:
+        return "everybody on this machine"
+    if not status.st_mode & stat.S_IWGRP:
+        return None
+    try:
+        owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return f"group {status.st_gid}"
+    # Where every user has a group of his own, that group means nobody else.
+    is_private = (
+        group.gr_gid == owner.pw_gid and group.gr_name == owner.pw_name and not set(group.gr_mem) - {owner.pw_name}
+    )
+    return None if is_private else f"the group {group.gr_name}"
+
+
 @functools.cache
 def hostname() -> str:
     return socket.gethostname()
@@ -101,32 +134,66 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The value in a JSON file. Raises FileError where it is damaged, OSError where it cannot be read."""
+def sealed(text: str) -> str:
+    """A JSON object as indented text, with a checksum of its own bytes as a last key, `seal`."""
+    body = text.rstrip().removesuffix("}").rstrip().encode()
+    return f'{(body + SEAL).decode()}{_digest(body)}"\n}}\n'
+
+
+def unsealed(data: bytes, path: str | Path) -> tuple[bytes, bool]:
+    """The JSON in front of a seal, and whether there was one. Raises FileError where it does not fit.
+
+    Files that a hand or an earlier release wrote have none.
+    """
+    body, mark, rest = data.rpartition(SEAL)
+    if (
+        not mark and re.search(rb'"seal"\s*:\s*"[^"]*"\s*}\s*$', data[-200:]) is None
+    ):  # not one that an editor reformatted
+        return data, False
+    if rest != f'{_digest(body)}"\n}}\n'.encode():
+        raise FileError(f"{path} is damaged (it does not match its own checksum)")
+    return body + b"\n}\n", True
+
+
+def _digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:32]
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, its seal checked and left out. Raises FileError where it is damaged, OSError where it
+    cannot be read."""
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return json.loads(unsealed(path.read_bytes(), path)[0])
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
         raise FileError(f"{path} is not valid JSON ({error}); restore it, or remove it and run again") from None
 
 
-def write_json(path: Path, value: Mapping[str, Any] | list[Any], *, durable: bool = True) -> None:
-    """Atomic: a reader sees the old file or the new one, never half of either."""
+def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = True, seal: bool = False) -> None:
+    """Atomic: a reader sees the old file or the new one, never half of either. `seal`: as `sealed`."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     with atomic_open(path, "w", durable=durable) as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
+        file.write(sealed(text) if seal else text)
 
 
 def write_model(path: Path, model: BaseModel, *, durable: bool = True) -> None:
-    """As `write_json`, for configs that are large or many: pydantic writes JSON many times faster."""
+    """As `write_json`, sealed, for configs that are large or many: pydantic writes JSON many times faster."""
     with atomic_open(path, "w", durable=durable) as file:
-        file.write(model.model_dump_json(indent=1) + "\n")
+        file.write(model_text(model))
+
+
+def model_text(model: BaseModel) -> str:
+    """What `write_model` writes."""
+    return sealed(model.model_dump_json(indent=1))
 
 
 def read_model(kind: type[Model], path: str | Path) -> Model:
-    """The `kind` in a JSON file. Raises FileNotFoundError, or FileError saying what is wrong with the file."""
+    """The `kind` in a JSON file, its seal checked. Raises FileNotFoundError, or FileError saying what is wrong with it."""
     try:
         with open(path, "rb") as file:
-            return kind.model_validate_json(file.read())
+            data, _ = unsealed(file.read(), path)
+        return kind.model_validate_json(data)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -157,10 +224,10 @@ class ProcessMark:
     @property
     def alive(self) -> bool | None:
         """Whether the process runs; None where this machine cannot tell: another host, another boot or container."""
-        if self.host != hostname() or self.boot not in (None, _boot()):
-            return None
-        if self.pid <= 0:  # means process groups to the kernel
+        if self.host == hostname() and self.pid <= 0:  # means process groups to the kernel
             return False
+        if self.host != hostname() or self.boot != _boot():
+            return None
         try:
             os.kill(self.pid, 0)
         except PermissionError:
@@ -168,7 +235,7 @@ class ProcessMark:
         except (ProcessLookupError, OverflowError):
             return False
         tick = _start_tick(self.pid)
-        return tick != ZOMBIE and (tick is None or self.start is None or tick == self.start)
+        return tick in (None, self.start)
 
 
 @functools.cache
@@ -237,17 +304,21 @@ def holder(store_root: Path) -> Holder | None:
     try:
         with _open_lock(store_root / LOCK_NAME, os.O_RDONLY) as file:
             found = json.loads(file.read())
-        known = Holder(ProcessMark(**found["process"]), found["command"], found["grid"], float(found["started"]))
-        return known if isinstance(known.process.pid, int) and known.process.pid > 1 else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # FileError among them
+        known = Holder(
+            ProcessMark(**found["process"]), str(found["command"]), str(found["grid"]), float(found["started"])
+        )
+        is_sound = isinstance(known.process.pid, int) and known.process.pid > 1 and 0 <= known.started <= LATEST
+        return known if is_sound else None
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # FileError among them
         return None
 
 
 def is_held(store_root: Path) -> bool:
     """Whether a live driver holds the store at this moment."""
     try:
-        with _open_lock(store_root / LOCK_NAME, os.O_RDWR) as file:
-            return not _acquire(file)
+        # Reading suffices for a shared lock, so another user's driver is seen as well.
+        with _open_lock(store_root / LOCK_NAME, os.O_RDONLY) as file:
+            return not _acquire(file, fcntl.LOCK_SH)
     except (OSError, FileError):  # no such file, most often
         return False
 
@@ -267,9 +338,9 @@ def _open_lock(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> IO[str]:
     return os.fdopen(descriptor, "r+" if flags & os.O_RDWR else "r")
 
 
-def _acquire(file: IO[str]) -> bool:
+def _acquire(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

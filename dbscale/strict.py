@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,10 @@ class Strict(BaseModel):
 
 
 Config = TypeVar("Config", bound=Strict)
+MOST_VALUES, DEEPEST = 100_000, 60
+"""Of one YAML file."""
+LONGEST = 300
+"""Characters of a found value that a message repeats."""
 
 
 def validate(model: type[Config], data: Mapping[str, Any], *, where: str) -> Config:
@@ -51,7 +55,7 @@ def _explain(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, An
         return f"missing key {path!r}"
     if detail["type"] == "value_error":
         return ": ".join(filter(None, (path, detail["msg"].removeprefix("Value error, "))))
-    return f"{path}: {detail['msg'].lower()}, found {detail['input']!r}"
+    return f"{path}: {detail['msg'].lower()}, found {_shortened(repr(detail['input']))}"
 
 
 def _written_path(loc: tuple[int | str, ...], data: Any) -> list[str]:
@@ -96,6 +100,10 @@ class _Loader(yaml.SafeLoader):
         seen: dict[Any, yaml.Mark] = {}
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise ConfigError(
+                    f"line {key_node.start_mark.line + 1}: a list or mapping cannot be a key; write a name"
+                )
             if key in seen:
                 raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice, first on line "
                                   f"{seen[key].line + 1}; remove one")  # fmt: skip
@@ -156,11 +164,32 @@ def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def parse_yaml(text: str, *, where: str) -> Any:
     """Plain data from YAML text; errors begin with `where`."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
+        _refuse_bomb(value)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {_shortened(' '.join(str(error).split()))}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid YAML: brackets or levels nested more than {DEEPEST} deep") from None
+    return value
+
+
+def _refuse_bomb(value: Any) -> None:
+    """A few lines of aliases can stand for more values than fit in memory, or for themselves."""
+    todo, count = [(value, 1)], 0
+    while todo:
+        each, depth = todo.pop()
+        count += 1
+        if depth > DEEPEST or count > MOST_VALUES:
+            raise ConfigError(f"it stands for more than {MOST_VALUES:,} values, or {DEEPEST} levels; a config needs far "
+                              "fewer: look at its aliases (*name)")  # fmt: skip
+        below = each.values() if isinstance(each, dict) else each if isinstance(each, list | tuple | set) else ()
+        todo += [(part, depth + 1) for part in below]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -7,21 +7,31 @@ by a signal with everything saved.  Start-up stays below a second: no torch, sci
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from dbscale import __version__, plugins
 from dbscale.launch import status
-from dbscale.launch.commands import cells, laws, plan, results, shards, submit
+from dbscale.launch.commands import cells, hunt, laws, plan, results, shards, submit, work
 
 OUR_PACKAGES = ("dbscale", "shards", "launch")
+EXTRAS = {
+    "train": {"accelerate", "deepspeed", "PIL", "safetensors", "simplejpeg", "sklearn", "submitit", "timm", "torch"},
+    "tables": {"altair", "jinja2", "pyarrow", "vl_convert"},
+}
+"""Packages that not everybody needs, by the extra of the distribution that brings them."""
 DESCRIPTION = "Run a grid of training cells, fit its scaling laws and find the distillation boundary."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = make_parser().parse_args(argv)
+    log_to_stderr(arguments.verbose)
     try:
+        plugins.load(arguments.plugin)
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print("dbscale: stopped", file=sys.stderr)
@@ -29,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dbscale status | head`
         sys.stderr.close()
         return 0
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, names in EXTRAS.items() if str(error.name).partition(".")[0] in names), None)
+        if extra is None:
+            raise
+        print(f"dbscale: this command needs {error.name}: pip install 'dbscale[{extra}]'", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         if not is_users(error):
             raise
@@ -36,6 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"dbscale: {error}", file=sys.stderr)
         return 1
+
+
+def log_to_stderr(verbose: int) -> None:
+    """What libraries and dbscale's own rooms log: warnings, with -v what they do, with -vv everything."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("dbscale").setLevel(level)
+
+
+class _PrintCompletion(argparse.Action):
+    """Print a shell's completion and exit, as `--help` does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _namespace: object, values: Any, _option: object = None
+    ) -> None:
+        import shtab
+
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 def is_users(error: Exception) -> bool:
@@ -48,6 +83,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dbscale", description=DESCRIPTION, epilog="`dbscale COMMAND --help` says more."
     )
+    parser.add_argument("--version", action="version", version=f"dbscale {__version__}")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log what is done; -vv logs everything")
+    parser.add_argument("--completion", action=_PrintCompletion, choices=("bash", "zsh", "tcsh"), metavar="SHELL",
+                        help="print completion for bash, zsh or tcsh: eval \"$(dbscale --completion bash)\"")  # fmt: skip
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE|FILE.py",
+                        help="import parts of your own first, as `plugins:` of a grid does; repeatable")  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of user errors")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -56,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    for family in (shards, plan, submit, status, cells, results, laws):
+    for family in (shards, plan, submit, hunt, work, status, cells, results, laws):
         family.add_commands(add)
     return parser
 

@@ -7,31 +7,35 @@ starting tasks is the business of `dbscale.launch.local` and `dbscale.launch.slu
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import psutil
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dbscale.errors import ConfigError, nearest
+from dbscale.launch import sbatch_options
 from dbscale.strict import Strict, load_yaml, override, validate
 from dbscale.study.cell import Cell
 from dbscale.study.cost import DEVICES, STAGES, CostModel
 from dbscale.study.plan import Plan
 from dbscale.study.recipe import Stage
-from dbscale.study.resources import Resources
+from dbscale.study.resources import Resources, visible_gpus
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MEMORY_PER_WORKER_BYTES = 1.5e9
 """A process with torch, a small model and its data, on CPU."""
 WEIGHT: Mapping[Stage, int] = {"finetune": 0, "pretrain": 1, "distill": 2}
 """The heaviest stage in a bundle gives the job its resources."""
-REDUCER = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 2, "memory_gb": 8.0, "time_limit_min": 60}
+REDUCER: Mapping[str, Any] = {"nodes": 1, "gpus_per_node": 0, "gres": None, "cpus_per_task": 2, "time_limit_min": 60}
+REDUCER_MEMORY_GB = 8.0
 
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:&|*@%+\[\]()=-]*$", max_length=256)]
 """A name as SLURM writes them; no spaces, quotes, `$`, `;`, newlines."""
+GPU_TYPES = re.compile(r"[A-Za-z0-9_.-]+:[1-9][0-9]*(,[A-Za-z0-9_.-]+:[1-9][0-9]*)*")
 ShellLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
 """One line of shell, run as it stands in the job's own shell: the one place where a config is code."""
 
@@ -46,20 +50,78 @@ class Slurm(Strict):
     reservation: SlurmWord | None = None
     exclude: SlurmWord | None = None
     """Nodes never to use."""
+    licenses: SlurmWord | None = None
     nodes: int = Field(default=1, gt=0)
-    gpus_per_node: int = Field(default=0, ge=0)
+    gpus_per_node: int | str = 0
+    """A number, or types with numbers: `a100:2`."""
+    gres: SlurmWord | None = None
+    """Generic resources of a node. GPUs among them (`gpu:a100:2`) are asked for in this way alone."""
     cpus_per_task: int = Field(default=1, gt=0)
     memory_gb: float | None = Field(default=None, gt=0)
-    """Per node; None leaves the partition's default."""
+    """Per node; None, here and below, leaves the partition's default."""
+    memory_per_cpu_gb: float | None = Field(default=None, gt=0)
+    """For clusters that only take memory by the CPU."""
     time_limit_min: int = Field(default=240, gt=0)
     signal_delay_s: int = Field(default=120, gt=0)
     """SIGUSR2 comes this long before the time limit: enough to write a checkpoint."""
     array_parallelism: int = Field(default=64, gt=0)
     """Elements of one array that run at once."""
+    array: bool | int = True
+    """False where job arrays are forbidden: each bundle is a job of its own. A number: the most elements of one array."""
+    sbatch: dict[str, Any] = {}
+    """Further options of sbatch by their long names, e.g. `mail-type: END`; true passes one without a value."""
     setup: tuple[ShellLine, ...] = ()
     """Shell lines before the job's command, e.g. `module load cuda`."""
     staging: str | None = None
     """Folder on the node's own disk that shards are copied to before training; None reads them where they are."""
+
+    @field_validator("gpus_per_node", mode="before")
+    @classmethod
+    def _gpus(cls, value: object) -> object:
+        if (isinstance(value, str) and GPU_TYPES.fullmatch(value)) or (type(value) is int and value >= 0):
+            return value
+        raise ValueError(f"takes a number of GPUs, or types with numbers such as 'a100:2', found {value!r}")
+
+    @field_validator("array", mode="before")
+    @classmethod
+    def _array(cls, value: object) -> object:
+        if isinstance(value, bool) or (type(value) is int and value > 0):
+            return value
+        raise ValueError(f"takes true, false (no job arrays) or the most elements of one array, found {value!r}")
+
+    @field_validator("sbatch")
+    @classmethod
+    def _options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, each in value.items():
+            sbatch_options.check_value(name, each)
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Slurm:
+        memory = [name for name in ("memory_gb", "memory_per_cpu_gb") if getattr(self, name) is not None]
+        memory += ["sbatch.mem-per-gpu"] if "mem-per-gpu" in self.sbatch else []
+        if len(memory) > 1:
+            raise ValueError(f"{' and '.join(memory)} exclude each other in SLURM; set all but one of them to null")
+        if self.gres_gpus and count_gpus(self.gpus_per_node) not in (0, self.gres_gpus):
+            raise ValueError(f"gres {self.gres!r} asks for {self.gres_gpus} GPUs a node and gpus_per_node for "
+                             f"{self.gpus_per_node}; set gpus_per_node to {self.gres_gpus} or 0")  # fmt: skip
+        return self
+
+    @property
+    def gres_gpus(self) -> int:
+        """GPUs of a node that `gres` asks for."""
+        parts = [part.split(":") for part in (self.gres or "").split(",")]
+        return sum(int(part[-1]) if part[-1].isdigit() else 1 for part in parts if part[0] == "gpu")
+
+    @property
+    def array_limit(self) -> int | None:
+        """The most elements of one array; None leaves it to SLURM's configuration."""
+        return None if self.array is True else int(self.array) or 1
+
+
+def count_gpus(wanted: int | str) -> int:
+    """The number in `2`, `a100:2` or `a100:1,v100:1`."""
+    return wanted if isinstance(wanted, int) else sum(int(part.rpartition(":")[2]) for part in wanted.split(","))
 
 
 class StageOverride(Strict):
@@ -109,8 +171,12 @@ class Cluster(Strict):
         return Shape(resources=resources, slurm=slurm)
 
     def reducer_shape(self) -> Shape:
-        """One task, no GPU unless the config says so."""
-        slurm = _updated(self.slurm or Slurm(), {**REDUCER, **self.reducer}, "reducer")
+        """One task, no GPU unless the config says so; memory in the words that the cluster takes."""
+        base, memory = self.slurm or Slurm(), {"memory_gb": REDUCER_MEMORY_GB, "memory_per_cpu_gb": None}
+        if "memory_per_cpu_gb" in self.reducer or (base.memory_per_cpu_gb and "memory_gb" not in self.reducer):
+            memory = {"memory_gb": None, "memory_per_cpu_gb": REDUCER_MEMORY_GB / REDUCER["cpus_per_task"]}
+        free = {name: value for name, value in base.sbatch.items() if "gpu" not in name}
+        slurm = _updated(base, {**REDUCER, **memory, "sbatch": free, **self.reducer}, "reducer")
         return Shape(resources=Resources(), slurm=slurm)
 
     def shape_key(self, stage: Stage) -> str:
@@ -204,15 +270,6 @@ def available_workers(resources: Resources) -> int:
     cores_per_bundle = resources.num_processes * (resources.threads or 1)
     by_memory = int(psutil.virtual_memory().available / (MEMORY_PER_WORKER_BYTES * resources.num_processes))
     return max(1, min(physical_cores() // cores_per_bundle, by_memory))
-
-
-def visible_gpus() -> tuple[int, ...]:
-    """Indices of the NVIDIA GPUs this process may use; CUDA_VISIBLE_DEVICES is honoured where it lists indices."""
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if asked is not None:
-        return tuple(int(part) for part in asked.split(",") if part.strip().isdigit())
-    folder = Path("/proc/driver/nvidia/gpus")
-    return tuple(range(len(list(folder.iterdir())))) if folder.is_dir() else ()
 
 
 def physical_cores() -> int:

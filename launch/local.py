@@ -1,8 +1,8 @@
 """Run a plan on this machine, at most `workers` bundles at once.
 
 Decides which bundle starts next and what is left of one whose process died, and shows how far everything is. The driver
-stays until all is done; if it dies, its workers notice, save and stop. `dbscale.launch.worker` holds what a bundle
-does, submitit starts its processes.
+stays until all is done; if it dies, its workers notice, save and stop. A worker hears what to do as JSON on its standard
+input: ids and paths, in no file that anybody else could write. `dbscale.launch.worker` holds what a bundle does.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import submitit
 from tqdm import tqdm
 
 from dbscale.files import ProcessMark
 from dbscale.launch import worker
-from dbscale.launch.cluster import Cluster, Task, visible_gpus
+from dbscale.launch.cluster import Cluster, Task
 from dbscale.launch.status import Running, describe, look_at
-from dbscale.launch.submitit_names import environment_variables
 from dbscale.launch.worker import SETTLED, Rank
+from dbscale.strict import Strict
+from dbscale.study.cell import Key
 from dbscale.study.cost import duration
-from dbscale.study.resources import Resources, StopRequest
+from dbscale.study.resources import Resources, StopRequest, visible_gpus
 from dbscale.study.store import CellState, Store
 
 TICK_S, REFRESH_S, LINE_INTERVAL_S = 0.25, 1.0, 30.0
 MAX_CELL_LINES = 8
-NEVER_MIN = 60 * 24 * 365
-"""submitit wants a time limit; a machine of one's own has none."""
+LINGER_S = 30.0
+"""Ranks that lost one of theirs wait in a collective, and have this long to notice."""
 
 
 def next_ready(waiting: Sequence[Task], running: Collection[Task]) -> Task | None:
@@ -58,30 +59,75 @@ def rest_after_crash(task: Task, states: Mapping[str, CellState], parents: Mappi
     return replace(task, keys=tuple(ordered), restarts=restarts) if ordered else None
 
 
-@dataclass(frozen=True)
-class LocalBundle:
-    """What submitit runs on this machine: ids and paths, never objects that know how to do things."""
+class LocalBundle(Strict):
+    """What a worker is told: ids and paths."""
 
-    keys: tuple[str, ...]
+    keys: tuple[Key, ...]
     store: str
     data: str
     resources: Resources
     driver: ProcessMark
-    port: int
-    """Rendezvous port of this job's ranks, chosen by the driver."""
+    log: str
+    """Where the worker's output goes."""
     staging: str | None = None
 
-    def __call__(self) -> None:
-        """Run the cells. The store then says what became of them."""
+    def run(self) -> None:
+        """Run the cells in this process. The store then says what became of them."""
         stop, store, alone = StopRequest(), Store(Path(self.store)), self.resources.num_processes == 1
         with worker.stop_on_signals(stop):
-            worker.watch(worker.stop_without(stop, self.driver, ProcessMark.of(os.getppid())))
-            os.environ.update(Rank.of_job().environment(master="127.0.0.1", port=self.port))
+            worker.watch(worker.stop_without(stop, self.driver))
             with worker.staged(self.keys, store, Path(self.data), self.staging, stop) as data_dir:
                 worker.run_bundle(
-                    self.keys, store, data_dir, self.resources, stop, log=worker.job_log(),
+                    self.keys, store, data_dir, self.resources, stop, log=self.log,
                     around=None if alone else worker.end_with_peers, second_turns=alone,
                 )  # fmt: skip
+
+
+@dataclass
+class LocalJob:
+    """The processes of a bundle, one a rank."""
+
+    processes: list[subprocess.Popen[bytes]]
+    log: Path
+    """Of the first rank."""
+    _lost_at: float | None = None
+
+    def done(self) -> bool:
+        """Whether all have ended; what is left of a bundle that lost a rank is killed after a while."""
+        codes = [process.poll() for process in self.processes]
+        if None not in codes:
+            return True
+        if any(codes):
+            self._lost_at = self._lost_at or time.monotonic()
+            if time.monotonic() - self._lost_at > LINGER_S:
+                for process in self.processes:
+                    process.kill()
+        return False
+
+    def ask_to_stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+
+
+def start_job(bundle: LocalBundle, log: Path, environment: Mapping[str, str]) -> LocalJob:
+    """Start the workers of a bundle with `environment` on top of this process's; the first writes to `log`."""
+    count = bundle.resources.num_processes
+    port = free_port() if count > 1 else 0
+    job = LocalJob([], log)
+    for number in range(count):
+        path = log if number == 0 else log.with_suffix(f".{number}.log")
+        rank = Rank(number, number, count, count).environment(master="127.0.0.1", port=port)
+        command = [sys.executable, "-u", "-m", "dbscale.launch.local"]
+        told = bundle.model_copy(update={"log": str(path)}).model_dump_json().encode()
+        with path.open("xb") as output, _children_ignore_terminal():
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env={**os.environ, **environment, **rank}
+            )
+        job.processes.append(process)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # one that died at once is found to be dead
+            process.stdin.write(told)
+    return job
 
 
 def run_inline(tasks: Sequence[Task], store: Store, data_dir: Path, cluster: Cluster, stop: StopRequest) -> None:
@@ -97,7 +143,7 @@ class Started:
     """A bundle in a process of its own."""
 
     task: Task
-    job: submitit.Job[None]
+    job: LocalJob
     slot: int
 
 
@@ -109,7 +155,7 @@ class LocalRun:
     data_dir: Path
     cluster: Cluster
     job_folder: Path
-    """A new one for each driver, because job ids are pids and pids come again."""
+    """A new one for each driver; it holds the workers' logs."""
     stop: StopRequest
     display: Display
     waiting: list[Task]
@@ -117,6 +163,7 @@ class LocalRun:
     """Parents of every cell that may run, by key."""
     running: list[Started] = field(default_factory=list)
     settled: dict[str, CellState] = field(default_factory=dict)
+    num_started: int = 0
 
     def run(self) -> None:
         """Return when everything has had its turn, or, when asked to stop, once all workers have stopped."""
@@ -135,8 +182,7 @@ class LocalRun:
     def _ask_workers_to_stop(self) -> None:
         self.display.say(f"{self.stop.reason}: workers save their progress and stop (Ctrl-C again kills them)")
         for started in self.running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(started.job.job_id), signal.SIGTERM)
+            started.job.ask_to_stop()
 
     def _start_ready(self) -> None:
         free = sorted(set(range(self.cluster.num_workers())) - {started.slot for started in self.running})
@@ -145,31 +191,22 @@ class LocalRun:
             if task is None:
                 return
             self.waiting.remove(task)
-            self.running.append(Started(task, self._submit(task, free[0]), free.pop(0)))
+            self.running.append(Started(task, self._start(task, free[0]), free.pop(0)))
 
-    def _submit(self, task: Task, slot: int) -> submitit.Job[None]:
+    def _start(self, task: Task, slot: int) -> LocalJob:
         shape = self.cluster.shape(task.stage)
-        resources = shape.resources
-        count = resources.num_processes
-        gpus = visible_gpus()[slot * count : (slot + 1) * count] if resources.device != "cpu" else ()
-        executor = submitit.LocalExecutor(self.job_folder)
-        executor.update_parameters(
-            timeout_min=NEVER_MIN, tasks_per_node=count, gpus_per_node=len(gpus), visible_gpus=gpus,
-            stderr_to_stdout=True,
-        )  # fmt: skip
+        self.num_started += 1
+        log = self.job_folder / f"{self.num_started}.log"
         bundle = LocalBundle(
-            task.keys, str(self.store.root.absolute()), str(self.data_dir.absolute()), resources,
-            ProcessMark.of(), free_port() if count > 1 else 0, shape.slurm.staging,
+            keys=task.keys, store=str(self.store.root.absolute()), data=str(self.data_dir.absolute()),
+            resources=shape.resources, driver=ProcessMark.of(), log=str(log), staging=shape.slurm.staging,
         )  # fmt: skip
-        settings = {**import_environment(), **worker.thread_environment(resources)}
-        with environment_variables(**settings), _children_ignore_terminal():
-            return executor.submit(bundle)
+        settings = {**import_environment(), **worker.thread_environment(shape.resources)}
+        return start_job(bundle, log, {**settings, **gpu_environment(shape.resources, slot)})
 
     def _finish(self, started: Started) -> None:
         """Note how the cells of a bundle stand now that its process has ended; start again what it left undone."""
-        task, log = started.task, str(started.job.paths.stdout)
-        for path in started.job.paths.folder.glob(f"{started.job.job_id}*.pkl"):
-            path.unlink(missing_ok=True)
+        task, log = started.task, str(started.job.log)
         states: dict[str, CellState] = {key: self.store.state(key) for key in task.keys}
         self.settled.update({key: state for key, state in states.items() if state in SETTLED})
         ours: dict[str, CellState] = {key: state for key, state in states.items() if state != "running"}
@@ -194,6 +231,16 @@ def import_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, entries))}
 
 
+def gpu_environment(resources: Resources, slot: int) -> dict[str, str]:
+    """Which GPUs the bundle in this slot sees; with more slots than sets of GPUs, several share a set. Nothing is said
+    where there are none to choose from."""
+    gpus = visible_gpus()
+    if resources.device == "cpu" or not gpus:
+        return {}
+    chosen = [gpus[(slot * resources.num_processes + i) % len(gpus)] for i in range(resources.num_processes)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(chosen))}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -202,7 +249,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def _children_ignore_terminal() -> Iterator[None]:
-    """submitit's controller kills its tasks one second after Ctrl-C; it must not see it. Workers install handlers."""
+    """A terminal's Ctrl-C reaches all processes; workers obey it once their handlers are installed, not before."""
     signals = (signal.SIGINT, signal.SIGHUP)
     earlier = {each: signal.signal(each, signal.SIG_IGN) for each in signals}
     try:
@@ -275,3 +322,7 @@ class Display:
         self._bars[0].set_postfix_str(note)
         for i, line in enumerate(self._bars[1:]):
             line.set_description_str(describe(running[i]) if i < len(running) else "")
+
+
+if __name__ == "__main__":
+    LocalBundle.model_validate_json(sys.stdin.buffer.read()).run()

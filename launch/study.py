@@ -13,14 +13,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic_core import to_json
+
 from dbscale.errors import ConfigError, FileError
 from dbscale.launch.cluster import CONFIGS, Cluster, load_cluster
 from dbscale.study.cell import Cell
 from dbscale.study.cost import CostModel, read_calibration
-from dbscale.study.grid import Grid, Point, check_sizes, datasets_in_use, expand, load_grid, merged_cells, misfit
+from dbscale.study.grid import (
+    Grid,
+    Point,
+    check_sizes,
+    datasets_in_use,
+    expand,
+    load_grid,
+    merged_cells,
+    misfit,
+    weights_in_use,
+)
 from dbscale.study.plan import Plan, make_plan, read_plan
 from dbscale.study.resources import Tracker
 from dbscale.study.store import Row, Standing, Store
+from dbscale.study.weights import imported_hash
 
 DEFAULT_GRID = CONFIGS / "grids" / "demo.yaml"
 CLUSTER_PREFIX = "cluster."
@@ -64,6 +77,15 @@ class _BareGrid(argparse.Action):
 def add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides",
                         help="change a key of the grid, or with `cluster.` of the cluster; repeatable")  # fmt: skip
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print it for a program: one JSON value on stdout")
+
+
+def print_json(value: object) -> None:
+    """Dataclasses, configs and paths included; what is not a finite number becomes null."""
+    print(to_json(value, indent=1).decode())
 
 
 def add_tracker(parser: argparse.ArgumentParser) -> None:
@@ -133,12 +155,30 @@ class Study:
                 found[name] = (manifest.fingerprint, manifest.split("train").num_samples)
         return found
 
+    @cached_property
+    def num_classes(self) -> dict[str, int]:
+        """Of each dataset in use; 0 for one that is not packed."""
+        from dbscale.data.manifest import load_manifest
+
+        packed = {name: load_manifest(self.dataset_dir(name)).num_classes for name in self.manifests}
+        return dict.fromkeys(self.used_datasets, 0) | packed
+
     def dataset_dir(self, name: str) -> Path:
         return self.data_dir / "shards" / name
 
     @property
     def used_datasets(self) -> tuple[str, ...]:
         return datasets_in_use(self.grid)
+
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """Hash of each checkpoint in use that was imported into the store."""
+        found = {each.checkpoint: imported_hash(self.store, each.checkpoint) for each in weights_in_use(self.grid)}
+        return {checkpoint: digest for checkpoint, digest in found.items() if digest is not None}
+
+    @property
+    def missing_weights(self) -> tuple[str, ...]:
+        return tuple(each.checkpoint for each in weights_in_use(self.grid) if each.checkpoint not in self.weights)
 
     @property
     def missing_datasets(self) -> tuple[str, ...]:
@@ -155,7 +195,7 @@ class Study:
     def points(self) -> tuple[Point, ...]:
         """Raises ConfigError when an axis asks for more than a packed dataset holds."""
         check_sizes(self.grid, {name: size for name, (_, size) in self.manifests.items()})
-        return expand(self.grid, {name: fingerprint for name, (fingerprint, _) in self.manifests.items()})
+        return expand(self.grid, {name: fingerprint for name, (fingerprint, _) in self.manifests.items()}, self.weights)
 
 
 def load_study(*, grid: Path, cluster: str, store: Path, data: Path, overrides: Sequence[str] = ()) -> Study:

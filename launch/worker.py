@@ -155,13 +155,6 @@ def end_with_peers(run_one: RunOne, key: str) -> Result:
     return result
 
 
-def job_log() -> str:
-    """The path of the log that submitit writes for this process."""
-    from submitit import JobEnvironment
-
-    return str(JobEnvironment().paths.stdout)
-
-
 def run_bundle(
     keys: Sequence[str], store: Store, data_dir: Path, resources: Resources, stop: StopRequest,
     *, job: str | None = None, log: str | None = None, around: Around | None = None, second_turns: bool = True,

@@ -8,7 +8,7 @@ only operations that IEEE 754 rounds exactly, so a sample is the same in any bat
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,8 @@ class Digits(Source):
     def _data(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         from sklearn.datasets import load_digits  # takes a second to import, and only this source needs it
 
-        pixels, labels = load_digits(return_X_y=True)
+        loaded: Any = load_digits(return_X_y=True)
+        pixels, labels = loaded
         return pixels.reshape(-1, 8, 8), labels.astype(np.int64)
 
     @cached_property

@@ -58,6 +58,8 @@ class ImageFolder(FileSource):
     test: TestFolder = "test"
     class_list: Annotated[tuple[str, ...] | str | None, BeforeValidator(_class_list)] = None
     """Class folders to take, in label order, or a text file with one name at the start of each line; None: all, sorted."""
+    exclude_classes: Annotated[tuple[str, ...] | str | None, BeforeValidator(_class_list)] = None
+    """Class folders to leave out, in the same form: those of a downstream set, say, whose images must be new."""
     exclude: tuple[str, ...] = ()
     """Files and folders to leave out, relative to `path`; `*` stands for any text."""
     remedy: ClassVar[str] = "mend or remove such files (or list them under the source's `exclude`)"
@@ -74,16 +76,25 @@ class ImageFolder(FileSource):
     def _folders(self) -> tuple[str, ...]:
         """The class folders, in label order."""
         found = self._folders_in(self._splits["train"])
-        if self.class_list is None:
-            return tuple(found)
-        wanted = self.class_list if isinstance(self.class_list, tuple) else _names_in(self._data_dir / self.class_list)
-        missing = sorted(set(wanted) - set(found))
+        wanted = found if self.class_list is None else self._listed(self.class_list, found)
+        return tuple(name for name in wanted if name not in self._left_out)
+
+    @cached_property
+    def _left_out(self) -> frozenset[str]:
+        """The class folders that `exclude_classes` names."""
+        listed = () if self.exclude_classes is None else self.exclude_classes
+        return frozenset(self._listed(listed, self._folders_in(self._splits["train"])))
+
+    def _listed(self, names: tuple[str, ...] | str, found: Sequence[str]) -> tuple[str, ...]:
+        """A list of classes, or what stands in its file; each must have a folder."""
+        names = names if isinstance(names, tuple) else _names_in(self._data_dir / names)
+        missing = sorted(set(names) - set(found))
         if missing:
             raise DataError(
                 f"{self.root / self._splits['train']}: {len(missing)} classes of the class list have no folder, among "
                 f"them {', '.join(missing[:5])}; {nearest(missing[0], found[:20])}"
             )
-        return wanted
+        return names
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -137,7 +148,7 @@ class ImageFolder(FileSource):
 
     def _listing(self, split: str) -> Listing:
         found: dict[str, list[str]] = {name: [] for name in self._folders}
-        surplus = set(self._folders_in(split)) - found.keys()
+        surplus = set(self._folders_in(split)) - found.keys() - self._left_out
         if surplus and self.class_list is None:
             raise DataError(f"{self.root / split}: classes without training images: {', '.join(sorted(surplus)[:5])}")
         unused = Unused()
@@ -151,7 +162,8 @@ class ImageFolder(FileSource):
                 what = why or "outside the class folders"
                 unused.add(f"{'image' if is_image else 'file'} {what}", name, lost=is_image)
             else:
-                unused.add("file in a class that is not in the class list", name, lost=False)
+                which = "left out" if folder in self._left_out else "not in the class list"
+                unused.add(f"file in a class that is {which}", name, lost=False)
         for name, files in found.items():
             if not files:
                 raise DataError(

@@ -40,6 +40,7 @@ from dbscale.data.manifest import (
 from dbscale.data.read import file_checksum, has_targets, index_dtype, open_index, save_index, split_fingerprint
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder, write_atomic
+from dbscale.shards.remote import ensure_mirrored, remote_of
 from dbscale.shards.source import Content, Listing, Source, WithTarget, listing_digest, stratified_order
 from dbscale.shards.sources import source_of
 from dbscale.shards.tar import Sample, encode, write_shard
@@ -69,6 +70,9 @@ def ensure_packed(
         DataError: see `pack`; also when what was packed under this name came from another entry.
     """
     folder = Path(data_dir) / "shards" / name
+    remote = remote_of(name, entry)
+    if remote is not None:
+        return ensure_mirrored(name, remote, folder)
     recorded = json.loads(json.dumps(dict(entry)))
     source = source_of(name, entry, data_dir)
     if (folder / MANIFEST_NAME).exists():

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dbscale import plugins
 from dbscale.data.manifest import MANIFEST_NAME, load_manifest
+from dbscale.data.remote import origin
 from dbscale.errors import ConfigError, nearest
 from dbscale.shards.cifar import Cifar
 from dbscale.shards.coco import Coco
@@ -12,6 +14,8 @@ from dbscale.shards.generated import Digits, Fractals
 from dbscale.shards.imagefolder import ImageFolder, TinyImageNet
 from dbscale.shards.maskfolder import ADE20K, VOC, MaskFolder
 from dbscale.shards.parquet import MaskParquet, Parquet
+from dbscale.shards.remote import KIND as REMOTE
+from dbscale.shards.remote import remote_of
 from dbscale.shards.scenes import FractalBoxes, FractalMasks
 from dbscale.shards.source import FileSource, Source, listing_digest
 from dbscale.shards.webdataset import WebDatasetTars
@@ -45,10 +49,17 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: str | Path = ".") -
     """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in entry.items() if key != "source"}
     kind = entry.get("source")
-    if not isinstance(kind, str) or kind not in KINDS:
+    kinds = KINDS | plugins.SOURCES
+    if not isinstance(kind, str) or kind not in kinds:
         what = "names no `source`" if kind is None else f"has the unknown source {kind!r}"
-        raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, KINDS)}")
-    return validate(KINDS[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
+        raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, [*kinds, REMOTE])}")
+    return validate(kinds[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
+
+
+def check_entry(name: str, entry: Mapping[str, Any], data_dir: str | Path) -> None:
+    """Raise ConfigError for a dataset entry that cannot be packed, or that names no remote dataset; reads nothing."""
+    if remote_of(name, entry) is None:
+        source_of(name, entry, data_dir)
 
 
 def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Source:
@@ -60,9 +71,11 @@ def source_change(folder: Path, data_dir: str | Path, *, quick: bool = True) -> 
     """A sentence when the source of the dataset packed in `folder` holds other samples now, else None.
 
     Quick looks at the times of a few files and folders, and lists the source again only where one is newer than the
-    pack. A source that is gone cannot have changed.
+    pack. A source that is gone cannot have changed, and what was packed behind a URL has none here.
     """
     manifest = load_manifest(folder)
+    if origin(folder) is not None:
+        return None
     packed_at = (folder / MANIFEST_NAME).stat().st_mtime_ns
     try:
         source = source_of(manifest.name, manifest.source, data_dir)

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dbscale.data.dataset import TOGETHER
 from dbscale.data.decode import DecodeError, decode_image
 from dbscale.data.manifest import MANIFEST_NAME, Manifest, SplitInfo, TargetKind, load_manifest, mend
-from dbscale.data.read import checksum, open_index, split_fingerprint
+from dbscale.data.read import TARGET, checksum, open_index, split_fingerprint
+from dbscale.data.remote import RemoteShards, origin
 from dbscale.data.target import decode_target
 from dbscale.errors import DataError
 from dbscale.shards.pack import ShardJob, default_processes, index_is_damaged, make_plan, make_sample, plan_jobs
@@ -92,11 +94,35 @@ def _index_problems(folder: Path, split: SplitInfo, manifest: Manifest) -> Itera
         yield Problem(split.index, bytes(record["key"]).decode(), found)
 
 
+def _verify_remote(folder: Path, split: SplitInfo, shard: int) -> list[Problem]:
+    """The same for a tar behind a URL, whose samples are read by byte ranges."""
+    info, problems = split.shards[shard], []
+    first = sum(other.num_samples for other in split.shards[:shard])
+    index = np.load(folder / split.index, mmap_mode="r", allow_pickle=False)
+    files, target = RemoteShards(folder, split, index), load_manifest(folder).target
+    for start in range(first, first + info.num_samples, TOGETHER):
+        positions = np.arange(start, min(start + TOGETHER, first + info.num_samples))
+        try:
+            files.prepare(positions)
+        except DataError as error:
+            return [Problem(info.name, None, str(error).removeprefix(f"{files.url}/{info.name}: "))]
+        for position in positions.tolist():
+            try:
+                decode_image(files.read(position))
+                if target is not None:
+                    decode_target(target, files.read(position, TARGET))
+            except DecodeError as error:
+                problems.append(Problem(info.name, bytes(index["key"][position]).decode(), str(error)))
+    return problems
+
+
 def verify_shard(folder: Path, split_name: str, shard: int) -> list[Problem]:
     """Problems of one tar."""
     manifest = load_manifest(folder)
     split = manifest.split(split_name)
     info = split.shards[shard]
+    if origin(folder) is not None:
+        return _verify_remote(folder, split, shard)
     path = folder / info.name
     if not path.exists():
         return [Problem(info.name, None, f"missing; {mend(folder)}")]
@@ -144,7 +170,7 @@ def _changes(
     if target is not None:
         if by_place.get((int(row["target_offset"]), int(row["target_size"]))) != key:
             yield f"its {target} is not where the index says: the index is older than the tar, or of another one"
-        elif checksum(_data(row, content, "target_")) != int(row["target_checksum"]):
+        elif checksum(_data(row, content, TARGET)) != int(row["target_checksum"]):
             yield f"checksum mismatch: its {target} changed since packing"
         return
     label = members.get(f"{key}.cls")
@@ -159,7 +185,7 @@ def _faults_of_the_source(row: np.void, content: NDArray[np.uint8], target: Targ
     try:
         decode_image(_data(row, content))
         if target is not None:
-            decode_target(target, _data(row, content, "target_"))
+            decode_target(target, _data(row, content, TARGET))
     except DecodeError as error:
         yield f"{error}; it came so from its source: training shows the next of its class instead"
 
@@ -231,7 +257,7 @@ def exact_source_change(folder: Path, data_dir: str | Path) -> str | None:
     that cannot be written to only the listing is compared.
     """
     change = source_change(folder, data_dir, quick=False)
-    if change is not None:
+    if change is not None or origin(folder) is not None:
         return change
     manifest = load_manifest(folder)
     source = source_of(manifest.name, manifest.source, data_dir)

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("dbscale", "launch", "shards")
 """Where source lies; `dbscale/launch` and `dbscale/shards` are links to the folders beside it, one package for all."""
-GROUND = {"dbscale.errors", "dbscale.files", "dbscale.strict", "dbscale.keyed"}
+GROUND = {"dbscale.errors", "dbscale.files", "dbscale.strict", "dbscale.keyed", "dbscale.plugins"}
 """What every wing may import."""
 FLOOR = {
     "dbscale": 0, "dbscale.laws": 1, "dbscale.study": 1, "dbscale.kernels": 1, "dbscale.data": 1,

@@ -161,3 +161,51 @@ def test_killed_and_resumed_ends_with_the_same_bits(killed: Study, finished: Stu
         ours, theirs = killed.store.read_row(key), finished.store.read_row(key)
         assert ours is not None and theirs is not None
         assert ours.model_copy(update={"timing": theirs.timing}) == theirs
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random_write_the_bits_of_one(tmp_path: Path, data: Path) -> None:
+    """Real training: three workers on one store, four of them killed, against one worker that nobody disturbed."""
+    options = ("--no-report", "--set", "cluster.resources.checkpoint_interval_s=0.05", "--set", "seeds=[0, 1]")
+    calm, wild = (Study(tmp_path / name, data, num_steps=300) for name in ("calm", "wild"))
+    calm.run("work", *options)
+
+    def start() -> subprocess.Popen[bytes]:
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(wild.command("work", *options), cwd=ROOT, **silent)
+
+    crew = [start() for _ in range(3)]
+    for victim in (0, 1, 0, 2):
+        before = {path for path in wild.store.root.glob("cells/*/checkpoints/step-*")}
+        wait_for(lambda: set(wild.store.root.glob("cells/*/checkpoints/step-*")) - before, crew[victim])  # noqa: B023
+        crew[victim].kill()
+        crew[victim].wait()
+        crew[victim] = start()
+    assert [each.wait(timeout=600) for each in crew] == [0, 0, 0]
+    keys = sorted(path.name for path in (calm.store.root / "cells").iterdir())
+    attempts = [attempt for key in keys for attempt in wild.store.attempts(key)]
+    assert sum(attempt.status == "done" for attempt in attempts) == len(keys)
+    assert any(attempt.resumed_from_step for attempt in attempts), "somebody went on where another was killed"
+    for key in keys:
+        ours, theirs = wild.store.read_row(key), calm.store.read_row(key)
+        assert ours is not None and theirs is not None
+        assert ours.model_copy(update={"timing": theirs.timing}) == theirs
+
+
+def test_a_teacher_from_a_file_goes_through_submit(finished: Study, tmp_path: Path, data: Path) -> None:
+    """Planned, imported, tried for a step, trained: with the teacher's weights the student is bitwise the same."""
+    keys = finished.keys()
+    weights = finished.store.cell_dir(keys["pretrain"]) / "model.safetensors"
+    (data / "teacher.safetensors").write_bytes(weights.read_bytes())
+    study = Study(tmp_path / "foreign", data, num_steps=60)
+    model = "{kind: deit, heads: 1, head_width: 16, depth: 2, patch_size: 8}"
+    teacher = f"{{h2: {{checkpoint: teacher.safetensors, model: {model}}}}}"
+    study.grid.write_text(study.grid.read_text().replace("teachers: {h2: h1}", f"teachers: {teacher}"))
+    assert "not imported yet: teacher.safetensors" in study.run("plan")
+    study.run("submit", "--no-report")
+    assert set(study.keys()) == {"distill", "finetune"}
+    ours, theirs = (each.store.read_row(each.keys()["distill"]) for each in (study, finished))
+    assert ours is not None and theirs is not None
+    assert ours.weights_sha256 == theirs.weights_sha256
+    assert ours.weights_from["teacher"].source == "teacher.safetensors"
+    assert "not imported" not in study.run("plan")

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, center_square, decode_image, resize_short
 from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
-from dbscale.data.read import EncodedReader, RawReader, Reader, ShardFiles, file_checksum, open_index
+from dbscale.data.read import TARGET, EncodedReader, Files, RawReader, Reader, ShardFiles, file_checksum, open_index
+from dbscale.data.remote import RemoteRawReader, RemoteShards, is_url, mirror, origin
 from dbscale.data.target import IGNORE, TargetReader, decode_mask, square_target
 from dbscale.errors import DataError, FileError
 from dbscale.files import atomic_open, make_folder, write_atomic
@@ -26,6 +27,8 @@ from dbscale.keyed import keyed_bits
 
 Tier = Literal["resident", "raw", "jpeg256", "jpeg"]
 RESIDENT_MAX_SIDE = 64
+TOGETHER = 1024
+"""Samples that are asked for at once when a whole split is decoded."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,20 @@ class Dataset:
         return self.index["label"][positions].astype(np.int64)
 
     @cached_property
+    def files(self) -> ShardFiles | RemoteShards:
+        """The split's tars."""
+        kind = ShardFiles if origin(self.folder) is None else RemoteShards
+        return kind(self.folder, self.split, self.index)
+
+    @cached_property
     def reader(self) -> Reader:
         """Fetches pixels by position in the split."""
         if self.tier == "resident":
             assert self.image_size is not None
-            return ResidentReader(self.folder, self.split, self.index, self.image_size, self.cache_dir)
+            return ResidentReader(self.folder, self.split, self.files, self.image_size, self.cache_dir)
         if self.tier == "raw":
-            return RawReader(self.folder, self.split, self.index)
-        return EncodedReader(self.folder, self.split, self.index)
+            return RawReader(self.files) if isinstance(self.files, ShardFiles) else RemoteRawReader(self.files)
+        return EncodedReader(self.files)
 
     @cached_property
     def targets(self) -> "TargetReader | ResidentMasks | None":
@@ -91,8 +100,8 @@ class Dataset:
         if kind is None:
             return None
         if kind == "mask" and self.image_size is not None:
-            return ResidentMasks(self.folder, self.split, self.index, self.image_size, self.cache_dir)
-        return TargetReader(ShardFiles(self.folder, self.split, self.index), kind, self.image_size)
+            return ResidentMasks(self.folder, self.split, self.files, self.image_size, self.cache_dir)
+        return TargetReader(self.files, kind, self.image_size)
 
     def subset(self, num_samples: int | None = None, subset_seed: int = 0) -> "Subset":
         """`num_samples` samples, class-balanced within one while that is possible; None takes all.
@@ -176,21 +185,31 @@ def open_dataset(
     tier: Tier | None = None,
     image_size: int | None = None,
     cache_dir: str | Path | None = None,
+    keep: bool = False,
 ) -> Dataset:
     """Open a packed dataset.
 
     Args:
-        folder: where `manifest.json` lies.
+        folder: where `manifest.json` lies: a folder, or a URL that fsspec opens (s3://, gs://, hf://, https://).
         split: `train`, `test`, or another one of the manifest.
         tier: decode tier; None takes `resident` for images of at most 64 px, else the one of the packed encoding.
         image_size: side in px of the resident tier's images (others are resized once, centre-cropped); None keeps
             the stored size. Ignored by the other tiers, whose transform resizes.
-        cache_dir: folder of the resident tier's decoded array; None keeps it beside the shards.
+        cache_dir: folder of the resident tier's decoded array; None keeps it beside the shards. Of a URL, the folder
+            for manifest and index; None takes one below the user's cache.
+        keep: of a URL, also keep there what is read of the tars, so that a second epoch asks for nothing.
 
     Raises:
         DataError: nothing is packed there, no such split, a damaged index, or a tier the encoding cannot serve.
+
+    >>> import dbscale, tempfile
+    >>> from dbscale.shards.pack import ensure_packed
+    >>> folder = ensure_packed("digits", {"source": "digits"}, tempfile.mkdtemp(), progress=False)
+    >>> dataset = dbscale.open_dataset(folder)
+    >>> dataset.num_classes, dataset.tier, len(dataset.subset(100))
+    (10, 'resident', 100)
     """
-    folder = Path(folder)
+    folder = mirror(str(folder), cache_dir, keep=keep) if is_url(folder) else Path(folder)
     manifest = load_manifest(folder)
     manifest.split(split)
     chosen = tier or default_tier(manifest)
@@ -239,12 +258,9 @@ class ResidentReader:
     foreign or half-written file is rebuilt; where nothing can be written the array stays in RAM.
     """
 
-    def __init__(
-        self, folder: Path, split: SplitInfo, index: NDArray[np.void], image_size: int, cache_dir: Path | None
-    ) -> None:
-        shape = (len(index), 3, image_size, image_size)
-        self.images, self.bad = _resident(_cache_path(folder, split, image_size, cache_dir), shape, partial(
-            _pixels, ShardFiles(folder, split, index), image_size), fill=0)  # fmt: skip
+    def __init__(self, folder: Path, split: SplitInfo, files: Files, image_size: int, cache_dir: Path | None) -> None:
+        shape, path = (len(files.index), 3, image_size, image_size), _cache_path(folder, split, image_size, cache_dir)
+        self.images, self.bad = _resident(path, shape, files, partial(_pixels, files, image_size), fill=0)
 
     def fetch(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int]]:
         """uint8 [b, 3, S, S]; bad slots are black."""
@@ -254,12 +270,12 @@ class ResidentReader:
 class ResidentMasks:
     """The same for the masks of a dense dataset."""
 
-    def __init__(
-        self, folder: Path, split: SplitInfo, index: NDArray[np.void], image_size: int, cache_dir: Path | None
-    ) -> None:
-        shape = (len(index), image_size, image_size)
-        self.masks, self.bad = _resident(_cache_path(folder, split, image_size, cache_dir, "-mask"), shape, partial(
-            _mask, ShardFiles(folder, split, index), image_size), fill=IGNORE)  # fmt: skip
+    def __init__(self, folder: Path, split: SplitInfo, files: Files, image_size: int, cache_dir: Path | None) -> None:
+        shape, path = (
+            (len(files.index), image_size, image_size),
+            _cache_path(folder, split, image_size, cache_dir, "-mask"),
+        )
+        self.masks, self.bad = _resident(path, shape, files, partial(_mask, files, image_size), fill=IGNORE)
 
     def fetch(self, positions: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], list[int]]:
         """uint8 [S, S] each; bad slots are all IGNORE."""
@@ -280,20 +296,22 @@ Decode = Callable[[int], NDArray[np.uint8] | None]
 
 
 def _resident(
-    path: Path, shape: tuple[int, ...], decode: Decode, fill: int
+    path: Path, shape: tuple[int, ...], files: Files, decode: Decode, fill: int
 ) -> tuple[NDArray[np.uint8], frozenset[int]]:
     """The split's decoded array and its bad positions, from the cache in `path` or built anew."""
     known = _opened(path, shape)
     if known is None or any(decode(position) is not None for position in known[1]):
         # A cache that calls samples bad outlives the damage: `shards pack` may have mended them.
-        known = _store(path, *_build(decode, shape, fill))
+        known = _store(path, *_build(decode, shape, files, fill))
     return known
 
 
-def _build(decode: Decode, shape: tuple[int, ...], fill: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
+def _build(decode: Decode, shape: tuple[int, ...], files: Files, fill: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
     values = np.full(shape, fill, np.uint8)
     bad = set()
     for position in range(len(values)):
+        if position % TOGETHER == 0:
+            files.prepare(np.arange(position, min(position + TOGETHER, len(values))))
         found = decode(position)
         if found is None:
             bad.add(position)
@@ -302,7 +320,7 @@ def _build(decode: Decode, shape: tuple[int, ...], fill: int) -> tuple[NDArray[n
     return values, frozenset(bad)
 
 
-def _pixels(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uint8] | None:
+def _pixels(files: Files, image_size: int, position: int) -> NDArray[np.uint8] | None:
     """[3, S, S]."""
     try:
         pixels = decode_image(files.read(position))
@@ -311,10 +329,10 @@ def _pixels(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uin
     return center_square(resize_short(pixels, image_size), image_size).transpose(2, 0, 1)
 
 
-def _mask(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uint8] | None:
+def _mask(files: Files, image_size: int, position: int) -> NDArray[np.uint8] | None:
     """[S, S]."""
     try:
-        mask = square_target(decode_mask(files.read_target(position)), image_size)
+        mask = square_target(decode_mask(files.read(position, TARGET)), image_size)
     except DecodeError:
         return None
     assert isinstance(mask, np.ndarray)

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from dbscale.data.augment import Transform
 from dbscale.data.dataset import Dataset, Subset
 from dbscale.data.dense import DenseTransform, Targets
 from dbscale.data.order import Stream, valid_world_sizes
 from dbscale.data.read import Pixels
+from dbscale.data.remote import RemoteShards
 from dbscale.errors import DataError
 
 AnyTransform = Transform | DenseTransform
@@ -61,6 +62,7 @@ class _TrainBatches:
         positions, epochs = self.stream.batch(number, self.rank, self.world_size)
         indices = self.subset.indices[positions]
         dataset = self.subset.dataset
+        self._read_ahead(number, indices)
         pixels, targets, bad_slots = _fetch(dataset, indices)
         for slot in bad_slots:
             pixels[slot], target = _next_good(self.subset, int(positions[slot]))
@@ -68,6 +70,15 @@ class _TrainBatches:
                 targets[slot] = target
         labels, weights = dataset.labels_of(indices), np.ones(len(indices))
         return _make_batch(pixels, targets, labels, indices, epochs, weights, indices[bad_slots], self.transform)
+
+    def _read_ahead(self, number: int, indices: NDArray[np.int64]) -> None:
+        """Have this batch's bytes, and begin to fetch those of this process's next one."""
+        files = self.subset.dataset.files
+        if isinstance(files, RemoteShards) and self.subset.dataset.tier != "resident":
+            worker = get_worker_info()
+            step = worker.num_workers if worker is not None else 1
+            files.prepare(indices)
+            files.ahead(self.subset.indices[self.stream.batch(number + step, self.rank, self.world_size)[0]])
 
 
 def _fetch(dataset: Dataset, indices: NDArray[np.int64]) -> tuple[Pixels, list[Any] | None, list[int]]:
@@ -215,6 +226,16 @@ def make_loader(
 
     Raises:
         DataError: a world size that does not divide the global batch, `repeats` above it, a `consumed` off a boundary.
+
+    >>> import dbscale, tempfile
+    >>> from dbscale.shards.pack import ensure_packed
+    >>> folder = ensure_packed("digits", {"source": "digits"}, tempfile.mkdtemp(), progress=False)
+    >>> subset = dbscale.open_dataset(folder).subset(100)
+    >>> loader = dbscale.make_loader(subset, global_batch=20, seed=0)
+    >>> batches = [next(loader) for _ in range(3)]
+    >>> resumed = dbscale.make_loader(subset, global_batch=20, seed=0, consumed=40)
+    >>> batches[2].sample_ids.equal(next(resumed).sample_ids), loader.consumed
+    (True, 60)
     """
     check_world(global_batch, rank, world_size)
     stream = Stream(len(subset), seed, global_batch, repeats, block_size)

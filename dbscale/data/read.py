@@ -41,6 +41,10 @@ def index_dtype(key_bytes: int, *, with_target: bool = False) -> np.dtype:
     )
 
 
+TARGET = "target_"
+"""Begins the names of the index's fields on masks and boxes."""
+
+
 def has_targets(index: NDArray[np.void]) -> bool:
     """Whether the records say where masks or boxes lie."""
     return "target_offset" in (index.dtype.names or ())
@@ -161,25 +165,24 @@ class ShardFiles:
         """The shard's descriptor. Raises DataError when the tar is not the one that was packed."""
         return self._descriptor(shard)
 
-    def read(self, position: int) -> bytes:
-        """The encoded bytes of one sample. Raises DecodeError when they changed since packing."""
-        shard, size, offset, expected, *_ = self.index[position].item()
-        return self._checked(position, shard, offset, size, expected)
+    def prepare(self, positions: NDArray[np.int64]) -> None:
+        """Nothing: the kernel reads local files ahead."""
 
-    def read_target(self, position: int) -> bytes:
-        """The encoded mask or boxes of one sample. Raises DecodeError when they changed since packing."""
+    def stored(self, position: int, what: str = "") -> bytes:
+        """The bytes of one sample as they lie there now: of its image, or with TARGET of its mask or boxes."""
         record = self.index[position]
-        shard, *place = (int(record[name]) for name in ("shard", "target_offset", "target_size", "target_checksum"))
-        return self._checked(position, shard, *place)
-
-    def _checked(self, position: int, shard: int, offset: int, size: int, expected: int) -> bytes:
+        shard, size, offset = int(record["shard"]), int(record[f"{what}size"]), int(record[f"{what}offset"])
         try:
-            data = os.pread(self.open(shard).number, size, offset)
+            return os.pread(self.open(shard).number, size, offset)
         except OSError as error:  # not the sample's fault: to replace it would train on other images
             raise DataError(
                 f"{self.describe(position)}: cannot be read ({error.strerror}); look at the disk"
             ) from error
-        if checksum(data) != expected:
+
+    def read(self, position: int, what: str = "") -> bytes:
+        """The same bytes as they were packed. Raises DecodeError when they changed since."""
+        data = self.stored(position, what)
+        if checksum(data) != int(self.index[f"{what}checksum"][position]):
             raise DecodeError(f"{self.describe(position)}: the bytes changed since packing (checksum mismatch)")
         return data
 
@@ -201,16 +204,32 @@ def check_shard_size(folder: Path, shard: ShardInfo) -> None:
         raise DataError(f"{path}: shard has {found:,} bytes, expected {shard.num_bytes:,} bytes; {mend(folder)}")
 
 
+class Files(Protocol):
+    """The tars of a split, local (`ShardFiles`) or behind a URL (`remote.RemoteShards`)."""
+
+    index: NDArray[np.void]
+
+    def prepare(self, positions: NDArray[np.int64]) -> None:
+        """Called before these samples are read one by one."""
+        ...
+
+    def read(self, position: int, what: str = "") -> bytes:
+        """The encoded bytes of one sample's image, or with TARGET of its mask or boxes. Raises DecodeError when they
+        changed since packing."""
+        ...
+
+
 class EncodedReader:
     """Tiers `jpeg` and `jpeg256`: read, check and decode each sample."""
 
-    def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
-        self.files = ShardFiles(folder, split, index)
+    def __init__(self, files: Files) -> None:
+        self.files = files
 
     def fetch(self, positions: NDArray[np.int64]) -> tuple[Pixels, list[int]]:
         """A list of uint8 [H, W, 3]; bad slots hold one black pixel."""
         images: list[NDArray[np.uint8]] = []
         bad: list[int] = []
+        self.files.prepare(positions)
         for slot, position in enumerate(positions.tolist()):
             try:
                 images.append(decode_image(self.files.read(position)))
@@ -223,8 +242,8 @@ class EncodedReader:
 class RawReader:
     """Tier `raw`: uint8 pixels straight out of the memory-mapped tars, shared by all processes of a node."""
 
-    def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
-        self.files = ShardFiles(folder, split, index)
+    def __init__(self, files: ShardFiles) -> None:
+        self.files, index = files, files.index
         self.height, self.width = int(index["height"][0]), int(index["width"][0])
         self._header = ppm_header_size(self.height, self.width)
         self._maps: dict[int, NDArray[np.uint8]] = {}

@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dbscale.data.dataset import Dataset, Subset
 from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
-from dbscale.data.read import check_shard_size, checksum, file_checksum, has_targets
+from dbscale.data.read import TARGET, check_shard_size, checksum, file_checksum, has_targets
+from dbscale.data.remote import copy_shard, origin
 from dbscale.errors import DataError, FileError
 from dbscale.files import atomic_open, cannot_write, make_folder, write_atomic
 
@@ -112,6 +113,10 @@ def hold(local: Path) -> None:
         return
     while True:
         make_folder(local)
+        if local.is_symlink() or local.stat().st_uid != os.geteuid():
+            raise DataError(
+                f"{local} is another user's, or a link: choose a staging folder of your own, such as $TMPDIR"
+            )
         descriptor = os.open(local / _USERS, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         # Another process may have removed the folder between opening and locking.
@@ -135,13 +140,19 @@ def _stage_file(
         if _holds(is_sound):  # another process may have copied it while this one waited
             return
         if shard is not None:
-            check_shard_size(source, shard)
+            _check_at_source(source, shard)
         _copy(source / name, local / name)
         if not _holds(is_sound):
             raise DataError(
                 f"{local / name}: the copy is not what was packed; look at this node's disk, and let "
                 f"`dbscale shards verify {source}` look at the original"
             )
+
+
+def _check_at_source(source: Path, shard: ShardInfo) -> None:
+    """Raise DataError when a local shard is damaged; one behind a URL is found to be when it is copied."""
+    if origin(source) is None:
+        check_shard_size(source, shard)
 
 
 def _holds(is_sound: Callable[[], bool]) -> bool:
@@ -162,20 +173,17 @@ def _is_whole(dataset: Dataset, local: Path, number: int) -> bool:
     if status.st_size != shard.num_bytes:
         return False
     first = sum(other.num_samples for other in dataset.split.shards[:number])
-    with open(path, "rb") as copy, open(dataset.folder / shard.name, "rb") as original:
-        for offset, size, expected in _members(dataset.index[first : first + shard.num_samples]):
+    parts = ("", TARGET) if has_targets(dataset.index) else ("",)
+    with open(path, "rb") as copy:
+        for position, what in product(range(first, first + shard.num_samples), parts):
+            record = dataset.index[position]
+            size, offset, expected = (int(record[f"{what}{name}"]) for name in ("size", "offset", "checksum"))
             data = os.pread(copy.fileno(), size, offset)
             # A sample that is bad at its source too is the loader's to replace and to count.
-            if checksum(data) != expected and data != os.pread(original.fileno(), size, offset):
+            if checksum(data) != expected and data != dataset.files.stored(position, what):
                 return False
     write_atomic(note, stamp.encode())
     return True
-
-
-def _members(index: NDArray[np.void]) -> Iterator[tuple[int, int, int]]:
-    """Offset, size and checksum of every image, and of every mask or boxes where there are any."""
-    for prefix in ("", "target_") if has_targets(index) else ("",):
-        yield from index[[f"{prefix}{name}" for name in ("offset", "size", "checksum")]].tolist()
 
 
 @contextmanager
@@ -199,7 +207,11 @@ def _copy(source: Path, target: Path) -> None:
 
 def _copy_once(source: Path, target: Path) -> None:
     try:
-        with open(source, "rb") as reader, atomic_open(target) as writer:
-            shutil.copyfileobj(reader, writer, 1 << 22)
+        with atomic_open(target) as writer:
+            if origin(source.parent) is not None and not source.exists():
+                copy_shard(source.parent, source.name, writer)
+            else:
+                with open(source, "rb") as reader:
+                    shutil.copyfileobj(reader, writer, 1 << 22)
     except OSError as error:
         raise cannot_write(target, error) from error

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dbscale.data.decode import DecodeError, image_shape
-from dbscale.data.read import ShardFiles
+from dbscale.data.read import TARGET, Files
 
 IGNORE = 255
 """The label of pixels that count neither in a loss nor in an error; so a mask has at most 255 classes."""
@@ -115,15 +115,16 @@ def decode_target(kind: str, data: bytes) -> Target:
 class TargetReader:
     """Fetches the targets of a split by position, as they are stored; with `square_px`, as the resident tier's images."""
 
-    def __init__(self, files: ShardFiles, kind: str, square_px: int | None = None) -> None:
+    def __init__(self, files: Files, kind: str, square_px: int | None = None) -> None:
         self.files, self.kind, self.square_px = files, kind, square_px
 
     def fetch(self, positions: NDArray[np.int64]) -> tuple[list[Mask] | list[Boxes], list[int]]:
         """One target a position, and the slots (not positions) that are bad, which hold an empty one."""
+        self.files.prepare(positions)
         found, bad = [], []
         for slot, position in enumerate(positions.tolist()):
             try:
-                target = decode_target(self.kind, self.files.read_target(position))
+                target = decode_target(self.kind, self.files.read(position, TARGET))
                 found.append(target if self.square_px is None else square_target(target, self.square_px))
             except DecodeError:
                 found.append(empty_target(self.kind))

@@ -200,6 +200,11 @@ def fit_law(
     approaches from below stay under it. Weights are relative: `error_weights` makes them from test-set sizes and seeds.
     Deterministic for a given seed. Raises LawError for tables, names or options that cannot be fitted, NotEnoughData for
     too few distinct points.
+
+    >>> import dbscale
+    >>> fit = dbscale.fit_law("power_plus", [1e3, 4e3, 16e3, 64e3], [0.6, 0.35, 0.225, 0.1625])
+    >>> {name: round(value, 3) for name, value in fit.params.items()}
+    {'E': 0.1, 'b': 15.811, 'c': -0.5}
     """
     return Search.make(form, x, y, weights, loss, bounds, fixed, ceiling, seed).fit()
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dbscale import plugins
 from dbscale.errors import LawError, nearest
 from dbscale.laws.form import Columns, Form, Param, Scaling, Values, Variable
 
@@ -430,9 +431,10 @@ FORMS: dict[str, Form] = {
 def find_form(form: str | Form, variables: tuple[str, ...] | None = None) -> Form:
     """A form by name (or as it is), over fewer variables where it allows that. Raises LawError with the nearest name."""
     if not isinstance(form, Form):
-        if form not in FORMS:
-            raise LawError(f"unknown law {form!r}; {nearest(str(form), FORMS)}")
-        form = FORMS[form]
+        known: dict[str, Form] = FORMS | plugins.LAWS
+        if form not in known:
+            raise LawError(f"unknown law {form!r}; {nearest(str(form), known)}")
+        form = known[form]
     if variables is None or set(variables) == set(form.variable_names) or form.restrict is None:
         return form
     return form.restrict(tuple(n for n in form.variable_names if n in variables))

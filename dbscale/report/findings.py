@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from dbscale import __version__
-from dbscale.errors import ConfigError, LawError, TableError
+from dbscale.errors import ConfigError, FileError, LawError, TableError
 from dbscale.laws import DeltaCurves, NoiseModel, Pairs, Power, Verdict, fit_noise, judge, power
 from dbscale.report import schema
 from dbscale.report.law_findings import ArmLaws, Options, law_delta, study_laws
 from dbscale.report.pairing import pair_arms, pair_upstream
-from dbscale.report.reduce import read_mistakes, reduce_grid
+from dbscale.report.reduce import Mistakes, load_mistakes, reduce_grid
 from dbscale.report.schema import BoundaryFile, ContrastRecord, HalfRecord, LawsFile, Note
-from dbscale.report.table import RunTable, Setting, read_table, to_csv
+from dbscale.report.table import MAIN_ARMS, RunTable, Setting, read_table, to_csv
 from dbscale.report.words import answers, count, listed, note, notes_of, where
 from dbscale.study.cell import canonical_json
 from dbscale.study.store import Store
@@ -38,6 +38,8 @@ ALONG = "upstream_samples"
 FEWEST_FOR_HALVES = 4
 MOST_DEGREES = 1e9
 """Stands for infinity, which JSON does not know."""
+CONTROLS = (("plain_matched", "distilled"), ("plain", "self_distilled"))
+"""Does distilling pay at equal cost? Does a teacher have to be smaller?"""
 NEAR_CHANCE = 0.8
 """Upstream error of a model that has hardly begun to learn: guessing among ten classes errs in .9, among more in more."""
 SAME_STEPS = 1.15
@@ -75,28 +77,21 @@ def refresh_table(
     path = path.resolve()
     name = path.parent.name if path.stem == "rows" else path.stem
     table = replace(read_table(path, columns), grid=name, question=QUESTION)
-    return table, _current(table, folder, options, dict)
+    return table, _current(table, folder, options, lambda: ({}, ()))
 
 
-def load_mistakes(store: Store, keys: set[str]) -> dict[str, np.ndarray]:
-    """Per cell the mistakes [samples] as booleans, in the test split's order; cells without the file are left out."""
-    paths = {key: store.cell_dir(key) / "correct.npz" for key in sorted(keys)}
-    return {key: read_mistakes(path) for key, path in paths.items() if path.exists()}
-
-
-def _current(
-    table: RunTable, folder: Path, options: Options | None, load_wrong: Callable[[], dict[str, np.ndarray]]
-) -> Findings:
+def _current(table: RunTable, folder: Path, options: Options | None, load_wrong: Callable[[], Mistakes]) -> Findings:
     """The findings stored in `folder` where they are of this table, else new ones."""
-    options = options or Options(min_effect=table.min_effect)
+    options = options or Options(level=table.level, min_effect=table.min_effect)
     wanted = digest(table, options)
-    with suppress(ConfigError, TableError):
+    with suppress(ConfigError, TableError, FileError):
         found = Findings(
             schema.read(LawsFile, folder / "laws.json"), schema.read(BoundaryFile, folder / "boundary.json")
         )
         if found.laws.source == found.boundary.source == wanted:
             return found
-    found = find(table, wrong=load_wrong(), options=options, source=wanted)
+    wrong, damaged = load_wrong()
+    found = find(replace(table, warnings=(*table.warnings, *damaged)), wrong=wrong, options=options, source=wanted)
     found.write(folder)
     return found
 
@@ -118,7 +113,7 @@ def find(
     `wrong` maps keys of runs to their mistakes [test samples]; with it intervals cover the test set too. What cannot be
     judged or fitted is recorded with its reason; nothing here raises for poor data.
     """
-    options = options or Options(min_effect=table.min_effect)
+    options = options or Options(level=table.level, min_effect=table.min_effect)
     arms, laws = study_laws(table, options, source)
     questions = study_questions(table, wrong or {}, options)
     contrasts = tuple(question.record(arms, options, family_of(questions)) for question in questions)
@@ -146,6 +141,7 @@ class Question:
     student: str | None = None
     labels: int | None = None
     main: bool = False
+    arms: tuple[str, str] = MAIN_ARMS
 
     def record(self, arms: ArmLaws, options: Options, family: int) -> ContrastRecord:
         """Judged, with the laws' ΔE where both arms have laws; `family` counts the verdicts beside the main one."""
@@ -154,12 +150,14 @@ class Question:
             "student": self.student,
             "downstream_samples": self.labels,
             "main": self.main,
+            "a": self.arms[0],
+            "b": self.arms[1],
         }
         if self.metric.startswith("upstream_"):
             names["dataset"] = self.setting.upstream_dataset
         if self.pairs is None:
             return _record(names, self.metric, reason=self.reason)
-        laws = law_delta(arms, self.setting, self.metric, self.pairs)
+        laws = law_delta(arms, self.setting, self.metric, self.pairs, self.arms)
         options = replace(options, min_effect=self.min_effect)
         whole = self.student is None and self.labels is None
         return contrast(
@@ -168,19 +166,26 @@ class Question:
 
 
 def study_questions(table: RunTable, wrong: Mapping[str, np.ndarray], options: Options) -> list[Question]:
-    """Every contrast of a page, the main one first: each downstream set, then the upstream tests; error, then loss."""
+    """Every contrast of a page, the main one first: each downstream set, then the upstream tests; error, then loss.
+
+    Of the controls, errors alone and pooled: they say what a difference of the main arms may be due to.
+    """
     found: list[Question] = []
-    for setting in table.settings:
-        runs = table.pretrained.where(setting=setting)
-        for metric in ("error_rate", "test_loss"):
-            if any(getattr(run, metric) is not None for run in runs):
-                paired = pair_arms(table, setting, metric=metric, wrong=wrong)
-                found += _questions(setting, metric, *paired, _min_effect(runs, metric, options))
-    for setting in {(s.variant, s.upstream_dataset): s for s in reversed(table.settings)}.values():
-        runs = table.pretrained.where(variant=setting.variant, upstream_dataset=setting.upstream_dataset)
-        if any(run.upstream_error_rate is not None for run in runs):
-            paired = pair_upstream(table, setting, wrong=wrong)
-            found += _questions(setting, "upstream_error_rate", *paired, options.min_effect)
+    upstreams = {(s.variant, s.upstream_dataset): s for s in reversed(table.settings)}.values()
+    for arms in [MAIN_ARMS, *(arms for arms in CONTROLS if {*arms} <= {*table.arms})]:
+        of_arms: list[Question] = []
+        for setting in table.settings:
+            runs = table.pretrained.where(setting=setting)
+            for metric in ("error_rate", "test_loss") if arms == MAIN_ARMS else ("error_rate",):
+                if any(getattr(run, metric) is not None for run in runs):
+                    paired = pair_arms(table, setting, metric=metric, wrong=wrong, arms=arms)
+                    of_arms += _questions(setting, metric, *paired, _min_effect(runs, metric, options))
+        for setting in upstreams:
+            runs = table.pretrained.where(variant=setting.variant, upstream_dataset=setting.upstream_dataset)
+            if any(run.upstream_error_rate is not None for run in runs):
+                paired = pair_upstream(table, setting, wrong=wrong, arms=arms)
+                of_arms += _questions(setting, "upstream_error_rate", *paired, options.min_effect)
+        found += [replace(each, arms=arms) for each in of_arms if arms == MAIN_ARMS or each.student is None]
     return [replace(question, main=number == 0) for number, question in enumerate(found)]
 
 

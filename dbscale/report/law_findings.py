@@ -29,7 +29,7 @@ from dbscale.laws import (
 )  # fmt: skip
 from dbscale.report import schema
 from dbscale.report.schema import AxisName, Estimate, LawRecord, Note, ParamRecord
-from dbscale.report.table import COLUMNS, Run, RunTable, Setting
+from dbscale.report.table import COLUMNS, MAIN_ARMS, Run, RunTable, Setting
 from dbscale.report.words import AXES, metric_of, note
 
 AXIS_NAMES: tuple[AxisName, ...] = ("upstream_samples", "num_params", "downstream_samples")
@@ -207,10 +207,12 @@ def columns_of(runs: Sequence[Run]) -> dict[str, np.ndarray]:
     return {name: np.array([float(getattr(run, name)) for run in runs]) for name in AXIS_NAMES}
 
 
-def law_delta(arms: ArmLaws, setting: Setting, metric: str, pairs: Pairs) -> DeltaCurves | None:
+def law_delta(
+    arms: ArmLaws, setting: Setting, metric: str, pairs: Pairs, sides: tuple[str, str] = MAIN_ARMS
+) -> DeltaCurves | None:
     """ΔE of the fitted laws over the measured range, mean over the students and D_f of the pairs; None without laws."""
-    plain, distilled = (arms.of(setting, metric, arm) for arm in ("plain", "distilled"))
-    if plain is None or distilled is None:
+    first, second = (arms.of(setting, metric, arm) for arm in sides)
+    if first is None or second is None:
         return None
     grid = np.geomspace(pairs.x.min(), pairs.x.max(), 8 * CURVE_POINTS)
     strata: set[tuple[Any, Any]] = set(zip(pairs.student.tolist(), pairs.labels.tolist(), strict=True))
@@ -218,9 +220,9 @@ def law_delta(arms: ArmLaws, setting: Setting, metric: str, pairs: Pairs) -> Del
     for student, labels in sorted(strata, key=str):
         sizes = {"num_params": arms.table.params(student), "downstream_samples": labels}
         at = {"upstream_samples": grid} | {name: np.full(len(grid), float(size)) for name, size in sizes.items()}
-        best.append(plain.predict(at) - distilled.predict(at))
-        drawn.append(plain.draws(at) - distilled.draws(at))
-    name = " and ".join(dict.fromkeys(law.best.name for law in (plain, distilled)))
+        best.append(first.predict(at) - second.predict(at))
+        drawn.append(first.draws(at) - second.draws(at))
+    name = " and ".join(dict.fromkeys(law.best.name for law in (first, second)))
     return DeltaCurves(grid, np.mean(best, axis=0), np.mean(drawn, axis=0), name)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from dbscale.errors import TableError
 from dbscale.laws import Pairs, make_pairs
 from dbscale.report.sheet import Sheet, near_spellings, shown
-from dbscale.report.table import PLACE, Run, RunTable, Setting, student_of_size
+from dbscale.report.table import MAIN_ARMS, PLACE, Run, RunTable, Setting, student_of_size
 
 Key = tuple[Hashable, ...]
 Curves = dict[Key, dict[float, float]]
@@ -170,77 +171,90 @@ def _rank(value: Any) -> tuple[Any, ...]:
 
 # The arms of a study.
 
-ARMS = ("plain", "distilled")
-Arms = tuple[dict[Key, Run], dict[Key, Run]]
-"""Plain and distilled runs by what pairs them."""
+Sides = tuple[dict[Key, Run], dict[Key, Run]]
+"""Runs of both arms by what pairs them."""
 
 
 def pair_arms(
-    table: RunTable, setting: Setting, *, metric: str = "error_rate", wrong: Mistakes | None = None
-) -> tuple[Pairs | None, tuple[str, ...]]:
-    """ΔE of a setting along D_p: strata are students and D_f, repetitions seeds, draws finetunes.
+    table: RunTable, setting: Setting, *, metric: str = "error_rate", wrong: Mistakes | None = None,
+    arms: tuple[str, str] = MAIN_ARMS,
+) -> tuple[Pairs | None, tuple[str, ...]]:  # fmt: skip
+    """ΔE of a setting along D_p, first arm minus second: strata are students and D_f, repetitions seeds, draws finetunes.
 
     `metric` is a column of runs; `wrong` gives the test set's own noise. Without a pair None, and why.
     """
-    return _pair(table, setting._asdict(), PLACE, metric, "key", wrong)
+    return _Pairing(table, setting._asdict(), PLACE, metric, arms).pairs("key", wrong)
 
 
 def pair_upstream(
-    table: RunTable, setting: Setting, *, metric: str = "error_rate", wrong: Mistakes | None = None
-) -> tuple[Pairs | None, tuple[str, ...]]:
+    table: RunTable, setting: Setting, *, metric: str = "error_rate", wrong: Mistakes | None = None,
+    arms: tuple[str, str] = MAIN_ARMS,
+) -> tuple[Pairs | None, tuple[str, ...]]:  # fmt: skip
     """The upstream runs' own ΔE along D_p, each run once, whatever was finetuned from it.
 
     `metric` is error_rate or test_loss, on the upstream test split. Without a pair None, and why.
     """
     fixed = {"variant": setting.variant, "upstream_dataset": setting.upstream_dataset}
-    return _pair(table, fixed, ("student", "upstream_samples", "seed"), f"upstream_{metric}", "upstream_key", wrong)
+    columns = ("student", "upstream_samples", "seed")
+    return _Pairing(table, fixed, columns, f"upstream_{metric}", arms).pairs("upstream_key", wrong)
 
 
-def _pair(
-    table: RunTable, fixed: Mapping[str, str], columns: Sequence[str], metric: str, file: str, wrong: Mistakes | None
-) -> tuple[Pairs | None, tuple[str, ...]]:
-    """Runs in which the columns `fixed` have these values; `file` names the run whose test results `wrong` holds."""
-    arms, notes = _first_runs(table.pretrained.where(**fixed), columns, metric)
-    sides = [set(side) for side in arms]
-    shared = sorted(sides[0] & sides[1])
-    if shared:  # a teacher, which has the plain arm only, misses no partner
+@dataclass(frozen=True)
+class _Pairing:
+    """Which runs are paired: those in which the columns `fixed` have these values, by `columns`."""
+
+    table: RunTable
+    fixed: Mapping[str, str]
+    columns: Sequence[str]
+    metric: str
+    arms: tuple[str, str]
+
+    def pairs(self, file: str, wrong: Mistakes | None) -> tuple[Pairs | None, tuple[str, ...]]:
+        """Also what has no partner; `file` names the run whose test results `wrong` holds."""
+        runs, notes = self._first_runs(self.table.pretrained.where(**self.fixed), self.columns)
+        sides = [set(side) for side in runs]
+        shared = sorted(sides[0] & sides[1])
+        if not shared:
+            return None, (*notes, self._no_pair(runs))
+        # A teacher, which has the plain arm only, misses no partner.
         students = {key[0] for key in sides[0]} & {key[0] for key in sides[1]}
-        left = _left_over([{key for key in side if key[0] in students} for side in sides], columns, ARMS, "runs")
-        return _arm_pairs([(arms[0][key], arms[1][key]) for key in shared], columns, metric, file, wrong), (
-            *notes,
-            *left,
-        )
-    return None, (*notes, _no_pair(table, fixed, columns, metric, arms))
+        own = [{key for key in side if key[0] in students} for side in sides]
+        both = [(runs[0][key], runs[1][key]) for key in shared]
+        left = _left_over(own, self.columns, self.arms, "runs")
+        return _arm_pairs(both, self.columns, self.metric, file, wrong), (*notes, *left)
 
+    def _first_runs(self, runs: RunTable, columns: Sequence[str]) -> tuple[Sides, list[str]]:
+        """The first run of each arm and key."""
+        found: Sides = ({}, {})
+        several = 0
+        for run in runs:
+            if run.arm in self.arms and getattr(run, self.metric) is not None:
+                side = found[self.arms.index(run.arm)]
+                first = side.setdefault(tuple(getattr(run, column) for column in columns), run)
+                several += getattr(first, self.metric) != getattr(run, self.metric)
+        told = f"{several} rows give another {self.metric} than the first row of their run, which was used"
+        return found, [told] if several else []
 
-def _first_runs(runs: RunTable, columns: Sequence[str], metric: str) -> tuple[Arms, list[str]]:
-    """The first run of each arm and key."""
-    arms: Arms = ({}, {})
-    several = 0
-    for run in runs:
-        if run.arm in ARMS and getattr(run, metric) is not None:
-            first = arms[ARMS.index(run.arm)].setdefault(tuple(getattr(run, column) for column in columns), run)
-            several += getattr(first, metric) != getattr(run, metric)
-    told = f"{several} rows give another {metric} than the first row of their run, which was used"
-    return arms, [told] if several else []
-
-
-def _no_pair(table: RunTable, fixed: Mapping[str, str], columns: Sequence[str], metric: str, arms: Arms) -> str:
-    """What keeps the arms apart; an arm that is not here may stand elsewhere, under another name of the dataset, say."""
-    if all(arms):
-        why = f"no plain run pairs with a distilled one; {_why([set(side) for side in arms], columns, ARMS)}"
-        unnamed = all(run.student == student_of_size(run.num_params) for side in arms for run in side.values())
-        if unnamed and not {key[0] for key in arms[0]} & {key[0] for key in arms[1]}:
-            why += "; the arms' models differ in size: add a column `student` that names each model alike in both arms"
-        return why
-    everywhere, _ = _first_runs(table.pretrained, (*fixed, *columns), metric)
-    here = [
-        {(*fixed.values(), *key) for key in side} or set(other) for side, other in zip(arms, everywhere, strict=True)
-    ]
-    if all(here):
-        why = _why(here, (*fixed, *columns), ARMS)
-        return f"no {ARMS[bool(arms[0])]} run of {', '.join(fixed.values())} has {metric}; {why}"
-    return f"no {ARMS[bool(here[0])]} run has {metric}: there is nothing to compare"
+    def _no_pair(self, runs: Sides) -> str:
+        """What keeps the arms apart; an arm that is not here may stand elsewhere, under another name of the dataset, say."""
+        columns, fixed, (a, b) = self.columns, self.fixed, self.arms
+        if all(runs):
+            why = f"no {a} run pairs with a {b} one; {_why([set(side) for side in runs], columns, self.arms)}"
+            unnamed = all(run.student == student_of_size(run.num_params) for side in runs for run in side.values())
+            if unnamed and not {key[0] for key in runs[0]} & {key[0] for key in runs[1]}:
+                why += (
+                    "; the arms' models differ in size: add a column `student` that names each model alike in both arms"
+                )
+            return why
+        everywhere, _ = self._first_runs(self.table.pretrained, (*fixed, *columns))
+        here = [
+            {(*fixed.values(), *key) for key in side} or set(other)
+            for side, other in zip(runs, everywhere, strict=True)
+        ]  # fmt: skip
+        if all(here):
+            why = _why(here, (*fixed, *columns), self.arms)
+            return f"no {self.arms[bool(runs[0])]} run of {', '.join(fixed.values())} has {self.metric}; {why}"
+        return f"no {self.arms[bool(here[0])]} run has {self.metric}: there is nothing to compare"
 
 
 def _arm_pairs(

@@ -5,9 +5,13 @@ Reads plan.json, row.json and attempts; says which points are missing and why. C
 
 from __future__ import annotations
 
+import hashlib
+import io
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 
@@ -16,6 +20,12 @@ from dbscale.files import atomic_open, write_atomic
 from dbscale.report.table import COLUMNS, MissingPoint, Run, RunTable, checked, kind_of, to_csv
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
 from dbscale.study.store import Row, Store
+
+if TYPE_CHECKING:
+    import pyarrow
+
+NOT_A_BITMAP = (OSError, LookupError, ValueError, TypeError, EOFError, BadZipFile, ZlibError, RuntimeError, MemoryError)
+"""What numpy and zipfile raise for a damaged archive."""
 
 
 def reduce_grid(store: Store, grid_name: str) -> RunTable:
@@ -49,7 +59,7 @@ def collect(store: Store, plan: PlanRecord) -> RunTable:
             missing.append(_missing(store, point, rows))
         else:
             runs.append(_run(point, row, rows))
-    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question, plan.min_effect)
+    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question, plan.min_effect, plan.level)
     return checked(table, [f"grid {plan.grid}, cell {run.key}" for run in runs])
 
 
@@ -87,29 +97,69 @@ def _missing(store: Store, point: PointRecord, rows: dict[str, Row | None]) -> M
 
 
 def write_parquet(path: Path, table: RunTable) -> None:
-    """The same columns as rows.csv, typed; empty strings stay empty strings, missing numbers are null."""
-    import pyarrow
+    """The same columns as rows.csv, typed."""
     import pyarrow.parquet
+
+    with atomic_open(path, "wb") as file:
+        pyarrow.parquet.write_table(arrow_table(table), file)
+
+
+def arrow_table(table: RunTable) -> pyarrow.Table:
+    """The runs as Arrow columns; empty strings stay empty strings, missing numbers are null."""
+    import pyarrow
 
     types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     columns = {name: pyarrow.array(table.column(name), type=types[kind_of(name)]) for name in COLUMNS}
-    with atomic_open(path, "wb") as file:
-        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return pyarrow.table(columns)
 
 
-def read_mistakes(path: Path) -> np.ndarray:
+def read_mistakes(path: Path, row: Row) -> np.ndarray:
     """What each test sample of a cell adds to its error, over those that could be decoded, from its correct.npz: booleans,
     whether it was wrong, of a classification; floats of another task, whose mean is the error.
 
-    Raises TableError where the file is damaged.
+    Raises TableError where the file is missing, damaged, or not the one that the cell's `row` describes.
     """
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            count = int(file["num_samples"])
-            counted = np.unpackbits(file["counted"], count=count).astype(bool)
-            if "errors" in file:
-                return file["errors"][counted]
-            correct = np.unpackbits(file["correct"], count=count).astype(bool)
-    except (OSError, KeyError, ValueError, IndexError, EOFError, BadZipFile) as error:
-        raise TableError(f"{path} cannot be read ({error}); remove the cell's folder to run it again") from error
-    return ~correct[counted]
+        data = path.read_bytes()
+        if row.correct_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise ValueError("it is not what the cell's row describes")
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            count, dense = int(file["num_samples"]), row.task != "classification"
+            counted = _bits(file["counted"], count)
+            wrong = file["errors"] if dense else ~_bits(file["correct"], count)
+        if wrong.shape != (count,):
+            raise ValueError(f"it does not hold a number for each of {count} samples")
+    except NOT_A_BITMAP as error:
+        raise TableError(
+            f"{path} cannot be used ({error}): the test set's own noise is estimated without it; remove {path.parent} to "
+            "run the cell again"
+        ) from error
+    if counted.sum() != row.num_test_samples:
+        raise TableError(f"{path} counts {counted.sum()} samples, the cell's row {row.num_test_samples}; remove "
+                         f"{path.parent} to run the cell again")  # fmt: skip
+    return wrong[counted]
+
+
+def _bits(packed: np.ndarray, count: int) -> np.ndarray:
+    # Or unpackbits would fill up with as many zeros as it is told.
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"it does not hold a bit for each of {count} samples")
+    return np.unpackbits(packed, count=count).astype(bool)
+
+
+Mistakes = tuple[dict[str, np.ndarray], tuple[str, ...]]
+"""Of `load_mistakes`."""
+
+
+def load_mistakes(store: Store, keys: Iterable[str]) -> Mistakes:
+    """Per cell the mistakes [samples] as booleans, in the test split's order, and a sentence on each cell that is left out
+    because its file is damaged."""
+    found, damaged = {}, []
+    for key in sorted(keys):
+        row, path = store.read_row(key), store.cell_dir(key) / "correct.npz"
+        if row is not None and (path.exists() or row.correct_sha256 is not None):
+            try:
+                found[key] = read_mistakes(path, row)
+            except TableError as error:
+                damaged.append(str(error))
+    return found, tuple(damaged)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dbscale.errors import TableError
-from dbscale.files import atomic_open, read_json
+from dbscale.files import atomic_open, read_json, sealed
 from dbscale.laws import NoiseModel, Power, Verdict
 from dbscale.report.table import Setting
 from dbscale.strict import Strict, validate
@@ -257,7 +257,7 @@ def write(path: Path, value: LawsFile | BoundaryFile) -> None:
         )
         lines.append(f' "{name}": {whole}')
     with atomic_open(path, "w") as file:
-        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+        file.write(sealed("{\n" + ",\n".join(lines) + "\n}"))
 
 
 def read(kind: type[File], path: Path) -> File:

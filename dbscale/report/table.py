@@ -113,7 +113,9 @@ REQUIRED = tuple(
 """What a table of one's own must have; `variant` is `base` and `student` is named after its size when absent."""
 POSITIVE = ("num_params", "downstream_samples")
 SHARES = ("error_rate", "top5_error_rate", "upstream_error_rate", "linear_probe_error", "teacher_error_rate")
-ARMS = ("plain", "distilled", "scratch")
+ARMS = ("plain", "distilled", "plain_matched", "self_distilled", "scratch")
+MAIN_ARMS = ("plain", "distilled")
+"""Whose difference a study is about; the other arms are its controls."""
 _HINTS = get_type_hints(Run)
 
 
@@ -153,6 +155,8 @@ class RunTable:
     question: str = ""
     min_effect: float = 0.005
     """δ: the difference of error rates that matters to who asked."""
+    level: float = 0.9
+    """Of every interval that is made of it."""
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -198,9 +202,9 @@ class RunTable:
 
     @cached_property
     def arms(self) -> tuple[str, ...]:
-        """Plain before distilled."""
+        """Plain before distilled, both before their controls."""
         present = {run.arm for run in self.pretrained}
-        return tuple(arm for arm in ("plain", "distilled") if arm in present)
+        return tuple(arm for arm in ARMS if arm in present)
 
     @cached_property
     def students(self) -> tuple[str, ...]:

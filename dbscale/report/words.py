@@ -14,7 +14,7 @@ from typing import Any
 
 from dbscale.laws import Power, Verdict
 from dbscale.report.schema import BoundaryFile, ContrastRecord, LawRecord, LawsFile, Note, OfSetting, ParamRecord
-from dbscale.report.table import RunTable
+from dbscale.report.table import MAIN_ARMS, RunTable
 from dbscale.study.task import ERRORS
 
 TABLE = tomllib.loads((Path(__file__).parent / "templates" / "sentences.toml").read_text(encoding="utf-8"))
@@ -146,8 +146,11 @@ def stratum(record: ContrastRecord) -> str:
 
 
 def where(record: OfSetting, all_records: Iterable[OfSetting] = ()) -> str:
-    """Names the test set, and of variant and upstream set what differs among `all_records`."""
-    return record.setting.among(other.setting for other in all_records)
+    """Names the test set, of variant and upstream set what differs among `all_records`, and a control's sides."""
+    place = record.setting.among(other.setting for other in all_records)
+    if isinstance(record, ContrastRecord) and record.column == "arm" and (record.a, record.b) != MAIN_ARMS:
+        return f"{place} ({side_of(record, 'a')} against {side_of(record, 'b')})"
+    return place
 
 
 # Sentences.

@@ -16,7 +16,8 @@ from pydantic import Field
 from dbscale.strict import Strict
 from dbscale.study.recipe import RECIPE_VERSION, SEEDS, DeiT, Model, Recipe
 
-Arm = Literal["plain", "distilled", "scratch"]
+Arm = Literal["plain", "distilled", "plain_matched", "self_distilled", "scratch"]
+"""Which curve of a study a finetune belongs to; `study.grid` says what each trains upstream."""
 Key = Annotated[str, Field(pattern=r"^\w[\w-]*$", max_length=200)]
 """Name of a cell's folder: it can lead nowhere else."""
 
@@ -50,13 +51,11 @@ class Cell:
         return f"{slug(self.recipe)}-{self.id}"
 
     @property
-    def arm(self) -> Arm:
-        """Which curve a finetune belongs to: that of the run it starts from."""
-        if self.recipe.stage == "distill":
-            return "distilled"
-        if self.init is not None:
-            return self.init.arm
-        return "scratch" if self.recipe.stage == "finetune" else "plain"
+    def teacher_model(self) -> Model | None:
+        """What guides a distill cell: the model of its teacher cell, or of the weights that its recipe names."""
+        if self.teacher is not None:
+            return self.teacher.recipe.model
+        return self.recipe.teacher.model if self.recipe.teacher is not None else None
 
     def spec(self) -> CellSpec:
         return CellSpec(

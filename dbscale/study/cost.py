@@ -1,4 +1,4 @@
-"""What a cell will cost before it runs: FLOPs of a model and seconds on a device.
+"""What a cell will cost before it runs: FLOPs of a model, seconds and memory on a device.
 
 Counts a multiply-add as two operations and a backward pass as two forward passes, as is usual.
 Calibrated by a probe of the machine that launch runs, and by finished rows; it never imports torch.
@@ -17,6 +17,7 @@ from dbscale.files import hostname, read_model, write_model
 from dbscale.strict import Strict
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import DeiT, Model, Recipe, Stage
+from dbscale.study.resources import Resources
 from dbscale.study.store import Row, Store
 from dbscale.study.task import DEFAULT_WIDTH
 
@@ -35,6 +36,10 @@ class Device:
     peak_flops: float
     utilisation: float
     step_overhead_s: float
+    cell_overhead_s: float
+    """Building the model, reading parents, evaluating and writing results."""
+    memory_bytes: float | None = None
+    """Of its largest kind; None: the host's."""
 
     @property
     def flops_per_s(self) -> float:
@@ -42,12 +47,12 @@ class Device:
 
 
 DEVICES = {
-    "cpu": Device("cpu", 1e11, 0.30, 0.012),
-    "a100": Device("a100", 312e12, 0.35, 0.004),
-    "h100": Device("h100", 989e12, 0.25, 0.004),
-    "h200": Device("h200", 989e12, 0.25, 0.004),
+    "cpu": Device("cpu", 1e11, 0.30, 0.012, 0.3),
+    "a100": Device("a100", 312e12, 0.35, 0.004, 20.0, 80e9),
+    "h100": Device("h100", 989e12, 0.25, 0.004, 20.0, 80e9),
+    "h200": Device("h200", 989e12, 0.25, 0.004, 20.0, 141e9),
 }
-"""Peaks from the vendors' data sheets; `cpu` is one core."""
+"""Peaks and memory from the vendors' data sheets; `cpu` is one core, on images of 32 px, the others on 224 px."""
 
 
 class Measured(Strict):
@@ -97,8 +102,6 @@ class CostModel:
     """Predicts seconds on one device."""
 
     device: Device = DEVICES["cpu"]
-    cell_overhead_s: float = 0.3
-    """Building the model, reading parents, evaluating and writing results."""
     scale: float = 1.0
     """Measured over predicted, of stages that are not in `stage_scale`."""
     stage_scale: Mapping[Stage, float] = field(default_factory=dict)
@@ -108,7 +111,11 @@ class CostModel:
         """Predicted device-seconds of one cell."""
         scale = self.stage_scale.get(cell.recipe.stage, self.scale)
         steps_s = cell.recipe.num_steps * self.step_seconds(step_flops(cell))
-        return scale * (steps_s + self.cell_overhead_s)
+        return scale * (steps_s + self.device.cell_overhead_s)
+
+    def hours(self, cells: Iterable[Cell]) -> float:
+        """Predicted device-hours of cells."""
+        return sum(map(self.seconds, cells)) / 3600
 
     def step_seconds(self, flops: float) -> float:
         """Predicted seconds of one optimizer step, before scaling."""
@@ -116,8 +123,8 @@ class CostModel:
 
     def probed(self, calibration: Calibration) -> CostModel:
         """The same model with what a probe of this machine measured."""
-        device = Device(self.device.name, calibration.flops_per_s, 1.0, calibration.step_overhead_s)
-        return CostModel(device, calibration.cell_overhead_s, 1.0, calibration.stage_scale)
+        speed, overheads = calibration.flops_per_s, (calibration.step_overhead_s, calibration.cell_overhead_s)
+        return CostModel(Device(self.device.name, speed, 1.0, *overheads), 1.0, calibration.stage_scale)
 
     def calibrated(self, measured: Iterable[tuple[Cell, Row]]) -> CostModel:
         """The same model, scaled by the median of measured over predicted of each stage; unchanged without rows."""
@@ -166,8 +173,7 @@ def fit_step_times(measured: Sequence[tuple[float, float]]) -> tuple[float, floa
 
 def step_flops(cell: Cell) -> float:
     """Operations of one optimizer step."""
-    teacher = cell.teacher.recipe.model if cell.teacher else None
-    return train_flops(cell.recipe, teacher) / cell.recipe.num_steps
+    return train_flops(cell.recipe, cell.teacher_model) / cell.recipe.num_steps
 
 
 def train_flops(
@@ -185,16 +191,52 @@ def train_flops(
     return a_sample * recipe.num_steps * recipe.training.global_batch
 
 
+def matched_steps(plain: Recipe, distill: Cell) -> int:
+    """Steps of `plain` that cost as many operations as the distilled run and its teacher's training together.
+
+    Rounded to whole steps, so both costs differ by half a step at most. The number stands in recipes: whoever changes
+    how operations are predicted here renames the cells of the arm `plain_matched`.
+    """
+    assert distill.teacher is not None, "a distill cell has a teacher"
+    teacher = distill.teacher.recipe
+    total = train_flops(teacher) + train_flops(distill.recipe, teacher.model)
+    return max(1, round(total * plain.num_steps / train_flops(plain)))
+
+
+def has_known_flops(model: Model) -> bool:
+    """Whether `forward_flops` is more than a guess."""
+    return as_deit(model) is not None or (not isinstance(model, DeiT) and _family(model.name) in FORWARD_GFLOPS_224)
+
+
+def as_deit(model: Model | None) -> DeiT | None:
+    """The sizes of a plain vision transformer, also where timm makes it from its keyword arguments; None for others."""
+    if model is None or isinstance(model, DeiT):
+        return model
+    sizes = {name: model.kwargs.get(name) for name in ("embed_dim", "num_heads", "depth")}
+    if not _family(model.name).startswith(("vit_", "deit_")) or not all(isinstance(v, int) for v in sizes.values()):
+        return None
+    width, heads, depth = map(int, sizes.values())  # type: ignore[arg-type]
+    patch_size, mlp_ratio = int(model.kwargs.get("patch_size", 16)), float(model.kwargs.get("mlp_ratio", 4.0))
+    return DeiT(heads=heads, head_width=width // heads, depth=depth, patch_size=patch_size, mlp_ratio=mlp_ratio)
+
+
+def _family(timm_name: str) -> str:
+    """The name without the tag of pretrained weights."""
+    return timm_name.partition(".")[0]
+
+
 def forward_flops(model: Model, image_size: int) -> float:
     """Operations of one forward pass on one square RGB image, the head left out."""
-    if not isinstance(model, DeiT):
-        gflops = FORWARD_GFLOPS_224.get(model.name.partition(".")[0], DEFAULT_GFLOPS_224)
+    transformer = as_deit(model)
+    if transformer is None:
+        assert not isinstance(model, DeiT)
+        gflops = FORWARD_GFLOPS_224.get(_family(model.name), DEFAULT_GFLOPS_224)
         return gflops * 1e9 * (image_size / 224) ** 2
-    patches, tokens = num_tokens(model, image_size)
-    width = model.width
-    dense = (8 + 4 * model.mlp_ratio) * width**2 * tokens
+    patches, tokens = num_tokens(transformer, image_size)
+    width = transformer.width
+    dense = (8 + 4 * transformer.mlp_ratio) * width**2 * tokens
     attention = 4 * tokens**2 * width
-    return model.depth * (dense + attention) + 6 * model.patch_size**2 * width * patches
+    return transformer.depth * (dense + attention) + 6 * transformer.patch_size**2 * width * patches
 
 
 def head_flops(recipe: Recipe) -> float:
@@ -226,3 +268,57 @@ def num_tokens(model: DeiT, image_size: int) -> tuple[int, int]:
     """Patches, and tokens with the class token."""
     patches = (image_size // model.patch_size) ** 2
     return patches, patches + 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that each device holds while a cell trains; what engines need to talk to each other comes on top."""
+
+    states: float
+    """Weights, gradients, AdamW's moments, the moving average, and the teacher's weights."""
+    activations: float
+    micro_batch: int
+
+    @property
+    def total(self) -> float:
+        return self.states + self.activations
+
+
+def device_memory(cell: Cell, resources: Resources) -> Memory | None:
+    """What one of the cell's devices holds at most; None for models outside the DeiT family, whose sizes nobody said.
+
+    ZeRO partitions AdamW's moments and DeepSpeed's copy of the weights from stage 1 on, gradients from 2, weights and
+    their average from 3 (1910.02054, section 5). The head counts 1,000 classes.
+    """
+    recipe, asked = cell.recipe, cell.teacher_model
+    size, world_size, zero = recipe.data.image_size, resources.num_processes, resources.zero_stage or 0
+    student, teacher = as_deit(recipe.model), as_deit(asked)
+    if student is None or (teacher is None and asked is not None):
+        return None
+    micro_batch = min(resources.micro_batch or recipe.training.global_batch, recipe.training.global_batch // world_size)
+
+    def held(copies: int, from_stage: int) -> float:
+        return 4 * copies / (world_size if zero >= from_stage else 1)
+
+    copies = held(2 if resources.zero_stage is None else 3, 1) + held(1, 2)
+    copies += held(1 if recipe.training.ema_decay is None else 2, 3)
+    # Autocast keeps 16-bit weights from forward to backward, gathered ones too.
+    copies += 0 if recipe.training.precision == "fp32" else 2
+    states = copies * num_params(student, size, 1000)
+    activations = micro_batch * _activation_bytes(recipe, student, student.depth)
+    if teacher is not None:
+        # Without gradients a layer's activations go when the next one has them.
+        states += 4 * num_params(teacher, size, 1000)
+        activations += micro_batch * _activation_bytes(recipe, teacher, 1)
+    return Memory(states, activations, micro_batch)
+
+
+def _activation_bytes(recipe: Recipe, model: DeiT, depth: int) -> float:
+    """Kept of one image for the backward pass of `depth` layers, attention fused.
+
+    The residual stream and norms in float32; what enters matrix products, attention and GELU in the run's precision: so
+    many bytes a token and unit of width. The last norm and the image itself come on top.
+    """
+    size, is_full = recipe.data.image_size, recipe.training.precision == "fp32"
+    layer, norm, pixel = (32 + 8 * model.mlp_ratio, 8, 4) if is_full else (20 + 4 * model.mlp_ratio, 4, 2)
+    return num_tokens(model, size)[1] * model.width * (depth * layer + norm) + 3 * pixel * size**2

@@ -13,24 +13,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from dbscale import plugins
 from dbscale.errors import ConfigError, nearest
 from dbscale.strict import Strict, load_extended, override, set_path, validate
 from dbscale.study.cell import Arm, Cell
+from dbscale.study.cost import FORWARD_GFLOPS_224, has_known_flops, matched_steps
 from dbscale.study.recipe import (
     SEEDS,
+    Budget,
     Data,
     DeiT,
     Distill,
     Model,
     Positive,
+    Pretrained,
     Recipe,
     Stage,
     Tier,
+    TimmModel,
     Training,
     draw_seed,
     unfit_training,
 )
 from dbscale.study.task import BESIDE, TARGETS, WrittenTask, task_name
+from dbscale.study.weights import Weights
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 """Becomes a folder name: letters, digits, dot, underscore and hyphen."""
@@ -60,6 +66,56 @@ class Variant(Strict):
     set: dict[str, RawValue] = {}
 
 
+class Hunt(Strict):
+    """`hunt:` of a grid: over which range its boundary is looked for, how sharply, and at which price.
+
+    `dbscale hunt` then chooses the runs; which of them stand in the grid's own axes makes no difference.
+    """
+
+    along: Literal["upstream_samples", "downstream_samples", "num_params"] = "upstream_samples"
+    """The axis on which the boundary lies: D_p, D_f or M."""
+    range: tuple[Positive, Positive] | None = None
+    """Smallest and largest value of the axis; None: those of the grid. M has the grid's students and no range."""
+    per_octave: float = Field(default=2.0, gt=0, le=8)
+    """How many values each doubling of the axis has; the grid's own values within the range count in any case."""
+    a: dict[Literal["arm", "variant", "student"], str] = {"arm": "plain"}
+    b: dict[Literal["arm", "variant", "student"], str] = {"arm": "distilled"}
+    """The two procedures that are compared, each by one value or several; Δ = a − b."""
+    students: tuple[Name, ...] | None = None
+    downstream: tuple[Name, ...] | None = None
+    num_labels: Sizes | None = None
+    """Students, downstream datasets and D_f that the hunt concerns; None: all of the grid."""
+    pooled: bool = True
+    """One boundary for each downstream dataset, students and D_f pooled; otherwise one for each of them."""
+    metric: Literal["error_rate", "test_loss"] = "error_rate"
+    target_octaves: float = Field(default=1.0, gt=0)
+    """A crossing is found once its interval is no wider than this many doublings of the axis."""
+    min_effect: float | None = Field(default=None, gt=0)
+    """None: the grid's."""
+    level: float = Field(default=0.9, gt=0.5, lt=1)
+    """Share of hunts whose interval should hold the boundary."""
+    least_doubt: float | None = Field(default=None, gt=0)
+    """The hunt also ends, whatever the verdict, where fewer octaves of wrong advice are left over the whole range."""
+    wave: Positive = 8
+    """Pairs of one wave: as many as fill the machines."""
+    waves_ahead: int = Field(default=0, ge=0, le=8)
+    """Further waves that SLURM may hold while one is not finished."""
+    finetunes: Literal["auto"] | Positive = "auto"
+    """Finetunes of each upstream run; auto: as the noise measured so far makes cheapest."""
+    budget_hours: float = Field(gt=0)
+    """Device-hours of all runs that the hunt rests on, those of the grid that were finished before included."""
+    most_seeds: Positive = 32
+    """At one value of the axis. The grid's seeds come first, then the numbers after its largest."""
+
+    @model_validator(mode="after")
+    def _sides_differ(self) -> Hunt:
+        if not self.a or self.a == self.b or self.a.keys() != self.b.keys():
+            raise ValueError(f"a and b must give other values of the same columns; found {self.a} and {self.b}")
+        if self.range is not None and self.range[0] >= self.range[1]:
+            raise ValueError(f"range {list(self.range)} does not rise; write the smaller value first")
+        return self
+
+
 class Grid(Strict):
     """`configs/grids/*.yaml`: the hashed *what* of a study."""
 
@@ -76,9 +132,17 @@ class Grid(Strict):
     block_size: Positive | None = None
     models: dict[Name, Model]
     students: Annotated[tuple[Name, ...], Field(min_length=1)]
-    teachers: dict[Name, Name] = {}
-    """Student → teacher of the distilled arm; a student without one has a plain arm only."""
-    arms: tuple[Literal["plain", "distilled"], ...] = ("plain", "distilled")
+    teachers: dict[Name, Name | Weights] = {}
+    """Student → teacher of the distilled arm: a model that the grid trains, or weights from elsewhere, alike at every
+    size and seed. A student without one has a plain arm only."""
+    init: dict[Name, Weights] = {}
+    """Model → weights that its upstream runs begin with, in every arm; the head is new."""
+    arms: tuple[Literal["plain", "distilled", "plain_matched", "self_distilled"], ...] = ("plain", "distilled")
+    """What precedes the finetunes. plain: `pretrain` alone. distilled: guided by the teacher, pretrained on the same
+    images. plain_matched: plain, with the steps that training the teacher, asking it and `distill_training` would have
+    cost in operations (`cost.matched_steps`), and the schedule stretched over them. self_distilled: guided by a teacher
+    of the student's own size, pretrained on the same images from other initial weights, in another order. All but plain
+    are for students that have a teacher."""
     scratch: bool = False
     """Also finetune every student from random weights: the error without any upstream data."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
@@ -88,12 +152,19 @@ class Grid(Strict):
     """Difference of error rates that matters; the verdict calls what is surely smaller no difference."""
     noise: Name | None = None
     """Table of noise that `plan` takes for power before there are rows; None: the default one."""
+    plugins: dict[str, str] = {}
+    """Parts of your own: a list of modules, or of files beside this one, `plugins: [my_lab.models, parts.py]`; reading
+    the grid imports them and notes their hashes. Cells are named after them too."""
+    metrics: tuple[Name, ...] = ()
+    """Further means over the test split that plugins register; every row has them."""
     pretrain: Training
     finetune: Training
     distill: Distill | None = None
     distill_training: Training | None = None
     """How a distill cell trains; None: as `pretrain` says, so that the arms differ in the loss alone."""
     variants: tuple[Variant, ...] = ()
+    hunt: Hunt | None = None
+    """How `dbscale hunt` looks for the boundary; it changes no cell."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Grid:
@@ -105,14 +176,33 @@ class Grid(Strict):
             values = getattr(self, axis)
             if len(set(values)) < len(values):
                 raise ValueError(f"{axis} repeats a value: {list(values)}")
-        if "distilled" in self.arms and (self.distill is None or not self.teachers):
-            raise ValueError("the distilled arm needs `distill:` settings and `teachers:`, or leave it out of `arms:`")
+        guided = [arm for arm in self.arms if arm != "plain"]
+        if guided and (self.distill is None or not self.teachers):
+            raise ValueError(
+                f"the {guided[0]} arm needs `distill:` settings and `teachers:`, or leave it out of `arms:`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _costs_to_match_are_known(self) -> Grid:
+        pairs = list(self.teachers.items()) if "plain_matched" in self.arms else []
+        foreign = [student for student, teacher in pairs if not isinstance(teacher, str)]
+        if foreign:
+            raise ValueError(f"the plain_matched arm spends what the teacher's training cost, and nobody knows it for the "
+                             f"teacher of {foreign[0]!r}, which comes from elsewhere; leave the arm out")  # fmt: skip
+        for model in (self.models[str(name)] for pair in pairs for name in pair):
+            if isinstance(model, TimmModel) and not has_known_flops(model):
+                raise ValueError(
+                    f"the plain_matched arm needs the operations of every student and teacher, and those of {model.name!r} "
+                    f"are not known; {nearest(model.name, list(FORWARD_GFLOPS_224))}, or leave it out of `arms:`"
+                )
         return self
 
     @model_validator(mode="after")
     def _patches_divide_images(self) -> Grid:
         teachers = (self.teachers.get(student, student) for student in self.students)
-        pairs = [(name, self.image_size) for name in dict.fromkeys((*self.students, *teachers))]
+        named = dict.fromkeys((*self.students, *(name for name in teachers if isinstance(name, str))))
+        pairs = [(name, self.image_size) for name in named]
         pairs += [(name, axis.image_size) for axis in self.downstream if axis.image_size for name in self.students]
         for name, size in pairs:
             model = self.models[name]
@@ -144,10 +234,15 @@ class Grid(Strict):
     def _references(self) -> Iterator[tuple[str, Sequence[str], Mapping[str, Any]]]:
         yield "student", self.students, self.models
         yield "student in teachers", tuple(self.teachers), self.models
-        yield "teacher", tuple(self.teachers.values()), self.models
+        yield "teacher", tuple(name for name in self.teachers.values() if isinstance(name, str)), self.models
+        yield "model in init", tuple(self.init), self.models
         yield "dataset in tiers", tuple(self.tiers), self.datasets
         yield "upstream dataset", (self.upstream.dataset,), self.datasets
         yield "downstream dataset", tuple(axis.dataset for axis in self.downstream), self.datasets
+        if self.hunt is not None:
+            yield "student in hunt", self.hunt.students or (), dict.fromkeys(self.students)
+            known = {axis.dataset: axis for axis in self.downstream}
+            yield "downstream dataset in hunt", self.hunt.downstream or (), known
 
     @property
     def axes(self) -> tuple[DataAxis, ...]:
@@ -160,6 +255,7 @@ class Point:
 
     cell: Cell
     variant: str
+    arm: Arm
     student: str
     upstream_num_samples: int
     """0 for training from scratch."""
@@ -168,14 +264,15 @@ class Point:
     finetune: int
     """Draw of the labels, head and order: 0 to `finetunes` - 1."""
 
-    @property
-    def arm(self) -> Arm:
-        return self.cell.arm
 
-
-def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
-    """Read, override, validate. Raises ConfigError naming file, key, value and what is allowed."""
-    return validate(Grid, override(load_extended(path), overrides), where=str(path))
+def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
+    """Read, override, import plugins, validate. Raises ConfigError naming file, key, value and what is allowed."""
+    path = Path(path)
+    data = override(load_extended(path), overrides)
+    places = data.get("plugins")
+    if isinstance(places, list):
+        data = {**data, "plugins": plugins.load(map(str, places), path.parent)}
+    return validate(Grid, data, where=str(path))
 
 
 def variants_of(grid: Grid) -> list[tuple[str, Grid]]:
@@ -227,12 +324,15 @@ def overlapping_draws(grid: Grid, available: Mapping[str, int]) -> list[str]:
     ]
 
 
-def expand(grid: Grid, fingerprints: Mapping[str, str]) -> tuple[Point, ...]:
-    """Every finetune of the grid, equal cells merged; a dataset without fingerprint gives provisional ids."""
-    points: dict[tuple[str, str], Point] = {}
+def expand(grid: Grid, fingerprints: Mapping[str, str], weights: Mapping[str, str] | None = None) -> tuple[Point, ...]:
+    """Every finetune of the grid, equal cells merged.
+
+    `fingerprints` of datasets by name and hashes of `weights` by checkpoint; what lacks one has provisional ids.
+    """
+    points: dict[tuple[str, Arm, str], Point] = {}
     for name, variant in variants_of(grid):
-        for point in _Expansion(variant, name, fingerprints).points():
-            points[name, point.cell.key] = point
+        for point in _Expansion(variant, name, fingerprints, weights or {}).points():
+            points[name, point.arm, point.cell.key] = point
     return tuple(points.values())
 
 
@@ -243,45 +343,65 @@ class _Expansion:
     grid: Grid
     variant: str
     fingerprints: Mapping[str, str]
+    weights: Mapping[str, str]
     cells: dict[str, Cell] = field(default_factory=dict)
 
     def points(self) -> Iterator[Point]:
         sizes: tuple[int, ...] = ((0,) if self.grid.scratch else ()) + self.grid.upstream.num_samples
         for seed, size, student in itertools.product(self.grid.seeds, sizes, self.grid.students):
-            for init in self._upstream_cells(student, size, seed):
+            for arm, init in self._upstream_cells(student, size, seed):
                 for axis, labels, draw in self._downstream():
                     # A draw of one size and seed is the same labels in both arms.
                     training = axis.finetune or self.grid.finetune
                     cell = self._cell("finetune", student, axis, labels, seed, training, init=init, draw=draw)
-                    yield Point(cell, self.variant, student, size, seed, draw)
+                    yield Point(cell, self.variant, arm, student, size, seed, draw)
 
     def _downstream(self) -> Iterator[tuple[DataAxis, int, int]]:
         draws = range(self.grid.finetunes)
         return ((axis, size, draw) for axis in self.grid.downstream for size in axis.num_samples for draw in draws)
 
-    def _upstream_cells(self, student: str, size: int, seed: int) -> Iterator[Cell | None]:
+    def _upstream_cells(self, student: str, size: int, seed: int) -> Iterator[tuple[Arm, Cell | None]]:
         if size == 0:
-            yield None
+            yield "scratch", None
             return
-        if "plain" in self.grid.arms:
-            yield self._pretrain(student, size, seed)
-        if "distilled" in self.grid.arms and student in self.grid.teachers:
-            yield self._distill(student, size, seed)
+        for arm in self.grid.arms:
+            if arm == "plain":
+                yield arm, self._pretrain(student, size, seed)
+            elif student in self.grid.teachers:
+                yield arm, self._guided(arm, student, size, seed)
 
-    def _pretrain(self, model: str, size: int, seed: int) -> Cell:
-        grid = self.grid
-        return self._cell("pretrain", model, grid.upstream, size, seed, grid.pretrain)
+    def _guided(self, arm: Arm, student: str, size: int, seed: int) -> Cell:
+        """The upstream run of an arm that has to do with a teacher."""
+        if arm == "self_distilled":
+            # With the student's own seed, the teacher would start from the same weights: the plain arm's very run.
+            teacher = self._pretrain(student, size, seed, init_seed=draw_seed(seed, 1))
+            return self._distill(student, size, seed, teacher)
+        teacher = self.grid.teachers[student]
+        guide = self._pretrain(teacher, size, seed) if isinstance(teacher, str) else teacher
+        distilled = self._distill(student, size, seed, guide)
+        if arm == "distilled":
+            return distilled
+        steps = matched_steps(self._pretrain(student, size, seed).recipe, distilled)
+        longer = self.grid.pretrain.model_copy(update={"budget": Budget(steps=steps)})
+        return self._cell("pretrain", student, self.grid.upstream, size, seed, longer)
 
-    def _distill(self, student: str, size: int, seed: int) -> Cell:
+    def _pretrain(self, model: str, size: int, seed: int, *, init_seed: int | None = None) -> Cell:
         grid = self.grid
-        teacher = self._pretrain(grid.teachers[student], size, seed)
+        return self._cell("pretrain", model, grid.upstream, size, seed, grid.pretrain, init_seed=init_seed)
+
+    def _distill(self, student: str, size: int, seed: int, teacher: Cell | Weights) -> Cell:
+        grid = self.grid
         training = grid.distill_training or grid.pretrain
         return self._cell("distill", student, grid.upstream, size, seed, training, teacher=teacher)
 
+    def _identified(self, weights: Weights | None) -> Pretrained | None:
+        return weights.identified(self.weights.get(weights.checkpoint)) if weights is not None else None
+
     def _cell(
         self, stage: Stage, model: str, axis: DataAxis, size: int, seed: int, training: Training,
-        *, teacher: Cell | None = None, init: Cell | None = None, draw: int = 0,
+        *, teacher: Cell | Weights | None = None, init: Cell | None = None, draw: int = 0, init_seed: int | None = None,
     ) -> Cell:  # fmt: skip
+        """`init_seed` stands in for `seed` in all but the choice of images."""
         grid, seed = self.grid, draw_seed(seed, draw)
         # Another seed is another window of the same order, so that seeds also sample the choice of images.
         data = Data(
@@ -289,10 +409,16 @@ class _Expansion:
             tier=grid.tiers.get(axis.dataset, grid.tier), block_size=grid.block_size,
         )  # fmt: skip
         recipe = Recipe(
-            stage=stage, model=grid.models[model], data=data, training=training, seed=seed, draw=draw or None,
+            stage=stage, model=grid.models[model], data=data, training=training, draw=draw or None,
+            seed=seed if init_seed is None else init_seed,
             distill=grid.distill if stage == "distill" else None, task=axis.task,
+            teacher=self._identified(teacher) if isinstance(teacher, Weights) else None,
+            start=self._identified(grid.init.get(model)) if stage != "finetune" else None,
+            plugins=grid.plugins or None,
+            metrics=(grid.metrics or None) if axis.task is None else None,  # plugins' metrics take labels of images
         )  # fmt: skip
-        cell = Cell(recipe, self.fingerprints.get(axis.dataset), teacher=teacher, init=init)
+        parent = teacher if isinstance(teacher, Cell) else None
+        cell = Cell(recipe, self.fingerprints.get(axis.dataset), teacher=parent, init=init)
         return self.cells.setdefault(cell.key, cell)
 
 
@@ -314,3 +440,14 @@ def merged_cells(points: Sequence[Point]) -> tuple[Cell, ...]:
 def datasets_in_use(grid: Grid) -> tuple[str, ...]:
     """Names of the datasets any axis reads, in order, each once."""
     return tuple(dict.fromkeys(axis.dataset for _, variant in variants_of(grid) for axis in variant.axes))
+
+
+def weights_in_use(grid: Grid) -> tuple[Weights, ...]:
+    """Weights from elsewhere that any variant names, each checkpoint once."""
+    found = [
+        weights
+        for _, variant in variants_of(grid)
+        for weights in (*variant.teachers.values(), *variant.init.values())
+        if isinstance(weights, Weights)
+    ]
+    return tuple({weights.checkpoint: weights for weights in found}.values())

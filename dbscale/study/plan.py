@@ -13,13 +13,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import model_validator
+
 from dbscale.errors import FileError
 from dbscale.files import read_model, write_model
 from dbscale.strict import Strict
-from dbscale.study.cell import Arm, Cell, model_label
+from dbscale.study.cell import Arm, Cell, Key, model_label
 from dbscale.study.cost import CostModel
-from dbscale.study.grid import Grid, Point, merged_cells
-from dbscale.study.store import CellState, Store
+from dbscale.study.grid import Grid, Name, Point, merged_cells
+from dbscale.study.store import Amount, CellState, Count, Moment, Store, Word
 
 
 @dataclass(frozen=True)
@@ -64,38 +66,47 @@ class Plan:
 class PointRecord(Strict):
     """A point in `plan.json`, so that the reducer knows what was asked for, finished or not."""
 
-    cell: str
-    variant: str
+    cell: Key
+    variant: Name
     arm: Arm
-    student: str
-    model: str
-    upstream_dataset: str | None
-    upstream_num_samples: int
-    upstream_cell: str | None
-    teacher_cell: str | None
-    dataset: str
-    num_samples: int
+    student: Name
+    model: Word
+    upstream_dataset: Name | None
+    upstream_num_samples: Count
+    upstream_cell: Key | None
+    teacher_cell: Key | None
+    dataset: Name
+    num_samples: Count
     seed: int
-    finetune: int = 0
+    finetune: Count = 0
     """Draw of the labels, head and order of one upstream run."""
 
 
 class PlanRecord(Strict):
     """`<store>/grids/<name>/plan.json`."""
 
-    grid: str
+    grid: Name
     question: str
-    created: float
-    """Unix time."""
+    created: Moment
     points: tuple[PointRecord, ...]
-    cells: tuple[str, ...]
-    """Keys, parents first."""
-    predicted_device_s: float
+    cells: tuple[Key, ...]
+    """Parents first."""
+    predicted_device_s: Amount
     """Device time of all cells, finished ones included."""
-    predicted_s: tuple[float, ...] = ()
+    predicted_s: tuple[Amount, ...] = ()
     """Device time of each cell, in the order of `cells`."""
     min_effect: float = 0.005
     """Difference of error rates that matters, as the grid says."""
+    level: float = 0.9
+    """Of the report's intervals; a hunt, which looks after every wave, judges at a stricter one."""
+
+    @model_validator(mode="after")
+    def _points_are_of_its_cells(self) -> PlanRecord:
+        named = {key for point in self.points for key in (point.cell, point.upstream_cell, point.teacher_cell)}
+        strangers = named.difference(self.cells, [None])
+        if strangers:
+            raise ValueError(f"a point names {strangers.pop()}, which is none of its cells")
+        return self
 
 
 def make_plan(
@@ -131,7 +142,7 @@ def _bundles(lineages: list[list[Cell]], cost: CostModel, target_s: float, worke
     return tuple(Bundle(tuple(cells), loads[i]) for i, cells in enumerate(packed))
 
 
-def record(plan: Plan, cost: CostModel) -> PlanRecord:
+def record(plan: Plan, cost: CostModel, *, level: float = 0.9) -> PlanRecord:
     """What the reducer and `status` later read."""
     return PlanRecord(
         grid=plan.grid.name, question=plan.grid.question, created=time.time(),
@@ -139,6 +150,7 @@ def record(plan: Plan, cost: CostModel) -> PlanRecord:
         cells=tuple(cell.key for cell in plan.cells),
         predicted_device_s=sum(map(cost.seconds, plan.cells)),
         predicted_s=tuple(round(cost.seconds(cell), 3) for cell in plan.cells), min_effect=plan.grid.min_effect,
+        level=level,
     )  # fmt: skip
 
 
@@ -163,7 +175,11 @@ def write_plan(store: Store, plan: PlanRecord) -> None:
 def read_plan(store: Store, grid_name: str) -> PlanRecord | None:
     """The grid's plan as last submitted, if ever. Raises FileError where the file is damaged."""
     try:
-        return read_model(PlanRecord, store.grid_dir(grid_name) / "plan.json")
+        path = store.grid_dir(grid_name) / "plan.json"
+        found = read_model(PlanRecord, path)
+        if found.grid != grid_name:
+            raise FileError(f"{path} is the plan of grid {found.grid}")
+        return found
     except FileNotFoundError:
         return None
     except FileError as error:

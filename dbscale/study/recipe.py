@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dbscale.strict import Strict
 from dbscale.study.task import DenseTask, TaskName, task_name
@@ -147,6 +147,26 @@ class Distill(Strict):
     """What the teacher guides with. soft: T²·KL(teacher ‖ student) (Hinton et al., 1503.02531); hard: cross-entropy to
     its decision (DeiT's hard distillation, 2012.12877, eq. 3); mixed: half of each."""
     attention: Attention | None = None
+    head: Literal["class", "parallel"] | None = None
+    """Which classifier the teacher guides. class, or left out: the only one. parallel: a second one on the same features
+    (on its own token, where timm's model has a distillation token), which alone gets `alpha`'s term, while the first
+    learns the labels; predictions average both (DeiT, 2012.12877, section 4). The average of two linear heads is a linear
+    head, so what is exported is plain timm with one."""
+
+    @field_validator("head")
+    @classmethod
+    def _one_spelling(cls, head: str | None) -> str | None:
+        """`class` is what a recipe without the field says, and equal recipes have one id."""
+        return None if head == "class" else head
+
+    @model_validator(mode="after")
+    def _both_heads_learn(self) -> Distill:
+        if self.head == "parallel" and not 0 < self.alpha < 1:
+            raise ValueError(
+                f"head parallel with alpha {self.alpha:g}: one of both heads would learn nothing and spoil their "
+                "average; set alpha between 0 and 1, or head: class"
+            )
+        return self
 
 
 class Training(Strict):
@@ -164,6 +184,21 @@ class Training(Strict):
     then. None: the weights of the last step."""
     scope: Literal["full", "linear_probe"] = "full"
     """What a finetune changes: everything, or the head alone."""
+    loss_terms: dict[str, float] | None = None
+    """Terms of plugins that are added to the loss, with their weights."""
+
+
+Channels = tuple[float, float, float]
+
+
+class Pretrained(Strict):
+    """Weights that no cell trained, known by the hash of their file."""
+
+    sha256: str | None = None
+    """None until they are imported: ids are provisional."""
+    model: Model
+    mean: Channels | None = None
+    std: Channels | None = None
 
 
 def unfit_training(task: DenseTask | None, training: Training) -> str | None:
@@ -171,6 +206,7 @@ def unfit_training(task: DenseTask | None, training: Training) -> str | None:
     if task is None:
         return None
     on = [name for name in ("rand_augment", "random_erasing", "mixup", "cutmix") if getattr(training.augment, name)]
+    on += ["loss_terms"] if training.loss_terms else []
     on += ["label_smoothing"] if task.kind == "detection" and training.label_smoothing else []
     if not on:
         return None
@@ -187,6 +223,14 @@ class Recipe(Strict):
     seed: int
     """Keys initialisation (of a finetune: its head), order and augmentation."""
     distill: Distill | None = None
+    teacher: Pretrained | None = None
+    """Of a distill cell whose teacher no cell trained."""
+    plugins: dict[str, str] | None = None
+    """Hash of each plugin, by module."""
+    metrics: tuple[str, ...] | None = None
+    """Further means over the test split, of plugins."""
+    start: Pretrained | None = None
+    """Of an upstream run that does not begin with random weights; the head does."""
     draw: Positive | None = None
     """Which further finetune of one upstream run this is; None for the first. `draw_seed` then gives `seed` and
     `data.subset_seed`."""
@@ -197,6 +241,14 @@ class Recipe(Strict):
     def _draws_are_finetunes(self) -> Recipe:
         if self.draw is not None and self.stage != "finetune":
             raise ValueError(f"a {self.stage} recipe has no draw; only finetunes are drawn several times")
+        return self
+
+    @model_validator(mode="after")
+    def _foreign_weights_fit_the_stage(self) -> Recipe:
+        if (self.teacher is not None and self.stage != "distill") or (
+            self.start is not None and self.stage == "finetune"
+        ):
+            raise ValueError(f"a {self.stage} recipe takes no {'teacher' if self.teacher else 'start'}")
         return self
 
     @model_validator(mode="after")

@@ -1,19 +1,31 @@
 """How a cell runs on a machine, and how it is asked to stop: none of it reaches a cell's identity.
 
-All of it may change between two attempts at one cell.
+All of it may change between two attempts at one cell. Also which GPUs there are, as the drivers say, without torch.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from dbscale.strict import Strict
 
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio",
+]  # fmt: skip
+"""All that Accelerate has. The first three go on in their run when a cell is resumed, the others begin another one."""
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+"""One folder a GPU."""
+ROCM = Path("/sys/class/kfd/kfd/topology/nodes")
+"""One folder a processor; a CPU has gpu_id 0."""
+CHOSEN_BY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+GPU_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
 
 
 class Resources(Strict):
@@ -54,6 +66,46 @@ class StopRequest:
         self.reason = self.reason or reason
         self._event.set()
 
+    def wait(self) -> None:
+        """Return once a stop is asked for."""
+        self._event.wait()
+
     @property
     def requested(self) -> bool:
         return self._event.is_set()
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Names of the NVIDIA and AMD GPUs that this process may use: indices, UUIDs or MIG ids where the environment names
+    them so, else indices."""
+    for name in CHOSEN_BY:
+        if name in os.environ:
+            return _named_gpus(os.environ[name])
+    gave = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
+    if "SLURM_JOB_ID" in os.environ and not any(name in os.environ for name in gave):
+        return ()  # the node's GPUs are other jobs'
+    return tuple(map(str, range(_count_gpus())))
+
+
+def _named_gpus(listed: str) -> tuple[str, ...]:
+    """Up to the first entry that names none: so the driver reads it (-1 hides all that follows)."""
+    named = []
+    for part in map(str.strip, listed.split(",")):
+        if not GPU_NAME.fullmatch(part):
+            break
+        named.append(part)
+    return tuple(dict.fromkeys(named))
+
+
+def _count_gpus() -> int:
+    try:
+        return len(list(NVIDIA.iterdir()))
+    except OSError:
+        return sum(_gpu_id(node) not in ("", "0") for node in ROCM.glob("*"))
+
+
+def _gpu_id(node: Path) -> str:
+    try:
+        return (node / "gpu_id").read_text().strip()
+    except OSError:
+        return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dbscale.errors import FileError, StoreError
-from dbscale.files import ProcessMark, read_model, write_json, write_model
+from dbscale.files import LATEST, ProcessMark, model_text, read_model, write_json, write_model
 from dbscale.strict import Strict
 from dbscale.study.cell import Arm, CellSpec, cell_id
 from dbscale.study.recipe import RECIPE_VERSION, Share, Stage
@@ -30,6 +31,10 @@ HEARTBEAT_LIMIT_S = 120.0
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN})
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Moment = Annotated[float, Field(ge=0, le=LATEST, allow_inf_nan=False)]
+"""Unix time."""
+Word = Annotated[str, Field(pattern=r"^[^=+@\t\r-]")]
+"""Goes into `rows.csv`: a spreadsheet would run what begins like a formula."""
 
 
 class Failure(StrEnum):
@@ -67,7 +72,7 @@ def failure_of(error: BaseException | None) -> Failure:
 class Upstream(Strict):
     """What a finetune started from, copied from its parent so that a table needs no second lookup."""
 
-    dataset: str
+    dataset: Word
     num_samples: Count
     stage: Stage
     error_rate: Share
@@ -92,8 +97,18 @@ class Timing(Strict):
     energy_j: Amount | None = None
     num_attempts: Count = 1
     num_devices: Count = 1
-    device: str
-    host: str
+    device: Word
+    host: Word
+
+
+class WeightsOrigin(Strict):
+    """Weights that no cell trained."""
+
+    source: str
+    """As the grid names them."""
+    licence: str
+    """As their owner says; empty where nobody said."""
+    sha256: str
 
 
 class Row(Strict):
@@ -106,8 +121,9 @@ class Row(Strict):
     id: str
     stage: Stage
     arm: Arm
-    model: str
-    dataset: str
+    """What the run itself was: plain, distilled or scratch. What a study uses it as, `plain_matched` say, is its plan's."""
+    model: Word
+    dataset: Word
     num_samples: Count
     seed: int
     num_params: Count
@@ -123,15 +139,21 @@ class Row(Strict):
     top5_error_rate: Share | None = None
     test_loss: float = Field(allow_inf_nan=False)
     calibration_error: Share | None = None
+    metrics: dict[str, float] = {}
+    """Means over the test split that plugins define."""
     num_test_samples: Count
     train_loss: float = Field(allow_inf_nan=False)
     """Mean over the last tenth of the run."""
     weights_sha256: str
     """The hash of model.safetensors: two rows with equal hashes come from bitwise equal runs."""
+    correct_sha256: str | None = None
+    """The hash of correct.npz; None in rows of releases that did not write it."""
     replaced_samples: Count = 0
     """Undecodable training images that another of their class stood in for."""
     upstream: Upstream | None = None
     teacher: str | None = None
+    weights_from: dict[str, WeightsOrigin] = {}
+    """Of a teacher, or of the start, that no cell trained."""
     kd_backend: str | None = None
     resources: dict[str, str | int | float | bool | None] = {}
     """How it ran (precision plugin, ZeRO stage, world size …); informative, not part of its identity."""
@@ -141,16 +163,17 @@ class Row(Strict):
 class Attempt(Strict):
     """One try at a cell: `attempts/<n>.json`."""
 
-    number: int
+    cell: str | None = None
+    """Key of the cell, set by the store when it writes; None in attempts of releases that did not."""
+    number: Count
     status: Literal["running", "done", "failed", "interrupted", "blocked"]
     host: str
     pid: int
     boot: str | None = None
     start: int | None = None
     """With `host` and `pid`, which process it is beyond doubt; see `dbscale.files.ProcessMark`."""
-    started: float
-    """Unix time."""
-    ended: float | None = None
+    started: Moment
+    ended: Moment | None = None
     job: str | None = None
     """Scheduler's job id and restart count, where there is one."""
     log: str | None = None
@@ -162,7 +185,7 @@ class Attempt(Strict):
     resumed_from_step: int | None = None
     versions: dict[str, str] = {}
     commit: str | None = None
-    num_devices: int = 1
+    num_devices: Count = 1
 
     @property
     def process(self) -> ProcessMark:
@@ -172,12 +195,11 @@ class Attempt(Strict):
 class Progress(Strict):
     """Heartbeat of a running cell: `progress.json`, rewritten every few seconds."""
 
-    step: int
-    num_steps: int
+    step: Count
+    num_steps: Count
     loss: float | None
-    images_per_s: float
-    updated: float
-    """Unix time."""
+    images_per_s: Amount
+    updated: Moment
 
 
 @dataclass(frozen=True)
@@ -211,13 +233,24 @@ class Store:
     def grid_dir(self, name: str) -> Path:
         return self.root / "grids" / name
 
+    def own_dir(self, key: str) -> Path:
+        """A cell's folder, to be written to. Raises StoreError where it, or a folder in it, is a link: what is written
+        and removed there might be anyone's. The store itself, or all of `cells`, may well be one."""
+        folder = self.cell_dir(key)
+        return _no_link(folder, folder / "attempts", folder / "checkpoints")
+
+    def own_grid_dir(self, name: str) -> Path:
+        """A grid's folder in the same way."""
+        folder = self.grid_dir(name)
+        return _no_link(folder, folder / "jobs", folder / "submits")
+
     def write_spec(self, spec: CellSpec) -> None:
         """`recipe.json`; left alone when it holds just this.
 
         Not synced, because a grid writes thousands: what a power cut empties, the next submit writes again.
         """
-        path = self.cell_dir(spec.key) / "recipe.json"
-        if _content(path) != f"{spec.model_dump_json(indent=1)}\n".encode():
+        path = self.own_dir(spec.key) / "recipe.json"
+        if _content(path) != model_text(spec).encode():
             write_model(path, spec, durable=False)
 
     def read_spec(self, key: str) -> CellSpec:
@@ -229,6 +262,8 @@ class Store:
                 f"no cell {key!r} in {self.root}; `dbscale plan --cells` lists a grid's cells, and "
                 "--grid names the grid of one that was never submitted"
             ) from None
+        except FileError as error:
+            raise StoreError(f"{error}; `dbscale submit` of its grid writes it anew") from None
         parents = [parent.rpartition("-")[2] for parent in spec.parents]
         known = spec.version == RECIPE_VERSION
         if spec.key != key or (known and spec.id != cell_id(spec.recipe, parents, spec.fingerprint)):
@@ -241,14 +276,15 @@ class Store:
         return self.standing(key).row
 
     def write_row(self, row: Row) -> None:
-        write_json(self.cell_dir(row.key) / "row.json", row.model_dump(mode="json"))
+        write_json(self.own_dir(row.key) / "row.json", row.model_dump(mode="json"), seal=True)
 
     def attempts(self, key: str) -> list[Attempt]:
         """All tries so far, oldest first."""
         return [self._read_attempt(key, number) for number in self._attempt_numbers(key)]
 
     def write_attempt(self, key: str, attempt: Attempt) -> None:
-        write_json(self.cell_dir(key) / "attempts" / f"{attempt.number}.json", attempt.model_dump(mode="json"))
+        path = self.own_dir(key) / "attempts" / f"{attempt.number}.json"
+        write_json(path, attempt.model_copy(update={"cell": key}).model_dump(mode="json"), seal=True)
 
     def read_progress(self, key: str) -> Progress | None:
         """The last heartbeat; None where there is none that can be read."""
@@ -269,12 +305,16 @@ class Store:
             names = os.listdir(f"{self.root}/cells/{key}/attempts")
         except OSError:
             return []
-        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+        return sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{1,9}\.json", name))
 
     def _read_attempt(self, key: str, number: int) -> Attempt:
         """One that cannot be read counts as broken off, with the reason."""
+        path = f"{self.root}/cells/{key}/attempts/{number}.json"
         try:
-            return read_model(Attempt, f"{self.root}/cells/{key}/attempts/{number}.json")
+            attempt = read_model(Attempt, path)
+            if attempt.number != number or attempt.cell not in (None, key):
+                raise StoreError(f"{path} is the record of attempt {attempt.number} at {attempt.cell}")
+            return attempt
         except (FileNotFoundError, FileError) as error:
             return Attempt(number=number, status="interrupted", host="unknown", pid=0, started=0.0, ended=0.0,
                            reason=str(error))  # fmt: skip
@@ -301,6 +341,10 @@ class Store:
             pass
         except FileError as error:
             note = str(error)
+        try:
+            self.own_dir(key)
+        except StoreError as error:
+            note = str(error)
         attempt = self.last_attempt(key)
         if attempt is not None and attempt.status == "running":
             alive = self._is_alive(key, attempt)
@@ -319,6 +363,13 @@ class Store:
         signs = (attempt.started, progress.updated if progress else attempt.started)
         # A sign from the future is no sign: clocks jump.
         return any(abs(now - sign) < HEARTBEAT_LIMIT_S for sign in signs)
+
+
+def _no_link(folder: Path, *below: Path) -> Path:
+    for path in (folder, *below):
+        if path.is_symlink():
+            raise StoreError(f"{path} is a symbolic link: nothing is written or removed behind it; remove the link")
+    return folder
 
 
 def _content(path: Path) -> bytes | None:

@@ -9,7 +9,6 @@ checkpoint is skipped with a notice for the one before. Teachers are never in it
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -28,14 +27,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dbscale.errors import FileError, StoreError, TrainingError
-from dbscale.files import read_json, sync_folder, write_json
+from dbscale.files import read_json, sync_folder, unsealed, write_json
 from dbscale.training.engine import from_main, load_repartitioned, repartition
 from dbscale.training.optimizer import EMA
 from dbscale.training.progress import LossRecord
 
 NUM_KEPT = 2
 MANIFEST = "manifest.json"
-FORMAT = 5
+FORMAT = 6
 """Version of what a `Checkpointer` writes; any other is skipped with a notice."""
 OWN_FOLDER = 0o700
 """Checkpoints are read again by whoever runs the cell and by nobody else; a folder that is opened by hand stays open."""
@@ -220,7 +219,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_whole(folder: Path) -> tuple[Path, Manifest] | None:
-    """The newest undamaged checkpoint under `folder`; what is skipped on the way is named on stderr."""
+    """The newest undamaged checkpoint under `folder`; what is skipped on the way is named on stderr.
+
+    Raises StoreError where the folder is another user's: to begin anew would lose what is in it.
+    """
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+        status = folder.stat()
+        raise StoreError(
+            f"{folder} belongs to user {status.st_uid} (mode {status.st_mode & 0o777:o}) and holds the checkpoints of an "
+            "unfinished run: let that user go on with it, or open the folder to you (chmod -R g+rwX), or move it away"
+        )
     for each in list_checkpoints(folder):
         try:
             return each, read_manifest(each)
@@ -249,23 +257,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """JSON with a checksum of its own, for what nothing else vouches for. Raises FileError."""
-    write_json(path, content | {"seal": _seal_of(content)})
+    write_json(path, content, seal=True)
 
 
 def read_sealed(path: Path, kind: type[Content]) -> Content:
     """What `write_sealed` wrote, as the dataclass `kind`. Raises FileError where it is damaged, OSError if missing."""
-    content: Any = read_json(path)
-    seal = content.pop("seal", None) if isinstance(content, dict) else None
-    if seal is None or seal != _seal_of(content):
-        raise FileError(f"{path} does not match its own checksum")
+    content, has_seal = unsealed(path.read_bytes(), path)
+    if not has_seal:
+        raise FileError(f"{path} is damaged (it has no checksum of its own)")
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
+        return TypeAdapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
         raise FileError(f"{path} is damaged: {error.errors()[0]['loc']} {error.errors()[0]['msg']}") from None
-
-
-def _seal_of(content: dict[str, Any]) -> str:
-    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -35,8 +35,9 @@ from torch import Tensor
 
 from dbscale.data import Batch
 from dbscale.errors import TrainingError
+from dbscale.files import read_json
 from dbscale.study.recipe import Training
-from dbscale.study.resources import Resources
+from dbscale.study.resources import Resources, visible_gpus
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
 LONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -114,7 +115,9 @@ def _refuse_foreign_config(path: str | None, stage: int | None) -> None:
     """Refuse a DeepSpeed config that asks for more than a ZeRO stage, which is all that is taken from it."""
     if not path or stage is None:
         return
-    ours, theirs = _deepspeed_config(stage), json.loads(Path(path).read_text())
+    ours, theirs = _deepspeed_config(stage), read_json(Path(path))
+    if not isinstance(theirs, dict):
+        raise TrainingError(f"{path} is no DeepSpeed config: expected keys and values, found {type(theirs).__name__}")
     for section, value in theirs.items():
         known = ours.get(section)
         options = value.items() if isinstance(value, dict) else [(section, value)]
@@ -139,6 +142,13 @@ def open_accelerator(
     on_cpu = resources.device == "cpu" or not torch.cuda.is_available()
     if resources.device == "cuda" and on_cpu:
         raise TrainingError("resources.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
+    gpus = visible_gpus() if on_cpu and resources.device == "auto" else ()
+    if gpus:
+        built = torch.version.cuda or torch.version.hip or "CPUs alone"
+        raise TrainingError(
+            f"this machine has {len(gpus)} GPUs ({', '.join(gpus)}), but this torch, built for {built}, can use none of "
+            "them; install a torch for them or mend the driver, or set resources.device to cpu to train on the CPU"
+        )
     if training.precision == "fp16" and on_cpu:
         raise TrainingError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     with _rank_environment(resources.zero_stage, on_cpu):

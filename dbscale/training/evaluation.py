@@ -7,7 +7,7 @@ the others hold zeros. What the rows mean is the task's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class Evaluation:
     """One per sample of a classification, in the split's order; None for other tasks."""
     counted_N: NDArray[np.bool_]
     """False for samples that could not be decoded; they are in no mean."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Means of plugins' metrics, by name, over a classification."""
     errors_N: NDArray[np.float32] | None = None
     """What each sample adds to the error of another task: their mean over the counted ones is the error."""
 

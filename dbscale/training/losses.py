@@ -7,9 +7,10 @@ layers, heads and tokens of student and teacher are compared, and the teacher's 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from dbscale import plugins
 from dbscale.data import MixTarget
 from dbscale.errors import FileError, TrainingError
 from dbscale.files import atomic_open
@@ -59,7 +61,42 @@ def make_objective(
 ) -> Objective:
     """The objective of a recipe. Terms of weight zero are not computed, so a distill cell with alpha = beta = 0 is
     bitwise the pretrain cell. `student` is the bare timm model, whose attention the teacher guides; `answer` gives the
-    teacher's logits where its maps are not asked for (default: the teacher itself)."""
+    teacher's logits where its maps are not asked for (default: the teacher itself). Terms of plugins are added."""
+    base = _make_base(recipe, resources, teacher, student, answer)
+    wanted = {name: weight for name, weight in (recipe.training.loss_terms or {}).items() if weight}
+    if not wanted:
+        return base
+    terms = [(weight, plugins.part_of(plugins.LOSSES, "loss term", name)) for name, weight in wanted.items()]
+    return partial(_with_terms, base, terms)
+
+
+def _with_terms(
+    base: Objective,
+    terms: Sequence[tuple[float, Callable[..., Tensor]]],
+    model: nn.Module,
+    images: Tensor,
+    target: Target,
+) -> Losses:
+    """The base loss, and weight x term(logits, target, images) of each, on the same forward pass."""
+    outputs: list[Any] = []
+
+    def forward(inputs: Tensor) -> Any:
+        outputs.append(model(inputs))
+        return outputs[-1]
+
+    losses = base(forward, images, target)  # type: ignore[arg-type]
+    logits_BC = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
+    extra = [weight * term(logits_BC, target, images) for weight, term in terms]
+    return losses._replace(loss=losses.loss + torch.stack(extra).sum())
+
+
+def _make_base(
+    recipe: Recipe,
+    resources: Resources,
+    teacher: nn.Module | None,
+    student: nn.Module,
+    answer: Callable[[Tensor], Tensor] | None,
+) -> Objective:
     smoothing, settings = recipe.training.label_smoothing, recipe.distill
     maps = wants_maps(settings)
     if settings is None or teacher is None or not wants_teacher(settings):
@@ -95,14 +132,26 @@ class _DistillObjective:
         if self.tap is None or self.settings.attention is None:
             with torch.no_grad():
                 teacher_logits_BC = self.teacher(images)
-            return self._on_logits(model(images), teacher_logits_BC, target)
+            return self._on_heads(model(images), teacher_logits_BC, target)
         teacher_logits_BC = self.tap.teacher_logits(images)
-        losses = self._on_logits(model(images), teacher_logits_BC, target)
+        losses = self._on_heads(model(images), teacher_logits_BC, target)
         maps = self.tap.take_kl()
         return losses._replace(loss=losses.loss + self.settings.attention.beta * maps, attention_kl=maps.detach())
 
-    def _on_logits(self, logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target) -> Losses:
+    def _on_heads(self, output: Tensor | tuple[Tensor, Tensor], teacher_logits_BC: Tensor, target: Target) -> Losses:
+        """`output` is the logits [b, C], or those of the head that learns labels and of the one that is guided."""
         alpha = self.settings.alpha
+        if isinstance(output, Tensor):
+            if self.settings.head == "parallel":
+                raise TrainingError("distill.head parallel: timm joins both heads of a frozen model; set scope: full")
+            return self._on_logits(output, teacher_logits_BC, target, alpha)
+        class_BC, guided_BC = output
+        labels = _plain(class_BC, target, self.smoothing)
+        guided = self._on_logits(guided_BC, teacher_logits_BC, target, 1.0)
+        return guided._replace(loss=(1 - alpha) * labels.loss + alpha * guided.loss, ce=labels.ce)
+
+    def _on_logits(self, logits_BC: Tensor, teacher_logits_BC: Tensor, target: Target, alpha: float) -> Losses:
+        """(1 - alpha)·CE + alpha·guidance of one head."""
         if alpha == 0:
             return _plain(logits_BC, target, self.smoothing)
         if self.settings.target == "soft":
@@ -221,18 +270,19 @@ class CachedTeacher:
         if known is not None:
             return known.to(images.device)
         logits_BC = self.teacher(images)
+        content = safetensors.torch.save({"logits": logits_BC.detach().cpu().contiguous()})
         with atomic_open(path, "wb", durable=False) as file:
-            file.write(safetensors.torch.save({"logits": logits_BC.detach().cpu().contiguous()}))
+            file.write(_seal_of(path, content) + content)
         return logits_BC
 
 
 def open_cache(store: Store, spec: CellSpec, teacher: nn.Module, device: str) -> CachedTeacher:
     """The cache of a distill cell's teacher; one for each set of weights, way of computing and kind of `device`."""
-    row = store.read_row(spec.teacher) if spec.teacher else None
-    if row is None:
+    foreign, row = spec.recipe.teacher, store.read_row(spec.teacher) if spec.teacher else None
+    if row is None and foreign is None:
         raise FileError(f"the teacher {spec.teacher} of {spec.key} has no row; train it first")
     identity = {
-        "weights": row.weights_sha256,
+        "weights": row.weights_sha256 if row is not None else foreign and foreign.model_dump_json(),
         "precision": spec.recipe.training.precision,
         "device": device,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -251,9 +301,16 @@ def _digest_of(images: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _seal_of(path: Path, content: bytes) -> bytes:
+    """Checksum of an answer and its place: neither a changed byte nor another batch's answer is taken for it."""
+    return xxhash.xxh3_128(path.name.encode() + content).digest()
+
+
 def _read_logits(path: Path) -> Tensor | None:
     """None where there is no answer yet, or only a damaged one."""
     try:
-        return safetensors.torch.load(path.read_bytes())["logits"]
+        data = path.read_bytes()
+        seal, content = data[:16], data[16:]
+        return safetensors.torch.load(content)["logits"] if seal == _seal_of(path, content) else None
     except (OSError, SafetensorError, KeyError):
         return None

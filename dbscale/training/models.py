@@ -28,8 +28,9 @@ from dbscale.files import atomic_open
 from dbscale.kernels.timm_attention import DistilledAttention
 from dbscale.keyed import derive_seed
 from dbscale.study.cell import CellSpec
-from dbscale.study.recipe import DeiT, Model
+from dbscale.study.recipe import DeiT, Model, Pretrained
 from dbscale.study.store import Row, Store
+from dbscale.study.weights import read_origin, weights_dir
 from dbscale.training.losses import wants_maps, wants_teacher
 from dbscale.training.optimizer import EMA
 
@@ -107,7 +108,7 @@ def load_backbone(model: nn.Module, weights: Path) -> None:
     if getattr(model, "num_classes", None) == 0:
         heads = (*heads, "fc_norm.")  # after pooling: timm's prune_intermediate_layers drops it with the classifier
     backbone = {name: value for name, value in state.items() if not name.startswith(heads)}
-    _refuse_misfit(
+    refuse_misfit(
         weights, backbone, {name: each for name, each in model.state_dict().items() if not name.startswith(heads)}
     )
     model.load_state_dict(backbone, strict=False)
@@ -127,11 +128,11 @@ def restore_model(model: Model, weights: Path, *, num_classes: int, image_size: 
 def fill(network: nn.Module, weights: Path, state: dict[str, Tensor] | None = None) -> None:
     """Give a network the weights of a file, which are read unless `state` holds them. Raises TrainingError for a misfit."""
     state = read_weights(weights) if state is None else state
-    _refuse_misfit(weights, state, network.state_dict())
+    refuse_misfit(weights, state, network.state_dict())
     network.load_state_dict(state, assign=True)
 
 
-def _refuse_misfit(weights: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def refuse_misfit(weights: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Raise TrainingError unless `state` holds exactly the tensors that are wanted."""
     wrong = [
         f"{name} is {list(state[name].shape)} there, {list(each.shape)} here"
@@ -182,6 +183,51 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in names)
 
 
+class ParallelHead(nn.Linear):
+    """A classifier with a second one beside it, for training: the first learns labels, the second a teacher's answers."""
+
+    parallel: nn.Linear
+
+    def __init__(self, head: nn.Linear, seed: int) -> None:
+        super().__init__(head.in_features, head.out_features, device="meta")
+        self.weight, self.bias = head.weight, head.bias
+        self.parallel = nn.Linear(head.in_features, head.out_features, device="meta").to_empty(device="cpu")
+        # DeiT's initialisation of both of its heads; a stream of its own leaves the first as in the plain arm.
+        draws = torch.Generator().manual_seed(derive_seed(seed, "parallel head"))
+        nn.init.trunc_normal_(self.parallel.weight, std=0.02, generator=draws)
+        nn.init.zeros_(self.parallel.bias)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Features [b, D] -> both heads' logits [b, C], in training and evaluation alike."""
+        return super().forward(input), self.parallel(input)
+
+
+def add_parallel_head(model: nn.Module, seed: int) -> None:
+    """Let a timm model's forward give two heads' logits while it trains; its first head and all else stay as they are.
+
+    A model with a distillation token has its second head already. Raises TrainingError where the classifier is not one
+    linear layer with a bias.
+    """
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)  # type: ignore[operator]
+        return
+    prefix, *others = head_names(model)
+    head = model.get_submodule(prefix.removesuffix("."))
+    if others or type(head) is not nn.Linear or head.bias is None:
+        raise TrainingError(
+            f"distill.head parallel: the classifier of {type(model).__name__} is a {type(head).__name__}, not one linear "
+            "layer with a bias, so that two of them would not average to one; set distill.head: class"
+        )
+    model.set_submodule(prefix.removesuffix("."), ParallelHead(head, seed))
+
+
+def merge_parallel_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain timm weights: the average of two linear heads, (W₁x + b₁ + W₂x + b₂)/2, is one linear head."""
+    seconds = {name: name.replace(".parallel.", ".") for name in state if ".parallel." in name}
+    means = {first: (state[first].float() + state[second].float()) / 2 for second, first in seconds.items()}
+    return {name: value for name, value in state.items() if name not in seconds} | means
+
+
 def _takes_image_size(name: str) -> bool:
     """Whether this timm model is built for one image size (ViTs) or takes any (ResNets)."""
     with torch.device("meta"), warnings.catch_warnings():
@@ -196,7 +242,8 @@ def _takes_image_size(name: str) -> bool:
 
 
 def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
-    """Initial weights: 1. drawn from (seed, "init"); 2. for a finetune, all but the head from its parent."""
+    """Initial weights: 1. drawn from (seed, "init"); 2. for a finetune, all but the head from its parent; 3. for an
+    upstream run that starts from weights of elsewhere, all but the head from them."""
     recipe = spec.recipe
     student = make_model(
         recipe.model,
@@ -207,6 +254,10 @@ def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
         guided=wants_maps(recipe.distill),
     )
     load_parent(student, spec, store)
+    if recipe.start is not None:
+        load_backbone(student, stored_weights(store, recipe.start))
+    if recipe.distill is not None and recipe.distill.head == "parallel":
+        add_parallel_head(student, recipe.seed)
     if recipe.training.scope == "linear_probe":
         freeze_backbone(student)
     return student
@@ -243,7 +294,8 @@ def load_teacher(store: Store, spec: CellSpec, *, num_classes: int, device: torc
 
 
 def export_weights(path: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None) -> str | None:
-    """Gather the trained weights (their average, if one is kept) and write them as plain float32 timm weights.
+    """Gather the trained weights (their average, if one is kept) and write them as plain float32 timm weights, two
+    parallel heads as one.
 
     Returns the file's SHA-256 on the main rank, None on others.
     """
@@ -251,7 +303,7 @@ def export_weights(path: Path, accelerator: Accelerator, model: nn.Module, ema: 
     with ema.swapped_in() if ema is not None else contextlib.nullcontext():
         state: Any = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
-            digest = write_weights(path, state)  # inside: the state is views of what is swapped
+            digest = write_weights(path, merge_parallel_head(state))  # inside: the state is views of what is swapped
     accelerator.wait_for_everyone()
     return digest
 
@@ -275,6 +327,20 @@ def _plain(tensor: Tensor) -> Tensor:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_weights(store: Store, pretrained: Pretrained) -> Path:
+    """The file of imported weights. Raises TrainingError where it is damaged, FileError where it was not imported."""
+    if pretrained.sha256 is None:
+        raise TrainingError(
+            "the cell was planned before its weights were imported; `dbscale submit` of the grid plans it anew"
+        )
+    origin = read_origin(store, pretrained.sha256)
+    path = Path(weights_dir(store)) / f"{pretrained.sha256}.safetensors"
+    if not path.is_file() or sha256_of(path) != origin.stored_sha256:
+        raise TrainingError(f"{path} is missing or damaged; remove {path.with_suffix('.json')}, and `dbscale submit` "
+                            f"imports {origin.checkpoint} again")  # fmt: skip
+    return path
 
 
 def verified_weights(store: Store, row: Row) -> Path:

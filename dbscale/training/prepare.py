@@ -20,9 +20,10 @@ from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import device_name
 from dbscale.training.engine import AMP_DTYPE, Batching, engine_name
 from dbscale.training.loop import Run
-from dbscale.training.losses import CachedTeacher, Objective, make_objective, open_cache, wants_maps
+from dbscale.training.losses import CachedTeacher, Objective, make_objective, open_cache, wants_maps, wants_teacher
 from dbscale.training.models import load_teacher
 from dbscale.training.optimizer import EMA, make_optimizer
+from dbscale.training.pretrained import make_teacher
 from dbscale.training.progress import Reporter, truncate_metrics
 from dbscale.training.tasks import check_dataset, make_dense_objective, make_student, with_targets
 
@@ -46,7 +47,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     """Build the run and restore its newest whole checkpoint. Raises TrainingError, DataError or FileError."""
     recipe, accelerator = spec.recipe, context.accelerator
     student = make_student(spec, context.store, dataset.num_classes)
-    teacher = load_teacher(context.store, spec, num_classes=dataset.num_classes, device=accelerator.device)
+    teacher = find_teacher(spec, context.store, dataset.num_classes, accelerator.device)
     for model in (student, teacher):
         set_precision(model, recipe, accelerator)
     objective = _make_objective(spec, teacher, student, context)
@@ -90,6 +91,17 @@ def _make_objective(spec: CellSpec, teacher: nn.Module | None, student: nn.Modul
         return make_dense_objective(spec.recipe)
     answer = _make_answer(spec, teacher, context)
     return make_objective(spec.recipe, context.resources, teacher, student, answer)
+
+
+def find_teacher(spec: CellSpec, store: Store, num_classes: int, device: torch.device) -> nn.Module | None:
+    """The frozen teacher: a cell of the store, or weights from elsewhere; None where no term asks one."""
+    recipe = spec.recipe
+    if recipe.teacher is None:
+        return load_teacher(store, spec, num_classes=num_classes, device=device)
+    if not wants_teacher(recipe.distill):
+        return None
+    teacher = make_teacher(store, recipe.teacher, num_classes=num_classes, image_size=recipe.data.image_size)
+    return teacher.to(device).eval().requires_grad_(False)
 
 
 def _make_answer(spec: CellSpec, teacher: nn.Module | None, context: Context) -> CachedTeacher | None:

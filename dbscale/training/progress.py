@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dbscale.errors import TrainingError
-from dbscale.files import read_json, write_json
+from dbscale.files import atomic_open, read_json, write_json
 from dbscale.study.cell import CellSpec
 from dbscale.study.recipe import Recipe
 from dbscale.study.store import Progress, Store
@@ -163,13 +163,15 @@ def truncate_metrics(store: Store, key: str, num_done: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= num_done:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+                kept.append(line + b"\n")
+        except (ValueError, LookupError, TypeError, RecursionError):
             break
-    path.write_text("".join(kept))
+    # A new file, for the old one may belong to a colleague who ran the cell before.
+    with atomic_open(path, durable=False) as file:
+        file.writelines(kept)
 
 
 def tracker_options(tracker: str | None, folder: Path) -> dict[str, Any]:
@@ -189,7 +191,8 @@ def open_tracker(accelerator: Accelerator, spec: CellSpec, folder: Path, tracker
         yield
         return
     path = folder / RUN_FILE
-    known: dict[str, str] = read_json(path) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
+    known = known if isinstance(known, dict) else {}
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {},
         "wandb": {"id": spec.id, "name": spec.key, "resume": "allow", "dir": str(folder)},
@@ -197,8 +200,8 @@ def open_tracker(accelerator: Accelerator, spec: CellSpec, folder: Path, tracker
     }
     # Accelerate hands tensorboard the project as the name of a sub-folder of the cell's own.
     project = "run" if tracker == "tensorboard" else PROJECT
-    # Settings are noted once: tensorboard would show each resumption as one more run without curves.
-    config = None if tracker in known else flatten(spec.recipe.model_dump())
+    # Settings are noted once a run: tensorboard would show each resumption as one more run without curves.
+    config = None if tracker in known and tracker in options else flatten(spec.recipe.model_dump())
     accelerator.init_trackers(project, config=config, init_kwargs=options)
     if config is not None and accelerator.is_main_process:
         started: Any = accelerator.get_tracker(tracker, unwrap=True)

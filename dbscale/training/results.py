@@ -10,8 +10,8 @@ import shutil
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,15 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dbscale.data import Batch, make_eval_loader, make_transform
+from dbscale import plugins
+from dbscale.data import Batch, EvalLoader, make_eval_loader, make_transform
 from dbscale.errors import FileError
 from dbscale.files import atomic_open
 from dbscale.kernels import attention_backend, resolve_backend
 from dbscale.study.cell import Arm, CellSpec, model_label
-from dbscale.study.recipe import Recipe
-from dbscale.study.store import Attempt, Row, Store, Timing, Upstream
+from dbscale.study.recipe import Model, Recipe
+from dbscale.study.store import Attempt, Row, Store, Timing, Upstream, WeightsOrigin
+from dbscale.study.weights import read_origin
 from dbscale.training.checkpoint import LoopState, read_sealed, write_sealed
 from dbscale.training.device import count_train_flops, device_name, measure, peak_flops, peak_memory_bytes
 from dbscale.training.engine import engine_name
@@ -38,7 +40,8 @@ from dbscale.training.prepare import Context, open_cell_dataset, set_precision
 from dbscale.training.probes import probe_upstream
 from dbscale.training.tasks import judge_of, restore_student, summary_of, with_targets
 
-TRAINED_NAME = "trained.json"
+TRAINED_NAME, CORRECT_NAME = "trained.json", "correct.npz"
+Metrics = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
 EVAL_BATCH_PIXELS = 1 << 20
 """Pixels of an evaluation batch: 1,024 images of 32 px, 20 of 224 px, on a CPU; 16 times as many on a GPU."""
 NUM_CALIBRATION_BINS = 15
@@ -101,22 +104,38 @@ def evaluate_cell(spec: CellSpec, trained: Trained, context: Context) -> tuple[E
         num_workers=context.resources.num_workers,
         transform=with_targets(task, plain, train=False),
     )
-    judge, summary = judge_classes, partial(summarize, num_classes=trained.num_classes)
-    if task is not None:
+    metrics = {name: plugins.part_of(plugins.METRICS, "metric", name) for name in recipe.metrics or ()}
+    if task is None:
+        evaluation = evaluate(model, loader, len(test), accelerator, metrics)
+    else:
         judge, summary = judge_of(task, trained.num_classes), summary_of(task, trained.num_classes, test)
-    evaluation = summary(judge_split(model, loader, len(test), accelerator, judge))
+        evaluation = summary(judge_split(model, loader, len(test), accelerator, judge))
     if accelerator.is_main_process:
-        write_correct(folder / "correct.npz", evaluation)
+        write_correct(folder / CORRECT_NAME, evaluation)
     return evaluation, time.perf_counter() - started
 
 
-def judge_classes(model: nn.Module, images: Tensor, batch: Batch) -> Tensor:
-    """[B, 5]: judged (1), top-1 correct, top-5 correct, cross-entropy, confidence."""
-    logits_BC = model(images).float()
-    return _judge(logits_BC, batch.labels.to(logits_BC.device))
+def evaluate(
+    model: nn.Module, loader: EvalLoader, num_samples: int, accelerator: Accelerator, metrics: Metrics | None = None
+) -> Evaluation:
+    """Evaluate a classifier on a loader's pass; every rank gets the whole result. `metrics` are plugins', by name."""
+    further, classes = metrics or {}, set()
+
+    def judge(model: nn.Module, images: Tensor, batch: Batch) -> Tensor:
+        logits_BC = model(images).float()
+        classes.add(logits_BC.shape[1])
+        labels_B = batch.labels.to(logits_BC.device)
+        values = [each(logits_BC, labels_B).float()[:, None] for each in further.values()]
+        return torch.cat([_judge(logits_BC, labels_B), *values], 1)
+
+    table_NK = judge_split(model, loader, num_samples, accelerator, judge)
+    found = summarize(table_NK[:, :5], classes.pop())
+    means = table_NK[found.counted_N, 5:].mean(0).tolist()
+    return replace(found, metrics=dict(zip(further, means, strict=True)))
 
 
 def _judge(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """[B, 5]: judged (1), top-1 correct, top-5 correct, cross-entropy, confidence."""
     log_p_BC = logits_BC.log_softmax(1)
     top_BK = logits_BC.topk(min(5, logits_BC.shape[1]), 1).indices
     hits_BK = top_BK == labels_B[:, None]
@@ -127,7 +146,7 @@ def _judge(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def summarize(table_N5: NDArray[np.float64], num_classes: int) -> Evaluation:
-    """Means over the judged samples of `judge_classes`' table."""
+    """Means over the judged samples of `_judge`'s table."""
     counted_N = table_N5[:, 0] > 0
     _, correct, in_top5, loss, confidence = table_N5[counted_N].T
     return Evaluation(
@@ -170,8 +189,7 @@ def make_row(
 ) -> Row:
     """Everything a table of cells needs; `attempts` are all tries, the last one still running."""
     recipe, store, accelerator = spec.recipe, context.store, context.accelerator
-    uses_teacher = spec.teacher is not None and wants_teacher(recipe.distill)
-    teacher = store.read_spec(spec.teacher).recipe.model if spec.teacher and uses_teacher else None
+    teacher = _teacher_model(spec, store) if wants_teacher(recipe.distill) else None
     size = measure(recipe.model, num_classes=trained.num_classes, image_size=recipe.data.image_size, task=recipe.task)
     train_flops = count_train_flops(recipe, teacher, trained.num_classes)
     return Row(
@@ -193,12 +211,15 @@ def make_row(
         top5_error_rate=evaluation.top5_error_rate,
         test_loss=evaluation.loss,
         calibration_error=evaluation.calibration_error,
+        metrics=evaluation.metrics,
         num_test_samples=int(evaluation.counted_N.sum()),
         train_loss=trained.state.record.train_loss,
         weights_sha256=trained.weights_sha256,
+        correct_sha256=sha256_of(store.cell_dir(spec.key) / CORRECT_NAME),
         replaced_samples=len(trained.state.bad_ids),
         upstream=_upstream(spec, context),
         teacher=spec.teacher,
+        weights_from=_origins(recipe, store),
         kd_backend=resolve_backend(context.resources.kd_backend, "kd_loss", accelerator.device.type)
         if teacher
         else None,
@@ -211,6 +232,20 @@ def clear_scratch(folder: Path) -> None:
     """Drop what only an unfinished cell needs."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / TRAINED_NAME).unlink(missing_ok=True)
+
+
+def _teacher_model(spec: CellSpec, store: Store) -> Model | None:
+    if spec.teacher is not None:
+        return store.read_spec(spec.teacher).recipe.model
+    return spec.recipe.teacher.model if spec.recipe.teacher is not None else None
+
+
+def _origins(recipe: Recipe, store: Store) -> dict[str, WeightsOrigin]:
+    """Where weights that no cell trained came from, by what they are to the cell."""
+    origins = {role: read_origin(store, used.sha256) for role, used in (("teacher", recipe.teacher), ("start", recipe.start))
+               if used is not None and used.sha256 is not None}  # fmt: skip
+    return {role: WeightsOrigin(source=each.checkpoint, licence=each.licence, sha256=each.sha256)
+            for role, each in origins.items()}  # fmt: skip
 
 
 def _arm(spec: CellSpec, store: Store) -> Arm:

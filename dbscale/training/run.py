@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 
+from dbscale import plugins
 from dbscale.errors import FileError
 from dbscale.files import ProcessMark, locked, read_json, write_json
 from dbscale.study.cell import CellSpec
@@ -102,6 +103,7 @@ def _live(
     """From spec to row, on this rank; what `stack` holds is given back after the outcome is on record."""
     store, key = admission.store, admission.key
     spec, folder = store.read_spec(key), store.cell_dir(key)
+    plugins.require(spec.recipe.plugins or {})
     training = spec.recipe.training
     batching = make_batching(training.global_batch, world_size_from_environment(), resources.micro_batch)
     resources = with_launch_options(training, resources, batching)
@@ -270,7 +272,7 @@ def _failures_recorded(admission: Admission, resources: Resources, stop: StopReq
         yield box
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        reason, failure = _explain(error, resources), _failure_of(error)
+        reason, failure = explain(error, resources), _failure_of(error)
         if isinstance(error, NonFiniteLoss):
             whole = list_checkpoints(admission.store.cell_dir(admission.key) / "checkpoints")
             reason += f"; last good checkpoint: {whole[0] if whole else 'none'}"
@@ -299,8 +301,16 @@ def _told_to_main(admission: Admission) -> tuple[str, Failure] | None:
     paths = sorted(admission.store.cell_dir(admission.key).glob(FAULT_NAME.format("*")))
     if not paths:
         return None
-    told = read_json(paths[0])
-    return told["reason"], Failure(told["failure"])
+    try:
+        told = read_json(paths[0])
+        return str(told["reason"]), Failure(told["failure"])
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ):  # cut off while it was written: this rank's own reason has to do
+        return None
 
 
 def _failure_of(error: Exception) -> Failure:
@@ -322,8 +332,8 @@ def _failure_of(error: Exception) -> Failure:
     return Failure.CONNECTION if several and any(part in raised_in for part in PEER_CODE) else Failure.CELL
 
 
-def _explain(error: Exception, resources: Resources) -> str:
-    """Why a cell failed, in one line a person can act on."""
+def explain(error: Exception, resources: Resources) -> str:
+    """Why a cell failed, in one line that a person can act on."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         cut = "the whole batch" if resources.micro_batch is None else str(resources.micro_batch)

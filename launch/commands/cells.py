@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -11,8 +10,9 @@ import time
 from pathlib import Path
 
 from dbscale.errors import ConfigError
-from dbscale.files import holder, is_held
+from dbscale.files import holder, is_held, read_json
 from dbscale.launch.cluster import CONFIGS, load_cluster
+from dbscale.launch.preflight import store_notes
 from dbscale.launch.study import (
     CLUSTER_PREFIX,
     AddCommand,
@@ -60,6 +60,8 @@ def add_commands(add: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """130 when it was stopped, 0 when the cell is done, else 3."""
     store, stop = store_of(arguments), StopRequest()
+    for note in store_notes(store.root):
+        print(f"note: {note}", file=sys.stderr)
     with stop_on_signals(stop):
         if arguments.grid is None:
             overrides = [each.removeprefix(CLUSTER_PREFIX) for each in arguments.overrides]
@@ -85,7 +87,7 @@ def as_launched(resources: Resources) -> Resources:
         if config:
             path = _deepspeed_config(config)
             os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)  # the engine reads it again
-            zero_stage = int(json.loads(path.read_text())["zero_optimization"]["stage"])
+            zero_stage = _zero_stage(path)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     return resources.model_copy(update={"zero_stage": zero_stage, "num_processes": num_processes})
 
@@ -100,6 +102,16 @@ def _deepspeed_config(name: str) -> Path:
         raise ConfigError(f"the Accelerate config names {name}, which is neither here nor in {CONFIGS.parent}; "
                           "give an absolute path as deepspeed_config_file")  # fmt: skip
     return path.resolve()
+
+
+def _zero_stage(path: Path) -> int:
+    """The stage that a DeepSpeed config asks for. Raises ConfigError."""
+    try:
+        return int(read_json(path)["zero_optimization"]["stage"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} names no zero_optimization.stage ({error}); see configs/deepspeed/zero1.json"
+        ) from None
 
 
 def logs(arguments: argparse.Namespace) -> int:
@@ -149,12 +161,16 @@ def stop_driver(store: Store, grid: str) -> list[str]:
 
 
 def cancel_in_slurm(store: Store, grid: str) -> list[str]:
+    """Cancel the arrays and reducers of the grid that wait or run, also those whose submission was cut off."""
     from dbscale.launch.slurm.queue import cancel_cut_off, cancel_jobs, read_queued, read_records
 
-    records = read_records(store, grid)
-    if not records:
-        return []
-    cancel_cut_off(store, records)
-    jobs = sorted(read_queued(store, grid).jobs)
-    cancel_jobs(jobs)
-    return [f"cancelled job {job}" for job in jobs]
+    cancelled: set[int] = set()
+    # Again until nothing new is found: a reducer may be handing in cells at this moment.
+    while records := read_records(store, grid):
+        cancel_cut_off(store, records)
+        found = read_queued(store, grid).jobs.keys() - cancelled
+        if not found:
+            break
+        cancel_jobs(found)
+        cancelled |= found
+    return [f"cancelled job {job}" for job in sorted(cancelled)]

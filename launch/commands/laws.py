@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dbscale.errors import ConfigError, nearest
 from dbscale.files import atomic_open
 from dbscale.launch.commands.results import add_table, columns_of, grid_name
-from dbscale.launch.study import AddCommand, add_data, add_grid, add_store, store_of
+from dbscale.launch.study import AddCommand, add_data, add_grid, add_json, add_store, print_json, store_of
 
 if TYPE_CHECKING:
     from dbscale.laws import Allocation, Selection
@@ -45,10 +46,12 @@ def add_commands(add: AddCommand) -> None:
                         help="limits of a parameter, either end may be left out or inf; repeatable")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the fit as JSON")
+    add_json(parser)
     add_compare(add)
     parser = add("advise", advise, "distill or not, for one planned study, from a grid's rows or a table")
     for name, what in (("dp", "upstream samples"), ("df", "downstream samples"), ("params", "student's parameters")):
         parser.add_argument(f"--{name}", required=True, metavar="COUNT", help=f"{what}: 2000, 200k, 22M")
+    add_json(parser)
     parser.add_argument("--dataset", help="one downstream set; default: all")
     add_source(parser)
     parser = add("allocate", allocate, "split a budget between upstream images, model size and labels, by the laws")
@@ -84,7 +87,7 @@ def add_compare(add: AddCommand) -> None:
         "--min-effect", type=float, default=0.005, help="smallest difference that matters (default: 0.005)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the drawn curves")
-    parser.add_argument("--json", action="store_true", help="print the verdict as boundary.json would hold it")
+    add_json(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write a page with the figures: DIR/compare.html")
 
 
@@ -100,13 +103,16 @@ def fit(arguments: argparse.Namespace) -> int:
     found = fitted({name: sheet.measured(column) for name, column in names.items()}, sheet, arguments)
     shown = found if is_auto else found.best
     intervals = found.bootstrap.interval() if arguments.cluster else parameter_intervals(found.best)
-    print("\n".join([shown.report(intervals), *prediction_lines(found, arguments.at, names)]))
-    for note in sheet.notes:
-        print(f"  warning: {note}")
+    predicted = [prediction(found, text, names) for text in arguments.at]
     used = {*names.values(), arguments.y, arguments.weights, arguments.cluster} - {None}
-    for column, values in mixed(sheet, used).items():
-        print(f"  warning: fitted as one although {column} differs ({', '.join(values[:6])}"
-              f"{', …' if len(values) > 6 else ''}); --where {column}={values[0]} keeps one")  # fmt: skip
+    warnings = [*sheet.notes, *(
+        f"fitted as one although {column} differs ({', '.join(values[:6])}{', …' if len(values) > 6 else ''}); "
+        f"--where {column}={values[0]} keeps one" for column, values in mixed(sheet, used).items())]  # fmt: skip
+    if arguments.json:
+        print_json({**shown.to_dict(), "intervals": intervals, "predictions": predicted, "table_warnings": warnings})
+    else:
+        print("\n".join([shown.report(intervals), *map(prediction_line, predicted)]))
+        print("".join(f"  warning: {each}\n" for each in warnings), end="")
     if arguments.out:
         with atomic_open(arguments.out, "w") as file:
             json.dump(shown.to_dict(), file, indent=1)
@@ -130,26 +136,27 @@ def fitted(x: Mapping[str, Sequence[float]], sheet: Sheet, arguments: argparse.N
     )  # fmt: skip
 
 
-def prediction_lines(found: Selection, given: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """A new measurement at each `--at`, with its interval; says where that lies outside what was measured."""
-    lines = []
-    for text in given:
-        point = {}
-        for each in text.split(","):
-            column, equals, value = each.rpartition("=")
-            variable = next((v for v, c in names.items() if column in (v, c)), None) if equals else next(iter(names))
-            try:
-                point[variable] = float(value)
-            except ValueError:
-                point = {}
-                break
-        if set(point) != set(names):
-            raise ConfigError(f"--at {text!r}: write a value for each of {', '.join(f'{n}=…' for n in names.values())}")
-        (low,), (high,) = found.interval(point)
-        outside = found.extrapolated(point)
-        lines.append(f"  at {text}: {found.predict(point)[0]:.6g} (90 %: {low:.6g} to {high:.6g})"
-                     f"{'; outside what was measured' if outside else ''}")  # fmt: skip
-    return lines
+def prediction(found: Selection, text: str, names: Mapping[str, str]) -> dict[str, Any]:
+    """A new measurement at one `--at`, with its 90 % interval, and whether that lies outside what was measured."""
+    point = {}
+    for each in text.split(","):
+        column, equals, value = each.rpartition("=")
+        variable = next((v for v, c in names.items() if column in (v, c)), None) if equals else next(iter(names))
+        try:
+            point[variable] = float(value)
+        except ValueError:
+            point = {}
+            break
+    if set(point) != set(names):
+        raise ConfigError(f"--at {text!r}: write a value for each of {', '.join(f'{n}=…' for n in names.values())}")
+    (low,), (high,) = found.interval(point)
+    return {"at": text, "value": float(found.predict(point)[0]), "low": float(low), "high": float(high),
+            "extrapolated": found.extrapolated(point)}  # fmt: skip
+
+
+def prediction_line(found: Mapping[str, Any]) -> str:
+    outside = "; outside what was measured" if found["extrapolated"] else ""
+    return f"  at {found['at']}: {found['value']:.6g} (90 %: {found['low']:.6g} to {found['high']:.6g}){outside}"
 
 
 def auto_variables(grid: Sequence[tuple[Variable, str, str]], given: Sequence[str], sheet: Sheet) -> list[Variable]:
@@ -224,21 +231,17 @@ def mixed(sheet: Sheet, used: set[str]) -> dict[str, list[str]]:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from dbscale.report.findings import Options, contrast
-    from dbscale.report.pairing import pair_rows
+    from dbscale.launch.api import compared
     from dbscale.report.reader import read_sheet
     from dbscale.report.words import answer, evidence
 
     sheet = read_sheet(arguments.table).where(arguments.where)
     sides = [dict(sheet.assignment(text, f"--{side}") for text in getattr(arguments, side)) for side in "ab"]
-    pair = [column.strip() for column in arguments.pair.split(",") if column.strip()]
-    pairs, notes = pair_rows(sheet, a=sides[0], b=sides[1], along=arguments.along, metric=arguments.metric, pair=pair)
-    names = {
-        "column": ", ".join(sides[0]), "a": ", ".join(sides[0].values()), "b": ", ".join(sides[1].values()),
-        "along": arguments.along, "dataset": arguments.table.stem,
-    }  # fmt: skip
-    options = Options(level=arguments.level, min_effect=arguments.min_effect, seed=arguments.seed)
-    record = contrast(pairs, names, arguments.metric, options)
+    record, notes = compared(
+        sheet, a=sides[0], b=sides[1], along=arguments.along, metric=arguments.metric,
+        pair=[column.strip() for column in arguments.pair.split(",") if column.strip()], level=arguments.level,
+        min_effect=arguments.min_effect, seed=arguments.seed, dataset=arguments.table.stem,
+    )  # fmt: skip
     if arguments.json:
         print(record.model_dump_json(indent=1))
     else:
@@ -253,13 +256,20 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def advise(arguments: argparse.Namespace) -> int:
     from dbscale.report.advise import advise as ask
-    from dbscale.report.findings import load_mistakes
+    from dbscale.report.reduce import load_mistakes
     from dbscale.report.sheet import parse_count
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
     table = runs_of(arguments)
-    wrong = None if arguments.table is not None else load_mistakes(store_of(arguments), {run.key for run in table})
-    print("\n\n".join(advice.text() for advice in ask(table, *point, dataset=arguments.dataset, wrong=wrong)))
+    no_mistakes = arguments.table is not None
+    wrong, damaged = ({}, ()) if no_mistakes else load_mistakes(store_of(arguments), {run.key for run in table})
+    for each in damaged:
+        print(each, file=sys.stderr)
+    found = ask(table, *point, dataset=arguments.dataset, wrong=wrong)
+    if arguments.json:
+        print_json(found)
+        return 0
+    print("\n\n".join(advice.text() for advice in found))
     for note in table.warnings:
         print(f"  warning: {note}")
     return 0
@@ -280,6 +290,7 @@ def allocate(arguments: argparse.Namespace) -> int:
     from dbscale.laws import Prices
     from dbscale.laws import allocate as split
     from dbscale.report.law_findings import AXIS_NAMES, Options, arm_laws
+    from dbscale.report.table import MAIN_ARMS
 
     prices, table = Prices(**price_options(arguments.price)), runs_of(arguments)
     laws = arm_laws(table, Options(), metrics=("error_rate",))
@@ -287,7 +298,7 @@ def allocate(arguments: argparse.Namespace) -> int:
     if not settings:
         raise ConfigError(f"no runs on {arguments.dataset!r}; {nearest(arguments.dataset, table.values('dataset'))}")
     for setting in settings:
-        arms = {arm: law for arm in table.arms if (law := laws.of(setting, "error_rate", arm)) is not None}
+        arms = {arm: law for arm in MAIN_ARMS if (law := laws.of(setting, "error_rate", arm)) is not None}
         if not arms:
             raise ConfigError(f"{setting.label(table)}: no arm has a law; `dbscale report` says why")
         first = laws.runs(setting, "error_rate", next(iter(arms))).runs[0]

@@ -20,8 +20,9 @@ from typing import Any
 
 from dbscale.errors import ConfigError, FileError
 from dbscale.files import hostname
+from dbscale.launch.preflight import check
 from dbscale.launch.status import states_table, table
-from dbscale.launch.study import AddCommand, Study, add_study, plan_study, study_of
+from dbscale.launch.study import AddCommand, Study, add_json, add_study, plan_study, print_json, study_of
 from dbscale.study import cost as costs
 from dbscale.study.cell import Cell
 from dbscale.study.cost import STAGES, Calibration, CostModel, Measured, duration, step_flops
@@ -44,6 +45,7 @@ def add_commands(add: AddCommand) -> None:
                         help="first measure this machine on the grid's cells, cut short, for about 60 seconds; later "
                         "plans on this store use it")  # fmt: skip
     parser.add_argument("--cells", action="store_true", help="also list every cell with its state and predicted time")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,13 +54,39 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.calibrate is not None:
         calibration = calibrate(study, plan, seconds=arguments.calibrate)
         costs.write_calibration(study.store, calibration)
-        print(describe_calibration(calibration, study.cluster.cost_model().probed(calibration)) + "\n")
+        if not arguments.json:
+            print(describe_calibration(calibration, study.cluster.cost_model().probed(calibration)) + "\n")
         plan, cost = plan_study(study)
+    if arguments.json:
+        print_json(as_data(study, plan, cost, cells=arguments.cells))
+        return 0
     print("\n".join([describe(study, plan, cost), *power_text(study, plan, cost)]))
     if arguments.cells:
         rows = [(cell.key, plan.states[cell.key], duration(cost.seconds(cell))) for cell in plan.cells]
         print("\n" + table(rows, header=("cell", "state", "predicted")))
     return 0
+
+
+def as_data(study: Study, plan: Plan, cost: CostModel, *, cells: bool) -> dict[str, Any]:
+    """The same page for a program: times in device-seconds, counts of cells by stage and state."""
+    counts = Counter((cell.recipe.stage, plan.states[cell.key]) for cell in plan.cells)
+    return {
+        "grid": plan.grid.name, "question": plan.grid.question.strip(), "store": study.store.root,
+        "cluster": study.cluster.executor, "device": cost.device.name, "num_points": len(plan.points),
+        "num_cells": len(plan.cells), "predicted_s": plan.predicted_s,
+        "cells_by_stage": {
+            stage: {state: count for (at, state), count in counts.items() if at == stage}
+            for stage in STAGES if any(at == stage for at, _ in counts)
+        },
+        "waves": [
+            {"bundles": len(wave.bundles), "cells": sum(len(each.cells) for each in wave.bundles),
+             "longest_s": max(each.predicted_s for each in wave.bundles)} for wave in plan.waves
+        ],
+        "not_packed": study.missing_datasets, "stale": plan.stale, "notes": plan.notes,
+        "power": [line.strip() for line in power_text(study, plan, cost) if line],
+        **({"cells": [{"key": cell.key, "state": plan.states[cell.key], "predicted_s": cost.seconds(cell)}
+                      for cell in plan.cells]} if cells else {}),
+    }  # fmt: skip
 
 
 def describe(study: Study, plan: Plan, cost: CostModel) -> str:
@@ -69,6 +97,10 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
         f"store {study.store.root}, cluster {study.cluster.executor}",
         "",
     ]
+    if grid.hunt is not None:
+        lines[1:1] = [
+            "`dbscale hunt` chooses its runs (--dry-run shows the next ones); this is the grid as it would be run whole"
+        ]
     counts = Counter((cell.recipe.stage, plan.states[cell.key]) for cell in plan.cells)
     stages = {stage: (stage,) for stage in STAGES if stage in {cell.recipe.stage for cell in plan.cells}}
     lines += [states_table(counts, stages, header=("stage",)), ""]
@@ -77,11 +109,16 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
         longest = max(bundle.predicted_s for bundle in wave.bundles)
         cells = sum(len(bundle.cells) for bundle in wave.bundles)
         lines.append(f"wave {number}: {cells} cells in {len(wave.bundles)} bundles, the longest {duration(longest)}")
+    lines += memory_text(study, plan)
     if study.missing_datasets:
         lines.append(f"not packed yet: {', '.join(study.missing_datasets)} (`dbscale submit` packs them; ids of cells "
                      "that read them are provisional until then)")  # fmt: skip
+    if study.missing_weights:
+        lines.append(f"not imported yet: {', '.join(study.missing_weights)} (`dbscale submit` imports them; ids of cells "
+                     "that use them are provisional until then)")  # fmt: skip
     lines += overlapping_draws(grid, {name: size for name, (_, size) in study.manifests.items()})
     lines += plan.notes
+    lines += check(study, plan).lines
     if plan.stale:
         lines.append(f"{len(plan.stale)} cells of an earlier plan are no longer asked for; their results stay")
     if not plan.waves:
@@ -91,7 +128,7 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
 
 
 def power_text(study: Study, plan: Plan, cost: CostModel) -> list[str]:
-    """What the design can tell apart, for grids that compare two arms."""
+    """What the design can tell apart, for grids that compare a plain and a distilled arm."""
     design = design_of(plan, cost)
     if design is None:
         return []
@@ -113,7 +150,7 @@ def design_of(plan: Plan, cost: CostModel) -> dict[str, Any] | None:
     if not sizes:
         return None
     students = {point.student for point in distilled}
-    runs = [point.cell for point in main if point.student in students and point.upstream_num_samples]
+    runs = [point.cell for point in main if point.student in students and point.arm in ("plain", "distilled")]
     upstream = {cell.init.key: cell.init for cell in runs if cell.init is not None}
     draws = Counter((cell.init.key, cell.recipe.data.num_samples) for cell in runs if cell.init is not None)
     finetunes, finetune_s = max(draws.values()), sum(map(cost.seconds, runs))
@@ -133,10 +170,30 @@ def device_time(study: Study, plan: Plan, cost: CostModel) -> str:
         workers = study.cluster.num_workers()
         text += f", {duration(plan.predicted_s / workers)} on {workers} workers"
     if cost.device.name == "cpu" and plan.predicted_s > LONG_ON_A_CPU_S:
-        gpu = CostModel(costs.DEVICES["h100"])
-        left = sum(gpu.seconds(cell) for wave in plan.waves for bundle in wave.bundles for cell in bundle.cells)
-        text += f"; on GPUs about {left / 3600:,.0f} H100-hours, see --cluster slurm"
+        hours = {kind: CostModel(costs.DEVICES[kind]).hours(plan.todo) for kind in ("h100", "a100")}
+        told = " or ".join(f"{left:,.0f} {kind.upper()}-hours" for kind, left in hours.items())
+        text += f"; on GPUs about {told}, see --cluster slurm"
     return text
+
+
+def memory_text(study: Study, plan: Plan) -> list[str]:
+    """What the largest cell needs of each accelerator; nothing on CPUs, whose workers `Cluster.num_workers` counts."""
+    if study.cluster.device == "cpu":
+        return []
+    shapes = {stage: study.cluster.shape(stage).resources for stage in STAGES}
+    known = [(cell, found) for cell in plan.cells
+             if (found := costs.device_memory(cell, shapes[cell.recipe.stage])) is not None]  # fmt: skip
+    if not known:
+        return []
+    cell, memory = max(known, key=lambda each: each[1].total)
+    how = shapes[cell.recipe.stage]
+    engine = "plain DDP" if how.zero_stage is None else f"ZeRO stage {how.zero_stage}"
+    devices = "one device" if how.num_processes == 1 else f"each of {how.num_processes} devices"
+    return [
+        f"memory: {cell.key} needs about {memory.total / 1e9:.1f} GB on {devices} under {engine}: "
+        f"{memory.states / 1e9:.1f} GB of weights and optimizer, {memory.activations / 1e9:.1f} GB of activations for "
+        f"{memory.micro_batch} images at once; resources.micro_batch lowers the latter"
+    ]
 
 
 def calibrate(study: Study, plan: Plan, *, seconds: float) -> Calibration:

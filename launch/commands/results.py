@@ -29,6 +29,10 @@ def add_commands(add: AddCommand) -> None:
         if name == "export":
             parser.add_argument("cell", nargs="?", metavar="CELL",
                                 help="key or id of a finished cell: write its model instead of the figures")  # fmt: skip
+            parser.add_argument("--push", metavar="hf-hub:OWNER/NAME", help="also upload the cell's model to the hub")
+            parser.add_argument(
+                "--private", action="store_true", help="with --push, a repository that others cannot see"
+            )
             parser.add_argument("--out", type=Path,
                                 help="default: <store>/grids/<name>/figures, or <store>/exports/<key>")  # fmt: skip
         else:
@@ -89,25 +93,32 @@ def table_folder(arguments: argparse.Namespace) -> Path:
 
 def export(arguments: argparse.Namespace) -> int:
     if arguments.cell is not None:
-        return export_model(store_of(arguments), arguments.cell, arguments.out)
-    from dbscale.report.page import export_figures, export_table_figures
+        return export_model(arguments)
+    if arguments.push is not None:
+        raise ConfigError("--push uploads the model of one cell; name the cell: `dbscale export CELL --push …`")
+    from dbscale.report.findings import refresh, refresh_table
+    from dbscale.report.page import export_figures
 
     if arguments.table is not None:
         folder = arguments.out or arguments.table.parent / "figures"
-        paths = export_table_figures(arguments.table, folder, columns_of(arguments))
+        study = refresh_table(arguments.table, folder, columns=columns_of(arguments))
     else:
         store, name = store_of(arguments), grid_name(arguments)
-        paths = export_figures(store, name, arguments.out or store.grid_dir(name) / "figures")
+        folder = arguments.out or store.grid_dir(name) / "figures"
+        study = refresh(store, name)
+    paths = export_figures(*study, folder)
     print("\n".join(map(str, paths)))
     return 0
 
 
-def export_model(store: Store, name: str, out: Path | None) -> int:
-    """A finished cell's weights with timm's config, recipe, row and model card."""
-    key = find_cell(store, name)
-    from dbscale.training.export import export_cell
+def export_model(arguments: argparse.Namespace) -> int:
+    """A finished cell's weights with timm's config, recipe, row and model card; `--push` uploads them."""
+    store = store_of(arguments)
+    key = find_cell(store, arguments.cell)
+    from dbscale.training.export import export_cell, push_export
 
-    print(export_cell(store, key, out or store.root / "exports" / key))
+    folder = export_cell(store, key, arguments.out or store.root / "exports" / key, arguments.data)
+    print(push_export(folder, arguments.push, private=arguments.private) if arguments.push else folder)
     return 0
 
 

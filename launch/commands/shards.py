@@ -10,6 +10,7 @@ from typing import Any
 
 from dbscale.errors import ConfigError, nearest
 from dbscale.launch.study import DEFAULT_GRID, AddCommand, add_data, add_grid
+from dbscale.strict import override
 from dbscale.study.grid import Grid, datasets_in_use
 
 
@@ -17,22 +18,48 @@ def add_commands(add: AddCommand) -> None:
     parser = add("shards", lambda arguments: arguments.shards(arguments), "pack, verify and describe datasets")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, summary in (
-        ("pack", pack, "pack a grid's datasets into tar shards; those that are packed are left alone"),
+        ("pack", pack, "pack a grid's datasets into tar shards, or any folder: pack ./photos s3://bucket/photos"),
         ("verify", verify, "check every sample of packed datasets against its checksum"),
         ("info", info, "describe packed datasets: sizes, balance, fingerprint, samples of each class"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
-        words = "names (default: all)" if name == "pack" else "names or folders (default: all)"
+        words = "names (default: all), or a folder and where to pack it, written with a /" if name == "pack" else \
+            "names or folders (default: all)"  # fmt: skip
         command.add_argument("datasets", nargs="*", metavar="DATASET", help=words)
         command.set_defaults(shards=run)
         add_data(command)
         if name == "pack":
             add_grid(command, bare=False)
+            command.add_argument(
+                "--kind", help="of a folder: imagefolder, webdataset, parquet, … (default: by its files)"
+            )
+            command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of a folder: an "
+                                 "option of its kind, such as test=0.2 or encoding=raw; repeatable")  # fmt: skip
         if name != "info":
             command.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
 
 
 def pack(arguments: argparse.Namespace) -> int:
+    if any("/" in word for word in arguments.datasets):
+        return pack_any_folder(arguments)
+    return pack_of_grid(arguments)
+
+
+def pack_any_folder(arguments: argparse.Namespace) -> int:
+    """`dbscale shards pack ./photos s3://bucket/photos`; no grid, no data folder."""
+    from dbscale.shards.publish import pack_folder
+
+    if len(arguments.datasets) != 2:
+        raise ConfigError(f"{' '.join(arguments.datasets)}: write the folder to pack and where to pack it, "
+                          "such as `dbscale shards pack ./photos ./packed/photos`")  # fmt: skip
+    source, out = arguments.datasets
+    options = override({}, arguments.option)
+    place = pack_folder(Path(source), out, kind=arguments.kind, options=options, jobs=arguments.jobs)
+    print(f"packed {source} as {place}")
+    return 0
+
+
+def pack_of_grid(arguments: argparse.Namespace) -> int:
     from dbscale.data.manifest import MANIFEST_NAME, load_manifest
     from dbscale.shards.pack import ensure_packed
     from dbscale.shards.verify import describe_unused, exact_source_change
@@ -53,10 +80,12 @@ def _entry(name: str, grid: Grid, arguments: argparse.Namespace) -> Mapping[str,
     """What to pack a dataset from: the grid's entry. Where no grid was named, the name of a packed one suffices to
     mend it."""
     from dbscale.data.manifest import MANIFEST_NAME, load_manifest
+    from dbscale.data.remote import origin
 
     packed = arguments.data / "shards" / name
     if name in arguments.datasets and arguments.grid is DEFAULT_GRID and (packed / MANIFEST_NAME).exists():
-        return load_manifest(packed).source
+        url = origin(packed)
+        return load_manifest(packed).source if url is None else {"source": "remote", "url": url}
     if name not in grid.datasets:
         raise ConfigError(f"grid {grid.name}: no dataset {name!r}; {nearest(name, list(grid.datasets))}")
     return grid.datasets[name]

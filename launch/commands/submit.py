@@ -7,19 +7,22 @@ are computed from the rows in the store.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from dbscale.files import driver_lock
-from dbscale.launch.cluster import tasks_of
+from dbscale.files import driver_lock, make_folder
+from dbscale.launch.cluster import Cluster, tasks_of
 from dbscale.launch.commands import plan as plan_command
 from dbscale.launch.commands.results import report_is_current, write_results
+from dbscale.launch.preflight import check
 from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, plan_study, study_of
 from dbscale.launch.worker import stop_on_signals
 from dbscale.study.cost import CostModel, duration
+from dbscale.study.grid import weights_in_use
 from dbscale.study.plan import Plan, record, write_plan
 from dbscale.study.plan import read_plan as read_record
 from dbscale.study.resources import StopRequest
@@ -35,6 +38,8 @@ def add_commands(add: AddCommand) -> None:
     add_study(parser)
     add_tracker(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what would be started, start nothing")
+    parser.add_argument("--no-smoke", action="store_true",
+                        help="leave out the trial of one step of each new kind of recipe")  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
 
 
@@ -43,11 +48,16 @@ def run(arguments: argparse.Namespace) -> int:
     on_slurm = study.cluster.executor == "slurm"
     if arguments.dry_run:
         return show_scripts(study) if on_slurm else show_plan(*plan_study(study), study)
+    if on_slurm:
+        from dbscale.launch.slurm.submit import check_options
+
+        check_options(study.cluster)
     with driver_lock(study.store.root, "dbscale submit", study.grid.name):
         study = pack_missing(study)
         if on_slurm:
-            return submit_to_slurm(study)
+            return submit_to_slurm(study, trial=not arguments.no_smoke)
         plan, cost = settled_plan(study)
+        refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
         write_records(study, plan, cost)
         if plan.waves:
             show_plan(plan, cost, study)
@@ -58,15 +68,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def pack_missing(study: Study) -> Study:
-    """The same study with every dataset packed; one that stands is left alone."""
-    from dbscale.shards.pack import ensure_packed, source_of
+    """The same study with every dataset packed and all weights imported; what stands is left alone."""
+    from dbscale.shards.pack import ensure_packed
+    from dbscale.shards.sources import check_entry
 
     for name in study.missing_datasets:  # all entries before the first is packed, which may take hours
-        source_of(name, study.grid.datasets[name], study.data_dir)
+        check_entry(name, study.grid.datasets[name], study.data_dir)
     for name in study.used_datasets:
         if name in study.missing_datasets:
             print(f"packing dataset {name} into {study.dataset_dir(name)}", flush=True)
         ensure_packed(name, study.grid.datasets[name], study.data_dir)
+    for weights in weights_in_use(study.grid):
+        from dbscale.training.pretrained import import_weights  # with torch, and few grids have any
+
+        digest = import_weights(study.store, weights, study.data_dir)
+        print(f"weights {weights.checkpoint}: sha256 {digest}", flush=True)
     return replace(study)  # a new value, because manifests are read once per study
 
 
@@ -78,8 +94,9 @@ def show_plan(plan: Plan, cost: CostModel, study: Study) -> int:
 def show_scripts(study: Study) -> int:
     """What `submit` would hand to SLURM now; on a machine without SLURM, to a cluster that holds nothing of the grid."""
     from dbscale.launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
-    from dbscale.launch.slurm.submit import Submission
+    from dbscale.launch.slurm.submit import Submission, check_options
 
+    check_options(study.cluster)
     try:
         queued, max_size = read_queued(study.store, study.grid.name), max_array_size()
     except SlurmError as error:
@@ -88,7 +105,8 @@ def show_scripts(study: Study) -> int:
     plan, cost = plan_study(study, queued.cells)
     show_plan(plan, cost, study)
     if plan.waves:
-        list(Submission(study, plan, cost, queued, reduce=reducer(study), show=show_script, max_size=max_size).run())
+        dry = Submission(*where_of(study), queued, show=show_script, max_size=max_size)
+        list(dry.run(tasks_of(plan, cost, study.cluster), [cell.key for cell in plan.cells]))
     return 0
 
 
@@ -96,12 +114,23 @@ def show_script(script: str) -> None:
     print(f"\n{script}")
 
 
-def submit_to_slurm(study: Study) -> int:
+def refuse_what_would_fail(study: Study, plan: Plan, *, trial: bool) -> None:
+    """Before anything is queued: what can be known without training and, with `trial`, from one step of each new kind of
+    recipe. Raises ConfigError; the plan that is shown names what is merely to be known."""
+    check(study, plan).refuse()
+    if trial:
+        from dbscale.launch.smoke import smoke
+
+        smoke(study, plan)
+
+
+def submit_to_slurm(study: Study, *, trial: bool) -> int:
     """Queue what is neither done nor queued nor running, and return."""
     from dbscale.launch.slurm.submit import Submission, settle_queue
 
-    queued = settle_queue(study)
+    queued = settle_queue(study.store, study.grid.name)
     plan, cost = plan_study(study, queued.cells)
+    refuse_what_would_fail(study, plan, trial=trial)
     write_records(study, plan, cost)
     count, keys = plan.count(), [cell.key for cell in plan.cells]
     if not plan.waves and queued.will_be_reduced(keys):
@@ -111,40 +140,16 @@ def submit_to_slurm(study: Study) -> int:
         print(f"all {len(keys)} cells are done; the report: {report_path(study)}")
         return 0
     show_plan(plan, cost, study)
-    for made in Submission(study, plan, cost, queued, reduce=reducer(study)).run():
+    for made in Submission(*where_of(study), queued).run(tasks_of(plan, cost, study.cluster), keys):
         what = f"{len(made.elements)} bundles of wave {made.wave}" if made.kind == "bundles" else "the reducer"
         after = f", after {', '.join(map(str, made.after))}" if made.after else ""
         print(f"submitted {what} as job {made.job}{after}")
     return 0
 
 
-@dataclass(frozen=True)
-class ReduceJob:
-    """The last job of a grid on SLURM, after all arrays, however they ended: reduce and report whatever finished."""
-
-    store: str
-    grid: str
-
-    def __call__(self) -> str:
-        """Returns the report's path. Clears away what submitit left: the store says how each cell ended."""
-        from dbscale.launch.slurm.queue import read_records
-        from dbscale.launch.worker import SETTLED
-
-        store = Store(Path(self.store))
-        page, _ = write_results(store, self.grid)
-        for made in read_records(store, self.grid)[:-1]:  # the last is this job
-            if all(store.state(key) in SETTLED for keys in made.elements for key in keys):
-                for pattern in ("*.pkl", "*.fence", ".submission_file_*"):
-                    for path in made.folder(store).glob(pattern):
-                        path.unlink(missing_ok=True)
-        return str(page)
-
-    def checkpoint(self) -> ReduceJob:
-        return self
-
-
-def reducer(study: Study) -> ReduceJob:
-    return ReduceJob(str(study.store.root.absolute()), study.grid.name)
+def where_of(study: Study) -> tuple[Store, str, Path, Cluster]:
+    """What a submission needs to know of a study."""
+    return study.store, study.grid.name, study.data_dir, study.cluster
 
 
 def report_path(study: Study) -> Path:
@@ -166,16 +171,20 @@ def settled_plan(study: Study) -> tuple[Plan, CostModel]:
         time.sleep(1)
 
 
-def write_records(study: Study, plan: Plan, cost: CostModel) -> None:
-    """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date."""
+def write_records(study: Study, plan: Plan, cost: CostModel, *, level: float = 0.9) -> None:
+    """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date.
+
+    `level` is that of the report's intervals.
+    """
     for cell in plan.cells:
         study.store.write_spec(cell.spec())
-    new = record(plan, cost)
+    new = record(plan, cost, level=level)
     try:
         old = read_record(study.store, study.grid.name)
     except ValueError:  # damaged, which the plan's notes say
         old = None
-    if old is None or (new.points, new.question, new.min_effect) != (old.points, old.question, old.min_effect):
+    asked = ("points", "question", "min_effect", "level")
+    if old is None or any(getattr(new, name) != getattr(old, name) for name in asked):
         write_plan(study.store, new)
 
 
@@ -192,7 +201,9 @@ def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
             store=study.store, total=len(plan.cells), done=plan.count()["done"],
             predicted_s={cell.key: cost.seconds(cell) for cell in plan.todo}, workers=study.cluster.num_workers(),
         )  # fmt: skip
-        folder = study.store.grid_dir(study.grid.name).absolute() / "jobs" / time.strftime("%Y%m%d-%H%M%S")
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = study.store.own_grid_dir(study.grid.name).absolute() / "jobs" / name
+        make_folder(folder, private=True)
         local = LocalRun(
             store=study.store, data_dir=study.data_dir, cluster=study.cluster, job_folder=folder, stop=stop,
             display=display, waiting=list(tasks),

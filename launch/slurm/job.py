@@ -1,8 +1,9 @@
 """Inside a SLURM job: one bundle, one task per rank, through warnings, preemption, lost ranks and a store that is away.
 
-USR2 (time limit, preemption with notice) and TERM both save and end the job with RETRY_EXIT. Whether the job starts
-again is decided in one place, the shell function of `requeue_lines`. Training is `dbscale.launch.worker`'s and
-`dbscale.training`'s.
+`python -m dbscale.launch.slurm.job WORK` is what the script of an array runs on every rank. WORK is JSON in SLURM's copy
+of the script; of the store's files only the record of the submission is read, which says which cells are whose. USR2 (time
+limit, preemption with notice) and TERM both save and end the job with RETRY_EXIT. Whether the job starts again is decided
+in one place, the shell function of `requeue_lines`. Training is `dbscale.launch.worker`'s and `dbscale.training`'s.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,11 @@ from submitit import JobEnvironment
 from dbscale.errors import FileError
 from dbscale.files import atomic_open, write_atomic
 from dbscale.launch import worker
-from dbscale.launch.submitit_names import clear_cut_off_result
+from dbscale.launch.slurm.queue import SubmitRecord, Uid, read_record, records_dir
+from dbscale.launch.submitit_names import log_of_job
 from dbscale.launch.worker import LOST_EXIT, Rank, Result, RunOne
+from dbscale.strict import Strict
+from dbscale.study.grid import Name
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Failure, Store
 
@@ -47,9 +52,9 @@ def requeue_lines(limit: int) -> list[str]:
     The job's script asks `requeue_unless_wished now` once something in it has failed. Rank 0 asks
     `requeue_unless_wished later` while SLURM ends the job around it, for the script's shell may be dead. A job is
     requeued at most `limit` times, and never one that is being cancelled, that SLURM starts again itself, or that was
-    started again since: SLURM's state and reason tell. The answer is 0 when all is decided, 1 when it must be asked
-    again, for slurmctld is away or has no reason yet, and (later) 2 while the job still runs. In shell, because that
-    works where Python is broken.
+    started again since: SLURM's state and reason tell. (A controller that lost its last seconds knows of fewer starts
+    than there were.) The answer is 0 when all is decided, 1 when it must be asked again, for slurmctld is away or has no
+    reason yet, and (later) 2 while the job still runs. In shell, because that works where Python is broken.
     """
     unwanted = "|".join(f'*" {reason}"*' for reason in UNWANTED)
     return [
@@ -60,7 +65,7 @@ def requeue_lines(limit: int) -> list[str]:
         f'  [ "${{SLURM_RESTART_COUNT:-0}}" -lt {int(limit)} ] || return 0',
         '  said=$(squeue --noheader --jobs="$job" --states=all --Format=RestartCnt:10,State:20,Reason:40) || return 1',
         '  set -- "$1" $said',
-        '  [ "$2" = "${SLURM_RESTART_COUNT:-0}" ] || return 0',
+        '  [ "$2" -le "${SLURM_RESTART_COUNT:-0}" ] || return 0',
         '  case "$3 $4" in',
         '    "RUNNING "*) [ "$1" = now ] || return 2 ;;',
         "    CANCELLED*|PREEMPTED*|PENDING*) return 0 ;;",
@@ -141,49 +146,72 @@ class Fence:
             os._exit(OVERTAKEN_EXIT)
 
 
-@dataclass(frozen=True)
-class SlurmBundle:
-    """A job of the SLURM executor: ids and paths, never objects that know how to do things."""
+class Work(Strict):
+    """What the elements of an array share: ids, paths and how to run."""
 
-    keys: tuple[str, ...]
     store: str
+    grid: Name
+    uid: Uid
+    """Of the submission, whose record holds each element's cells."""
     data: str
     resources: Resources
-    staging: str | None
+    staging: str | None = None
     requeue_limit: int
-    token: str
-    """Path of this bundle's fencing token."""
 
-    def __call__(self) -> None:
-        """Run the cells. The store then says what became of them."""
-        stop, job, rank, store = StopRequest(), JobIdentity.of_job(), Rank.of_job(), Store(Path(self.store))
-        with worker.stop_on_signals(stop):
-            clear_cut_off_result()
-            fence = Fence(Path(self.token), job, store)
-            if rank.rank == 0:
-                write_patiently(fence.raise_token, stop)
-                # The main thread may be in the middle of an evaluation, or saving; SLURM kills it all the same.
-                worker.watch(
-                    lambda: stop.requested and ask_later(self.requeue_limit) == 0, interval_s=DECIDE_INTERVAL_S
-                )
-            worker.watch(fence.check)
-            os.environ.update(rank.environment(master=master_address(), port=worker.port_of_job(job.raw, job.restart)))
-            keys = [key for key in self.keys if not failed_in_this_job(store, key, job)]
-            attempts = CellRuns(store, rank, stop, fence)
-            with worker.staged(keys, store, Path(self.data), self.staging, stop) as data_dir:
-                worker.run_bundle(
-                    keys, store, data_dir, self.resources, stop, job=str(job), log=worker.job_log(), around=attempts.run,
-                    second_turns=rank.world_size == 1,
-                )  # fmt: skip
-            if stop.requested:
-                deadline = time.monotonic() + END_WAIT_S
-                while time.monotonic() < deadline and (rank.rank or ask_later(self.requeue_limit) == 1):
-                    time.sleep(DECIDE_INTERVAL_S)
-                sys.exit(RETRY_EXIT)
 
-    def checkpoint(self) -> SlurmBundle:
-        """submitit asks what a requeued job runs: the same again, for the store knows how far this one came."""
-        return self
+def main(words: Sequence[str]) -> None:
+    """Run the cells of this element. The store then says what became of them."""
+    work, stop = Work.model_validate_json(words[0]), StopRequest()
+    with worker.stop_on_signals(stop):
+        record = record_of(work)
+        if record is None:
+            print(f"submission {work.uid} was cut off and withdrawn: nothing to do", file=sys.stderr)
+            return
+        run_element(work, record, stop)
+
+
+def record_of(work: Work) -> SubmitRecord | None:
+    """None where a later `dbscale submit` has withdrawn the submission. Raises FileError."""
+    store = Store(Path(work.store))
+    try:
+        return read_record(store, work.grid, work.uid)
+    except FileNotFoundError:
+        if not records_dir(store, work.grid).is_dir():
+            raise FileError(f"the store {work.store} is not to be seen on {socket.gethostname()}") from None
+        return None
+
+
+def run_element(work: Work, record: SubmitRecord, stop: StopRequest) -> None:
+    """Run the cells that this element of the array has, and end the process with RETRY_EXIT when asked to stop."""
+    job, rank, store = JobIdentity.of_job(), Rank.of_job(), Store(Path(work.store))
+    folder, index = record.folder(store), int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+    fence, log = Fence(folder / f"{index}.fence", job, store), log_of_job(folder)
+    if rank.rank == 0:
+        write_patiently(fence.raise_token, stop)
+        # The main thread may be in the middle of an evaluation, or saving; SLURM kills it all the same.
+        threading.Thread(target=decide_when_stopped, args=(stop, work.requeue_limit), daemon=True).start()
+    worker.watch(fence.check)
+    os.environ.update(rank.environment(master=master_address(), port=worker.port_of_job(job.raw, job.restart)))
+    keys = [key for key in record.elements[index] if not failed_in_this_job(store, key, job)]
+    attempts = CellRuns(store, rank, stop, fence, log)
+    with worker.staged(keys, store, Path(work.data), work.staging, stop) as data_dir:
+        worker.run_bundle(
+            keys, store, data_dir, work.resources, stop, job=str(job), log=log, around=attempts.run,
+            second_turns=rank.world_size == 1,
+        )  # fmt: skip
+    if stop.requested:
+        deadline = time.monotonic() + END_WAIT_S
+        while time.monotonic() < deadline and (rank.rank or ask_later(work.requeue_limit) == 1):
+            time.sleep(DECIDE_INTERVAL_S)
+        sys.exit(RETRY_EXIT)
+
+
+def decide_when_stopped(stop: StopRequest, limit: int) -> None:
+    """Ask as soon as a stop is asked for, and until all is decided: of a job whose script's shell is dead, SLURM leaves
+    the ranks only seconds."""
+    stop.wait()
+    while ask_later(limit) != 0:
+        time.sleep(DECIDE_INTERVAL_S)
 
 
 @dataclass(frozen=True)
@@ -194,6 +222,7 @@ class CellRuns:
     rank: Rank
     stop: StopRequest
     fence: Fence
+    log: str
 
     def run(self, run_one: RunOne, key: str) -> Result:
         """Run a cell, again while an older process holds it or the store cannot be written to; end the job when the
@@ -228,7 +257,7 @@ class CellRuns:
             time.sleep(1)
         if self.rank.rank:
             reason = f"rank {self.rank.rank}: {result.reason}"
-            worker.record_death(self.store, result.key, reason, worker.job_log(), result.failure or Failure.CELL)
+            worker.record_death(self.store, result.key, reason, self.log, result.failure or Failure.CELL)
 
 
 def write_patiently(write: Callable[[], None], stop: StopRequest) -> None:
@@ -259,3 +288,7 @@ def master_address() -> str:
         return socket.gethostbyname(JobEnvironment().hostnames[0])
     except OSError:
         return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

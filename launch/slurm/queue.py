@@ -1,11 +1,13 @@
 """What SLURM holds: its commands and their answers, the records of what was submitted, and both together for `status`.
 
-One `squeue` call for the queue, one `sacct` call for what has left it. With a record written before and after each
-submission, a second `dbscale submit` knows what waits or runs already, even when the first one died half-way.
+One `squeue` call for the queue, and for what has left it a `sacct` call where the cluster keeps accounts. With a record
+written before and after each submission, a second `dbscale submit` knows what waits or runs already, even when the first
+one died half-way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -64,24 +66,29 @@ class Element:
     index: int
     state: str
     """SLURM's word: PENDING, RUNNING, COMPLETING, …"""
+    reason: str = "None"
+    """SLURM's reason for the state."""
 
     @property
     def running(self) -> bool:
         return self.state in ("RUNNING", "COMPLETING")
 
+    @property
+    def ended(self) -> bool:
+        return self.state in GONE
+
 
 def read_queue(timeout_s: float = TIMEOUT_S) -> tuple[Element, ...]:
-    """All of this user's jobs that wait or run, array elements one by one. Raises SlurmError."""
+    """All of this user's jobs that wait, run, or ended a few minutes ago, array elements one by one. Raises SlurmError."""
     user = pwd.getpwuid(os.geteuid()).pw_name
-    command = ["squeue", "--noheader", "--array", "--states=all", f"--user={user}", "--format=%F|%K|%T"]
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--user={user}", "--format=%F|%K|%T|%r"]
     return parse_queue(call(command, timeout_s))
 
 
 def parse_queue(out: str) -> tuple[Element, ...]:
-    """The elements of squeue's answer that have not ended."""
-    found = (line.split("|") for line in out.splitlines())
-    elements = (Element(int(array), int(index) if index.isdigit() else 0, state) for array, index, state, *_ in found)
-    return tuple(element for element in elements if element.state not in GONE)
+    """The elements of squeue's answer."""
+    found = (line.split("|", 3) for line in out.splitlines())
+    return tuple(Element(int(array), int(index) if index.isdigit() else 0, *words) for array, index, *words in found)
 
 
 def read_ended(arrays: Iterable[int], timeout_s: float) -> dict[tuple[int, int], str]:
@@ -129,7 +136,7 @@ class SubmitRecord(Strict):
     after: tuple[int, ...] = ()
     """Arrays this one waits for, however they end."""
     job: int | None = None
-    """SLURM's id of the array; None until sbatch has answered and every element has its work."""
+    """SLURM's id of the array; None until sbatch has answered."""
 
     @property
     def job_name(self) -> str:
@@ -137,7 +144,7 @@ class SubmitRecord(Strict):
         return f"dbscale-{self.grid}-{self.uid}"
 
     def folder(self, store: Store) -> Path:
-        """Where submitit keeps this array's pickles and logs."""
+        """Where this array's script, logs and fencing tokens are."""
         return store.grid_dir(self.grid).absolute() / "jobs" / self.uid
 
     def log(self, store: Store, index: int) -> Path:
@@ -158,14 +165,21 @@ def write_record(store: Store, record: SubmitRecord) -> None:
     write_model(records_dir(store, record.grid) / f"{record.uid}.json", record)
 
 
+def read_record(store: Store, grid: str, uid: str) -> SubmitRecord:
+    """Raises FileNotFoundError, or FileError where the record is damaged or another one's."""
+    path = records_dir(store, grid) / f"{uid}.json"
+    record = read_model(SubmitRecord, path)
+    if (record.uid, record.grid) != (uid, grid):
+        raise FileError(f"{path} is the record of {record.grid}/{record.uid}")
+    return record
+
+
 def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
     """All arrays of the grid, oldest first; a damaged record reads as one whose submission was cut off."""
     folder, found = records_dir(store, grid), []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
-            record = read_model(SubmitRecord, path)
-            if (record.uid, record.grid) != (path.stem, grid):
-                raise FileError(f"{path} is the record of {record.grid}/{record.uid}")
+            record = read_record(store, grid, path.stem)
         except FileNotFoundError:  # another process has just forgotten it
             continue
         except FileError:
@@ -182,7 +196,7 @@ def forget(store: Store, record: SubmitRecord) -> None:
 
 
 def cancel_cut_off(store: Store, records: Iterable[SubmitRecord]) -> None:
-    """Cancel by name the arrays whose submission was cut off, for their elements may lack their work."""
+    """Cancel by name the arrays whose submission was cut off, for nobody would find them by their number."""
     for record in records:
         if record.job is None:
             call(["scancel", f"--name={record.job_name}"])
@@ -200,6 +214,8 @@ class Queued:
     """The elements of the grid's own jobs that wait or run."""
     cells: Mapping[str, Element] = field(default_factory=dict)
     """Each cell that waits or runs, with the element that holds it, which may be another grid's."""
+    ended: Mapping[tuple[int, int], Element] = field(default_factory=dict)
+    """Elements that SLURM still remembers the end of, by (array, index)."""
     wait_s: float = TIMEOUT_S
     """How long SLURM has for an answer."""
     error: str | None = None
@@ -232,6 +248,13 @@ class Queued:
         text = f"{running} jobs run and {len(self.elements) - running} wait in SLURM"
         return text + (f", the reducer is job {', '.join(map(str, self.reducers))}" if self.reducers else "")
 
+    def endings(self, arrays: Collection[int]) -> dict[tuple[int, int], str]:
+        """How elements (array, index) ended, in the words of SLURM's accounts or, where there are none, of its queue."""
+        found = {place: f"{element.state}, {element.reason}" for place, element in self.ended.items()}
+        with contextlib.suppress(SlurmError):
+            found |= read_ended(arrays, self.wait_s) if arrays else {}
+        return found
+
     def lost(self, keys: Collection[str]) -> dict[str, tuple[str, str]]:
         """Those of `keys` whose job has ended without running them, each with (reason in SLURM's words, log)."""
         places = {
@@ -241,11 +264,7 @@ class Queued:
         }  # fmt: skip
         if not places or self.error is not None:
             return {}
-        try:
-            ended = read_ended({record.job or 0 for record, _ in places.values()}, self.wait_s)
-        except SlurmError:
-            ended = {}
-        found = {}
+        ended, found = self.endings({record.job or 0 for record, _ in places.values()}), {}
         for key, (record, index) in places.items():
             said = ended.get((record.job or 0, index), "nothing about it any more")
             reason = f"its job {record.job}_{index} is gone without running it; SLURM says {said}"
@@ -255,8 +274,9 @@ class Queued:
 
 def read_queued(store: Store, grid: str, wait_s: float = TIMEOUT_S) -> Queued:
     """What SLURM holds of a grid of the store. Raises SlurmError where it does not answer within `wait_s`."""
-    everything = read_queue(wait_s)
-    by_place = {(element.array, element.index): element for element in everything}
+    answer = {(element.array, element.index): element for element in read_queue(wait_s)}
+    by_place = {place: element for place, element in answer.items() if not element.ended}
+    ended = {place: element for place, element in answer.items() if element.ended}
     records, cells = read_records(store, grid), {}
     # Grids share cells: one that another grid has queued is queued for this one, too.
     for folder in sorted(store.root.glob("grids/*/submits")):
@@ -265,4 +285,5 @@ def read_queued(store: Store, grid: str, wait_s: float = TIMEOUT_S) -> Queued:
                 if record.job is not None and (record.job, index) in by_place:
                     cells.update(dict.fromkeys(keys, by_place[record.job, index]))
     jobs = {record.job for record in records}
-    return Queued(store, records, tuple(each for each in everything if each.array in jobs), cells, wait_s)
+    present = tuple(each for each in by_place.values() if each.array in jobs)
+    return Queued(store, records, present, cells, ended, wait_s)

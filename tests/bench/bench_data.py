@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from data_bench.measure import Row
 from data_bench.photographs import make_photographs, photographs
+from data_bench.remote import remote
 from data_bench.sizes import sizes
 from data_bench.small import no_decode, resident, tiny_vit
 
@@ -54,6 +55,7 @@ def sections(work: Path, images: Path | None, *, quick: bool) -> dict[str, Calla
         "resident": lambda: resident(small(), rounds),
         "training": lambda: tiny_vit(small(), rounds),
         "sizes": lambda: sizes(packed(), work, num_large),
+        "remote": lambda: remote(packed(), rounds),
     }
 
 

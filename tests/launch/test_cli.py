@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import socket
@@ -292,3 +293,75 @@ def test_a_dataset_without_test_split_is_refused_by_plan(tmp_path: Path, capsys:
     assert main(["shards", "pack", "flowers", *where]) == 0
     assert main(["plan", *where, "--store", str(tmp_path / "out")]) == 1
     assert "dataset 'flowers' has no test split, on which errors are measured" in capsys.readouterr().err
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    assert main(list(words)) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan_and_status_speak_json(workplace: Any, fakes: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = said(capsys, "plan", *workplace.where, "--json", "--cells")
+    assert (plan["grid"], plan["num_cells"], plan["num_points"]) == ("tiny", 18, 12)
+    assert plan["cells_by_stage"] == {"pretrain": {"new": 4}, "distill": {"new": 2}, "finetune": {"new": 12}}
+    assert sum(wave["cells"] for wave in plan["waves"]) == len(plan["cells"]) == 18
+    assert plan["predicted_s"] == pytest.approx(sum(cell["predicted_s"] for cell in plan["cells"]))
+    assert plan["not_packed"] == ["up", "down"]
+    assert "cells" not in said(capsys, "plan", *workplace.where, "--json")
+    assert main(["submit", *workplace.where, "--cluster", "inline"]) == 0
+    capsys.readouterr()
+    status = said(capsys, "status", *workplace.where, "--json")
+    assert (status["num_cells"], status["num_done"], status["running"]) == (18, 18, [])
+    assert sum(each["count"] for each in status["counts"] if each["state"] == "done") == 18
+
+
+def test_the_version_and_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    from dbscale import __version__
+
+    with pytest.raises(SystemExit) as version:
+        main(["--version"])
+    assert (version.value.code, capsys.readouterr().out) == (0, f"dbscale {__version__}\n")
+    with pytest.raises(SystemExit) as completion:
+        main(["--completion", "bash"])
+    script = capsys.readouterr().out
+    assert completion.value.code == 0
+    assert all(word in script for word in ("compare", "--min-effect", "verify"))
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(("words", "level"), [([], "WARNING"), (["-v"], "INFO"), (["-vv"], "DEBUG")])
+def test_verbose_sets_what_is_logged(
+    workplace: Any, capsys: pytest.CaptureFixture[str], words: list[str], level: str
+) -> None:
+    assert main([*words, "plan", *workplace.where]) == 0
+    assert logging.getLevelName(logging.getLogger("dbscale").level) == level
+
+
+WITHOUT_TORCH = """
+import importlib.abc, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {"torch", "timm", "accelerate", "deepspeed", "submitit", "safetensors", "PIL"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from dbscale.launch.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_tables_are_judged_without_torch_and_training_names_the_extra(workplace: Any) -> None:
+    rows = Path(__file__).parents[2] / "docs" / "studies" / "cifar10" / "rows.csv"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", WITHOUT_TORCH, *words]
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(rows.parents[3])}, capture_output=True,
+                              text=True, cwd=workplace.folder, check=False)  # fmt: skip
+
+    fitted = run(
+        "fit", str(rows), "--law", "power", "--x", "upstream_samples", "--y", "error_rate", "--where", "arm=plain"
+    )
+    assert fitted.returncode == 0, fitted.stderr
+    refused = run("submit", *workplace.where, "--cluster", "inline")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("dbscale: this command needs ")
+    assert "pip install 'dbscale[train]'" in refused.stderr

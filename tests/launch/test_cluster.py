@@ -57,6 +57,74 @@ def test_setup_is_lines_of_shell_and_each_is_one(tmp_path: Path) -> None:
         load_cluster(write(tmp_path, {**SLURM, "slurm": {"nodes": 2, "setup": ["module load cuda\nrm x"]}}))
 
 
+SHIPPED = {"executor": "slurm", "slurm": {"gpus_per_node": 1, "memory_gb": 64}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gres": "gpu:a100:2"}, "gres 'gpu:a100:2' asks for 2 GPUs a node and gpus_per_node for 1; set gpus_per_node to"),
+        ({"gres": "gpu:a100:1;id"}, "slurm.gres"),
+        ({"gpus_per_node": "a100:0"}, "slurm.gpus_per_node: takes a number of GPUs, or types with numbers such as"),
+        ({"gpus_per_node": "a100"}, "found 'a100'"),
+        ({"gpus_per_node": -1}, "found -1"),
+        ({"gpus_per_node": True}, "found True"),
+        ({"gpus_per_node": "1g.5gb:1,a100:1"}, None),
+        ({"licenses": "matlab 1"}, "slurm.licenses"),
+        ({"memory_per_cpu_gb": 4}, "memory_gb and memory_per_cpu_gb exclude each other in SLURM; set all but one"),
+        ({"sbatch": {"mem-per-gpu": "8G"}}, "memory_gb and sbatch.mem-per-gpu exclude each other"),
+        ({"array": 0}, "slurm.array: takes true, false (no job arrays) or the most elements of one array, found 0"),
+        ({"array": "no"}, "found 'no'"),
+        ({"sbatch": {"array": "0-9"}}, "slurm.sbatch: 'array' has a key of its own: write slurm.array"),
+        ({"sbatch": {"mem": "8G"}}, "'mem' has a key of its own: write slurm.memory_gb"),
+        ({"sbatch": {"time": 60}}, "write slurm.time_limit_min"),
+        ({"sbatch": {"ntasks-per-node": 4}}, "'ntasks-per-node' follows from the ranks: write resources.num_processes"),
+        ({"sbatch": {"output": "x"}}, "'output' is dbscale's own, which finds, fences and requeues jobs by it; remove it"),
+        ({"sbatch": {"dependency": "afterok:1"}}, "'dependency' is dbscale's own"),
+        ({"sbatch": {"no-requeue": True}}, "'no-requeue' is dbscale's own"),
+        ({"sbatch": {"job-name": "mine"}}, "'job-name' is dbscale's own"),
+        ({"sbatch": {"job_name": "mine"}}, "'job_name' is no long option of sbatch"),
+        ({"sbatch": {"--mail-user": "me"}}, "'--mail-user' is no long option of sbatch; did you mean 'mail-user'"),
+        ({"sbatch": {"p": "gpu"}}, None),
+        ({"sbatch": {"exclusive": False}}, "'exclusive' is False; write text or a number, true to pass --exclusive without"),
+        ({"sbatch": {"comment": "a$(id)"}}, "'comment' is 'a$(id)', which SLURM or a shell could misread"),
+        ({"sbatch": {"comment": "a\nb"}}, "could misread"),
+        ({"sbatch": {"comment": ["a"]}}, "'comment' is ['a']; write text"),
+        ({"sbatch": {"comment": None}}, "'comment' is None; write text"),
+    ],
+)  # fmt: skip
+def test_a_house_rule_is_kept_or_refused_in_one_sentence(
+    tmp_path: Path, change: dict[str, Any], said: str | None
+) -> None:
+    path = write(tmp_path, {**SHIPPED, "slurm": {**SHIPPED["slurm"], **change}})
+    if said is None:
+        load_cluster(path)
+        return
+    with pytest.raises(ConfigError) as error:
+        load_cluster(path)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).count(said) == 1
+
+
+def test_the_reducer_asks_for_no_gpu_and_for_memory_in_the_clusters_words(tmp_path: Path) -> None:
+    wishes = {"gres": "gpu:a100:1", "licenses": "scratch", "sbatch": {"gpus-per-task": 1, "mail-type": "END"}}
+
+    def reducer(reducer: dict[str, Any], **slurm: Any) -> Any:
+        return (
+            load_cluster(write(tmp_path, {"executor": "slurm", "slurm": slurm, "reducer": reducer}))
+            .reducer_shape()
+            .slurm
+        )
+
+    shape = reducer({}, **wishes)
+    assert (shape.gres, shape.gpus_per_node, shape.licenses, shape.sbatch) == (None, 0, "scratch", {"mail-type": "END"})
+    assert (shape.memory_gb, shape.memory_per_cpu_gb) == (8.0, None)
+    for made in (reducer({}, memory_per_cpu_gb=2.0), reducer({"memory_per_cpu_gb": 4.0}, memory_gb=64.0)):
+        assert (made.memory_gb, made.memory_per_cpu_gb, made.cpus_per_task) == (None, 4.0, 2)
+    assert reducer({"memory_gb": 16.0}, memory_per_cpu_gb=2.0).memory_gb == 16.0
+    assert reducer({"memory_gb": None}).memory_gb is None
+
+
 def test_a_stage_overrides_part_of_its_shape(tmp_path: Path) -> None:
     change = {"stages": {"finetune": {"resources": {"num_processes": 1}, "slurm": {"nodes": 1, "gpus_per_node": 1}}}}
     cluster = load_cluster(write(tmp_path, {**SLURM, **change}))

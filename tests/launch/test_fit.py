@@ -133,3 +133,18 @@ def test_a_budget_is_split_by_the_laws_of_both_arms(tmp_path: Path, capsys) -> N
     assert "did you mean 'upstream_image'" in capsys.readouterr().err
     assert main([*words, "--budget", "500", "--dataset", "digit"]) == 1
     assert "did you mean 'digits'" in capsys.readouterr().err
+
+
+def test_fit_and_advise_speak_json(table: str, tmp_path: Path, capsys) -> None:
+    assert fit(table, "--law", "power", "--at", "1e4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["params"]) == set(found["intervals"])
+    (predicted,) = found["predictions"]
+    assert predicted["low"] < predicted["value"] < predicted["high"]
+    assert predicted["at"] == "1e4"
+    words = ["advise", "--table", study(tmp_path), "--dp", "8k", "--df", "1k", "--params", "1M", "--json"]
+    assert main(words) == 0
+    (advice,) = json.loads(capsys.readouterr().out)
+    assert advice["sentence"].startswith("digits: ")
+    assert advice["record"]["verdict"]["kind"] in ("one_sign", "excluded", "undecided")
+    assert set(advice["expected"]) == {"plain", "distilled"}

@@ -3,9 +3,13 @@ training: to the end, through kills, and again."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +18,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbscale.launch import local
 from dbscale.launch.cli import main
 from dbscale.launch.cluster import Task
-from dbscale.launch.local import import_environment, next_ready, rest_after_crash
+from dbscale.launch.local import (
+    LINGER_S,
+    LocalJob,
+    gpu_environment,
+    import_environment,
+    next_ready,
+    rest_after_crash,
+)
+from dbscale.study.resources import Resources
 from dbscale.study.store import CellState
 
 ONE = ("--set", "cluster.workers=1")
@@ -95,6 +108,9 @@ def test_a_grid_runs_to_its_report_and_says_so_when_typed_again(workplace: Any, 
     assert len(workplace.done()) == num_cells
     assert (workplace.store.grid_dir("tiny") / "report.html").exists()
     assert "It pays." in first.stdout
+    assert not list(workplace.store.root.rglob("*.pkl")), "workers are command lines"
+    assert {path.stat().st_mode & 0o777 for path in workplace.store.grid_dir("tiny").glob("jobs/*")} == {0o700}
+    assert {path.suffix for path in workplace.store.grid_dir("tiny").glob("jobs/*/*")} == {".log"}, "only logs are kept"
     before = workplace.rows()
     again = workplace.run("submit")
     assert again.returncode == 0
@@ -135,7 +151,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     workplace.behave(steps=40, step_s=0.02)
     driver = workplace.start("submit", start_new_session=True)
     wait_until(workplace.steps)
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to the driver, submitit's controllers and the workers
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to the driver and the workers
     _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 130
     assert "resume from their last" in errors
@@ -195,3 +211,127 @@ def test_a_second_driver_is_told_who_has_the_store(workplace: Any, wait_until: C
 def test_a_worker_imports_nothing_from_the_working_folder(path: str) -> None:
     assert import_environment({"PYTHONPATH": path}) == {"PYTHONSAFEPATH": "1", "PYTHONPATH": "/mine"}
     assert import_environment({})["PYTHONPATH"] == ""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "chosen"),
+    [
+        (("0", "1"), 1, ["0", "1", "0"]),
+        (("GPU-a", "MIG-b"), 1, ["GPU-a", "MIG-b", "GPU-a"]),
+        (("0", "1", "2", "3"), 2, ["0,1", "2,3", "0,1"]),
+        (("5",), 2, ["5", "5", "5"]),
+        ((), 1, [None, None, None]),
+    ],
+)
+def test_slots_share_the_gpus_by_the_names_they_have(
+    monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...], processes: int, chosen: list[str | None]
+) -> None:
+    monkeypatch.setattr(local, "visible_gpus", lambda: gpus)
+    resources = Resources(num_processes=processes)
+    found = [gpu_environment(resources, slot).get("CUDA_VISIBLE_DEVICES") for slot in range(3)]
+    assert found == chosen
+    assert gpu_environment(resources.model_copy(update={"device": "cpu"}), 0) == {}
+
+
+def test_a_worker_is_told_by_its_standard_input_and_leaves_a_log_to_its_owner(
+    workplace: Any, num_cells: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file that anybody else could write decides what runs."""
+    assert workplace.run("submit").returncode == 0
+    (folder,) = (workplace.store.grid_dir("tiny") / "jobs").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    logs = sorted(folder.iterdir())
+    assert [path.name for path in logs] == [f"{number}.log" for number in range(1, len(logs) + 1)]
+    said = "".join(path.read_text() for path in logs)
+    assert said.count("=== ") == 2 * num_cells, "start and end of each cell"
+    key = workplace.done()[0]
+    assert main(["logs", key, "--store", str(workplace.store.root)]) == 0
+    assert f"start {key}" in capsys.readouterr().out
+
+
+class Still:
+    """A process that never ends by itself."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code, self.told = code, []
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def kill(self) -> None:
+        self.told.append("kill")
+        self.code = -9
+
+    def terminate(self) -> None:
+        self.told.append("terminate")
+
+
+def test_what_is_left_of_a_bundle_that_lost_a_rank_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
+    ended, left, lost = Still(0), Still(None), Still(1)
+    job = LocalJob([ended, left], Path("log"))  # type: ignore[list-item]
+    now[0] += 10 * LINGER_S
+    assert not job.done() and left.told == [], "a rank that ended well leaves the others their time"
+    job.ask_to_stop()
+    assert left.told == ["terminate"]
+    job = LocalJob([lost, left], Path("log"))  # type: ignore[list-item]
+    assert not job.done()
+    now[0] += LINGER_S
+    assert not job.done() and "kill" not in left.told
+    now[0] += 0.5
+    assert not job.done() and "kill" in left.told
+    assert job.done()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_store_damaged_while_a_grid_runs_ends_whole(workplace: Any, num_cells: int, seed: int) -> None:
+    """Files cut, flipped, emptied, swapped and linked under a running driver: the same command, typed again, ends with the
+    rows of an undisturbed run, and what a link pointed to is as it was."""
+    draw, root = random.Random(seed), workplace.store.root
+    secret = workplace.folder / "secret.json"
+    secret.write_text("{}")
+    workplace.behave(steps=30, step_s=0.01)
+    driver = workplace.start("submit", "--set", "cluster.workers=2")
+    damage = 0
+    while driver.poll() is None and damage < 60:
+        names = ("row.json", "recipe.json", "attempts/*.json", "progress.json")
+        found = sorted(path for name in names for path in root.glob(f"cells/*/{name}"))
+        if found:
+            hurt(draw.choice(found), draw.choice(found), secret, draw)
+            damage += 1
+        time.sleep(0.05)
+    _, errors = driver.communicate(timeout=300)
+    assert "Traceback" not in errors
+    workplace.behave(steps=30, step_s=0)
+    for _ in range(3):
+        for link in root.glob("cells/*/*"):
+            if link.is_symlink():
+                link.unlink()
+        run = workplace.run("submit", "--set", "cluster.workers=2")
+        assert "Traceback" not in run.stderr
+        if run.returncode == 0:
+            break
+    assert run.returncode == 0, run.stderr
+    assert len(workplace.done()) == num_cells
+    assert all(workplace.store.read_row(key) is not None for key in workplace.done())
+    assert secret.read_text() == "{}"
+    print(f"seed {seed}: {damage} times damaged")
+
+
+def hurt(path: Path, other: Path, secret: Path, draw: random.Random) -> None:
+    """In one of five ways; what a running cell replaces meanwhile is not there, and that is well, too."""
+    with contextlib.suppress(FileNotFoundError):
+        whole, way = path.read_bytes(), draw.randrange(5)
+        path.unlink()  # it may be a link by now
+        if way == 0:
+            path.write_bytes(whole[: len(whole) // 2])
+        elif way == 1:
+            path.write_bytes(whole.replace(b"1", b"7", 1))
+        elif way == 2:
+            path.write_bytes(b"")
+        elif way == 3:
+            path.write_bytes(other.read_bytes())
+        else:
+            path.symlink_to(secret)

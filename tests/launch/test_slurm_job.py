@@ -11,19 +11,24 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from dbscale.errors import StoreError
+from dbscale.errors import FileError, StoreError
 from dbscale.launch.slurm.job import (
     OVERTAKEN_EXIT,
     RETRY_EXIT,
     CellRuns,
     Fence,
     JobIdentity,
+    Work,
+    decide_when_stopped,
     failed_in_this_job,
+    record_of,
     requeue_lines,
 )
+from dbscale.launch.slurm.queue import SubmitRecord, make_uid, write_record
 from dbscale.launch.worker import LOST_EXIT, Rank, Result, record_death
-from dbscale.study.resources import StopRequest
+from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Failure, Store
 
 JOB = JobIdentity("12_3", "17", 1)
@@ -33,7 +38,9 @@ JOB = JobIdentity("12_3", "17", 1)
 def runs(workplace: Any) -> Callable[..., CellRuns]:
     """Makes what runs the cells of job 12_3.1, as the given rank."""
     store, first = workplace.store, Rank(0, 0, 1, 1)
-    return lambda rank=first: CellRuns(store, rank, StopRequest(), Fence(workplace.folder / "token", JOB, store))
+    return lambda rank=first: CellRuns(
+        store, rank, StopRequest(), Fence(workplace.folder / "token", JOB, store), "the log"
+    )
 
 
 def test_a_job_knows_its_array_element_and_its_restart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +51,36 @@ def test_a_job_knows_its_array_element_and_its_restart(monkeypatch: pytest.Monke
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert JobIdentity.of_job() == JOB
     assert str(JOB) == "12_3.1"
+
+
+def test_a_job_reads_its_cells_from_its_record_and_ends_where_that_was_withdrawn(tmp_path: Path) -> None:
+    """A login node that died left a call of sbatch behind, which went through after the next submit had cleared up."""
+    store, uid = Store(tmp_path / "out"), make_uid()
+    work = Work(store=str(store.root), grid="tiny", uid=uid, data="data", resources=Resources(), requeue_limit=1)
+    with pytest.raises(FileError, match=r"the store .*/out is not to be seen on"):
+        record_of(work)
+    other = SubmitRecord(uid=make_uid(), grid="tiny", kind="bundles", wave=1, created=0.0, elements=(("a",),))
+    write_record(store, other)
+    assert record_of(work) is None
+    mine = other.model_copy(update={"uid": uid, "elements": (("b",), ("c",))})
+    write_record(store, mine)
+    assert record_of(work) == mine
+    (store.root / "grids/tiny/submits" / f"{uid}.json").write_text(other.model_dump_json())
+    with pytest.raises(FileError, match="is the record of tiny/"):
+        record_of(work)
+    with pytest.raises(ValidationError):
+        Work.model_validate_json(work.model_dump_json().replace(uid, "../../.."))
+
+
+def test_whether_to_start_again_is_asked_from_the_moment_of_the_stop_until_it_is_decided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop, answers, asked = StopRequest(), [1, 2, 0], []
+    monkeypatch.setattr("dbscale.launch.slurm.job.ask_later", lambda limit: (asked.append(limit), answers.pop(0))[1])
+    monkeypatch.setattr("dbscale.launch.slurm.job.time.sleep", asked.append)
+    stop.ask("SIGTERM")
+    decide_when_stopped(stop, 7)
+    assert asked == [7, 2.0, 7, 2.0, 7]
 
 
 def fence(tmp_path: Path, restart: int) -> Fence:
@@ -147,12 +184,12 @@ def test_a_rank_that_fails_alone_records_why_and_ends_the_job(
     workplace: Any, inline_cell: str, runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dbscale.launch.slurm.job.RECORD_WAIT_S", 0.0)
-    monkeypatch.setattr("dbscale.launch.worker.job_log", lambda: "the log")
     with pytest.raises(SystemExit) as ended:
         runs(Rank(1, 1, 2, 2)).run(lambda key: Result(key, "failed", "no memory", Failure.MEMORY), inline_cell)
     assert ended.value.code == LOST_EXIT
     attempt = workplace.store.last_attempt(inline_cell)
     assert (attempt.status, attempt.reason, attempt.failure) == ("failed", "rank 1: no memory", Failure.MEMORY)
+    assert attempt.log == "the log"
 
 
 @pytest.fixture
@@ -206,6 +243,8 @@ def decide(slurm: Path, said: str, when: str, restart: int = 1, limit: int = 3) 
         ("1 CANCELLED None", (0, False), (0, False)),
         ("1 PREEMPTED None", (0, False), (0, False)),
         ("1 PENDING BeginTime", (0, False), (0, False)),
+        ("0 RUNNING None", (0, True), (2, False)),
+        ("0 COMPLETING TimeLimit", (0, True), (0, True)),
         ("2 RUNNING None", (0, False), (0, False)),
         ("2 COMPLETING TimeLimit", (0, False), (0, False)),
     ],

@@ -31,13 +31,15 @@ def record(job: int | None = 12, **changes: object) -> SubmitRecord:
 
 
 def test_lines_of_squeue() -> None:
-    out = "12|3|RUNNING\n12|N/A|PENDING\n12|4|CANCELLED\n13|0|COMPLETING\n"
+    out = "12|3|RUNNING|None\n12|N/A|PENDING|Priority\n12|4|FAILED|NonZeroExitCode\n13|0|COMPLETING|a|b\n"
     assert parse_queue(out) == (
-        Element(12, 3, "RUNNING"),
-        Element(12, 0, "PENDING"),
-        Element(13, 0, "COMPLETING"),
+        Element(12, 3, "RUNNING", "None"),
+        Element(12, 0, "PENDING", "Priority"),
+        Element(12, 4, "FAILED", "NonZeroExitCode"),
+        Element(13, 0, "COMPLETING", "a|b"),
     )
-    assert [each.running for each in parse_queue(out)] == [True, False, True]
+    assert [each.running for each in parse_queue(out)] == [True, False, False, True]
+    assert [each.ended for each in parse_queue(out)] == [False, False, True, False]
 
 
 def test_lines_of_sacct() -> None:

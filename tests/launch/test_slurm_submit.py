@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from dbscale.launch.cli import main
+from dbscale.launch.slurm import queue
+from dbscale.launch.slurm.queue import make_uid, read_records, write_record
 
 
 def calls(slurm: Path, name: str) -> list[str]:
@@ -50,6 +52,26 @@ def test_one_array_a_wave_and_a_reducer_after_all(submit: Any, slurm: Path, work
     assert [record["job"] for record in made] == [101, 102, 103]
     keys = [key for record in made for keys in record["elements"] for key in keys]
     assert len(keys) == len(set(keys)) == 18
+
+
+def test_a_job_is_a_command_line_of_ids_and_paths_in_a_private_folder(submit: Any, slurm: Path, workplace: Any) -> None:
+    """SLURM keeps it with its copy of the script: nothing that is executed lies in the store."""
+    submit("--set", "cluster.slurm.staging=$TMPDIR", "--set", "cluster.resources.threads=2")
+    commands = [
+        shlex.split(next(line for line in text.splitlines() if line.startswith("srun "))) for text in scripts(slurm)
+    ]
+    for command, record in zip(commands, records(workplace), strict=True):
+        module = "reducer" if record["kind"] == "reduce" else "job"
+        assert command[-5:-1] == [sys.executable, "-u", "-m", f"dbscale.launch.slurm.{module}"]
+        work = json.loads(command[-1])
+        assert (work["grid"], work["uid"]) == ("tiny", record["uid"])
+        assert (work["store"], work["data"]) == (str(workplace.store.root), str(workplace.folder / "data"))
+        folder = workplace.store.grid_dir("tiny") / "jobs" / record["uid"]
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {path.suffix for path in folder.iterdir()} == {".sh"}
+    elements, reducer = json.loads(commands[0][-1]), json.loads(commands[-1][-1])
+    assert (elements["staging"], elements["requeue_limit"], elements["resources"]["threads"]) == ("$TMPDIR", 5, 2)
+    assert (reducer["hand_ins"], reducer["cluster"]["slurm"]["setup"]) == (0, ["module load cuda"])
 
 
 def test_a_dry_run_prints_the_scripts_that_would_be_submitted(submit: Any, slurm: Path, workplace: Any) -> None:
@@ -110,6 +132,87 @@ def test_arrays_are_cut_at_the_clusters_limit(submit: Any, slurm: Path) -> None:
     assert len(scripts(slurm)) == 4
 
 
+def test_a_cluster_without_arrays_gets_a_job_a_bundle(submit: Any, slurm: Path, workplace: Any) -> None:
+    """Each with a record, so that it is fenced, waited for and cancelled like an element."""
+    assert submit("--set", "cluster.slurm.array=false")[0] == 0
+    made, texts = records(workplace), scripts(slurm)
+    assert [len(record["elements"]) for record in made] == [1] * 6 + [0]
+    assert not any("--array" in text for text in texts)
+    students = [record for record in made if record["wave"] == 2]
+    assert all(len(record["after"]) == 1 for record in students), "its own teacher, and no other bundle"
+    assert made[-1]["after"] == [101, 102, 103, 104, 105, 106]
+    (slurm / "queue").write_text("101|N/A|RUNNING\n102|N/A|PENDING\n")
+    submit(command="cancel")
+    assert calls(slurm, "scancel") == ["scancel 101 102"]
+
+
+def test_an_answer_of_sbatch_without_a_number_takes_the_submission_back(
+    submit: Any, slurm: Path, workplace: Any
+) -> None:
+    (slurm / "sbatch-says").write_text("Welcome to the cluster!\n")
+    code, _, said = submit()
+    assert code == 1
+    assert (
+        "sbatch refused 4 jobs for partition gpu" in said
+        and "Welcome to the cluster!" in said
+        and "Traceback" not in said
+    )
+    (cancelled,) = calls(slurm, "scancel")
+    assert cancelled.startswith("scancel --name=dbscale-tiny-") and records(workplace) == []
+
+
+def test_a_cluster_may_want_smaller_arrays(submit: Any, slurm: Path) -> None:
+    assert submit("--set", "cluster.slurm.array=2")[0] == 0
+    sizes = [found[1] for text in scripts(slurm) if (found := re.search(r"--array=0-(\d+)%", text))]
+    assert sizes == ["1", "1", "1"]
+
+
+HOUSE_RULES = {
+    "gres=gpu:a100:1": ("--gres=gpu:a100:1", "--gpus-per-node"),
+    "gpus_per_node=a100:1": ("--gpus-per-node=a100:1", "--gres"),
+    "licenses=matlab@srv:2": ("--licenses=matlab@srv:2", None),
+    "sbatch={mail-type: END, nice: 5, comment: two words}": ("--comment='two words'", None),
+    "sbatch={exclusive: true}": ("--exclusive", "--exclusive="),
+    "sbatch={wckey: project}": ("--wckey=project", None),
+}
+
+
+@pytest.mark.parametrize("rule", HOUSE_RULES)
+def test_house_rules_reach_sbatch(submit: Any, slurm: Path, rule: str) -> None:
+    wanted, not_wanted = HOUSE_RULES[rule]
+    assert submit("--set", f"cluster.slurm.{rule}")[0] == 0
+    text = scripts(slurm)[0]
+    assert f"#SBATCH {wanted}\n" in text
+    assert not_wanted is None or f"#SBATCH {not_wanted}" not in text
+    for owned in ("--requeue", "--output=/dev/null", "--signal=USR2@120", "--open-mode=append"):
+        assert text.count(f"#SBATCH {owned}\n") == 1
+
+
+def test_memory_by_the_cpu_alone(submit: Any, slurm: Path) -> None:
+    assert submit("--set", "cluster.slurm.memory_gb=null", "--set", "cluster.slurm.memory_per_cpu_gb=1.5")[0] == 0
+    first, *_, reducer = scripts(slurm)
+    assert "#SBATCH --mem-per-cpu=1536M\n" in first and "#SBATCH --mem-per-cpu=4096M\n" in reducer
+    assert not any("--mem=" in text for text in (first, reducer))
+
+
+def test_names_of_options_are_those_of_the_clusters_sbatch(submit: Any, slurm: Path, workplace: Any) -> None:
+    """Plugins of a cluster add some; where sbatch does not say, SLURM's own are known. Nothing is written before."""
+    (slurm / "help").write_text("  -A, --account=name\n      --mail-type=type\n      --container-image=PATH\n")
+    image = "cluster.slurm.sbatch={container-image: nvcr.io#nvidia/pytorch}"
+    assert submit("--set", image, "--dry-run")[0] == 0
+    for name in ("mail-tpye", "nice"):
+        code, _, said = submit("--set", f"cluster.slurm.sbatch={{{name}: 5}}")
+        assert code == 1
+        assert f"slurm.sbatch.{name}: sbatch on this machine has no option --{name}; " in said
+    assert "did you mean 'mail-type'? known: container-image, mail-type" in submit(
+        "--set", "cluster.slurm.sbatch={mail-tpye: END}", "--dry-run"
+    )[2]  # fmt: skip
+    assert not workplace.store.root.exists() and not calls(slurm, "sbatch /")
+    (slurm / "broken").touch()
+    assert submit("--set", "cluster.slurm.sbatch={nice: 5}", "--dry-run")[0] == 0
+    assert "sbatch has no option --container-image" in submit("--set", image, "--dry-run")[2]
+
+
 def test_other_shapes_are_other_arrays(submit: Any, slurm: Path) -> None:
     change = "cluster.stages={finetune: {slurm: {gpus_per_node: 0, partition: cpu}}}"
     assert submit("--set", change)[0] == 0
@@ -150,6 +253,20 @@ def test_what_is_ending_is_waited_for_because_it_may_be_cancelled(
     assert "waiting for jobs that are ending" in out
     again = records(workplace)[3]
     assert again["elements"] == records(workplace)[0]["elements"][1:]
+
+
+def test_what_never_ends_is_taken_for_running_and_said(
+    submit: Any, slurm: Path, workplace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit()
+    (slurm / "queue").write_text("101|0|COMPLETING\n")
+    monkeypatch.setattr("dbscale.launch.slurm.submit.ENDING_WAIT_S", -1.0)
+    cells = len(records(workplace)[0]["elements"][0])
+    _, out, _ = submit()
+    assert f"{cells} cells are taken for running, though their jobs are still ending" in out
+    assert records(workplace)[0]["elements"][0] not in [
+        each for made in records(workplace)[3:] for each in made["elements"]
+    ]
 
 
 def test_a_cell_that_another_grid_has_queued_is_waited_for_and_not_submitted(
@@ -207,6 +324,24 @@ def test_cancel_touches_only_this_grids_jobs(submit: Any, slurm: Path) -> None:
     assert "cancelled job 101" in out
 
 
+def test_cancel_finds_what_a_reducer_hands_in_meanwhile(
+    submit: Any, slurm: Path, workplace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit()
+    (slurm / "queue").write_text("103|N/A|RUNNING\n")
+    (first, *_), cancel = read_records(workplace.store, "tiny"), queue.cancel_jobs
+
+    def cancel_and_submit(jobs: Any) -> None:
+        cancel(jobs)
+        write_record(workplace.store, first.model_copy(update={"uid": make_uid(), "job": 104}))
+        (slurm / "queue").write_text("103|N/A|COMPLETING\n104|0|PENDING\n")
+
+    monkeypatch.setattr(queue, "cancel_jobs", cancel_and_submit)
+    _, out, _ = submit(command="cancel")
+    assert calls(slurm, "scancel") == ["scancel 103", "scancel 104"]
+    assert out == "cancelled job 103\ncancelled job 104\n"
+
+
 def test_status_counts_what_waits_and_works_while_slurm_is_silent(submit: Any, slurm: Path, workplace: Any) -> None:
     submit()
     (slurm / "queue").write_text("".join(f"101|{i}|PENDING\n" for i in range(3)))
@@ -218,6 +353,10 @@ def test_status_counts_what_waits_and_works_while_slurm_is_silent(submit: Any, s
     assert "SLURM says NODE_FAIL" in out
     assert len(calls(slurm, "squeue")) == 1 + 1
     assert len(calls(slurm, "sacct")) == 1
+    (slurm / "no-accounts").touch()
+    (slurm / "queue").write_text("101|2|PENDING|Priority\n101|3|OUT_OF_MEMORY|OutOfMemory\n")
+    _, out, _ = submit(command="status")
+    assert "SLURM says OUT_OF_MEMORY, OutOfMemory" in out and "SLURM says nothing about it any more" in out
     (slurm / "broken").touch()
     code, out, _ = submit(command="status")
     assert code == 0
@@ -241,9 +380,10 @@ def test_a_space_in_a_path_is_one_word_to_the_shell(submit: Any, slurm: Path, wo
     assert submit("--store", str(store))[0] == 0
     lines = (slurm / "script-101").read_text().splitlines()
     command = shlex.split(next(line for line in lines if line.startswith("srun ")))
-    assert command[-1].startswith(str(store))
+    assert json.loads(command[-1])["store"] == str(store)
     assert run_script(slurm, "echo said >&2").returncode == 0
-    assert (Path(command[-1]) / "55_0_log.out").read_text() == "said\n"
+    (log,) = store.glob("grids/tiny/jobs/*/55_0_log.out")
+    assert log.read_text() == "said\n"
 
 
 def run_script(slurm: Path, body: str, **environment: str) -> subprocess.CompletedProcess[str]:

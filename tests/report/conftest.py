@@ -85,10 +85,13 @@ def grid_config() -> dict:
 def cell_row(cell: Cell, rng: np.random.Generator) -> Row:
     """A plausible row for any cell of `grid_config`."""
     recipe, init = cell.recipe, cell.init
+    arm = "distilled" if any(each.recipe.stage == "distill" for each in cell.lineage) else "plain"
+    if init is None and recipe.stage == "finetune":
+        arm = "scratch"
     params = PARAMS[f"h{recipe.model.heads}"]  # type: ignore[union-attr]
     size = init.recipe.data.num_samples if init else recipe.data.num_samples if recipe.stage != "finetune" else 0
     labels = recipe.data.num_samples if recipe.stage == "finetune" else 10_000
-    error = noisy(true_error(cell.arm, size, params, labels), rng, noise=0.02)
+    error = noisy(true_error(arm, size, params, labels), rng, noise=0.02)
     upstream = None
     if init:
         upstream = Upstream(
@@ -101,7 +104,7 @@ def cell_row(cell: Cell, rng: np.random.Generator) -> Row:
         peak_memory_bytes=10**8, device="cpu", host="node <1>",
     )  # fmt: skip
     return Row(
-        key=cell.key, id=cell.id, stage=recipe.stage, arm=cell.arm, model="deit", dataset=recipe.data.dataset,
+        key=cell.key, id=cell.id, stage=recipe.stage, arm=arm, model="deit", dataset=recipe.data.dataset,
         num_samples=recipe.data.num_samples, seed=recipe.seed, num_params=params, num_classes=10,
         num_steps=recipe.num_steps, samples_seen=recipe.num_steps * 64, train_flops=1e12, error_rate=error,
         test_loss=2 * error, num_test_samples=TEST_SAMPLES, train_loss=error, weights_sha256="0" * 64,

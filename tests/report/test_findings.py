@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dbscale.laws import make_pairs
+from dbscale.laws import fit_noise, make_pairs, power
 from dbscale.report import schema, words
 from dbscale.report.findings import Findings, Options, contrast, digest, find, refresh_table
+from dbscale.report.pairing import pair_arms
 from dbscale.report.schema import BoundaryFile, LawsFile
-from dbscale.report.table import MissingPoint, Run, RunTable, read_table, to_csv
+from dbscale.report.table import MissingPoint, Run, RunTable, Setting, read_table, to_csv
 
 STUDY = Path(__file__).parents[2] / "docs" / "studies" / "cifar10"
 FAST = Options(num_draws=200, num_resamples=20)
@@ -80,6 +81,46 @@ def test_the_main_verdict_is_that_of_the_pooled_differences(found: Findings):
     assert (verdict.kind, verdict.direction, verdict.num_seeds) == ("crossing", "b_to_a", 4)
     assert verdict.root is not None and 2000 < verdict.root < 4000
     assert found.boundary.answers[0].startswith("On digits: distillation gives the lower error up to about 2,")
+
+
+def with_controls(gain_at_equal_cost: float, gain_of_equal_size: float) -> RunTable:
+    """The study above, its plain arm also at equal cost, and with a teacher of equal size; both gains alike at all D_p."""
+    table = study(labels=(100, 1000))
+    more = [
+        replace(each, arm=arm, error_rate=each.error_rate - gain - JITTER[each.seed], key=f"{arm}-{each.key}")
+        for each in table.where(arm="plain")
+        for arm, gain in (("plain_matched", gain_at_equal_cost), ("self_distilled", gain_of_equal_size))
+    ]
+    runs = [replace(each, upstream_error_rate=each.error_rate) for each in (*table.runs, *more)]
+    return replace(table, runs=tuple(runs))
+
+
+def test_controls_are_judged_pooled_after_the_main_arms():
+    findings = find(with_controls(0.02, 0.05), options=FAST)
+    seen = [(each.a, each.b, each.metric, each.student) for each in findings.boundary.contrasts]
+    own = [("plain", "distilled", "error_rate", student) for student in (None, "h2", "h2")]
+    assert seen[:4] == [*own, ("plain", "distilled", "upstream_error_rate", None)]
+    assert seen[4:] == [
+        (a, b, metric, None)
+        for a, b in (("plain_matched", "distilled"), ("plain", "self_distilled"))
+        for metric in ("error_rate", "upstream_error_rate")
+    ]
+    matched, by_self = (verdict_of(findings, number) for number in (4, 6))
+    # Pooled ΔE of the main arms is .09, .06, −.06, −.09; at equal cost the plain arm takes .02 off.
+    assert [point.delta for point in matched.points] == pytest.approx([0.07, 0.04, -0.08, -0.11])
+    assert [point.delta for point in by_self.points] == pytest.approx([0.05] * 4)
+    assert (matched.kind, by_self.kind, by_self.better) == ("crossing", "one_sign", "b")
+    told = {each.partition(":")[0]: each for each in findings.boundary.answers}
+    assert "plain pretraining at equal cost does" in told[
+        "On digits (plain pretraining at equal cost against distillation)"]  # fmt: skip
+    assert "distillation from a teacher of equal size gives the lower error" in told[
+        "On digits (plain pretraining against distillation from a teacher of equal size)"]  # fmt: skip
+    assert {law.arm for law in findings.laws.laws} == {"plain", "distilled", "plain_matched", "self_distilled"}
+
+
+def test_controls_leave_the_main_verdict_alone(found: Findings):
+    main = verdict_of(find(with_controls(0.02, 0.05), options=FAST))
+    assert main == verdict_of(found), "it is no part of the family"
 
 
 def test_arms_the_other_way_round_turn_the_verdict_round():
@@ -156,6 +197,29 @@ def test_power_and_noise_come_with_a_verdict(found: Findings):
     assert sum(part.share for part in main.noise.components) == pytest.approx(1)
     assert main.power.width_octaves is not None and main.power.width_octaves > 0
     assert main.power.seeds_for_half is None or main.power.seeds_for_half > 4
+
+
+def test_power_is_that_of_the_design_and_of_the_slope_at_the_root(found: Findings):
+    """Four D_p an octave apart, four seeds, one student, two label counts; Δ falls by .12 between 2,000 and 4,000."""
+    main = found.boundary.contrasts[0]
+    pairs, _ = pair_arms(study(labels=(100, 1000)), Setting("base", "fractals", "digits"))
+    assert pairs is not None and main.power is not None
+    noise = fit_noise(pairs)
+    assert noise is not None
+    design = {"num_x": 4, "num_seeds": 4, "num_students": 1, "num_labels": 2, "finetunes": 1}
+    wanted = power(noise, **design, level=0.9, family=1, slope=-0.12, step_octaves=1.0)
+    assert main.power.smallest_effect == pytest.approx(wanted.smallest_effect)
+    assert main.power.seeds_for_half == wanted.seeds_for_half
+    assert main.power.width_octaves == pytest.approx(wanted.width_octaves, rel=0.2)
+    single = found.boundary.contrasts[1].power
+    part = fit_noise(pairs.of("h2", 100))
+    assert part is not None and single is not None
+    one = power(part, **design | {"num_labels": 1}, level=0.9, family=2)
+    assert single.smallest_effect == pytest.approx(one.smallest_effect)
+
+
+def test_three_seeds_have_no_halves_and_four_do():
+    assert [len(find(study(seeds=n), options=FAST).boundary.contrasts[0].halves) for n in (3, 4)] == [0, 2]
 
 
 def test_pairs_that_lack_a_stratum_are_counted():
@@ -259,6 +323,11 @@ def test_models_near_chance_are_named_at_the_largest_such_size():
     ]
 
 
+def test_chance_begins_at_four_in_five():
+    assert len(regime({1000: 0.8, 2000: 0.5, 4000: 0.4})) == 1
+    assert regime({1000: 0.799, 2000: 0.5, 4000: 0.4}) == []
+
+
 def test_a_floor_of_steps_is_named():
     errors = {500: 0.5, 1000: 0.4, 4000: 0.3}
     assert regime(errors, seen={500: 32_000, 1000: 35_000, 4000: 90_000}) == [
@@ -266,6 +335,8 @@ def test_a_floor_of_steps_is_named():
         "sets how long they train."
     ]
     assert regime(errors, seen={500: 32_000, 1000: 64_000, 4000: 90_000}) == []
+    assert regime(errors, seen={500: 32_000, 1000: 36_800, 4000: 90_000}) != []  # 1.15 times the least
+    assert regime(errors, seen={500: 32_000, 1000: 36_900, 4000: 90_000}) == []
     assert regime(errors, seen={500: 32_000, 1000: 32_000, 4000: 32_000}) == []  # equal steps by design, no floor
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from dbscale.errors import TableError
-from dbscale.report.findings import Options, find
-from dbscale.report.reduce import collect, load_plan, read_mistakes, reduce_grid
+from dbscale.report.findings import Options, find, refresh
+from dbscale.report.reduce import collect, load_mistakes, load_plan, read_mistakes, reduce_grid
 from dbscale.report.table import COLUMNS, read_table, to_csv
 from dbscale.study.store import Row, Store
 
@@ -140,27 +142,84 @@ def test_impossible_results_cost_their_own_cell_and_are_named(make_store):
     assert (lost.culprit, "row.json" in lost.reason, "error_rate" in lost.reason) == (cell, True, True)
 
 
-def test_mistakes_are_read_from_packed_bits(tmp_path: Path):
-    correct = np.array([1, 0, 1, 0, 1, 1, 0, 1, 1, 0], bool)
-    counted = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1], bool)
-    path = tmp_path / "correct.npz"
-    np.savez(path, num_samples=np.int64(10), correct=np.packbits(correct), counted=np.packbits(counted))
-    assert read_mistakes(path).tolist() == [False, True, False, False, False, True, False, False, True]
+CORRECT = np.array([1, 0, 1, 0, 1, 1, 0, 1, 1, 0], bool)
+COUNTED = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1], bool)
 
 
-def test_what_samples_add_to_another_tasks_error_is_read_as_it_is(tmp_path: Path):
+def bitmap(path: Path, **changes: Any) -> Path:
+    content = {"num_samples": np.int64(10), "correct": np.packbits(CORRECT), "counted": np.packbits(COUNTED)}
+    np.savez(path, **{**content, **changes})
+    return path
+
+
+def test_mistakes_are_read_from_packed_bits(make_store, tmp_path: Path):
+    path = bitmap(tmp_path / "correct.npz")
+    row = a_row(make_store()).model_copy(update={"num_test_samples": 9})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for known in (None, digest):
+        found = read_mistakes(path, row.model_copy(update={"correct_sha256": known}))
+        assert found.tolist() == [False, True, False, False, False, True, False, False, True]
+
+
+def test_what_samples_add_to_another_tasks_error_is_read_as_it_is(make_store, tmp_path: Path):
     path = tmp_path / "correct.npz"
     errors = np.array([0.5, np.nan, -0.25], np.float32)
     np.savez(path, num_samples=np.int64(3), counted=np.packbits([True, False, True]), errors=errors)
-    assert read_mistakes(path).tolist() == [0.5, -0.25], "the second could not be decoded"
+    row = a_row(make_store()).model_copy(update={"num_test_samples": 2, "task": "segmentation"})
+    assert read_mistakes(path, row).tolist() == [0.5, -0.25], "the second could not be decoded"
+    with pytest.raises(TableError, match="cannot be used"):
+        read_mistakes(path, row.model_copy(update={"task": "classification"}))
+    np.savez(path, num_samples=np.int64(3), counted=np.packbits([True, False, True]), errors=errors[:2])
+    with pytest.raises(TableError, match="does not hold a number for each of 3 samples"):
+        read_mistakes(path, row)
 
 
-@pytest.mark.parametrize("raw", [b"", b"not a zip", b"PK\x03\x04rest"])
-def test_a_damaged_file_of_mistakes_is_named(tmp_path: Path, raw: bytes):
-    path = tmp_path / "correct.npz"
-    path.write_bytes(raw)
-    with pytest.raises(TableError, match=r"correct\.npz cannot be read .*; remove the cell's folder to run it again"):
-        read_mistakes(path)
+def a_row(store: Store) -> Row:
+    row = store.read_row(load_plan(store, "tiny").points[0].cell)
+    assert row is not None
+    return row
+
+
+DAMAGE = {
+    "nothing": lambda path: path.write_bytes(b""),
+    "no zip": lambda path: path.write_bytes(b"not a zip"),
+    "half a zip": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "no file": lambda path: path.unlink(),
+    "a count that no memory holds": lambda path: bitmap(path, num_samples=np.int64(2**60)),
+    "a sample too many": lambda path: bitmap(path, num_samples=np.int64(17)),
+    "no numbers": lambda path: bitmap(path, correct=np.array(["a", "b"])),
+    "other samples counted": lambda path: bitmap(path, counted=np.packbits(CORRECT)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_bitmap_costs_its_cell_and_is_named(make_store, tmp_path: Path, damage: str):
+    row = a_row(make_store()).model_copy(update={"num_test_samples": 9})
+    path = bitmap(tmp_path / "correct.npz")
+    DAMAGE[damage](path)
+    with pytest.raises(
+        TableError, match=r"correct\.npz (cannot be used|counts 6 samples, the cell's row 9).*run the cell again"
+    ):
+        read_mistakes(path, row)
+
+
+def test_another_cells_bitmap_is_refused_and_the_others_are_used(make_store):
+    """Sound by itself, but not the one that the row names."""
+    store = make_store()
+    keys = [point.cell for point in load_plan(store, "tiny").points[:3]]
+    for number, key in enumerate(keys):
+        path = bitmap(store.cell_dir(key) / "correct.npz", correct=np.packbits(np.arange(10) > number))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        row = store.read_row(key)
+        store.write_row(row.model_copy(update={"num_test_samples": 9, "correct_sha256": digest}))
+    first, second, _ = (store.cell_dir(key) / "correct.npz" for key in keys)
+    first.write_bytes(second.read_bytes())
+    found, damaged = load_mistakes(store, keys)
+    assert sorted(found) == sorted(keys[1:])
+    assert len(damaged) == 1 and keys[0] in damaged[0] and "is not what the cell's row describes" in damaged[0]
+    table, findings = refresh(store, "tiny")
+    assert damaged[0] in [note.text for note in findings.boundary.notes]
+    assert len(table) == 72, "the cell's result stands"
 
 
 def test_the_grids_smallest_effect_reaches_the_verdicts(make_store):

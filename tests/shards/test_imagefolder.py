@@ -32,6 +32,21 @@ def test_a_class_list_gives_the_order(tree: Path) -> None:
         make_source("imagefolder", data_dir=tree.parent, path="photos", class_list="classes.txt").listings()
 
 
+def test_classes_are_left_out_by_name(tree: Path) -> None:
+    (tree.parent / "seen.txt").write_text("kind-1\n")
+    source = make_source("imagefolder", data_dir=tree.parent, path="photos", exclude_classes="seen.txt")
+    assert source.classes == ("kind-0", "kind-2")
+    assert labels_of(source)["train"] == [0] * 10 + [1] * 7
+    assert source.listings()["train"].unused.counts == {"file in a class that is left out": 6}
+    both = make_source("imagefolder", path=str(tree), class_list=["kind-2", "kind-1"], exclude_classes=["kind-1"])
+    assert both.classes == ("kind-2",)
+    assert both.listings()["train"].unused.counts == {
+        "file in a class that is left out": 6, "file in a class that is not in the class list": 10
+    }  # fmt: skip
+    with pytest.raises(DataError, match="1 classes of the class list have no folder, among them kind-9; did you mean"):
+        make_source("imagefolder", path=str(tree), exclude_classes=["kind-9"]).listings()
+
+
 def test_bad_layouts(tree: Path) -> None:
     with pytest.raises(DataError, match=r"val: no such folder \(.* holds: test, train; set .* or `test: 0.2` to split"):
         make_source("imagefolder", path=str(tree), test="val").listings()

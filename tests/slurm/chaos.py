@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -149,10 +150,19 @@ def login_node_gone(chaos: Chaos, job: str) -> None:
 def store_read_only(chaos: Chaos, job: str, seconds: float | None = None) -> None:
     """For new writers; file descriptors that are open go on."""
     root = str(chaos.place.store.root)
-    subprocess.run(["mount", "--bind", root, root], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", root], check=True)
+    mount("mount", "--bind", root, root)
+    mount("mount", "-o", "remount,bind,ro", root)
     time.sleep(seconds or chaos.die.uniform(2, 6))
-    subprocess.run(["umount", "--lazy", root], check=True)
+    mount("umount", "--lazy", root)
+
+
+def mount(*words: str) -> None:
+    """Tried again, because the table of mounts changes under another sandbox's hands, too."""
+    for _ in range(9):
+        if subprocess.run(words, check=False).returncode == 0:
+            return
+        time.sleep(0.2)
+    subprocess.run(words, check=True)
 
 
 def store_full(chaos: Chaos, job: str, seconds: float | None = None) -> None:
@@ -239,6 +249,19 @@ def next_victim(chaos: Chaos) -> str | None:
             return job
         time.sleep(0.3)
     return None
+
+
+@contextlib.contextmanager
+def kept_when_it_fails(store: Path, sandbox: Any, kept: Path) -> Iterator[None]:
+    """Copy the store and SLURM's logs to `kept` when the block raises: both end with the test."""
+    try:
+        yield
+    except BaseException:
+        logs = Path(sandbox.environment["SLURM_CONF"]).parent / "log"
+        for folder, name in ((store, "store"), (logs, "slurm")):
+            shutil.copytree(folder, kept / name, symlinks=True, dirs_exist_ok=True)
+        print(f"the store and SLURM's logs of this run are kept in {kept}", flush=True)
+        raise
 
 
 @contextlib.contextmanager

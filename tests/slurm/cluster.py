@@ -40,7 +40,7 @@ class Sandbox:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -169,7 +169,8 @@ class Sandbox:
 
 def is_rank(words: list[str]) -> bool:
     """Whether a command line is that of a training process, and not of the srun that started it."""
-    return "submitit.core._submit" in words and not words[0].endswith("srun")
+    modules = {"dbscale.launch.slurm.job", "dbscale.launch.slurm.reducer"}
+    return not modules.isdisjoint(words) and not words[0].endswith("srun")
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ GRID = {
     "students": ["h2"], "teachers": {"h2": "h1"}, "seeds": [0],
     "pretrain": TRAINING, "finetune": TRAINING, "distill": {"alpha": 0.5},
 }  # fmt: skip
-TIMED = ("timing", "resources")
+TIMED = ("timing", "resources", "seal")
 
 
 def load(path: Path) -> ModuleType:

@@ -1,6 +1,8 @@
 """Faults of all kinds at random while a grid runs: at the end every row exists once, as if nothing had happened.
 
-DBSCALE_CHAOS_SEED repeats the faults of another run; DBSCALE_CHAOS_FAULTS is how many the long form injects.
+DBSCALE_CHAOS_SEED repeats the faults of another run; DBSCALE_CHAOS_FAULTS is how many are injected. When a run
+fails, its store and SLURM's logs are kept in a folder that the output names, under DBSCALE_CHAOS_KEEP or the system's
+temporary folder.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ import csv
 import os
 import random
 import secrets
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +37,11 @@ def seed() -> int:
     return found
 
 
+def kept(seed: int) -> Path:
+    """Where what a failed run leaves behind can be looked at afterwards."""
+    return Path(os.environ.get("DBSCALE_CHAOS_KEEP", tempfile.gettempdir())) / f"dbscale-chaos-{seed}-{os.getpid()}"
+
+
 def options(place: Any) -> list[str]:
     return ["--cluster", str(place.folder / "cluster.yaml"), *ONE_LINEAGE_EACH]
 
@@ -50,13 +59,18 @@ def check_whole(place: Any, num_cells: int) -> None:
 def test_a_few_faults_cost_no_step_and_no_row(
     place: Any, sandbox: Any, faults: ModuleType, seed: int, num_cells: int, all_ended: Callable[..., None]
 ) -> None:
-    """The short form, with stand-ins for training."""
-    with faults.disk_of_its_own(place.store.root) as own_disk:
+    """The short form, with stand-ins for training; told of a number of faults, it takes kinds that last longer, too."""
+    count = int(os.environ.get("DBSCALE_CHAOS_FAULTS", "0"))
+    keep = faults.kept_when_it_fails(place.store.root, sandbox, kept(seed))
+    with faults.disk_of_its_own(place.store.root) as own_disk, keep:
         place.behave(steps=STEPS, step_s=0.2, checkpoint=5)
         kinds = [each for each in faults.FAULTS if each not in faults.RARE]
         chaos = faults.Chaos(place, sandbox, random.Random(seed), options(place), own_disk)
         faults.submit(chaos)
-        assert faults.unleash(chaos, chaos.die.sample(kinds, 6), (0.5, 2)) == 6
+        hand = faults.deal(chaos.die, count) if count else chaos.die.sample(kinds, 6)
+        injected = faults.unleash(chaos, hand, (0.5, 2))
+        chaos.say(f"{injected} faults")
+        assert injected == 6 or count
         place.behave(steps=STEPS, step_s=0, checkpoint=5)
         all_ended()
         assert len(place.done()) == num_cells
@@ -81,7 +95,8 @@ def test_many_faults_change_no_bit_of_real_training(
     while injected < count:
         rounds += 1
         place = real(f"round-{rounds}", steps=LONG_STEPS, wide=True)
-        with faults.disk_of_its_own(place.store.root) as own_disk:
+        keep = faults.kept_when_it_fails(place.store.root, sandbox, kept(seed))
+        with faults.disk_of_its_own(place.store.root) as own_disk, keep:
             chaos = faults.Chaos(place, sandbox, die, options(place), own_disk)
             chaos.say(f"round {rounds}")
             faults.submit(chaos)

@@ -37,8 +37,8 @@ def test_a_grid_goes_through_and_typed_again_submits_nothing(
     attempts = [place.store.last_attempt(key) for key in place.done()]
     assert all(each.job and each.log for each in attempts)
     assert all("=== " in Path(each.log).read_text() for each in attempts)
-    leftovers = [path for path in place.store.grid_dir("tiny").glob("jobs/*/*") if path.suffix in (".pkl", ".fence")]
-    assert len(leftovers) <= 2  # the reducer's own
+    assert not list(place.store.root.rglob("*.pkl")), "nothing is handed over as code"
+    assert {path.stat().st_mode & 0o777 for path in place.store.grid_dir("tiny").glob("jobs/*")} == {0o700}
     written = [path for path in place.store.root.rglob("*") if path.name != "fake.json" and not path.is_symlink()]
     assert not [path for path in written if path.stat().st_mode & 0o027]
 

@@ -48,10 +48,6 @@ def test_golden_ids() -> None:
     assert {cell.key.rpartition("-")[0]: cell.id for cell in golden_cells()} == GOLDEN
 
 
-def test_arms_follow_the_lineage() -> None:
-    assert [cell.arm for cell in golden_cells()] == ["plain", "distilled", "distilled", "scratch"]
-
-
 def test_specs_name_parents_by_key() -> None:
     teacher, student, finetune, _ = golden_cells()
     assert student.spec().teacher == teacher.key

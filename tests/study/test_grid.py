@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dbscale.errors import ConfigError
 from dbscale.strict import validate
 from dbscale.study.cell import Cell
+from dbscale.study.cost import train_flops
 from dbscale.study.grid import (
     Grid,
     Point,
@@ -24,7 +25,7 @@ from dbscale.study.grid import (
     merged_cells,
     overlapping_draws,
 )
-from dbscale.study.recipe import Recipe, draw_seed
+from dbscale.study.recipe import Budget, Recipe, draw_seed
 
 GRIDS = Path(__file__).parents[2] / "configs" / "grids"
 
@@ -134,22 +135,123 @@ def test_draws_that_must_share_labels_are_named(grid_data: dict[str, Any]) -> No
 GOLDEN_GRIDS = {
     "cifar10": (330, "0ab3821a48d0124b"),
     "demo": (300, "5f6c0ad9df83b634"),
-    "ablation_alpha": (264, "3f2d9ce2f903e90e"),
-    "architecture_resnet": (420, "c198f361f074c97a"),
+    "alpha_at_boundary": (612, "014a9c60d0671afe"),
+    "alpha_tau": (306, "43dc890bcbe3de98"),
+    "architecture_resnet": (600, "b2348240333bac18"),
     "baseline": (1065, "8044a8f1c5af4215"),
-    "boundary": (903, "771adf2d9f272bc7"),
-    "domain_shift": (780, "f7476bc97afabde1"),
-    "large_to_small": (255, "89a3b0a7860a0e14"),
-    "sensitivity": (616, "5e0713f7413937f0"),
+    "baseline_3x3": (459, "6529985d55163ef4"),
+    "boundary_38m": (660, "69829a779eba84b3"),
+    "boundary_sizes": (2205, "1bed5a06f103a65f"),
+    "clean_upstream": (168, "b777186aaaf4f18c"),
+    "domain_shift": (780, "97e4876ca602f981"),
+    "large_to_small": (795, "d51e7b774fd16ea3"),
+    "logits_only": (330, "6e681cbd91d44417"),
+    "parallel_head": (630, "f37c598a24038b1c"),
+    "sensitivity": (616, "d69c3815c334748d"),
+    "vit_giant": (105, "b61ce4edae40d15f"),
 }
 """Number of cells of each shipped grid and a hash over their keys: rows in people's stores have these names."""
+OLD_SIZES = (
+    "downstream=[{dataset: cifar100, num_samples: [1000, 10000, 50000]}, "
+    "{dataset: tiny_imagenet, num_samples: [2000, 20000, 100000]}]"
+)
+EARLIER = {
+    "boundary_sizes": (903, "771adf2d9f272bc7", [OLD_SIZES, "students=[h3, h4, h6]"]),
+    "domain_shift": (780, "f7476bc97afabde1", []),
+    "large_to_small": (255, "89a3b0a7860a0e14", [OLD_SIZES.partition(", {dataset: tiny")[0] + "]"]),
+    "architecture_resnet": (420, "c198f361f074c97a", [OLD_SIZES]),
+    "sensitivity": (616, "5e0713f7413937f0", []),
+}
+"""What these grids were before attention maps and further sizes and sets joined them (the first was `boundary` then)."""
+
+
+def digest_of(grid: Grid) -> tuple[int, str]:
+    keys = sorted(cell.key for cell in merged_cells(expand(grid, dict.fromkeys(grid.datasets, "f00d"))))
+    return len(keys), hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_rows_of_earlier_grids_keep_their_names(name: str) -> None:
+    count, digest, changes = EARLIER[name]
+    grid = load_grid(GRIDS / "paper" / f"{name}.yaml", ["distill.attention=null", *changes])
+    assert digest_of(grid) == (count, digest)
 
 
 @pytest.mark.parametrize("name", GOLDEN_GRIDS)
 def test_golden_ids_of_shipped_grids(name: str) -> None:
     grid = load_grid(next(GRIDS.rglob(f"{name}.yaml")))
-    keys = sorted(cell.key for cell in merged_cells(expand(grid, dict.fromkeys(grid.datasets, "f00d"))))
-    assert (len(keys), hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]) == GOLDEN_GRIDS[name]
+    assert digest_of(grid) == GOLDEN_GRIDS[name]
+
+
+def test_every_shipped_grid_has_golden_ids() -> None:
+    assert {path.stem for path in GRIDS.rglob("*.yaml") if path.parent.name != "bases"} == set(GOLDEN_GRIDS)
+
+
+ALL_ARMS = ["plain", "distilled", "plain_matched", "self_distilled"]
+
+
+def test_four_arms_differ_upstream_and_nowhere_else(grid_data: dict[str, Any]) -> None:
+    points = expand(validate(Grid, grid_data | {"arms": ALL_ARMS}, where="t"), {})
+    assert {p.arm for p in points if p.student == "h1"} == {"plain"}, "h1 has no teacher"
+    at = [p for p in points if (p.student, p.upstream_num_samples, p.seed) == ("h2", 16, 1)]
+    of = {arm: [p.cell for p in at if p.arm == arm] for arm in ALL_ARMS}
+    assert [len(cells) for cells in of.values()] == [3, 3, 3, 3]
+    for cells in zip(*of.values(), strict=True):
+        assert all(cell.recipe == cells[0].recipe for cell in cells), "labels, head and order are alike in all arms"
+    plain, distilled, matched, by_self = (of[arm][0].init for arm in ALL_ARMS)
+    assert plain and distilled and matched and by_self
+    assert {(each.recipe.seed, each.recipe.data) for each in (distilled, matched, by_self)} == {(1, plain.recipe.data)}
+    assert (matched.recipe.stage, matched.parents) == ("pretrain", ())
+    assert by_self.recipe == distilled.recipe and by_self.recipe.distill is not None
+
+
+def test_a_teacher_of_equal_size_saw_the_same_images_from_other_weights(grid_data: dict[str, Any]) -> None:
+    points = expand(validate(Grid, grid_data | {"arms": ALL_ARMS}, where="t"), {})
+    inits = {(p.arm, p.upstream_num_samples, p.seed): p.cell.init for p in points if p.student == "h2"}
+    seeds = set()
+    for (arm, size, seed), student in inits.items():
+        if arm == "self_distilled" and student and student.teacher:
+            teacher, plain = student.teacher.recipe, inits["plain", size, seed].recipe  # type: ignore[union-attr]
+            assert teacher == plain.model_copy(update={"seed": draw_seed(seed, 1)})
+            seeds.add(teacher.seed)
+    assert seeds == {2**32, 2**32 + 1}, "no repetition's own"
+
+
+def test_steps_of_equal_cost_by_hand(grid_data: dict[str, Any]) -> None:
+    """10 steps of 8 images: 3 forwards of the student a sample, 1 of the teacher beside it, 3 of the teacher alone.
+
+    Forward passes of 32 px, patch 8, depth 2: 17 tokens, 16 patches; widths 16 and 32.
+    """
+    grid = validate(Grid, grid_data | {"arms": ALL_ARMS, "distill_training": None}, where="t")
+    teacher, student = (2 * (24 * w**2 * 17 + 4 * 17**2 * w) + 6 * 64 * w * 16 for w in (16, 32))
+    steps = round(10 * (3 * student + teacher + 3 * teacher) / (3 * student))
+    found = {p.cell.init.recipe.training.budget for p in expand(grid, {}) if p.arm == "plain_matched" and p.cell.init}
+    assert found == {Budget(steps=steps)} and steps == 14
+    longer = grid_data["pretrain"] | {"budget": {"steps": 25}}
+    grid = validate(Grid, grid_data | {"arms": ALL_ARMS, "distill_training": longer}, where="t")
+    found = {p.cell.init.recipe.num_steps for p in expand(grid, {}) if p.arm == "plain_matched" and p.cell.init}
+    assert found == {round((25 * (3 * student + teacher) + 10 * 3 * teacher) / (3 * student))}
+
+
+def test_equal_cost_is_half_a_step_off_at_most_in_the_papers_grid() -> None:
+    points = expand(load_grid(GRIDS / "paper" / "boundary_38m.yaml", ["seeds=[0]"]), {})
+    upstream = {(p.arm, p.upstream_num_samples): p.cell.init for p in points}
+    sizes = {size for _, size in upstream}
+    assert len(sizes) == 10
+    for size in sizes:
+        matched, distilled = upstream["plain_matched", size], upstream["distilled", size]
+        assert matched and distilled and distilled.teacher
+        teacher = distilled.teacher.recipe
+        paid = train_flops(distilled.recipe, teacher.model) + train_flops(teacher)
+        step = train_flops(matched.recipe) / matched.recipe.num_steps
+        assert abs(train_flops(matched.recipe) - paid) <= step / 2
+
+
+def test_a_head_is_named_only_where_it_is_another(grid_data: dict[str, Any]) -> None:
+    def keys(**distill: Any) -> list[str]:
+        return [p.cell.key for p in expand(validate(Grid, grid_data | {"distill": distill}, where="t"), {})]
+
+    assert keys(alpha=0.5, head="class") == keys(alpha=0.5) != keys(alpha=0.5, head="parallel")
 
 
 def test_variants_change_only_what_they_name(grid_data: dict[str, Any]) -> None:
@@ -207,6 +309,17 @@ def test_ids_follow_the_recipe_and_the_data(seed: int, size: int, lr: float) -> 
         ({"name": "a b"}, "name"),
         ({"datasets": {"$(id)": {"source": "fractals"}}}, "datasets"),
         ({"distill": None}, "distilled arm needs"),
+        ({"arms": ["plain", "plain_matched"], "teachers": {}}, "plain_matched arm needs"),
+        ({"arms": ["self_distilled"], "distill": None}, "self_distilled arm needs"),
+        (
+            {
+                "arms": ["plain_matched"],
+                "models": {"h1": {"kind": "timm", "name": "resnet19"}, "h2": {"kind": "timm", "name": "resnet18"}},
+            },
+            "those of 'resnet19' are not known; did you mean 'resnet18'",
+        ),
+        ({"distill": {"alpha": 1.0, "head": "parallel"}}, "head parallel with alpha 1"),
+        ({"distill": {"alpha": 0.0, "head": "parallel"}}, "head parallel with alpha 0"),
         ({"arms": ["plain", "distiled"]}, "arms.1"),
         (
             {"pretrain": {"budget": {"steps": 1, "epochs": 1.0}, "optim": {"lr": 1e-3}, "global_batch": 8}},

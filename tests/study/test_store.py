@@ -91,6 +91,11 @@ def test_a_recipe_that_is_not_this_cells_is_refused(store: Store, cell: Cell) ->
     store.write_spec(cell.spec())
     path = store.cell_dir(cell.key) / "recipe.json"
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(
+        StoreError, match=r"does not match its own checksum.*; `dbscale submit` of its grid writes it anew"
+    ):
+        store.read_spec(cell.key)
+    write_json(path, json.loads(cell.spec().model_dump_json().replace('"seed":0', '"seed":1')), seal=True)
     with pytest.raises(StoreError, match="is not the recipe of this cell; `dbscale submit`"):
         store.read_spec(cell.key)
     other = cell.spec().model_copy(update={"teacher": None})
@@ -107,6 +112,81 @@ def test_a_recipe_that_is_not_this_cells_is_refused(store: Store, cell: Cell) ->
 def test_a_key_leads_nowhere_else(cell: Cell, key: str) -> None:
     with pytest.raises(ValueError, match="key"):
         type(cell.spec()).model_validate({**cell.spec().model_dump(), "key": key})
+
+
+@pytest.mark.parametrize("place", [".", "attempts", "checkpoints"])
+def test_nothing_is_written_behind_a_link(store: Store, cell: Cell, tmp_path: Path, place: str) -> None:
+    """A link in place of a cell's folder, or of one in it, would let whoever made it choose what is overwritten."""
+    target, link = tmp_path / "anyones", store.cell_dir(cell.key) / place
+    target.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    writes = (
+        lambda: store.write_spec(cell.spec()), lambda: store.write_row(row(cell.key)),
+        lambda: store.write_attempt(cell.key, attempt()),
+    )  # fmt: skip
+    for write in writes:
+        with pytest.raises(
+            StoreError, match="is a symbolic link: nothing is written or removed behind it; remove the link"
+        ):
+            write()
+    assert not list(target.iterdir())
+    standing = store.standing(cell.key)
+    assert (standing.state, "is a symbolic link" in standing.reason) == ("damaged", True)
+    link.unlink()
+    store.write_spec(cell.spec())
+    assert store.state(cell.key) == "new"
+
+
+@pytest.mark.parametrize("place", ["tiny", "tiny/jobs", "tiny/submits"])
+def test_a_grids_folder_is_no_link_either(store: Store, tmp_path: Path, place: str) -> None:
+    assert store.own_grid_dir("tiny") == store.root / "grids" / "tiny"
+    link = store.root / "grids" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path)
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        store.own_grid_dir("tiny")
+
+
+def test_a_changed_digit_is_found(store: Store) -> None:
+    """Valid JSON all the same: only the seal tells."""
+    store.write_row(row())
+    path = store.cell_dir("c") / "row.json"
+    text = path.read_text()
+    path.write_text(text.replace('"error_rate": 0.25', '"error_rate": 0.15'))
+    assert "does not match its own checksum" in store.standing("c").reason
+    path.write_text(json.dumps(json.loads(text)))  # as an editor or another tool would write it
+    assert "does not match its own checksum" in store.standing("c").reason
+    found = json.loads(text)
+    assert len(found.pop("seal")) == 32
+    path.write_text(json.dumps(found))
+    assert store.read_row("c") == row(), "of a release that did not seal"
+
+
+def test_attempts_of_other_cells_and_numbers_are_found(store: Store) -> None:
+    store.write_attempt("c", attempt(status="failed", reason="mine"))
+    store.write_attempt("d", attempt(status="failed", reason="yours"))
+    own, other = (store.cell_dir(key) / "attempts" for key in ("c", "d"))
+    whole = (own / "1.json").read_bytes()
+    (own / "1.json").write_bytes((other / "1.json").read_bytes())
+    assert store.standing("c").reason == f"{own}/1.json is the record of attempt 1 at d"
+    (own / "1.json").write_bytes(whole)
+    (own / "7.json").write_bytes(whole)
+    assert store.standing("c").reason == f"{own}/7.json is the record of attempt 1 at c"
+    (own / "8.json.bak").write_bytes(whole)
+    (own / "٣.json").write_bytes(whole)
+    assert [each.number for each in store.attempts("c")] == [1, 7], "other names are no attempts"
+
+
+@pytest.mark.parametrize("field", ["device", "host", "model", "dataset"])
+@pytest.mark.parametrize("value", ["=1+1", "@SUM(A1)", "+1", "-1", "\tx"])
+def test_no_text_of_a_row_begins_like_a_formula(store: Store, field: str, value: str) -> None:
+    """`rows.csv` is opened in spreadsheets."""
+    whole = row().model_dump(mode="json")
+    part = whole["timing"] if field in whole["timing"] else whole
+    part[field] = value
+    write_json(store.cell_dir("c") / "row.json", whole, seal=True)
+    assert f"{field}: " in store.standing("c").reason or f".{field}" in store.standing("c").reason
 
 
 def test_state_follows_the_last_attempt(store: Store) -> None:

@@ -135,7 +135,7 @@ class Bench:
         """All that a finished cell left, timings apart."""
         folder = self.store.cell_dir(cell.key)
         row = json.loads((folder / "row.json").read_text())
-        del row["timing"]
+        del row["timing"], row["seal"]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
             del line["images_per_s"]

@@ -7,7 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbscale.study import cost
+from dbscale.study.cell import Cell
+from dbscale.study.cost import device_memory
 from dbscale.study.recipe import Budget, Data, DeiT, Optim, Recipe, TimmModel, Training
+from dbscale.study.resources import Resources
 from dbscale.training.device import count_train_flops, measure, peak_flops, peak_memory_bytes, reset_peak_memory
 from dbscale.training.models import make_model
 
@@ -61,3 +64,40 @@ def test_peak_memory_starts_anew_with_each_cell():
     del big
     reset_peak_memory(cpu)
     assert peak_memory_bytes(cpu) < before - (48 << 20)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("depth", "mlp_ratio"), [(2, 4.0), (5, 4.0), (2, 2.0)])
+def test_predicted_activations_are_what_autograd_keeps(precision, depth, mlp_ratio, cell_of):
+    """Counted by hooks on a real forward pass; what 8 more images add leaves weights and their casts out."""
+    model = DeiT(heads=2, head_width=32, depth=depth, patch_size=16, mlp_ratio=mlp_ratio)
+    network = make_model(model, num_classes=10, image_size=112, drop_path=0.1).train()
+    own = {each.untyped_storage().data_ptr() for each in network.parameters()}
+
+    def kept_by(num_images):
+        kept = {}
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+            network(torch.randn(num_images, 3, 112, 112))
+        return sum(size for size, _ in kept.values())
+
+    found = device_memory(cell_of(model, precision), Resources(zero_stage=None, micro_batch=8))
+    assert found is not None
+    assert found.activations == pytest.approx(kept_by(16) - kept_by(8), rel=0.03)
+
+
+@pytest.fixture
+def cell_of():
+    def make(model, precision):
+        training = Training(budget=Budget(steps=1), optim=Optim(lr=1e-3), global_batch=64, precision=precision)
+        data = Data(dataset="up", num_samples=64, image_size=112)
+        return Cell(Recipe(stage="pretrain", model=model, data=data, training=training, seed=0), None)
+
+    return make

@@ -35,18 +35,26 @@ def listed(bench, cell, how, **more):
 
 def test_two_ranks_stopped_and_resumed_under_each_engine(bench_of, ranks):
     """One start of two processes for all: each engine trains a cell whole, and the same cell stopped at step 5."""
+    two_heads = {"ema_decay": 0.9, "distill": Distill(head="parallel")}
+
+    def cell_of(bench, options):
+        teacher = bench.cell(seed=1) if "distill" in options else None
+        if teacher is not None:
+            bench.run(teacher)
+        return bench.cell("distill" if teacher else "pretrain", teacher=teacher, **options)
+
     kinds = {
-        "ddp": ({"ema_decay": 0.9}, {}),
+        "ddp": (two_heads, {}),
         "zero0": ({"precision": "bf16"}, {}),
         "zero1": ({"precision": "bf16", "ema_decay": 0.9}, {"micro_batch": 4}),
         "zero2": ({}, {}),
-        "zero3": ({"ema_decay": 0.9}, {}),
+        "zero3": (two_heads, {}),
     }
     runs, benches = [], {}
     for engine, (options, more) in kinds.items():
         whole, cut = benches[engine] = bench_of(f"{engine}-whole"), bench_of(f"{engine}-cut")
-        cell = whole.cell(**options)
-        cut.cell(**options)
+        cell = cell_of(whole, options)
+        cell_of(cut, options)
         how = resources(engine, **more)
         runs += [listed(whole, cell, how), listed(cut, cell, how, stop_at=5), listed(cut, cell, how)]
 
@@ -56,7 +64,7 @@ def test_two_ranks_stopped_and_resumed_under_each_engine(bench_of, ranks):
     assert [each["status"] for each in second] == [each["status"] for each in first]
     for number, (engine, (whole, cut)) in enumerate(benches.items()):
         key = runs[3 * number]["key"]
-        cell = whole.cell(**kinds[engine][0])
+        cell = cell_of(whole, kinds[engine][0])
         assert cut.fingerprint(cell) == whole.fingerprint(cell), engine
         assert cut.store.attempts(key)[-1].resumed_from_step == 5
         for results in (first, second):
@@ -366,3 +374,25 @@ def test_deepspeed_configs_that_ask_for_more_than_a_stage_are_refused(change, wo
     outcome = bench.run(bench.cell(), Resources(zero_stage=1, threads=1))
     assert outcome.status == ("done" if words is None else "failed"), outcome.reason
     assert words is None or words in outcome.reason
+
+
+def test_a_machine_whose_gpus_torch_cannot_use_does_not_fall_back_in_silence(bench, monkeypatch):
+    """On one with GPUs the CPU has to be asked for."""
+    from dbscale.study import resources as machine
+
+    cell = bench.cell()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "_count_gpus", lambda: 2)
+    for name in machine.CHOSEN_BY:
+        monkeypatch.delenv(name, raising=False)
+    plain = Resources(zero_stage=None, threads=1)
+    refused = bench.run(cell, plain)
+    assert refused.status == "failed"
+    assert "this machine has 2 GPUs (0, 1), but this torch" in refused.reason
+    assert "set resources.device to cpu to train on the CPU" in refused.reason
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-4a1c1e9c,GPU-7b7b7b7b,MIG-1")
+    assert "has 3 GPUs (GPU-4a1c1e9c, GPU-7b7b7b7b, MIG-1)" in bench.run(cell, plain).reason
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert bench.run(cell, plain).status == "done", "hiding them all asks for the CPU"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert bench.run(bench.cell(seed=1), plain.model_copy(update={"device": "cpu"})).status == "done"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import safetensors.torch
@@ -15,11 +17,12 @@ from timm.optim import create_optimizer_v2
 from timm.utils.metrics import accuracy
 
 from dbscale.data import make_eval_loader, make_transform, open_dataset
+from dbscale.errors import TrainingError
 from dbscale.study.cost import num_params
-from dbscale.study.recipe import Budget, TimmModel
-from dbscale.training.evaluation import judge_split
+from dbscale.study.recipe import Budget, Distill, TimmModel
+from dbscale.training import export
 from dbscale.training.models import restore_model, timm_arguments
-from dbscale.training.results import judge_classes, summarize
+from dbscale.training.results import evaluate
 
 
 def test_weights_load_into_plain_timm(bench):
@@ -68,6 +71,51 @@ def test_export_loads_with_timm_alone(bench, tmp_path):
     card = (folder / "README.md").read_text()
     assert row.weights_sha256 in card and parent.key in card
     assert json.loads((folder / "recipe.json").read_text())["key"] == cell.key
+
+
+def test_an_export_names_its_classes(bench, tmp_path):
+    from dbscale.data import load_manifest
+    from dbscale.training.export import export_cell
+
+    cell = bench.cell()
+    bench.run(cell)
+    names = list(load_manifest(bench.data_dir / "shards" / "up").classes)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "shards").mkdir(parents=True)
+    (elsewhere / "shards" / "up").symlink_to(bench.data_dir / "shards" / "down")
+    for data_dir, found in ((bench.data_dir, names), (None, None), (tmp_path, None), (elsewhere, None)):
+        folder = export_cell(bench.store, cell.key, tmp_path / "export", data_dir)
+        assert json.loads((folder / "config.json").read_text()).get("label_names") == found
+        said = "by label in `label_names`" if found else "not known here: export again with --data"
+        assert f"- names of the classes: {said}" in (folder / "README.md").read_text()
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == len(names) == 6
+
+
+def test_two_heads_are_written_as_their_average(bench, monkeypatch):
+    from dbscale.training import run
+
+    trained, original = {}, run.finish_training
+
+    def noting(finished, *rest):
+        trained.update({name: value.clone() for name, value in finished.student.state_dict().items()})
+        return original(finished, *rest)
+
+    monkeypatch.setattr(run, "finish_training", noting)
+    teacher = bench.cell(seed=1)
+    bench.run(teacher)
+    trained.clear()
+    cell = bench.cell("distill", teacher=teacher, distill=Distill(head="parallel"))
+    row = bench.run(cell).row
+    assert not torch.equal(trained["head.weight"], trained["head.parallel.weight"])
+    name, arguments = timm_arguments(cell.recipe.model, num_classes=6, image_size=16)
+    path = bench.store.cell_dir(cell.key) / "model.safetensors"
+    model = timm.create_model(name, **arguments, checkpoint_path=str(path))
+    for part in ("weight", "bias"):
+        mean = (trained[f"head.{part}"] + trained[f"head.parallel.{part}"]) / 2
+        torch.testing.assert_close(model.state_dict()[f"head.{part}"], mean)
+    assert row.num_params == sum(each.numel() for each in model.parameters()), "what is used counts, not what trained"
+    child = bench.run(bench.cell("finetune", init=cell))
+    assert child.status == "done", child.reason
 
 
 def test_export_command_writes_what_timm_loads(bench, tmp_path, capsys):
@@ -125,7 +173,37 @@ def test_a_timm_checkpoint_is_judged_as_timm_judges_it(name, bench, tmp_path):
     restored = restore_model(recipe_model, tmp_path / "model.safetensors", num_classes=6, image_size=16)
     loader = make_eval_loader(test.subset(), batch_size=7, transform=transform)
     alone: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
-    found = summarize(judge_split(restored, loader, test.num_samples, alone, judge_classes), num_classes=6)
+    found = evaluate(restored, loader, test.num_samples, alone)
     assert 0.2 < 1 - found.error_rate < 1
     assert (1 - found.error_rate, 1 - found.top5_error_rate) == pytest.approx((float(top1) / 100, float(top5) / 100))
     assert found.correct_N.tolist() == (logits.argmax(1) == labels).tolist()
+
+
+def test_an_export_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the hub's client, and what is said when there is no network."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    class Client:
+        def __init__(self, **options: Any) -> None:
+            asked.append(("client", options))
+
+        def create_repo(self, repository: str, **options: Any) -> Any:
+            asked.append(("create", {"repository": repository, **options}))
+            return SimpleNamespace(repo_id="my-lab/birds")
+
+        def upload_folder(self, **options: Any) -> str:
+            asked.append(("upload", options))
+            return "https://hub/my-lab/birds"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "HfApi", Client)
+        assert export.push_export(tmp_path, "hf-hub:my-lab/birds", private=True) == "https://hub/my-lab/birds"
+    assert [name for name, _ in asked] == ["client", "create", "upload"]
+    assert asked[1][1] == {"repository": "my-lab/birds", "private": True, "exist_ok": True}
+    assert (asked[2][1]["repo_id"], asked[2][1]["folder_path"]) == ("my-lab/birds", tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(TrainingError, match=r"hf-hub:my-lab/birds.*; log in with .*; the export is in "):
+        export.push_export(tmp_path, "hf-hub:my-lab/birds")
+    for name in ("birds", "hf-hub:birds", "hf-hub:a/b/c", "hf-hub:a/b c"):
+        with pytest.raises(TrainingError, match="write hf-hub:owner/name"):
+            export.push_export(tmp_path, name)

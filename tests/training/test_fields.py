@@ -24,7 +24,7 @@ CHANGES = {
         "ema_decay": 0.9,
     },
     Data: {"dataset": "down", "num_samples": 30, "subset_seed": 1, "image_size": 24, "block_size": 8},
-    Distill: {"alpha": 0.9, "temperature": 1.0, "target": "hard", "attention": Attention()},
+    Distill: {"alpha": 0.9, "temperature": 1.0, "target": "hard", "attention": Attention(), "head": "parallel"},
     Attention: {"beta": 3.0, "layers": "all", "head_map": "repeat"},
 }  # fmt: skip
 ELSEWHERE = {

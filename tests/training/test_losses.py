@@ -106,12 +106,40 @@ def test_distillation_is_its_formula_in_value_and_gradient(target, mixed):
     torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("target", ["soft", "hard", "mixed"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed labels"])
+def test_of_parallel_heads_one_learns_labels_and_the_other_the_teacher(target, mixed):
+    """loss = (1-α)·CE(first) + α·guidance(second), so that each head's gradient is that of its own term alone."""
+    from dbscale.data import MixTarget
+
+    torch.manual_seed(2)
+    labels, teacher_logits = torch.randint(0, 7, (9,)), 3 * torch.randn(9, 7)
+    wanted = MixTarget(labels, labels.flip(0), 0.3) if mixed else labels
+    settings = Distill(alpha=0.4, temperature=2.5, target=target, head="parallel")
+    first, second = (torch.randn(9, 7).requires_grad_() for _ in range(2))
+
+    objective = losses._DistillObjective(settings, 0.1, lambda _: teacher_logits, None, "auto")
+    terms = objective(lambda _: (first, second), torch.empty(0), wanted)
+    terms.loss.backward()
+
+    dense = wanted.dense(7, smoothing=0.1) if mixed else labels
+    ce = torch.nn.functional.cross_entropy(first, dense, label_smoothing=0.0 if mixed else 0.1)
+    soft, hard = (
+        _soft_term(second, teacher_logits, 2.5), torch.nn.functional.cross_entropy(second, teacher_logits.argmax(1))
+    )  # fmt: skip
+    guided = {"soft": soft, "hard": hard, "mixed": (soft + hard) / 2}[target]
+    assert terms.loss.item() == pytest.approx((0.6 * ce + 0.4 * guided).item(), rel=1e-5)
+    assert terms.ce.item() == pytest.approx(ce.item(), rel=1e-5)
+    expected = [torch.autograd.grad(0.6 * ce, first)[0], torch.autograd.grad(0.4 * guided, second)[0]]
+    torch.testing.assert_close([first.grad, second.grad], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_distilled_deit_learns_from_a_plain_teacher_with_other_tokens(bench):
     """Two prefix tokens against one, two heads of the classifier, three attention heads against two."""
     sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 4}
     student = TimmModel(kind="timm", name="deit_tiny_distilled_patch16_224", kwargs=sizes)
     teacher = bench.cell()
-    settings = Distill(alpha=0.5, attention=Attention(layers="all", head_map="matrix"))
+    settings = Distill(alpha=0.5, attention=Attention(layers="all", head_map="matrix"), head="parallel")
     cell = bench.cell("distill", teacher=teacher, model=student, distill=settings)
     bench.run(teacher)
     outcome = bench.run(cell)

@@ -9,10 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from dbscale.errors import FileError
+from dbscale.errors import FileError, TrainingError
 from dbscale.study.recipe import DeiT, TimmModel
 from dbscale.training import models
-from dbscale.training.models import make_model, sha256_of, write_weights
+from dbscale.training.models import add_parallel_head, make_model, merge_parallel_head, sha256_of, write_weights
 
 MODELS = {
     "vit": DeiT(heads=2, head_width=8, depth=2, patch_size=4),
@@ -63,3 +63,53 @@ def test_weights_that_cannot_be_written_leave_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_two_linear_heads_average_to_the_one_that_is_written(model):
+    plain, twin = (make_model(model, num_classes=5, image_size=16, seed=3).eval() for _ in range(2))
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    add_parallel_head(twin, seed=3)
+    assert all(torch.equal(twin.state_dict()[name], value) for name, value in before.items()), "the arms start alike"
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = twin(images)
+        assert torch.equal(first, plain(images))
+        plain.load_state_dict(merge_parallel_head(twin.state_dict()))
+        torch.testing.assert_close(plain(images), (first + second) / 2)
+    assert not torch.equal(first, second)
+
+
+def test_the_second_head_is_drawn_from_its_own_stream():
+    """DeiT's: normal, sd .02, no bias; alike for equal seeds, and the process's generator is not asked."""
+    drawn = []
+    for seed in (3, 3, 4):
+        model = make_model(MODELS["vit"], num_classes=500, image_size=16, seed=3)
+        torch.manual_seed(len(drawn))
+        state = torch.random.get_rng_state()
+        add_parallel_head(model, seed=seed)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        drawn.append(model.head.parallel)
+    assert torch.equal(drawn[0].weight, drawn[1].weight) and not torch.equal(drawn[0].weight, drawn[2].weight)
+    assert float(drawn[0].weight.detach().std()) == pytest.approx(0.02, rel=0.05) and not drawn[0].bias.any()
+
+
+def test_a_distillation_token_brings_its_own_second_head():
+    kwargs = {"embed_dim": 24, "depth": 1, "num_heads": 3, "patch_size": 4}
+    model = make_model(
+        TimmModel(kind="timm", name="deit_tiny_distilled_patch16_224", kwargs=kwargs), num_classes=5, image_size=16
+    )
+    names = set(model.state_dict())
+    add_parallel_head(model, seed=0)
+    assert set(model.state_dict()) == names == set(merge_parallel_head(model.state_dict()))
+    images = torch.randn(2, 3, 16, 16)
+    first, second = model.train()(images)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), (first + second) / 2)
+
+
+def test_a_classifier_that_is_not_linear_gets_no_second_one():
+    model = make_model(MODELS["vit"], num_classes=5, image_size=16)
+    model.head = torch.nn.Sequential(torch.nn.Linear(16, 5))
+    with pytest.raises(TrainingError, match="head parallel: the classifier of VisionTransformer is a Sequential"):
+        add_parallel_head(model, seed=0)

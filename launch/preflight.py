@@ -1,0 +1,202 @@
+"""What can be known before training: looked at by `plan`, and by `submit` before anything is queued.
+
+From manifests, sources, disk and sizes alone, without torch: what cannot work is a problem, what should be known is a
+note. What only a step on real data shows is `smoke`'s.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from dbscale.errors import ConfigError
+from dbscale.files import others_who_write
+from dbscale.launch.study import Study
+from dbscale.study.cell import Cell
+from dbscale.study.cost import DEVICES, STAGES, num_params
+from dbscale.study.plan import Plan
+from dbscale.study.recipe import DeiT, Model
+from dbscale.study.resources import Resources
+
+FLOAT_BYTES = 4
+KEPT_CHECKPOINTS = 3
+"""The last two, and the one that is being written."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found."""
+
+    problems: tuple[str, ...]
+    """Training would fail of these."""
+    notes: tuple[str, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        return [*(f"problem: {each}" for each in self.problems), *(f"note: {each}" for each in self.notes)]
+
+    def refuse(self) -> None:
+        """Raise ConfigError where there is a problem."""
+        if self.problems:
+            raise ConfigError("; ".join(self.problems))
+
+
+def check(study: Study, plan: Plan) -> Preflight:
+    """Look at everything that the cells still to run need. Raises ConfigError for a dataset entry that is not valid."""
+    cells = plan.todo
+    problems = [
+        *dataset_problems(study),
+        *pair_problems(cells),
+        *memory_problems(study, cells),
+        *disk_problems(study, plan),
+    ]
+    return Preflight(tuple(dict.fromkeys(problems)), tuple([*source_notes(study), *store_notes(study.store.root)]))
+
+
+def store_notes(root: Path) -> Iterator[str]:
+    """A warning where others can write to the store."""
+    who = others_who_write(root)
+    if who is not None:
+        yield (
+            f"{who} can write to the store {root}: damage is found by checksums, forgery is not (docs/security.md); "
+            f"`chmod go-w {root}` keeps it to you"
+        )
+
+
+def source_notes(study: Study) -> Iterator[str]:
+    """A sentence for each dataset whose source changed since it was packed, by a look at the times of a few files."""
+    from dbscale.shards.sources import check_entry, source_change
+
+    for name in study.used_datasets:
+        if name in study.missing_datasets:
+            check_entry(name, study.grid.datasets[name], study.data_dir)
+            continue
+        change = source_change(study.dataset_dir(name), study.data_dir)
+        if change is not None:
+            yield f"dataset {name}: {change}"
+
+
+def dataset_problems(study: Study) -> Iterator[str]:
+    """Classes that a packed dataset cannot teach or test."""
+    from dbscale.data.manifest import load_manifest
+
+    for name in study.manifests:
+        manifest = load_manifest(study.dataset_dir(name))
+        for split, info in manifest.splits.items():
+            if len(info.class_counts) != manifest.num_classes or sum(info.class_counts) != info.num_samples:
+                yield (
+                    f"dataset {name!r}, split {split!r}: {info.num_samples:,} samples of {manifest.num_classes} classes, "
+                    f"but its counts by class are {len(info.class_counts)}, {sum(info.class_counts):,} in all; "
+                    f"remove {study.dataset_dir(name)} and pack it again"
+                )
+        train, test = manifest.split("train").class_counts, manifest.split("test").class_counts
+        unseen = [label for label, (own, asked) in enumerate(zip(train, test, strict=False)) if asked and not own]
+        if unseen:
+            yield (
+                f"dataset {name!r}: its test split asks for {len(unseen)} classes that no training sample shows, the first "
+                f"{manifest.classes[unseen[0]]!r}; take them out of its test source, or add training images"
+            )
+
+
+def pair_problems(cells: Iterable[Cell]) -> Iterator[str]:
+    """Teachers whose attention maps cannot guide their student: of the DeiT family, whose shape is known."""
+    for cell in cells:
+        settings, guide = cell.recipe.distill, cell.teacher_model
+        if settings is None or guide is None or settings.attention is None or not settings.attention.beta:
+            continue
+        own = cell.recipe.model
+        if isinstance(own, DeiT) and isinstance(guide, DeiT):
+            yield from _map_problems(own, guide, settings.attention.layers, settings.attention.head_map)
+
+
+def _map_problems(own: DeiT, guide: DeiT, layers: tuple[int, ...] | str, head_map: str) -> Iterator[str]:
+    names = f"a student of {own.heads} heads and a teacher of {guide.heads}"
+    if own.patch_size != guide.patch_size:
+        yield (
+            f"distill.attention compares maps of equally many patches; {names} have patch_size {own.patch_size} and "
+            f"{guide.patch_size}: give both the same"
+        )
+    if head_map == "repeat" and own.heads % guide.heads:
+        yield f"distill.attention.head_map 'repeat' needs whole multiples, found {names}: take 'mean' or 'matrix'"
+    wrong = [layer for layer in layers if isinstance(layer, int) and not -own.depth <= layer < own.depth]
+    if wrong:
+        yield f"distill.attention.layers {wrong}: the student of {own.heads} heads has layers 0 to {own.depth - 1}"
+
+
+def memory_problems(study: Study, cells: Iterable[Cell]) -> Iterator[str]:
+    """Models whose state alone is larger than the device that the cluster file names; activations come on top."""
+    device = study.cluster.device
+    limit = DEVICES[device].memory_bytes or psutil.virtual_memory().total / study.cluster.num_workers()
+    shapes = {stage: study.cluster.shape(stage).resources for stage in STAGES}
+    for cell in {(*map(_size_of, cell.lineage[:-1]), _size_of(cell)): cell for cell in cells}.values():
+        needed = state_bytes(study, cell, shapes[cell.recipe.stage])
+        if needed > limit:
+            yield (
+                f"{cell.key}: weights, gradients and optimizer alone take {needed / GIB:.1f} GiB in each process, and "
+                f"{'this machine' if device == 'cpu' else f'an {device}'} has {limit / GIB:.1f} GiB for it: raise "
+                "resources.zero_stage and num_processes, lower `workers`, or take a smaller model"
+            )
+
+
+def _size_of(cell: Cell) -> tuple[object, ...]:
+    """Equal for cells whose states are equally large."""
+    recipe = cell.recipe
+    return (
+        recipe.stage,
+        recipe.model.model_dump_json(),
+        recipe.data.dataset,
+        recipe.training.ema_decay,
+        recipe.training.scope,
+    )
+
+
+def state_bytes(study: Study, cell: Cell, resources: Resources) -> float:
+    """Bytes of one process for weights, gradients, AdamW's two moments, moving average and teacher; 0 where the size of a
+    model is not known without torch."""
+    recipe, stage, ranks = cell.recipe, resources.zero_stage or 0, resources.num_processes
+    params = _params(study, cell, cell.recipe.model)
+    learned = 0.0 if recipe.training.scope == "linear_probe" else params
+    weights, gradients, moments = params, learned, 2 * learned
+    average = learned if recipe.training.ema_decay is not None else 0.0
+    parts = (weights + average) / (ranks if stage == 3 else 1) + gradients / (ranks if stage >= 2 else 1)
+    teacher = _params(study, cell, cell.teacher_model)
+    return FLOAT_BYTES * (parts + moments / (ranks if stage >= 1 else 1) + teacher)
+
+
+def _params(study: Study, cell: Cell, model: Model | None) -> float:
+    """Parameters of a model in this cell; 0 without one, and where its size is not known without torch."""
+    size, num_classes = cell.recipe.data.image_size, study.num_classes[cell.recipe.data.dataset]
+    return float(num_params(model, size, num_classes)) if isinstance(model, DeiT) else 0.0
+
+
+def disk_problems(study: Study, plan: Plan) -> Iterator[str]:
+    """A store whose disk cannot hold the weights of what is still to run, and the checkpoints of what runs at once."""
+    needed = disk_bytes(study, plan.todo, at_once=sum(len(wave.bundles) for wave in plan.waves[:1]))
+    folder = next(path for path in (study.store.root.absolute(), *study.store.root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        yield (
+            f"the store {study.store.root} needs about {needed / GIB:.1f} GiB for weights and checkpoints, its disk has "
+            f"{free / GIB:.1f} GiB left: free some space, or choose another with --store"
+        )
+
+
+def disk_bytes(study: Study, cells: Sequence[Cell], *, at_once: int) -> float:
+    """Weights of all `cells`, and checkpoints of the largest `at_once` (of fewer, where the cluster runs fewer)."""
+    if study.cluster.executor == "slurm":
+        slots = study.cluster.slurm.array_parallelism if study.cluster.slurm is not None else 1
+    else:
+        slots = study.cluster.num_workers()
+    states = []
+    for cell in cells:
+        params, has_average = _params(study, cell, cell.recipe.model), cell.recipe.training.ema_decay is not None
+        states.append(FLOAT_BYTES * params * (4 if has_average else 3))
+    largest = sorted(states, reverse=True)[: min(slots, max(at_once, 1))]
+    return sum(FLOAT_BYTES * _params(study, cell, cell.recipe.model) for cell in cells) + KEPT_CHECKPOINTS * sum(
+        largest
+    )
