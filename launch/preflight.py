@@ -17,10 +17,9 @@ from dbscale.errors import ConfigError
 from dbscale.files import others_who_write
 from dbscale.launch.study import Study
 from dbscale.study.cell import Cell
-from dbscale.study.cost import DEVICES, STAGES, num_params
+from dbscale.study.cost import DEVICES, STAGES, device_memory, num_params
 from dbscale.study.plan import Plan
 from dbscale.study.recipe import DeiT
-from dbscale.study.resources import Resources
 
 FLOAT_BYTES = 4
 KEPT_CHECKPOINTS = 3
@@ -106,10 +105,9 @@ def dataset_problems(study: Study) -> Iterator[str]:
 def pair_problems(cells: Iterable[Cell]) -> Iterator[str]:
     """Teachers whose attention maps cannot guide their student: of the DeiT family, whose shape is known."""
     for cell in cells:
-        settings, teacher = cell.recipe.distill, cell.teacher
-        if settings is None or teacher is None or settings.attention is None or not settings.attention.beta:
+        settings, own, guide = cell.recipe.distill, cell.recipe.model, cell.teacher_model
+        if settings is None or guide is None or settings.attention is None or not settings.attention.beta:
             continue
-        own, guide = cell.recipe.model, teacher.recipe.model
         if isinstance(own, DeiT) and isinstance(guide, DeiT):
             yield from _map_problems(own, guide, settings.attention.layers, settings.attention.head_map)
 
@@ -129,43 +127,32 @@ def _map_problems(own: DeiT, guide: DeiT, layers: tuple[int, ...] | str, head_ma
 
 
 def memory_problems(study: Study, cells: Iterable[Cell]) -> Iterator[str]:
-    """Models whose state alone is larger than the device that the cluster file names; activations come on top."""
+    """Models whose states alone are larger than the device that the cluster file names; activations come on top."""
     device = study.cluster.device
     limit = DEVICES[device].memory_bytes or psutil.virtual_memory().total / study.cluster.num_workers()
     shapes = {stage: study.cluster.shape(stage).resources for stage in STAGES}
-    for cell in {(*map(_size_of, cell.lineage[:-1]), _size_of(cell)): cell for cell in cells}.values():
-        needed = state_bytes(study, cell, shapes[cell.recipe.stage])
-        if needed > limit:
+    for cell in {_size_of(cell): cell for cell in cells}.values():
+        needed = device_memory(cell, shapes[cell.recipe.stage])
+        if needed is not None and needed.states > limit:
             yield (
-                f"{cell.key}: weights, gradients and optimizer alone take {needed / GIB:.1f} GiB in each process, and "
-                f"{'this machine' if device == 'cpu' else f'an {device}'} has {limit / GIB:.1f} GiB for it: raise "
+                f"{cell.key}: weights, gradients and optimizer alone take {needed.states / GIB:.1f} GiB in each process, "
+                f"and {'this machine' if device == 'cpu' else f'an {device}'} has {limit / GIB:.1f} GiB for it: raise "
                 "resources.zero_stage and num_processes, lower `workers`, or take a smaller model"
             )
 
 
 def _size_of(cell: Cell) -> tuple[object, ...]:
     """Equal for cells whose states are equally large."""
-    recipe = cell.recipe
+    recipe, training = cell.recipe, cell.recipe.training
+    teacher = None if cell.teacher_model is None else cell.teacher_model.model_dump_json()
     return (
         recipe.stage,
         recipe.model.model_dump_json(),
+        teacher,
         recipe.data.dataset,
-        recipe.training.ema_decay,
-        recipe.training.scope,
+        training.ema_decay,
+        training.precision,
     )
-
-
-def state_bytes(study: Study, cell: Cell, resources: Resources) -> float:
-    """Bytes of one process for weights, gradients, AdamW's two moments, moving average and teacher; 0 where the size of a
-    model is not known without torch."""
-    recipe, stage, ranks = cell.recipe, resources.zero_stage or 0, resources.num_processes
-    params = _params(study, cell)
-    learned = 0.0 if recipe.training.scope == "linear_probe" else params
-    weights, gradients, moments = params, learned, 2 * learned
-    average = learned if recipe.training.ema_decay is not None else 0.0
-    parts = (weights + average) / (ranks if stage == 3 else 1) + gradients / (ranks if stage >= 2 else 1)
-    teacher = _params(study, cell.teacher) if cell.teacher is not None else 0.0
-    return FLOAT_BYTES * (parts + moments / (ranks if stage >= 1 else 1) + teacher)
 
 
 def _params(study: Study, cell: Cell) -> float:

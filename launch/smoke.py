@@ -30,6 +30,8 @@ class Job(Strict):
     """What the process is told, on its standard input."""
 
     data_dir: str
+    store: str
+    """Holds the weights that were imported."""
     lineages: tuple[tuple[CellSpec, ...], ...]
     """Each a cell, cut to one step, after all it builds on."""
     resources: tuple[Resources, ...]
@@ -47,6 +49,7 @@ def smoke(study: Study, plan: Plan) -> int:
     shapes = [study.cluster.shape(cell.recipe.stage).resources for cell in cells]
     job = Job(
         data_dir=str(study.data_dir.absolute()),
+        store=str(study.store.root.absolute()),
         lineages=tuple(tuple(part.spec() for part in cut(cell).lineage) for cell in cells),
         resources=tuple(shapes),
     )
@@ -77,7 +80,7 @@ def new_kinds(plan: Plan) -> list[Cell]:
 def kind_of(cell: Cell) -> str:
     """Equal for cells that differ in nothing that a first step could show."""
     recipe = cell.recipe.model_dump(mode="json", exclude={"seed": True, "draw": True, "training": {"budget"}})
-    recipe["data"] = {name: recipe["data"][name] for name in ("dataset", "image_size", "tier", "block_size")}
+    del recipe["data"]["num_samples"], recipe["data"]["subset_seed"]
     parents = [parent.recipe.model.model_dump(mode="json") for parent in cell.parents]
     return canonical_json([recipe, parents])
 
@@ -96,7 +99,8 @@ def run(job: Job) -> Sequence[str]:
     from dbscale.training.smoke import try_step
 
     pairs = zip(job.lineages, job.resources, strict=True)
-    return [try_step(lineage, Path(job.data_dir), resources) or "good" for lineage, resources in pairs]
+    places = Path(job.data_dir), Path(job.store)
+    return [try_step(lineage, *places, resources) or "good" for lineage, resources in pairs]
 
 
 if __name__ == "__main__":
