@@ -19,6 +19,7 @@ from dbscale.study.cell import Cell, CellSpec, canonical_json
 from dbscale.study.plan import Plan
 from dbscale.study.recipe import Budget
 from dbscale.study.resources import Resources
+from dbscale.study.weights import weights_dir
 
 PROVEN = frozenset({"done", "running", "interrupted"})
 """States of cells that have come as far as training."""
@@ -30,8 +31,8 @@ class Job(Strict):
     """What the process is told, on its standard input."""
 
     data_dir: str
-    store: str
-    """Holds the weights that were imported."""
+    weights: str
+    """Folder of the store's imported weights."""
     lineages: tuple[tuple[CellSpec, ...], ...]
     """Each a cell, cut to one step, after all it builds on."""
     resources: tuple[Resources, ...]
@@ -49,7 +50,7 @@ def smoke(study: Study, plan: Plan) -> int:
     shapes = [study.cluster.shape(cell.recipe.stage).resources for cell in cells]
     job = Job(
         data_dir=str(study.data_dir.absolute()),
-        store=str(study.store.root.absolute()),
+        weights=str(Path(weights_dir(study.store)).absolute()),
         lineages=tuple(tuple(part.spec() for part in cut(cell).lineage) for cell in cells),
         resources=tuple(shapes),
     )
@@ -80,7 +81,7 @@ def new_kinds(plan: Plan) -> list[Cell]:
 def kind_of(cell: Cell) -> str:
     """Equal for cells that differ in nothing that a first step could show."""
     recipe = cell.recipe.model_dump(mode="json", exclude={"seed": True, "draw": True, "training": {"budget"}})
-    del recipe["data"]["num_samples"], recipe["data"]["subset_seed"]
+    recipe["data"] = {name: recipe["data"][name] for name in ("dataset", "image_size", "tier", "block_size")}
     parents = [parent.recipe.model.model_dump(mode="json") for parent in cell.parents]
     return canonical_json([recipe, parents])
 
@@ -99,7 +100,7 @@ def run(job: Job) -> Sequence[str]:
     from dbscale.training.smoke import try_step
 
     pairs = zip(job.lineages, job.resources, strict=True)
-    places = Path(job.data_dir), Path(job.store)
+    places = Path(job.data_dir), Path(job.weights)
     return [try_step(lineage, *places, resources) or "good" for lineage, resources in pairs]
 
 

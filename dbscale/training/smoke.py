@@ -28,10 +28,10 @@ from dbscale.training.prepare import Context, open_cell_dataset, prepare_run
 from dbscale.training.run import explain
 
 
-def try_step(lineage: Sequence[CellSpec], data_dir: Path, weights_of: Path, resources: Resources) -> str | None:
+def try_step(lineage: Sequence[CellSpec], data_dir: Path, weights: Path, resources: Resources) -> str | None:
     """Train the last cell of `lineage` (parents first) for its steps; why that is not possible, or None.
 
-    `weights_of` is the store with the weights that no cell trained.
+    `weights` is the folder of those that were imported.
     """
     plain = resources.model_copy(
         update={"num_processes": 1, "zero_stage": None, "tracker": None, "num_workers": 0, "teacher_cache": False}
@@ -39,9 +39,9 @@ def try_step(lineage: Sequence[CellSpec], data_dir: Path, weights_of: Path, reso
     try:
         with tempfile.TemporaryDirectory(prefix="dbscale-smoke-") as folder:
             store = Store(Path(folder))
-            plugins.require(lineage[-1].recipe.plugins or {})
-            Path(weights_dir(store)).symlink_to(weights_dir(Store(weights_of)))
+            Path(weights_dir(store)).symlink_to(weights)
             for spec in lineage:
+                plugins.require(spec.recipe.plugins or {})
                 store.write_spec(spec)
             for parent in lineage[:-1]:
                 _pretend(store, parent, data_dir)
