@@ -354,3 +354,31 @@ def _chance(stderr: float, degrees: float, num_x: int, along: float, level: floa
     mean = truth + stderr * (np.sqrt(along) * shared + np.sqrt(1 - along) * own)
     half = stderr * np.sqrt(rng.chisquare(degrees, (4000, 1)) / degrees) * critical(degrees, num_x, level, family)
     return float(np.mean((mean > half).any(axis=1) & (mean < -half).any(axis=1)))
+
+
+def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: int = 1000) -> int | None:
+    """Seeds with which a fixed grid at `x` [K] would be expected to end in the same verdict, its root as sharp.
+
+    The curve that was found is taken for the truth and `sd` for the noise of one seed's Δ. None for an undecided
+    verdict, for a grid that lies on one side of the root, and beyond `most_seeds`.
+    """
+    at, known = np.log(np.asarray(x, float)), np.log(verdict.curve["x"])
+    delta = np.interp(at, known, verdict.curve["delta"])
+    if verdict.kind == "undecided":
+        return None
+    slope, wanted = 0.0, np.inf
+    if verdict.root is not None and verdict.interval is not None:
+        before, after = np.interp(
+            np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5]), known, verdict.curve["delta"]
+        )
+        slope, wanted = float(after - before), np.log2(verdict.interval[1] / verdict.interval[0])
+
+    def ends_alike(seeds: int) -> bool:
+        degrees, stderr = complete_degrees(len(at), seeds), sd / seeds**0.5
+        half = critical(degrees, len(at), verdict.level, 1) * stderr
+        if decide(delta - half, delta + half, verdict.min_effect) != verdict.kind:
+            return False
+        return not slope or width_at_root(stderr, degrees, len(at), 0.0, verdict.level, slope) <= wanted
+
+    counts = range(2, most_seeds + 1)
+    return next((seeds for seeds in counts if ends_alike(seeds)), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -19,7 +21,7 @@ from dbscale.laws import (
     noise_of,
     power,
 )
-from dbscale.laws.boundary import decide
+from dbscale.laws.boundary import decide, equal_grid
 
 
 def pairs_of(means, spread: float, x=None, **more) -> Pairs:
@@ -400,3 +402,17 @@ def contradict(one: Verdict, other: Verdict) -> bool:
     if kinds == {"crossing"}:
         return one.interval[0] > other.interval[1] or one.interval[1] < other.interval[0]
     return "crossing" in kinds and bool(kinds & {"one_sign", "excluded"})
+
+
+def test_an_equal_fixed_grid_needs_more_seeds_for_more_noise_and_none_for_no_verdict() -> None:
+    xs, rng = [1000.0, 2000.0, 4000.0, 8000.0], np.random.default_rng(7)
+    delta = np.repeat(0.05 * np.log2(2900.0 / np.array(xs)), 6) + 0.01 * rng.standard_normal(24)
+    verdict = judge(make_pairs(np.repeat(xs, 6), delta, seed=list(range(6)) * 4))
+    few, many = equal_grid(verdict, 0.01, xs), equal_grid(verdict, 0.03, xs)
+    assert few is not None and many is not None
+    assert 2 <= few <= 8
+    assert few * 6 <= many <= few * 12  # nine times the variance
+    assert equal_grid(verdict, 0.03, xs, most_seeds=many) == many
+    assert equal_grid(verdict, 0.03, xs, most_seeds=many - 1) is None
+    assert equal_grid(verdict, 0.01, [1000.0, 2000.0]) is None  # all on one side of the root
+    assert equal_grid(replace(verdict, kind="undecided"), 0.01, xs) is None
