@@ -74,13 +74,13 @@ def meaning(source: str) -> str:
 
 def mutants_of(path: Path) -> Iterator[tuple[tuple[int, int], str, int]]:
     """(position, operator, occurrence) of every fault that can be planted in a file."""
-    tree = get_ast(path.read_text())
+    nodes = list(ast_nodes(get_ast(path.read_text())))
     for name in plugins.operator_names():
         kind = plugins.get_operator(name)
-        if kind.arguments():
-            continue
-        places = [start for node in ast_nodes(tree) for start, _ in kind().mutation_positions(node)]
-        yield from ((start, name, k) for k, start in enumerate(places))
+        if not kind.arguments():
+            operator = kind()
+            places = (start for node in nodes for start, _ in operator.mutation_positions(node))
+            yield from ((start, name, k) for k, start in enumerate(places))
 
 
 def draw(wing: str, count: int, seed: int) -> list[Mutant]:
