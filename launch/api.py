@@ -30,7 +30,7 @@ log = logging.getLogger("dbscale")
 
 
 def load_grid(grid: str | Path, overrides: Sequence[str] = ()) -> Grid:
-    """The grid in a YAML file, or a shipped one by its name below `configs/grids`: `demo`, `paper/boundary`.
+    """The grid in a YAML file, or a shipped one by its name below `configs/grids`: `demo`, `paper/boundary_38m`.
 
     `overrides` are `path.to.key=value` as `--set` takes them. Raises ConfigError naming file, key, value and remedy.
 

@@ -19,6 +19,7 @@ from dbscale.study.cell import Cell, CellSpec, canonical_json
 from dbscale.study.plan import Plan
 from dbscale.study.recipe import Budget
 from dbscale.study.resources import Resources
+from dbscale.study.weights import weights_dir
 
 PROVEN = frozenset({"done", "running", "interrupted"})
 """States of cells that have come as far as training."""
@@ -30,6 +31,8 @@ class Job(Strict):
     """What the process is told, on its standard input."""
 
     data_dir: str
+    weights: str
+    """Folder of the store's imported weights."""
     lineages: tuple[tuple[CellSpec, ...], ...]
     """Each a cell, cut to one step, after all it builds on."""
     resources: tuple[Resources, ...]
@@ -47,6 +50,7 @@ def smoke(study: Study, plan: Plan) -> int:
     shapes = [study.cluster.shape(cell.recipe.stage).resources for cell in cells]
     job = Job(
         data_dir=str(study.data_dir.absolute()),
+        weights=str(Path(weights_dir(study.store)).absolute()),
         lineages=tuple(tuple(part.spec() for part in cut(cell).lineage) for cell in cells),
         resources=tuple(shapes),
     )
@@ -96,7 +100,8 @@ def run(job: Job) -> Sequence[str]:
     from dbscale.training.smoke import try_step
 
     pairs = zip(job.lineages, job.resources, strict=True)
-    return [try_step(lineage, Path(job.data_dir), resources) or "good" for lineage, resources in pairs]
+    places = Path(job.data_dir), Path(job.weights)
+    return [try_step(lineage, *places, resources) or "good" for lineage, resources in pairs]
 
 
 if __name__ == "__main__":

@@ -73,12 +73,6 @@ _SHOWN_FAULTS = 10
 """Samples that cannot be packed which a message names at most."""
 
 
-def check_entry(name: str, entry: Mapping[str, Any], data_dir: str | Path) -> None:
-    """Raise ConfigError for a dataset entry that cannot be packed, or that names no remote dataset; reads nothing."""
-    if remote_of(name, entry) is None:
-        source_of(name, entry, data_dir)
-
-
 def ensure_packed(
     name: str, entry: Mapping[str, Any], data_dir: str | Path, *, jobs: int | None = None, progress: bool = True
 ) -> Path:

@@ -13,6 +13,7 @@ from dbscale.shards.generated import Digits, Fractals
 from dbscale.shards.imagefolder import ImageFolder, TinyImageNet
 from dbscale.shards.parquet import Parquet
 from dbscale.shards.remote import KIND as REMOTE
+from dbscale.shards.remote import remote_of
 from dbscale.shards.source import FileSource, Source, listing_digest
 from dbscale.shards.webdataset import WebDatasetTars
 from dbscale.strict import validate
@@ -43,6 +44,12 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: str | Path = ".") -
         what = "names no `source`" if kind is None else f"has the unknown source {kind!r}"
         raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, [*kinds, REMOTE])}")
     return validate(kinds[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
+
+
+def check_entry(name: str, entry: Mapping[str, Any], data_dir: str | Path) -> None:
+    """Raise ConfigError for a dataset entry that cannot be packed, or that names no remote dataset; reads nothing."""
+    if remote_of(name, entry) is None:
+        source_of(name, entry, data_dir)
 
 
 def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Source:

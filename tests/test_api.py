@@ -68,8 +68,8 @@ def test_rows_of_a_store_have_the_documented_columns(tmp_path: Path) -> None:
 
 
 def test_a_grid_is_a_path_or_a_shipped_name(tmp_path: Path) -> None:
-    path = ROOT / "configs" / "grids" / "paper" / "boundary.yaml"
-    assert dbscale.load_grid(path) == dbscale.load_grid(str(path)) == dbscale.load_grid("paper/boundary")
+    path = ROOT / "configs" / "grids" / "paper" / "boundary_38m.yaml"
+    assert dbscale.load_grid(path) == dbscale.load_grid(str(path)) == dbscale.load_grid("paper/boundary_38m")
     with pytest.raises(ConfigError, match="cannot read nowhere"):
         dbscale.load_grid("nowhere.yaml")
 

@@ -190,3 +190,22 @@ def test_workers_killed_at_random_write_the_bits_of_one(tmp_path: Path, data: Pa
         ours, theirs = wild.store.read_row(key), calm.store.read_row(key)
         assert ours is not None and theirs is not None
         assert ours.model_copy(update={"timing": theirs.timing}) == theirs
+
+
+def test_a_teacher_from_a_file_goes_through_submit(finished: Study, tmp_path: Path, data: Path) -> None:
+    """Planned, imported, tried for a step, trained: with the teacher's weights the student is bitwise the same."""
+    keys = finished.keys()
+    weights = finished.store.cell_dir(keys["pretrain"]) / "model.safetensors"
+    (data / "teacher.safetensors").write_bytes(weights.read_bytes())
+    study = Study(tmp_path / "foreign", data, num_steps=60)
+    model = "{kind: deit, heads: 1, head_width: 16, depth: 2, patch_size: 8}"
+    teacher = f"{{h2: {{checkpoint: teacher.safetensors, model: {model}}}}}"
+    study.grid.write_text(study.grid.read_text().replace("teachers: {h2: h1}", f"teachers: {teacher}"))
+    assert "not imported yet: teacher.safetensors" in study.run("plan")
+    study.run("submit", "--no-report")
+    assert set(study.keys()) == {"distill", "finetune"}
+    ours, theirs = (each.store.read_row(each.keys()["distill"]) for each in (study, finished))
+    assert ours is not None and theirs is not None
+    assert ours.weights_sha256 == theirs.weights_sha256
+    assert ours.weights_from["teacher"].source == "teacher.safetensors"
+    assert "not imported" not in study.run("plan")

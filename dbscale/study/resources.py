@@ -16,7 +16,10 @@ from pydantic import Field
 
 from dbscale.strict import Strict
 
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio",
+]  # fmt: skip
+"""All that Accelerate has. The first three go on in their run when a cell is resumed, the others begin another one."""
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """One folder a GPU."""
 ROCM = Path("/sys/class/kfd/kfd/topology/nodes")

@@ -200,8 +200,8 @@ def open_tracker(accelerator: Accelerator, spec: CellSpec, folder: Path, tracker
     }
     # Accelerate hands tensorboard the project as the name of a sub-folder of the cell's own.
     project = "run" if tracker == "tensorboard" else PROJECT
-    # Settings are noted once: tensorboard would show each resumption as one more run without curves.
-    config = None if tracker in known else flatten(spec.recipe.model_dump())
+    # Settings are noted once a run: tensorboard would show each resumption as one more run without curves.
+    config = None if tracker in known and tracker in options else flatten(spec.recipe.model_dump())
     accelerator.init_trackers(project, config=config, init_kwargs=options)
     if config is not None and accelerator.is_main_process:
         started: Any = accelerator.get_tracker(tracker, unwrap=True)

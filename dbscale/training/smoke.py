@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dbscale import plugins
 from dbscale.data import make_eval_loader, make_transform
 from dbscale.study.cell import CellSpec, model_label
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Row, Store, Timing
+from dbscale.study.weights import weights_dir
 from dbscale.training.engine import make_batching, open_accelerator
 from dbscale.training.loop import train
 from dbscale.training.models import WEIGHTS_NAME, make_model, write_weights
@@ -26,15 +28,20 @@ from dbscale.training.prepare import Context, open_cell_dataset, prepare_run
 from dbscale.training.run import explain
 
 
-def try_step(lineage: Sequence[CellSpec], data_dir: Path, resources: Resources) -> str | None:
-    """Train the last cell of `lineage` (parents first) for its steps; why that is not possible, or None."""
+def try_step(lineage: Sequence[CellSpec], data_dir: Path, weights: Path, resources: Resources) -> str | None:
+    """Train the last cell of `lineage` (parents first) for its steps; why that is not possible, or None.
+
+    `weights` is the folder of those that were imported.
+    """
     plain = resources.model_copy(
         update={"num_processes": 1, "zero_stage": None, "tracker": None, "num_workers": 0, "teacher_cache": False}
     )
     try:
         with tempfile.TemporaryDirectory(prefix="dbscale-smoke-") as folder:
             store = Store(Path(folder))
+            Path(weights_dir(store)).symlink_to(weights)
             for spec in lineage:
+                plugins.require(spec.recipe.plugins or {})
                 store.write_spec(spec)
             for parent in lineage[:-1]:
                 _pretend(store, parent, data_dir)

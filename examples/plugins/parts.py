@@ -19,15 +19,29 @@ from dbscale.plugins import register_law, register_loss, register_metric, regist
 from dbscale.shards.source import Listing, Source
 
 
+class PooledPatches(nn.Module):
+    """A model with timm's interface: features, head, and the name of the classifier."""
+
+    def __init__(self, num_classes: int, in_chans: int, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(in_chans, width, 4, 4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(width, num_classes)
+        self.pretrained_cfg = {"classifier": "head", "input_size": (3, 32, 32)}
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.body(images)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        return features if pre_logits else self.head(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
 @register_model
 def pooled_patches(num_classes: int = 10, in_chans: int = 3, width: int = 16, **_timm: object) -> nn.Module:
-    """A model as timm registers it; a grid says `{kind: timm, name: pooled_patches, kwargs: {width: 8}}`."""
-    body = nn.Sequential(nn.Conv2d(in_chans, width, 4, 4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model = nn.Sequential()
-    model.add_module("body", body)
-    model.add_module("head", nn.Linear(width, num_classes))
-    model.pretrained_cfg = {"classifier": "head", "input_size": (3, 32, 32)}  # where dbscale finds the head
-    return model
+    """As timm registers it; a grid says `{kind: timm, name: pooled_patches, kwargs: {width: 8}}`."""
+    return PooledPatches(num_classes, in_chans, width)
 
 
 @register_source("stripes")

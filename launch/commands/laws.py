@@ -256,7 +256,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def advise(arguments: argparse.Namespace) -> int:
     from dbscale.report.advise import advise as ask
-    from dbscale.report.findings import load_mistakes
+    from dbscale.report.reduce import load_mistakes
     from dbscale.report.sheet import parse_count
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]
@@ -267,7 +267,7 @@ def advise(arguments: argparse.Namespace) -> int:
         print(each, file=sys.stderr)
     found = ask(table, *point, dataset=arguments.dataset, wrong=wrong)
     if arguments.json:
-        print_json([{"sentence": each.sentence, **vars(each)} for each in found])
+        print_json(found)
         return 0
     print("\n\n".join(advice.text() for advice in found))
     for note in table.warnings:

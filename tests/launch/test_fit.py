@@ -145,5 +145,6 @@ def test_fit_and_advise_speak_json(table: str, tmp_path: Path, capsys) -> None:
     words = ["advise", "--table", study(tmp_path), "--dp", "8k", "--df", "1k", "--params", "1M", "--json"]
     assert main(words) == 0
     (advice,) = json.loads(capsys.readouterr().out)
-    assert advice["label"] == "digits" and advice["record"]["verdict"]["kind"] in ("one_sign", "excluded", "undecided")
+    assert advice["sentence"].startswith("digits: ")
+    assert advice["record"]["verdict"]["kind"] in ("one_sign", "excluded", "undecided")
     assert set(advice["expected"]) == {"plain", "distilled"}

@@ -48,6 +48,15 @@ def test_a_resumed_cell_goes_on_in_its_run_and_notes_its_settings_once(tracker, 
     assert json.loads((tmp_path / RUN_FILE).read_text()).keys() == {tracker}
 
 
+def test_other_trackers_begin_a_run_with_its_settings_each_time(bench, tmp_path):
+    spec, recorder = bench.cell().spec(), Recorder()
+    for _ in range(2):
+        with open_tracker(recorder, spec, tmp_path, "aim"):
+            pass
+    assert [config["seed"] for _, config, _ in recorder.started] == [0, 0]
+    assert recorder.finished == 2
+
+
 def test_tensorboard_shows_one_curve_however_often_a_run_stops(bench, stop_after):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
                                  reason="tensorboard is not installed")  # fmt: skip
