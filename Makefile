@@ -19,8 +19,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix docs test test-slow test-slurm chaos shards plan grid status cancel reduce report export clean \
-        bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-pages bench-launch replicate mutants
+.PHONY: help setup check fix docs test test-slow test-slurm chaos shards plan grid hunt status cancel reduce report export clean \
+        bench bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch replicate mutants
 
 help: ## List the targets
 	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
@@ -68,6 +68,9 @@ plan: $(STAMP) ## Show what is new, done, running and failed, and what it will c
 grid: $(STAMP) ## Run the grid, fit the laws, write the report; type it again to resume
 	@$(RUN) submit $(WHERE) --cluster "$$CLUSTER" $(ARGS)
 
+hunt: $(STAMP) ## Look for the boundary in waves, each run where it removes most doubt; type it again to resume
+	@$(RUN) hunt $(WHERE) --cluster "$$CLUSTER" $(ARGS)
+
 status: $(STAMP) ## How far it is, what failed and why
 	@$(RUN) status $(WHERE) $(ARGS)
 
@@ -88,9 +91,10 @@ bench-train: ## The loop beside a hand-written one
 bench-kernels: ## Distillation losses beside eager and torch.compile
 bench-laws: ## Fits of public tables, with time per fit
 bench-verdicts: ## Verdicts of simulated studies with real noise (ARGS="rows.parquet --worlds 600")
+bench-hunt: ## Hunts in simulated worlds beside fixed grids (ARGS="--worlds 600 --cache hunts.jsonl")
 bench-pages: ## The same through whole pages, with the demo's noise (hours; type it again to go on)
 bench-launch: ## Planning, submitting and reducing large grids
-bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-pages bench-launch: $(STAMP)
+bench-accuracy bench-data bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch: $(STAMP)
 	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
 
 replicate: $(STAMP) ## Run the grid ten times with other seeds and compare the verdicts (hours; type it again to resume)

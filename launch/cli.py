@@ -15,7 +15,7 @@ from typing import Any
 
 from dbscale import __version__, plugins
 from dbscale.launch import status
-from dbscale.launch.commands import cells, laws, plan, results, shards, submit, work
+from dbscale.launch.commands import cells, hunt, laws, plan, results, shards, submit, work
 
 OUR_PACKAGES = ("dbscale", "shards", "launch")
 EXTRAS = {
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    for family in (shards, plan, submit, work, status, cells, results, laws):
+    for family in (shards, plan, submit, hunt, work, status, cells, results, laws):
         family.add_commands(add)
     return parser
 

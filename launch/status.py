@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import log2
 from typing import Any, Literal
 
 from dbscale.errors import ConfigError, FileError
@@ -32,6 +33,7 @@ from dbscale.launch.study import (
 )
 from dbscale.study.cost import STAGES, duration
 from dbscale.study.grid import load_grid
+from dbscale.study.hunt import STOPS, Finding, HuntLog, read_log
 from dbscale.study.plan import PlanRecord, read_plan, record
 from dbscale.study.recipe import Stage
 from dbscale.study.store import CellState, Standing, Store
@@ -111,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(as_data(look_once(store, planned(arguments), arguments.wait)))
         return 0
     while True:
-        text = render(look_once(store, planned(arguments), arguments.wait), store, limit=limit)
+        status = look_once(store, planned(arguments), arguments.wait)
+        text = "\n".join([render(status, store, limit=limit), *hunt_so_far(store, status.grid)])
         print((CLEAR_SCREEN if arguments.watch and sys.stdout.isatty() else "") + text, flush=True)
         if not arguments.watch:
             return 0
@@ -263,6 +266,46 @@ def render(status: Status, store: Store, *, limit: int | None) -> str:
         lines += [line for block in found[:limit] for line in block]
         lines += [f"  … and {len(found) - limit} more (--all lists them)"] if limit and len(found) > limit else []
     return "\n".join(lines)
+
+
+def hunt_so_far(store: Store, grid: str) -> list[str]:
+    """Where the grid's hunt stands, if it is hunted."""
+    try:
+        log = read_log(store, grid)
+    except FileError as error:
+        return ["", str(error)]
+    return ["", *hunt_lines(log)] if log is not None and log.waves else []
+
+
+def hunt_lines(log: HuntLog) -> list[str]:
+    """The last wave of a hunt: what is known, what it cost, what comes next."""
+    wave = log.waves[-1]
+    hours, budget = wave.spent_s / 3600, log.budget_s / 3600
+    failed = f", {pairs_text(wave.failed_pairs)} failed and not replaced" if wave.failed_pairs else ""
+    pairs, cost_s = sum(each.num_pairs for each in wave.bought), sum(each.cost_s for each in wave.bought)
+    text = f"hunt, wave {wave.number}: {hours:.2f} of {budget:.2f} device-hours used{failed}; "
+    if wave.stopped:
+        text += "it is over: " + "; ".join(STOPS[reason] for reason in wave.stopped.split(", "))
+    else:
+        text += f"{pairs_text(pairs)} in about {duration(cost_s)}" if pairs else "it waits for runs that are under way"
+    return [text, *(f"  {describe_finding(each, log)}" for each in wave.findings)]
+
+
+def pairs_text(number: int) -> str:
+    """1 pair, 2 pairs."""
+    return f"{number:,} {'pair' if number == 1 else 'pairs'}"
+
+
+def describe_finding(found: Finding, log: HuntLog) -> str:
+    """What is known of one target, in a sentence."""
+    if found.kind is None:
+        return f"{found.target}: nothing can be judged yet; {pairs_text(found.num_pairs)} measured"
+    text = found.kind.replace("_", " ")
+    if found.root is not None and found.low is not None and found.high is not None:
+        text = f"crossing at {found.root:,.0f} [{found.low:,.0f}, {found.high:,.0f}], {log2(found.high / found.low):.1f} " \
+               f"octaves wide ({log.target_octaves:g} wanted)"  # fmt: skip
+    doubt = "" if found.doubt is None else f"; {found.doubt:.2g} octaves of wrong advice left"
+    return f"{found.target}: {text}{doubt}; {pairs_text(found.num_pairs)} measured"
 
 
 def headline(status: Status, store: Store) -> list[str]:

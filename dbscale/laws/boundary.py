@@ -53,7 +53,7 @@ class Verdict:
     """Crossing only: `b_to_a` is Δ positive, then negative (the distillation boundary)."""
     root: float | None = None
     interval: tuple[float, float] | None = None
-    """Crossing only, at `level`; within the bracket."""
+    """Crossing only, at `level`; within the bracket. Reaches further down where the bracket starts at the first x."""
     bracket: tuple[float, float] | None = None
     """Crossing only: last x with the one sign established, first x with the other."""
     law_root: float | None = None
@@ -86,10 +86,14 @@ def judge(
     pooled = pairs.pooled()
     points = delta_points(pooled, level=level, family=family)
     curves = delta_curves(pooled, num_draws=num_draws, seed=seed)
+    band = _band(curves, level ** (1 / family))
     low, high = (np.array([getattr(p, end) for p in points]) for end in ("low_all", "high_all"))
     positive, negative = low > 0, high < 0
     kind = str(decide(low, high, min_effect))
     beyond = (low > min_effect) | (high < -min_effect)
+    num_seeds, stderr, degrees = (
+        float(np.median([getattr(p, name) for p in points])) for name in ("num_seeds", "stderr", "degrees")
+    )
     notes = {
         "incomplete_pairs": pooled.left_out > 0,
         "single_seed_points": min(p.num_seeds for p in points) < 2,
@@ -97,24 +101,19 @@ def judge(
     }
     found: dict[str, Any] = {}
     if kind == "crossing":
-        found, more = _crossing(curves, law_curves, _bracket([p.x for p in points], positive, negative), level)
+        found, more = _crossing(curves, law_curves, _bracket([p.x for p in points], positive, negative), band, level)
         notes |= more
     return Verdict(
         kind=cast(Kind, kind),
         better=None if kind == "crossing" else "b" if positive.any() else "a" if negative.any() else None,
         points=points,
-        curve=_band(curves, level ** (1 / family)),
+        curve=band,
         doubt=_doubt(curves),
         level=level,
         family=family,
         min_effect=min_effect,
-        num_seeds=int(np.median([p.num_seeds for p in points])),
-        smallest_effect=detectable(
-            *(float(np.median([getattr(p, n) for p in points])) for n in ("stderr", "degrees")),
-            len(points),
-            level,
-            family,
-        ),
+        num_seeds=int(num_seeds),
+        smallest_effect=detectable(stderr, degrees, len(points), level, family),
         more_seeds=_more_seeds(points, curves, min_effect, level, family) if kind == "undecided" else None,
         notes=tuple(name for name, true in notes.items() if true),
         **found,
@@ -141,11 +140,21 @@ def decide(low: np.ndarray, high: np.ndarray, min_effect: float) -> np.ndarray:
 
 
 def _crossing(
-    curves: DeltaCurves, laws: DeltaCurves | None, where: tuple[Direction, tuple[float, float], bool], level: float
+    curves: DeltaCurves,
+    laws: DeltaCurves | None,
+    where: tuple[Direction, tuple[float, float], bool],
+    band: dict[str, list[float]],
+    level: float,
 ) -> tuple[dict[str, Any], dict[str, bool]]:
     """Fields of a crossing's verdict, and notes."""
     direction, bracket, several = where
     root, interval = _root(curves, bracket, direction, level)
+    if bracket[0] == band["x"][0]:
+        # Such a crossing is seen only where luck adds to the sign at the first x, so its root is placed too high and
+        # intervals would hold .84 of them: they begin where the simultaneous band meets 0 (docs/calibration.md).
+        inside = zip(band["x"], band["low"], band["high"], strict=True)
+        meets = next((x for x, low, high in inside if low <= 0 <= high), interval[0])
+        interval = min(interval[0], meets), interval[1]
     found: dict[str, Any] = {"direction": direction, "bracket": bracket, "root": root, "interval": interval}
     notes = {"several_crossings": several}
     if laws is None:
@@ -169,7 +178,7 @@ def _bracket(
     Of several changes of sign the last from positive to negative counts: beyond it distilling no longer pays. Where
     there is none, the last from negative to positive.
     """
-    established = np.flatnonzero(positive | negative)
+    established = np.flatnonzero(positive | negative).tolist()
     changes = [(j, k) for j, k in pairwise(established) if positive[j] != positive[k]]
     last = max(changes, key=lambda change: (positive[change[0]], change))
     return "b_to_a" if positive[last[0]] else "a_to_b", (x[last[0]], x[last[1]]), len(changes) > 1
@@ -345,3 +354,31 @@ def _chance(stderr: float, degrees: float, num_x: int, along: float, level: floa
     mean = truth + stderr * (np.sqrt(along) * shared + np.sqrt(1 - along) * own)
     half = stderr * np.sqrt(rng.chisquare(degrees, (4000, 1)) / degrees) * critical(degrees, num_x, level, family)
     return float(np.mean((mean > half).any(axis=1) & (mean < -half).any(axis=1)))
+
+
+def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: int = 1000) -> int | None:
+    """Seeds with which a fixed grid at `x` [K] would be expected to end in the same verdict, its root as sharp.
+
+    The curve that was found is taken for the truth and `sd` for the noise of one seed's Δ. None for an undecided
+    verdict, for a grid that lies on one side of the root, and beyond `most_seeds`.
+    """
+    at, known = np.log(np.asarray(x, float)), np.log(verdict.curve["x"])
+    delta = np.interp(at, known, verdict.curve["delta"])
+    if verdict.kind == "undecided":
+        return None
+    slope, wanted = 0.0, np.inf
+    if verdict.root is not None and verdict.interval is not None:
+        before, after = np.interp(
+            np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5]), known, verdict.curve["delta"]
+        )
+        slope, wanted = float(after - before), np.log2(verdict.interval[1] / verdict.interval[0])
+
+    def ends_alike(seeds: int) -> bool:
+        degrees, stderr = complete_degrees(len(at), seeds), sd / seeds**0.5
+        half = critical(degrees, len(at), verdict.level, 1) * stderr
+        if decide(delta - half, delta + half, verdict.min_effect) != verdict.kind:
+            return False
+        return not slope or width_at_root(stderr, degrees, len(at), 0.0, verdict.level, slope) <= wanted
+
+    counts = range(2, most_seeds + 1)
+    return next((seeds for seeds in counts if ends_alike(seeds)), None)

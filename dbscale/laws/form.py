@@ -173,7 +173,7 @@ class Form:
         missing = next((name for name, column in found.items() if column is None), None)
         if missing:
             raise LawError(f"{self.name}: column {missing!r} is missing; {nearest(missing, x)}")
-        return {name: as_numbers(str(column), x[column]) for name, column in found.items()}
+        return {name: as_numbers(str(column), x[str(column)]) for name, column in found.items()}
 
 
 def as_numbers(name: str, column: object) -> np.ndarray:

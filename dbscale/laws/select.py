@@ -197,7 +197,7 @@ class Calibration:
     ) -> Calibration:
         """From the average's held-out errors [O, n]. All rows of one origin err together, so each origin counts once."""
         near = origins.near(errors)
-        usable = near.any(axis=1)
+        usable = np.asarray(near.any(axis=1))
         excess = np.where(near, np.maximum(errors**2 - noise**2, 0.0), 0.0).sum(axis=1)
         squares = excess / np.maximum(np.where(near, origins.distance**2, 0.0).sum(axis=1), 1e-300)
 
@@ -208,13 +208,11 @@ class Calibration:
 
         drift, degrees = np.array([drift_of(axis) for axis in range(num_axes)]).T
         inside = []
-        for origin in np.flatnonzero(usable):
-            others = drift_of(int(origins.axis[origin]), origin)
-            if np.isfinite(others[1]):
-                half = cls(noise, *np.array([others]).T, np.nan).half_width(
-                    origins.distance[origin, near[origin]][None], 0.9
-                )
-                inside.append(np.abs(errors[origin, near[origin]]) <= half)
+        for origin in np.flatnonzero(usable).tolist():
+            others = [np.array([each]) for each in drift_of(int(origins.axis[origin]), origin)]
+            if np.isfinite(others[1]).all():
+                distance, error = (a[origin, near[origin]] for a in (origins.distance, errors))
+                inside.append(np.abs(error) <= cls(noise, *others, np.nan).half_width(distance[None], 0.9))
         return cls(noise, drift, degrees, float(np.mean(np.concatenate(inside))) if inside else np.nan, misfit)
 
     def half_width(self, distance: np.ndarray, level: float, spread: np.ndarray | float = 0.0) -> np.ndarray:
@@ -482,7 +480,9 @@ def select_law(
     """
     columns = varying_columns(x)
     forms = [find_form(law) for law in laws] if laws else default_laws(columns)
-    fits, failures, shared = [], [], {}
+    fits: list[LawFit] = []
+    errors: list[tuple[str, LawError]] = []
+    shared: dict[str, dict] = {}
     for form in forms:
         limits = (bounds or {}).get(form.name, {})
         # a law that cannot do with fewer columns has to see them all, to say what it lacks
@@ -493,12 +493,12 @@ def select_law(
                 search.found = shared.setdefault(str(sorted(search.units().items())), {})
             fits.append(search.fit())
         except LawError as error:
-            failures.append(Candidate(form.name, None, reason=str(error)))
-            raised = error
+            errors.append((form.name, error))
     if not fits:
-        raise raised
+        raise errors[0][1]
     names = column_names(fits[0].form, columns)
     odd = [fit for fit in fits if column_names(fit.form, columns) != names]
+    failures = [Candidate(name, None, reason=str(error)) for name, error in errors]
     failures += [Candidate(f.name, None, reason=f"not over {', '.join(names)} as {fits[0].name} is") for f in odd]
     how = Resampling(num_resamples, clusters, within, stderr, seed).checked(len(fits[0].y))
 

@@ -286,7 +286,8 @@ def _least_squares(
 
     jacobian: Any = lambda part: problem.residual_jacobian(full(part))[1][0][free].T  # noqa: E731
     box: Any = (problem.lower[free], problem.upper[free])
+    rho: Any = weighted
     scale = problem.loss.delta if problem.loss.kind == "huber" else 1.0
-    found = least_squares(residual, theta[free], jacobian, bounds=box, loss=weighted, f_scale=scale, x_scale="jac",
+    found = least_squares(residual, theta[free], jacobian, bounds=box, loss=rho, f_scale=scale, x_scale="jac",
                           ftol=1e-13, xtol=1e-13, gtol=1e-13, max_nfev=300)  # fmt: skip
     return full(found.x)[0], bool(found.status > 0)

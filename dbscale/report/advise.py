@@ -53,7 +53,7 @@ def advise(
     for name, value in point.items():
         if not (np.isfinite(value) and value > 0):
             raise TableError(f"{name} is {value:g}; it must be above 0")
-    options = options or Options(min_effect=table.min_effect)
+    options = options or Options(level=table.level, min_effect=table.min_effect)
     arms = arm_laws(table, options, metrics=("error_rate",))
     questions = study_questions(table, wrong or {}, options)
     return tuple(_advice(arms, setting, point, questions, options) for setting in settings)

@@ -18,7 +18,7 @@ import altair as alt
 
 from dbscale.files import write_atomic
 from dbscale.laws import Verdict
-from dbscale.report.schema import AxisName, BoundaryFile, ContrastRecord, LawsFile
+from dbscale.report.schema import AxisName, ContrastRecord, LawsFile
 from dbscale.report.table import RunTable, Setting
 from dbscale.report.words import AXES, COMPONENTS, axis_of, is_rate, listed, metric_of, side_of, stratum, where
 
@@ -104,6 +104,18 @@ def part(name: str) -> Any:
 def band(name: str, x: alt.X, y: str) -> Any:
     """The area between the ends of a part's rows."""
     return part(name).encode(x=x, y=alt.Y("low:Q", title=y), y2="high:Q")
+
+
+def hunt_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
+    """The path of a hunt: octaves of interval and of wrong advice against device-hours, a panel a target."""
+    if not rows:
+        return None
+    x = alt.X("x:Q", title="device-hours")
+    y = alt.Y("y:Q", title="octaves", scale=alt.Scale(zero=True))
+    color = alt.Color("series:N", title=None)
+    chart = part("path").mark_line(point=True).encode(x, y, color=color, tooltip=["series:N", "x:Q", "y:Q"])
+    told = "Octaves of the boundary's interval and of wrong advice left, against device-hours"
+    return panelled("hunt", [("path", chart)], list(rows), 200, told)
 
 
 # The difference of two sides.
@@ -320,24 +332,17 @@ def noise_figure(name: str, contrasts: Sequence[ContrastRecord]) -> Figure | Non
 # Which figures there are.
 
 
-def study_figures(table: RunTable, laws: LawsFile, boundary: BoundaryFile) -> dict[str, Figure]:
-    """Every figure of a study by name, in the page's order."""
-    return _named(_study_figures(table, laws, boundary.contrasts))
-
-
-def contrast_figures(record: ContrastRecord) -> dict[str, Figure]:
-    """The figures of one contrast that stands alone."""
-    return _named(_contrast_figures([record], [record]))
-
-
-def _named(figures: Iterable[Figure | None]) -> dict[str, Figure]:
-    return {figure.name: figure for figure in figures if figure is not None}
-
-
-def _contrast_figures(main: Sequence[ContrastRecord], contrasts: Sequence[ContrastRecord]) -> Iterator[Figure | None]:
-    yield delta_figure("verdict", main, height=330)
-    yield from (halves_figure("halves", record) for record in main)
-    yield noise_figure("noise", contrasts)
+def study_figures(
+    contrasts: Sequence[ContrastRecord], table: RunTable | None = None, laws: LawsFile | None = None
+) -> dict[str, Figure]:
+    """Every figure by name, in the page's order; without table and laws those of contrasts that stand alone."""
+    main = [record for record in contrasts if record.main]
+    found = [delta_figure("verdict", main, height=330), *(halves_figure("halves", record) for record in main)]
+    found.append(noise_figure("noise", contrasts))
+    if table is not None and laws is not None:
+        found += [delta_figure(name, group, height=190) for name, group in grouped(contrasts).items()]
+        found += [*_upstream_figures(table), *_setting_figures(table, laws)]
+    return {figure.name: figure for figure in found if figure is not None}
 
 
 def grouped(contrasts: Sequence[ContrastRecord]) -> dict[str, list[ContrastRecord]]:
@@ -348,11 +353,12 @@ def grouped(contrasts: Sequence[ContrastRecord]) -> dict[str, list[ContrastRecor
     return groups
 
 
-def _study_figures(table: RunTable, laws: LawsFile, contrasts: Sequence[ContrastRecord]) -> Iterator[Figure | None]:
-    yield from _contrast_figures([record for record in contrasts if record.main], contrasts)
-    yield from (delta_figure(name, group, height=190) for name, group in grouped(contrasts).items())
+def _upstream_figures(table: RunTable) -> Iterator[Figure | None]:
     for setting in {(s.variant, s.upstream_dataset): s for s in table.settings}.values():
         yield upstream_figure(f"upstream-{slug(setting.variant, setting.upstream_dataset)}", table, setting)
+
+
+def _setting_figures(table: RunTable, laws: LawsFile) -> Iterator[Figure | None]:
     for setting in table.settings:
         name, own = slug(setting.label(table)), table.pretrained.where(setting=setting)
         yield error_figure(f"error-{name}", table, laws, setting)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, permutations
@@ -23,7 +23,7 @@ from dbscale.laws import DeltaCurves, NoiseModel, Pairs, Power, Verdict, fit_noi
 from dbscale.report import schema
 from dbscale.report.law_findings import ArmLaws, Options, law_delta, study_laws
 from dbscale.report.pairing import pair_arms, pair_upstream
-from dbscale.report.reduce import read_mistakes, reduce_grid
+from dbscale.report.reduce import Mistakes, load_mistakes, reduce_grid
 from dbscale.report.schema import BoundaryFile, ContrastRecord, HalfRecord, LawsFile, Note
 from dbscale.report.table import MAIN_ARMS, RunTable, Setting, read_table, to_csv
 from dbscale.report.words import answers, count, listed, note, notes_of, where
@@ -43,8 +43,6 @@ CONTROLS = (("plain_matched", "distilled"), ("plain", "self_distilled"))
 NEAR_CHANCE = 0.8
 """Upstream error of a model that has hardly begun to learn: guessing among ten classes errs in .9, among more in more."""
 SAME_STEPS = 1.15
-Mistakes = tuple[dict[str, np.ndarray], tuple[str, ...]]
-"""Of `load_mistakes`."""
 
 
 @dataclass(frozen=True)
@@ -82,23 +80,9 @@ def refresh_table(
     return table, _current(table, folder, options, lambda: ({}, ()))
 
 
-def load_mistakes(store: Store, keys: Iterable[str]) -> Mistakes:
-    """Per cell the mistakes [samples] as booleans, in the test split's order, and a sentence on each cell that is left out
-    because its file is damaged."""
-    found, damaged = {}, []
-    for key in sorted(keys):
-        row, path = store.read_row(key), store.cell_dir(key) / "correct.npz"
-        if row is not None and (path.exists() or row.correct_sha256 is not None):
-            try:
-                found[key] = read_mistakes(path, row)
-            except TableError as error:
-                damaged.append(str(error))
-    return found, tuple(damaged)
-
-
 def _current(table: RunTable, folder: Path, options: Options | None, load_wrong: Callable[[], Mistakes]) -> Findings:
     """The findings stored in `folder` where they are of this table, else new ones."""
-    options = options or Options(min_effect=table.min_effect)
+    options = options or Options(level=table.level, min_effect=table.min_effect)
     wanted = digest(table, options)
     with suppress(ConfigError, TableError, FileError):
         found = Findings(
@@ -129,7 +113,7 @@ def find(
     `wrong` maps keys of runs to their mistakes [test samples]; with it intervals cover the test set too. What cannot be
     judged or fitted is recorded with its reason; nothing here raises for poor data.
     """
-    options = options or Options(min_effect=table.min_effect)
+    options = options or Options(level=table.level, min_effect=table.min_effect)
     arms, laws = study_laws(table, options, source)
     questions = study_questions(table, wrong or {}, options)
     contrasts = tuple(question.record(arms, options, family_of(questions)) for question in questions)

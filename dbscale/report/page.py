@@ -22,8 +22,9 @@ from dbscale import __version__
 from dbscale.errors import FileError
 from dbscale.files import atomic_open
 from dbscale.report import words
-from dbscale.report.figures import Figure, contrast_figures, export, grouped, slug, study_figures, themes
+from dbscale.report.figures import Figure, export, grouped, hunt_figure, slug, study_figures, themes
 from dbscale.report.findings import Findings, refresh, refresh_table
+from dbscale.report.hunt import HuntStory, hunt_story
 from dbscale.report.reduce import load_plan
 from dbscale.report.schema import ContrastRecord, Note
 from dbscale.report.table import MissingPoint, Run, RunTable
@@ -43,7 +44,9 @@ Cell = dict[str, Any]
 def write_report(store: Store, grid_name: str) -> Path:
     """Write `<store>/grids/<name>/report.html`, judging anew only where rows changed; returns its path."""
     table, findings = refresh(store, grid_name)
-    return write_page(table, findings, of_grid(store, load_plan(store, grid_name), table), store.grid_dir(grid_name))
+    background = of_grid(store, load_plan(store, grid_name), table)
+    story = hunt_story(store, grid_name, findings.boundary.contrasts)
+    return write_page(table, findings, background, store.grid_dir(grid_name), story)
 
 
 def write_table_report(path: Path, folder: Path, columns: Mapping[str, str] | None = None) -> Path:
@@ -52,16 +55,9 @@ def write_table_report(path: Path, folder: Path, columns: Mapping[str, str] | No
     return write_page(table, findings, of_table(path, table), folder)
 
 
-def export_figures(store: Store, grid_name: str, folder: Path) -> list[Path]:
-    """Every figure of a grid's study as SVG and PDF; returns the paths."""
-    table, findings = refresh(store, grid_name)
-    return export(study_figures(table, findings.laws, findings.boundary).values(), folder)
-
-
-def export_table_figures(path: Path, folder: Path, columns: Mapping[str, str] | None = None) -> list[Path]:
-    """The same from a table alone."""
-    table, findings = refresh_table(path, folder, columns=columns)
-    return export(study_figures(table, findings.laws, findings.boundary).values(), folder)
+def export_figures(table: RunTable, findings: Findings, folder: Path) -> list[Path]:
+    """Every figure of a study as SVG and PDF; returns the paths."""
+    return export(study_figures(findings.boundary.contrasts, table, findings.laws).values(), folder)
 
 
 # Where the runs came from.
@@ -199,14 +195,17 @@ def day(seconds: float | None = None) -> str:
 # The page.
 
 
-def write_page(table: RunTable, findings: Findings, background: Background, folder: Path) -> Path:
-    """The page of a study; returns its path."""
+def write_page(
+    table: RunTable, findings: Findings, background: Background, folder: Path, hunt: HuntStory | None = None
+) -> Path:
+    """The page of a study, and of the hunt that chose its runs, if one did; returns its path."""
     laws, boundary = findings.laws, findings.boundary
+    path = hunt_figure(hunt.rows) if hunt else None
     return _write(
         folder / "report.html", title=table.grid, question=table.question, contrasts=boundary.contrasts,
-        figures=study_figures(table, laws, boundary),
+        figures=study_figures(boundary.contrasts, table, laws) | ({path.name: path} if path else {}),
         notes=(*boundary.notes, *laws.notes, *background.notes), origin=background.origin,
-        study={"laws": laws, "settings": table.settings, "table": table, "background": background},
+        study={"laws": laws, "settings": table.settings, "table": table, "background": background, "hunt": hunt},
     )  # fmt: skip
 
 
@@ -215,7 +214,7 @@ def compare_page(record: ContrastRecord, folder: Path, *, notes: Sequence[str] =
     record = record.model_copy(update={"main": True})
     sides = " or ".join(words.side_of(record, side) for side in "ab")
     return _write(
-        folder / "compare.html", title=record.dataset, contrasts=(record,), figures=contrast_figures(record),
+        folder / "compare.html", title=record.dataset, contrasts=(record,), figures=study_figures([record]),
         question=f"Which gives the lower {words.metric_of(record.metric)}: {sides}?",
         notes=[Note(code="table", text=text) for text in notes], origin=f"Made from the table {record.dataset}", study={},
     )  # fmt: skip

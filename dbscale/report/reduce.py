@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -58,7 +59,7 @@ def collect(store: Store, plan: PlanRecord) -> RunTable:
             missing.append(_missing(store, point, rows))
         else:
             runs.append(_run(point, row, rows))
-    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question, plan.min_effect)
+    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question, plan.min_effect, plan.level)
     return checked(table, [f"grid {plan.grid}, cell {run.key}" for run in runs])
 
 
@@ -136,3 +137,21 @@ def read_mistakes(path: Path, row: Row) -> np.ndarray:
         raise TableError(f"{path} counts {counted.sum()} samples, the cell's row {row.num_test_samples}; remove "
                          f"{path.parent} to run the cell again")  # fmt: skip
     return ~correct[counted]
+
+
+Mistakes = tuple[dict[str, np.ndarray], tuple[str, ...]]
+"""Of `load_mistakes`."""
+
+
+def load_mistakes(store: Store, keys: Iterable[str]) -> Mistakes:
+    """Per cell the mistakes [samples] as booleans, in the test split's order, and a sentence on each cell that is left out
+    because its file is damaged."""
+    found, damaged = {}, []
+    for key in sorted(keys):
+        row, path = store.read_row(key), store.cell_dir(key) / "correct.npz"
+        if row is not None and (path.exists() or row.correct_sha256 is not None):
+            try:
+                found[key] = read_mistakes(path, row)
+            except TableError as error:
+                damaged.append(str(error))
+    return found, tuple(damaged)

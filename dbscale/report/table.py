@@ -152,6 +152,8 @@ class RunTable:
     question: str = ""
     min_effect: float = 0.005
     """δ: the difference of error rates that matters to who asked."""
+    level: float = 0.9
+    """Of every interval that is made of it."""
 
     def __len__(self) -> int:
         return len(self.runs)

@@ -57,6 +57,56 @@ class Variant(Strict):
     set: dict[str, RawValue] = {}
 
 
+class Hunt(Strict):
+    """`hunt:` of a grid: over which range its boundary is looked for, how sharply, and at which price.
+
+    `dbscale hunt` then chooses the runs; which of them stand in the grid's own axes makes no difference.
+    """
+
+    along: Literal["upstream_samples", "downstream_samples", "num_params"] = "upstream_samples"
+    """The axis on which the boundary lies: D_p, D_f or M."""
+    range: tuple[Positive, Positive] | None = None
+    """Smallest and largest value of the axis; None: those of the grid. M has the grid's students and no range."""
+    per_octave: float = Field(default=2.0, gt=0, le=8)
+    """How many values each doubling of the axis has; the grid's own values within the range count in any case."""
+    a: dict[Literal["arm", "variant", "student"], str] = {"arm": "plain"}
+    b: dict[Literal["arm", "variant", "student"], str] = {"arm": "distilled"}
+    """The two procedures that are compared, each by one value or several; Δ = a − b."""
+    students: tuple[Name, ...] | None = None
+    downstream: tuple[Name, ...] | None = None
+    num_labels: Sizes | None = None
+    """Students, downstream datasets and D_f that the hunt concerns; None: all of the grid."""
+    pooled: bool = True
+    """One boundary for each downstream dataset, students and D_f pooled; otherwise one for each of them."""
+    metric: Literal["error_rate", "test_loss"] = "error_rate"
+    target_octaves: float = Field(default=1.0, gt=0)
+    """A crossing is found once its interval is no wider than this many doublings of the axis."""
+    min_effect: float | None = Field(default=None, gt=0)
+    """None: the grid's."""
+    level: float = Field(default=0.9, gt=0.5, lt=1)
+    """Share of hunts whose interval should hold the boundary."""
+    least_doubt: float | None = Field(default=None, gt=0)
+    """The hunt also ends, whatever the verdict, where fewer octaves of wrong advice are left over the whole range."""
+    wave: Positive = 8
+    """Pairs of one wave: as many as fill the machines."""
+    waves_ahead: int = Field(default=0, ge=0, le=8)
+    """Further waves that SLURM may hold while one is not finished."""
+    finetunes: Literal["auto"] | Positive = "auto"
+    """Finetunes of each upstream run; auto: as the noise measured so far makes cheapest."""
+    budget_hours: float = Field(gt=0)
+    """Device-hours of all runs that the hunt rests on, those of the grid that were finished before included."""
+    most_seeds: Positive = 32
+    """At one value of the axis. The grid's seeds come first, then the numbers after its largest."""
+
+    @model_validator(mode="after")
+    def _sides_differ(self) -> Hunt:
+        if not self.a or self.a == self.b or self.a.keys() != self.b.keys():
+            raise ValueError(f"a and b must give other values of the same columns; found {self.a} and {self.b}")
+        if self.range is not None and self.range[0] >= self.range[1]:
+            raise ValueError(f"range {list(self.range)} does not rise; write the smaller value first")
+        return self
+
+
 class Grid(Strict):
     """`configs/grids/*.yaml`: the hashed *what* of a study."""
 
@@ -104,6 +154,8 @@ class Grid(Strict):
     distill_training: Training | None = None
     """How a distill cell trains; None: as `pretrain` says, so that the arms differ in the loss alone."""
     variants: tuple[Variant, ...] = ()
+    hunt: Hunt | None = None
+    """How `dbscale hunt` looks for the boundary; it changes no cell."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Grid:
@@ -157,6 +209,10 @@ class Grid(Strict):
         yield "dataset in tiers", tuple(self.tiers), self.datasets
         yield "upstream dataset", (self.upstream.dataset,), self.datasets
         yield "downstream dataset", tuple(axis.dataset for axis in self.downstream), self.datasets
+        if self.hunt is not None:
+            yield "student in hunt", self.hunt.students or (), dict.fromkeys(self.students)
+            known = {axis.dataset: axis for axis in self.downstream}
+            yield "downstream dataset in hunt", self.hunt.downstream or (), known
 
     @property
     def axes(self) -> tuple[DataAxis, ...]:

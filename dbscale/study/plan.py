@@ -97,6 +97,8 @@ class PlanRecord(Strict):
     """Device time of each cell, in the order of `cells`."""
     min_effect: float = 0.005
     """Difference of error rates that matters, as the grid says."""
+    level: float = 0.9
+    """Of the report's intervals; a hunt, which looks after every wave, judges at a stricter one."""
 
     @model_validator(mode="after")
     def _points_are_of_its_cells(self) -> PlanRecord:
@@ -140,7 +142,7 @@ def _bundles(lineages: list[list[Cell]], cost: CostModel, target_s: float, worke
     return tuple(Bundle(tuple(cells), loads[i]) for i, cells in enumerate(packed))
 
 
-def record(plan: Plan, cost: CostModel) -> PlanRecord:
+def record(plan: Plan, cost: CostModel, *, level: float = 0.9) -> PlanRecord:
     """What the reducer and `status` later read."""
     return PlanRecord(
         grid=plan.grid.name, question=plan.grid.question, created=time.time(),
@@ -148,6 +150,7 @@ def record(plan: Plan, cost: CostModel) -> PlanRecord:
         cells=tuple(cell.key for cell in plan.cells),
         predicted_device_s=sum(map(cost.seconds, plan.cells)),
         predicted_s=tuple(round(cost.seconds(cell), 3) for cell in plan.cells), min_effect=plan.grid.min_effect,
+        level=level,
     )  # fmt: skip
 
 

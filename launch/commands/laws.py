@@ -256,7 +256,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def advise(arguments: argparse.Namespace) -> int:
     from dbscale.report.advise import advise as ask
-    from dbscale.report.findings import load_mistakes
+    from dbscale.report.reduce import load_mistakes
     from dbscale.report.sheet import parse_count
 
     point = [parse_count(text) for text in (arguments.dp, arguments.df, arguments.params)]

@@ -97,6 +97,10 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
         f"store {study.store.root}, cluster {study.cluster.executor}",
         "",
     ]
+    if grid.hunt is not None:
+        lines[1:1] = [
+            "`dbscale hunt` chooses its runs (--dry-run shows the next ones); this is the grid as it would be run whole"
+        ]
     counts = Counter((cell.recipe.stage, plan.states[cell.key]) for cell in plan.cells)
     stages = {stage: (stage,) for stage in STAGES if stage in {cell.recipe.stage for cell in plan.cells}}
     lines += [states_table(counts, stages, header=("stage",)), ""]

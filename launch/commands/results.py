@@ -96,14 +96,17 @@ def export(arguments: argparse.Namespace) -> int:
         return export_model(arguments)
     if arguments.push is not None:
         raise ConfigError("--push uploads the model of one cell; name the cell: `dbscale export CELL --push …`")
-    from dbscale.report.page import export_figures, export_table_figures
+    from dbscale.report.findings import refresh, refresh_table
+    from dbscale.report.page import export_figures
 
     if arguments.table is not None:
         folder = arguments.out or arguments.table.parent / "figures"
-        paths = export_table_figures(arguments.table, folder, columns_of(arguments))
+        study = refresh_table(arguments.table, folder, columns=columns_of(arguments))
     else:
         store, name = store_of(arguments), grid_name(arguments)
-        paths = export_figures(store, name, arguments.out or store.grid_dir(name) / "figures")
+        folder = arguments.out or store.grid_dir(name) / "figures"
+        study = refresh(store, name)
+    paths = export_figures(*study, folder)
     print("\n".join(map(str, paths)))
     return 0
 

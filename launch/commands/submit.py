@@ -171,16 +171,20 @@ def settled_plan(study: Study) -> tuple[Plan, CostModel]:
         time.sleep(1)
 
 
-def write_records(study: Study, plan: Plan, cost: CostModel) -> None:
-    """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date."""
+def write_records(study: Study, plan: Plan, cost: CostModel, *, level: float = 0.9) -> None:
+    """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date.
+
+    `level` is that of the report's intervals.
+    """
     for cell in plan.cells:
         study.store.write_spec(cell.spec())
-    new = record(plan, cost)
+    new = record(plan, cost, level=level)
     try:
         old = read_record(study.store, study.grid.name)
     except ValueError:  # damaged, which the plan's notes say
         old = None
-    if old is None or (new.points, new.question, new.min_effect) != (old.points, old.question, old.min_effect):
+    asked = ("points", "question", "min_effect", "level")
+    if old is None or any(getattr(new, name) != getattr(old, name) for name in asked):
         write_plan(study.store, new)
 
 

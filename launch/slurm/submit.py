@@ -37,8 +37,8 @@ from dbscale.study.store import Store
 
 SAFE_PATH = re.compile(r"[\w /.,:+@=~()\[\]-]+")
 """SLURM expands `%` and `\\` in paths and has quoting rules of its own in `#SBATCH` lines; newlines end them."""
-ENDING_WAIT_S = 90.0
-"""Longer than SLURM leaves a job between TERM and KILL (30 s, as it comes)."""
+ENDING_WAIT_S = 300.0
+"""Ten times what SLURM leaves a job between TERM and KILL (30 s, as it comes), for busy nodes end late."""
 LOG_TRIES, LOG_WAIT_S = 360, 5
 """Half an hour, as `dbscale.launch.slurm.job` waits for a store; then it uses up a requeue."""
 DECIDE_TRIES, DECIDE_WAIT_S = 50, 6
@@ -79,7 +79,11 @@ def settle_queue(store: Store, grid: str) -> Queued:
         queued = slurm.read_queued(store, grid)
         ending = {key for key, element in queued.cells.items() if element.state == "COMPLETING"}
         undone = sum(standing.state != "done" for standing in store.standings(ending).values())
-        if not undone or time.monotonic() > deadline:
+        if not undone:
+            return queued
+        if time.monotonic() > deadline:
+            print(f"{undone} cells are taken for running, though their jobs are still ending; if these were cancelled, "
+                  "submit again once `squeue` no longer shows them", flush=True)  # fmt: skip
             return queued
         if not told:
             print(f"waiting for jobs that are ending, with {undone} cells undone", flush=True)
@@ -97,10 +101,15 @@ class Submission:
     cluster: Cluster
     queued: Queued
     hand_ins: int = 0
+    """How often reducers have handed in again before."""
     after: int | None = None
     """A job that the reducer waits for beside the arrays."""
     show: Callable[[str], object] | None = None
     """Takes each script instead of SLURM, and nothing is written: a dry run, in which ids of arrays read as 0."""
+    behind: frozenset[str] | None = None
+    """The cells that the job at the end waits for; None: all that wait or run."""
+    last: Callable[[SubmitRecord], str] | None = None
+    """Command line of the job at the end; None: the reducer's."""
     max_size: int | None = None
     """Elements one array may have; None asks the cluster."""
     job_of: dict[str, int] = field(default_factory=dict)
@@ -112,14 +121,16 @@ class Submission:
         Raises SlurmError.
         """
         check_path(self.store.root, "the store")
-        self.job_of.update({key: each.array for key, each in self.queued.cells.items() if key in keys})
+        waiting = self.queued.cells
+        self.job_of.update({key: waiting[key].array for key in keys if key in waiting})
         limit = self.max_size or slurm.max_array_size()
         for shape, part in arrays(tasks, self.cluster, limit):
             after = sorted({self.job_of[key] for task in part for key in task.parents if key in self.job_of})
             yield self._submit(shape, part, after)
         # An older reducer that still waits would come too early.
         own = set() if self.after is None else {self.after}
-        yield self._submit(self.cluster.reducer_shape(), (), sorted({*self.job_of.values(), *own}))
+        waited = {job for key, job in self.job_of.items() if self.behind is None or key in self.behind}
+        yield self._submit(self.cluster.reducer_shape(), (), sorted({*waited, *own}))
         if self.show is None:
             slurm.cancel_jobs(self.queued.reducers)
 
@@ -150,6 +161,8 @@ class Submission:
         """What each rank runs, as the script writes it."""
         common = {"store": str(self.store.root.absolute()), "grid": self.grid, "uid": record.uid,
                   "data": str(self.data_dir.absolute())}  # fmt: skip
+        if record.kind == "reduce" and self.last is not None:
+            return self.last(record)
         if record.kind == "reduce":
             work: BaseModel = ReduceWork(**common, cluster=self.cluster, hand_ins=self.hand_ins)
             return python_command("dbscale.launch.slurm.reducer", work)

@@ -148,6 +148,16 @@ def in_fork(*arguments) -> int | None:
     return process.exitcode
 
 
+def reached_lines(folder: str, wing: str) -> tuple[Mapping, Mapping[str, float]]:
+    """Which tests reach each line of each file, and how long each takes; ends where they fail without any fault."""
+    out = Path(folder) / "coverage.pickle"
+    code = in_fork(folder, [f"tests/{Path(wing).name}"], wing, str(out))
+    lines, seconds, text = pickle.loads(out.read_bytes())
+    if code:
+        raise SystemExit(f"the tests of {wing} fail without any fault; mend that first:\n{text}")
+    return lines, seconds
+
+
 def statement_at(source: str, line: int) -> range:
     """Lines of the smallest statement that holds this line."""
     spans = [
@@ -163,6 +173,8 @@ def tests_for(mutant: Mutant, lines: Mapping, seconds: Mapping[str, float], budg
     found = {test for line in span for test in reached.get(line, ()) if test}
     path = Path(mutant.path)
     room = f"tests/{path.parent.name}/test_{ROOMS.get(path.stem, path.stem)}.py"
+    if not budget:
+        return [room]
     found = found or {test for test in seconds if test.startswith(room)}  # what runs at import
     ordered = sorted(found, key=lambda test: (not test.startswith(room), seconds.get(test, 0.0)))
     total = list(accumulate(seconds.get(test, 0.0) for test in ordered))
@@ -174,7 +186,8 @@ def main() -> None:
     parser.add_argument("wing", help="folder of the code, such as dbscale/laws")
     parser.add_argument("--count", type=int, default=250, help="mutants to draw")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests that a mutant meets at most")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests that a mutant meets at most; "
+                        "0: its room's tests, whatever they reach")  # fmt: skip
     parser.add_argument("--only", default="", help="rooms to run of those drawn: fit,solver")
     options = parser.parse_args()
     import numpy  # noqa: F401, loaded once for all forks
@@ -190,11 +203,7 @@ def main() -> None:
         for name in ("dbscale", "launch", "shards", "configs", "tests", "pyproject.toml"):
             source, target = ROOT / name, Path(folder) / name
             shutil.copytree(source, target, symlinks=True) if source.is_dir() else shutil.copy(source, target)
-        out = f"{folder}/coverage.pickle"
-        code = in_fork(folder, [f"tests/{Path(options.wing).name}"], options.wing, out)
-        lines, seconds, text = pickle.loads(Path(out).read_bytes())
-        if code:
-            raise SystemExit(f"the tests of {options.wing} fail without any fault; mend that first:\n{text}")
+        lines, seconds = reached_lines(folder, options.wing) if options.budget else ({}, {})
         print(f"{total} mutants of {options.wing}, seed {options.seed}", flush=True)
         for mutant in drawn:
             target = Path(folder) / mutant.path

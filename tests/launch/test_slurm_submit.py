@@ -255,6 +255,20 @@ def test_what_is_ending_is_waited_for_because_it_may_be_cancelled(
     assert again["elements"] == records(workplace)[0]["elements"][1:]
 
 
+def test_what_never_ends_is_taken_for_running_and_said(
+    submit: Any, slurm: Path, workplace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit()
+    (slurm / "queue").write_text("101|0|COMPLETING\n")
+    monkeypatch.setattr("dbscale.launch.slurm.submit.ENDING_WAIT_S", -1.0)
+    cells = len(records(workplace)[0]["elements"][0])
+    _, out, _ = submit()
+    assert f"{cells} cells are taken for running, though their jobs are still ending" in out
+    assert records(workplace)[0]["elements"][0] not in [
+        each for made in records(workplace)[3:] for each in made["elements"]
+    ]
+
+
 def test_a_cell_that_another_grid_has_queued_is_waited_for_and_not_submitted(
     submit: Any, slurm: Path, workplace: Any
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -19,7 +21,7 @@ from dbscale.laws import (
     noise_of,
     power,
 )
-from dbscale.laws.boundary import decide
+from dbscale.laws.boundary import decide, equal_grid
 
 
 def pairs_of(means, spread: float, x=None, **more) -> Pairs:
@@ -114,6 +116,19 @@ def test_the_root_lies_on_the_curve_between_the_points() -> None:
     tight, wide = (judge(pairs_of([0.06, 0.02, -0.02, -0.06], s)) for s in (0.002, 0.01))
     (a, b), (c, d) = tight.interval, wide.interval
     assert c < a < b < d and a < 2000 * 2**0.5 < b
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_root_in_the_first_step_reaches_down_to_where_the_band_meets_zero(side: int) -> None:
+    """Its sign at the first x may be luck; a sign that further points support needs no more than the curve says."""
+    first = judge(pairs_of(side * np.array([0.06, -0.1, -0.1]), 0.01))
+    x, low, high = (np.array(first.curve[name]) for name in ("x", "low", "high"))
+    assert first.bracket == (1000, 2000) and first.interval is not None and first.root is not None
+    assert first.interval[0] == x[(low <= 0) & (high >= 0)].min() < first.root < first.interval[1]
+    later = judge(pairs_of(side * np.array([0.08, 0.06, -0.1, -0.1]), 0.01))
+    x, low, high = (np.array(later.curve[name]) for name in ("x", "low", "high"))
+    assert later.bracket == (2000, 4000) and later.interval is not None
+    assert later.interval[0] > x[(low <= 0) & (high >= 0)].min()
 
 
 def law(roots, slope: float = 0.02, grid=None) -> DeltaCurves:
@@ -387,3 +402,17 @@ def contradict(one: Verdict, other: Verdict) -> bool:
     if kinds == {"crossing"}:
         return one.interval[0] > other.interval[1] or one.interval[1] < other.interval[0]
     return "crossing" in kinds and bool(kinds & {"one_sign", "excluded"})
+
+
+def test_an_equal_fixed_grid_needs_more_seeds_for_more_noise_and_none_for_no_verdict() -> None:
+    xs, rng = [1000.0, 2000.0, 4000.0, 8000.0], np.random.default_rng(7)
+    delta = np.repeat(0.05 * np.log2(2900.0 / np.array(xs)), 6) + 0.01 * rng.standard_normal(24)
+    verdict = judge(make_pairs(np.repeat(xs, 6), delta, seed=list(range(6)) * 4))
+    few, many = equal_grid(verdict, 0.01, xs), equal_grid(verdict, 0.03, xs)
+    assert few is not None and many is not None
+    assert 2 <= few <= 8
+    assert few * 6 <= many <= few * 12  # nine times the variance
+    assert equal_grid(verdict, 0.03, xs, most_seeds=many) == many
+    assert equal_grid(verdict, 0.03, xs, most_seeds=many - 1) is None
+    assert equal_grid(verdict, 0.01, [1000.0, 2000.0]) is None  # all on one side of the root
+    assert equal_grid(replace(verdict, kind="undecided"), 0.01, xs) is None

@@ -397,6 +397,8 @@ def changed(values: np.ndarray, row: int, value: float) -> np.ndarray:
         (changed(X6, 0, 0.0), Y6, "not above 0"),
         (changed(X6, 0, -5.0), Y6, "not above 0"),
         (changed(X6, 4, 1e200), Y6, r"beyond 1e\+100 .* change the column's unit"),
+        (changed(X6, 4, 1e-200), Y6, r"x: 1 value\(s\) beyond 1e\+100 or below its inverse"),
+        (np.full(6, np.nan), Y6, r"x: 6 value\(s\) not a finite number \(row index 0, 1, 2, 3, 4 …: nan\); drop"),
         (X6, changed(Y6, 1, -0.1), r"1 value\(s\) negative \(row index 1: -0.1\); use loss"),
         (np.full(6, 1e3), Y6, "one distinct value of x"),
         (X6[:2], Y6[:2], "3 free parameters, the table 2 distinct points"),

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from dbscale.laws import LawError, Loss, bootstrap, fit_law, parameter_intervals, premise, profile_interval
-from dbscale.laws.uncertainty import Bootstrap, Resampling, refit, says_nothing
+from dbscale.laws.uncertainty import Bootstrap, Resampling, refit, restarts, says_nothing
 
 X = np.geomspace(1e3, 1e6, 20)
 TRUTH = {"E": 0.1, "b": 8.0, "c": -0.4}
@@ -180,6 +180,27 @@ def test_a_gap_at_its_bound_has_the_profiles_interval(gap_fit) -> None:
     assert parameter_intervals(gap_fit)["G"] == (low, high)
     assert bootstrap(gap_fit, Resampling(num_resamples=60)).interval()["G"] == (low, high)
     assert profile_interval(gap_fit, "G", 0.5)[1] < high
+    assert bootstrap(gap_fit, Resampling(60)).interval(0.5)["G"] == profile_interval(gap_fit, "G", 0.5)
+    assert parameter_intervals(gap_fit, 0.5)["G"] == profile_interval(gap_fit, "G", 0.5)
+
+
+def test_a_term_that_vanished_comes_back_in_resamples_that_show_it(gap_fit) -> None:
+    """At its floor the logarithm of an amplitude has no slope: refits start once more with the term regrown."""
+    place = gap_fit.form.param_names.index("G")
+    drawn = bootstrap(gap_fit, Resampling(60)).params[:, place]
+    assert gap_fit.params["G"] == 0 and 0.05 < np.mean(drawn > 0.01) < 0.95
+    for start, grown in zip(restarts(gap_fit), (False, True), strict=True):
+        assert (start[place] > gap_fit.lower[place] + 1) is np.bool_(grown)
+        np.testing.assert_array_equal(np.delete(start, place), np.delete(gap_fit.theta, place))
+    assert len(restarts(fit_law("power_plus", X, noisy(2)))) == 1
+
+
+def test_intervals_end_where_the_law_does() -> None:
+    """E of a curve that nearly reaches 0 is .004 ± more than that: the interval begins at 0, the law's bound."""
+    fit = fit_law("power_plus", X, noisy(3, 0.1) - 0.096, loss="least_squares_log")
+    half = stats.t.ppf(0.95, fit.degrees) * fit.stderr["E"]
+    assert fit.at_bound == () and fit.params["E"] - half < 0
+    assert parameter_intervals(fit)["E"] == (0.0, pytest.approx(fit.params["E"] + half))
 
 
 def test_resamples_pressed_against_a_bound_call_for_the_profile(gap_fit) -> None:

@@ -62,6 +62,13 @@ def test_the_laws_add_what_error_to_expect(table):
     assert "plain by its laws: 40." in found.text()
 
 
+@pytest.mark.parametrize(("labels", "nearest"), [(300, 100), (330, 1000)])
+def test_the_nearest_label_count_is_nearest_as_a_ratio(table, labels, nearest):
+    """√(100·1000) = 316."""
+    (found,) = advise(table, 1000, labels, 5000, options=FAST)
+    assert found.record.downstream_samples == nearest
+
+
 def test_an_undecided_study_gives_no_advice(table):
     runs = tuple(replace(r, error_rate=0.4 + 0.01 * (r.seed - 1.5) * (1 if r.arm == "plain" else -1)) for r in table)
     (found,) = advise(replace(table, runs=runs), 1000, 100, 5000, options=FAST)

@@ -200,7 +200,7 @@ def test_themes_differ_in_colours_alone():
 def test_figures_are_valid_and_go_to_paper_as_svg_and_pdf(tmp_path):
     verdict = make_verdict(HELPS_THEN_HURTS)
     record = make_contrast(verdict, noise=make_noise(), halves=(HalfRecord(seeds=("0",), verdict=verdict),) * 2)
-    made = figures.contrast_figures(record)
+    made = figures.study_figures([record])
     assert list(made) == ["verdict", "halves", "noise"]
     for figure in made.values():
         figure.chart.to_dict(validate=True)

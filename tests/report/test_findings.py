@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dbscale.laws import make_pairs
+from dbscale.laws import fit_noise, make_pairs, power
 from dbscale.report import schema, words
 from dbscale.report.findings import Findings, Options, contrast, digest, find, refresh_table
+from dbscale.report.pairing import pair_arms
 from dbscale.report.schema import BoundaryFile, LawsFile
-from dbscale.report.table import MissingPoint, Run, RunTable, read_table, to_csv
+from dbscale.report.table import MissingPoint, Run, RunTable, Setting, read_table, to_csv
 
 STUDY = Path(__file__).parents[2] / "docs" / "studies" / "cifar10"
 FAST = Options(num_draws=200, num_resamples=20)
@@ -198,6 +199,29 @@ def test_power_and_noise_come_with_a_verdict(found: Findings):
     assert main.power.seeds_for_half is None or main.power.seeds_for_half > 4
 
 
+def test_power_is_that_of_the_design_and_of_the_slope_at_the_root(found: Findings):
+    """Four D_p an octave apart, four seeds, one student, two label counts; Δ falls by .12 between 2,000 and 4,000."""
+    main = found.boundary.contrasts[0]
+    pairs, _ = pair_arms(study(labels=(100, 1000)), Setting("base", "fractals", "digits"))
+    assert pairs is not None and main.power is not None
+    noise = fit_noise(pairs)
+    assert noise is not None
+    design = {"num_x": 4, "num_seeds": 4, "num_students": 1, "num_labels": 2, "finetunes": 1}
+    wanted = power(noise, **design, level=0.9, family=1, slope=-0.12, step_octaves=1.0)
+    assert main.power.smallest_effect == pytest.approx(wanted.smallest_effect)
+    assert main.power.seeds_for_half == wanted.seeds_for_half
+    assert main.power.width_octaves == pytest.approx(wanted.width_octaves, rel=0.2)
+    single = found.boundary.contrasts[1].power
+    part = fit_noise(pairs.of("h2", 100))
+    assert part is not None and single is not None
+    one = power(part, **design | {"num_labels": 1}, level=0.9, family=2)
+    assert single.smallest_effect == pytest.approx(one.smallest_effect)
+
+
+def test_three_seeds_have_no_halves_and_four_do():
+    assert [len(find(study(seeds=n), options=FAST).boundary.contrasts[0].halves) for n in (3, 4)] == [0, 2]
+
+
 def test_pairs_that_lack_a_stratum_are_counted():
     table = study(labels=(100, 1000))
     runs = tuple(
@@ -299,6 +323,11 @@ def test_models_near_chance_are_named_at_the_largest_such_size():
     ]
 
 
+def test_chance_begins_at_four_in_five():
+    assert len(regime({1000: 0.8, 2000: 0.5, 4000: 0.4})) == 1
+    assert regime({1000: 0.799, 2000: 0.5, 4000: 0.4}) == []
+
+
 def test_a_floor_of_steps_is_named():
     errors = {500: 0.5, 1000: 0.4, 4000: 0.3}
     assert regime(errors, seen={500: 32_000, 1000: 35_000, 4000: 90_000}) == [
@@ -306,6 +335,8 @@ def test_a_floor_of_steps_is_named():
         "sets how long they train."
     ]
     assert regime(errors, seen={500: 32_000, 1000: 64_000, 4000: 90_000}) == []
+    assert regime(errors, seen={500: 32_000, 1000: 36_800, 4000: 90_000}) != []  # 1.15 times the least
+    assert regime(errors, seen={500: 32_000, 1000: 36_900, 4000: 90_000}) == []
     assert regime(errors, seen={500: 32_000, 1000: 32_000, 4000: 32_000}) == []  # equal steps by design, no floor
 
 

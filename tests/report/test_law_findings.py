@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dbscale.laws import make_pairs
+from dbscale.report import law_findings
 from dbscale.report.law_findings import Options, law_delta, study_laws
 from dbscale.report.table import Run, RunTable
 
@@ -162,6 +163,39 @@ def test_the_laws_difference_is_averaged_over_the_pairs_strata(found):
     assert curves.best == pytest.approx(expected, rel=0.15)
     assert curves.drawn.shape[1] == len(curves.grid)
     assert law_delta(arms, setting, "test_loss", pairs) is None
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_a_rank_correlation_has_its_interval(count):
+    """Ranks 1…5 against 2, 1, 4, 3, 5: ρ = 1 − 6·4/(5·24) = .8; z = 1.0986 ± 1.6449·√((1 + .8²/2)/2)."""
+    errors = (0.2, 0.1, 0.4, 0.3, 0.5)
+    runs = tuple(
+        Run(variant="base", arm="plain", student="h1", num_params=10, upstream_dataset="up", upstream_samples=place + 1,
+            dataset="digits", downstream_samples=10, seed=0, error_rate=errors[place], linear_probe_error=0.1 * place,
+            upstream_key=f"up {place}")
+        for place in range(count)
+    )  # fmt: skip
+    _, laws = study_laws(RunTable(runs), FAST, "")
+    if count == 4:
+        assert laws.predictors == ()
+        return
+    (found,) = laws.predictors
+    assert (found.predictor, found.num_checkpoints, found.downstream_samples) == ("linear-probe error", 5, 10)
+    assert (found.rho.value, found.rho.low, found.rho.high) == pytest.approx((0.8, -0.2333, 0.9848), abs=2e-3)
+
+
+def test_weights_are_inverse_variances_of_logarithms():
+    """100 test images: (.16/100)/.2² + .05² = .0425 at an error of .2 and (.24/100)/.4² + .05² = .0175 at .4."""
+    runs = RunTable(tuple(
+        Run(variant="base", arm="plain", student="h1", num_params=10, upstream_samples=size, dataset="digits",
+            downstream_samples=10, seed=seed, error_rate=error)
+        for size, error in ((1, 0.2), (2, 0.4)) for seed in (0, 1)
+    ))  # fmt: skip
+    weights = law_findings._weights(runs, np.full(4, 100.0))
+    assert weights[0] == weights[1] and weights[2] == weights[3]
+    assert weights[2] / weights[0] == pytest.approx(0.0425 / 0.0175, rel=0.03)
+    many = law_findings._weights(runs, np.full(4, 1e9))
+    assert many == pytest.approx([1, 1, 1, 1], rel=1e-3)
 
 
 def test_cheap_predictors_are_ranked_against_the_finetuned_error():

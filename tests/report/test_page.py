@@ -6,14 +6,16 @@ import base64
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dbscale.laws import make_pairs
 from dbscale.report import schema
-from dbscale.report.findings import Options, contrast, find
-from dbscale.report.page import compare_page, export_table_figures, of_table, write_page, write_table_report
+from dbscale.report.findings import Options, contrast, find, refresh_table
+from dbscale.report.page import compare_page, export_figures, of_grid, of_table, write_page, write_table_report
+from dbscale.report.reduce import collect, load_plan
 from dbscale.report.schema import BoundaryFile
 from dbscale.report.table import RunTable, read_table, to_csv
 from dbscale.study.store import Store
@@ -116,7 +118,7 @@ def test_a_table_alone_is_enough(tmp_path: Path):
     assert "16 of 16 measured points finished" in text and "2 seeds behind the main verdict" in text
     assert "device time of" not in text and "The table does not say what its 16 runs cost." in text
     assert (tmp_path / "out" / "boundary.json").exists() and (tmp_path / "out" / "laws.json").exists()
-    paths = export_table_figures(path, tmp_path / "out" / "figures")
+    paths = export_figures(*refresh_table(path, tmp_path / "out"), tmp_path / "out" / "figures")
     assert {path.suffix for path in paths} == {".svg", ".pdf"} and all(path.stat().st_size > 1000 for path in paths)
 
 
@@ -144,6 +146,35 @@ def test_any_contrast_has_the_same_kind_of_page(tmp_path: Path):
     assert "Model resnet gives the lower test loss: by more than 0.02 at 1e15 and 4e15 FLOPs" in text
     assert "3 rows have no partner" in text and "Made from the table theirs" in text
     assert len(page.read_bytes()) < 2 * MEGABYTE and 'id="verdict"' in page.read_text()
+
+
+def test_a_lost_cell_counts_the_points_that_it_costs(reported: Store):
+    """The teacher of 2,000 images and seed 1 stands before two students' distilled runs, each with two label counts."""
+    plan = load_plan(reported, "tiny")
+    found = of_grid(reported, plan, collect(reported, plan))
+    lost = [(cell["state"], cell["key"].split("-")[0], cell["points_lost"]) for cell in found.missing]
+    assert lost[0] == ("failed", "pretrain", 4) and found.missing[0]["log"] == "logs/one.txt"
+    assert sorted(lost[1:]) == [("blocked", "finetune", 1)] * 4
+    assert found.cells[0]["state"] != "done" and found.cells[-1]["state"] == "done"
+    done = sum(cell["state"] == "done" for cell in found.cells)
+    assert found.cost.startswith(f"{done} of {len(found.cells)} cells took ")
+    assert [stage["stage"] for stage in found.stages] == ["pretrain", "distill", "finetune"]
+    assert sum(stage["num_cells"] for stage in found.stages) == done
+
+
+def test_costs_are_summed_by_stage():
+    names = {"upstream_key": "up", "upstream_device_time_s": 100.0, "upstream_samples_seen": 5000, "device": "cpu"}
+    runs = tuple(
+        replace(run, **names, device_time_s=time, train_time_s=time / 2, samples_seen=300, num_attempts=tries)
+        for run, time, tries in zip(study(seeds=1, sizes=(1000, 2000)), (1.0, 2.0, 3.0, 6.0), (1, 1, 2, 1), strict=True)
+    )
+    upstream, finetune = of_table(Path("rows.csv"), RunTable(runs)).stages
+    shared = {"host": "", "device": "cpu", "data_wait_share": None}
+    assert upstream == shared | {"stage": "pretrain", "num_cells": 1, "device_time_s": 100.0, "longest_s": 100.0,
+                                 "images_per_s": 50.0, "num_attempts": None}  # fmt: skip
+    # Images a second: 600, 300, 200 and 100.
+    assert finetune == shared | {"stage": "finetune", "num_cells": 4, "device_time_s": 12.0, "longest_s": 6.0,
+                                 "images_per_s": 250.0, "num_attempts": 5}  # fmt: skip
 
 
 def test_a_tables_cost_counts_every_upstream_run_once():

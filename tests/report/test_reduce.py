@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from dbscale.errors import TableError
-from dbscale.report.findings import Options, find, load_mistakes, refresh
-from dbscale.report.reduce import collect, load_plan, read_mistakes, reduce_grid
+from dbscale.report.findings import Options, find, refresh
+from dbscale.report.reduce import collect, load_mistakes, load_plan, read_mistakes, reduce_grid
 from dbscale.report.table import COLUMNS, read_table, to_csv
 from dbscale.study.store import Row, Store
 

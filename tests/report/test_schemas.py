@@ -12,6 +12,7 @@ import pytest
 from dbscale import laws
 from dbscale.report import schema
 from dbscale.report.table import COLUMNS, REQUIRED, kind_of
+from dbscale.study import hunt
 
 TEXT = (Path(__file__).parents[2] / "docs" / "schemas.md").read_text(encoding="utf-8")
 SETTING = {"variant", "upstream_dataset", "dataset"}
@@ -22,7 +23,8 @@ PARTS = {
     "**laws[]**": (schema.LawRecord, schema.ParamRecord, schema.CandidateRecord),
     "**curves[]**": (schema.LawCurve, schema.Band), "**predictions[]**": (schema.Prediction,),
     "**transfer[]**": (schema.TransferRecord,), "**levers[]**": (schema.LeverRecord,),
-    "**predictors[]**": (schema.PredictorRecord,),
+    "**predictors[]**": (schema.PredictorRecord,), "## hunt.json": (hunt.HuntLog,), "**waves[]**": (hunt.WaveRecord,),
+    "**findings[]**": (hunt.Finding,), "**bought[]**": (hunt.Bought,),
 }  # fmt: skip
 
 

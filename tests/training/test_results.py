@@ -88,6 +88,7 @@ def row_of(bench, monkeypatch):
         )
         trained = Trained(state, 6, 123, "abc")
         cell = bench.cell(precision="bf16")
+        (bench.store.cell_dir(cell.key) / "correct.npz").write_bytes(b"abc")
         return make_row(cell.spec(), trained, Evaluation(0.25, 0.125, 1.5, 0.0625, *bits), 2.25, context, tries)
 
     return make
@@ -97,6 +98,8 @@ def test_a_row_accounts_for_every_attempt_device_and_sample(row_of):
     row = row_of()
     assert (row.num_steps, row.samples_seen, row.replaced_samples, row.train_loss) == (7, 7 * 16, 3, 1.5)
     assert (row.num_test_samples, row.num_classes, row.weights_sha256) == (4, 6, "abc"), "one could not be decoded"
+    # The SHA-256 of "abc", as FIPS 180-2 gives it.
+    assert row.correct_sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     found = (row.error_rate, row.top5_error_rate, row.test_loss, row.calibration_error)
     assert found == (0.25, 0.125, 1.5, 0.0625)
     timing = row.timing

@@ -3,7 +3,8 @@
 On PYTHONPATH of the tests' subprocesses only: Python imports a module of this name at start-up. The fake cell keeps
 `run_cell`'s contract: rows last, attempts opened and closed, a lock per cell, resume from a checkpoint, bitwise rows.
 `<store>/fake.json` says how it should misbehave: {"steps": 5, "step_s": 0.01, "fail": [...], "die": [...]} where the
-lists hold parts of keys; {"locks": false} is a file system without locks.
+lists hold parts of keys; {"locks": false} is a file system without locks; {"boundary": {"root": 64, "slope": 0.1, "noise":
+0.01}} gives finetunes errors whose ΔE falls by `slope` an octave through 0 at `root` upstream images.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
@@ -110,6 +112,11 @@ def make_row(store, spec):
     stages = {"distill": "distilled", "pretrain": "plain"}
     arm = stages.get(recipe.stage) or (store.read_row(spec.init).arm if spec.init else "scratch")
     digest = hashlib.sha256(spec.key.encode()).hexdigest()
+    error = int(digest[:4], 16) / 65536
+    boundary = behaviour(store).get("boundary")
+    if boundary and spec.init:
+        octaves = math.log2(boundary["root"] / store.read_row(spec.init).num_samples)
+        error = 0.5 - (arm == "distilled") * boundary["slope"] * octaves + boundary["noise"] * (error - 0.5)
     timing = Timing(
         train_time_s=1.0, eval_time_s=0.1, step_time_s=0.1, images_per_s=10.0, data_wait_share=0.0, device_time_s=2.0,
         peak_memory_bytes=1, device="cpu", host=socket.gethostname(),
@@ -117,7 +124,7 @@ def make_row(store, spec):
     return Row(
         key=spec.key, id=spec.id, stage=recipe.stage, arm=arm, model="m", dataset=recipe.data.dataset,
         num_samples=recipe.data.num_samples, seed=recipe.seed, num_params=1000, num_classes=10,
-        num_steps=recipe.num_steps, samples_seen=100, train_flops=1e9, error_rate=int(digest[:4], 16) / 65536,
+        num_steps=recipe.num_steps, samples_seen=100, train_flops=1e9, error_rate=error,
         test_loss=1.0, num_test_samples=100, train_loss=1.0, weights_sha256=digest, timing=timing,
     )  # fmt: skip
 

@@ -1,0 +1,337 @@
+"""`dbscale hunt` (make hunt): look for a grid's boundary wave after wave, each run where it removes most doubt per hour.
+
+On this machine the command stays until the hunt is over; on SLURM it submits a wave and a job behind it, which reduces,
+plans and submits the next. Typed again after any interruption it continues: the wave follows from the grid and the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dbscale.errors import FileError
+from dbscale.files import driver_lock
+from dbscale.launch.cluster import cluster_path, tasks_of
+from dbscale.launch.commands.results import report_is_current, write_results
+from dbscale.launch.commands.submit import (
+    WAIT_FOR_OTHERS_S,
+    execute,
+    finish,
+    pack_missing,
+    refuse_what_would_fail,
+    report_path,
+    say_stopped,
+    show_script,
+    where_of,
+    write_records,
+)
+from dbscale.launch.hunt import NextWave, next_wave, wave_record
+from dbscale.launch.slurm.queue import Uid
+from dbscale.launch.status import hunt_lines, pairs_text
+from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, study_of
+from dbscale.strict import Strict
+from dbscale.study.cost import duration
+from dbscale.study.hunt import WHY, Bought, HuntLog, WaveRecord, axis_values, hunt_of, read_log, with_wave, write_log
+from dbscale.study.plan import Plan
+
+if TYPE_CHECKING:
+    from dbscale.launch.slurm.queue import Queued, SubmitRecord
+
+LOCK_WAIT_S, LOCK_INTERVAL_S = 600.0, 5.0
+"""How long the job between two waves waits for a command that works on the store."""
+NO_PROGRESS = 3
+MOST_TRIES = 3
+"""Waves in a row that may finish no pair before the job between them gives up; a person who types the command may not."""
+
+
+def add_commands(add: AddCommand) -> None:
+    parser = add("hunt", run, "look for the grid's boundary in waves, each run where it removes most doubt per hour")
+    add_study(parser)
+    add_tracker(parser)
+    parser.add_argument("--dry-run", action="store_true", help="show the next wave with gain, price and reason")
+    parser.add_argument("--json", action="store_true", help="print each wave as one line of JSON instead of sentences")
+    parser.add_argument("--step", metavar="JSON", help="for the job behind a wave: plan and submit the next one")
+    parser.add_argument("--no-smoke", action="store_true",
+                        help="leave out the trial of one step of each new kind of recipe")  # fmt: skip
+    parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    study = study_of(arguments)
+    hunt_of(study.grid)
+    on_slurm = study.cluster.executor == "slurm"
+    if on_slurm:
+        from dbscale.launch.slurm.submit import check_options
+
+        check_options(study.cluster)
+    if arguments.dry_run:
+        return dry_run(study, arguments)
+    if arguments.step is not None:
+        return next_step(study, arguments, Step.model_validate_json(arguments.step))
+    with driver_lock(study.store.root, "dbscale hunt", study.grid.name):
+        study = pack_missing(study)
+        if on_slurm:
+            return hunt_on_slurm(study, arguments)
+        return hunt_here(study, arguments)
+
+
+def shower(arguments: argparse.Namespace) -> Show:
+    """How a wave is shown."""
+    return show_json if arguments.json else show_wave
+
+
+def dry_run(study: Study, arguments: argparse.Namespace) -> int:
+    """The next wave as the rows call for it, and on SLURM the scripts that would be submitted; writes nothing."""
+    show = shower(arguments)
+    if study.cluster.executor != "slurm":
+        wave = next_wave(study)
+        show(study, wave, numbered(study, wave)[1])
+        return 0
+    from dbscale.launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
+    from dbscale.launch.slurm.submit import Submission
+
+    try:
+        queued, max_size = read_queued(study.store, study.grid.name), max_array_size()
+    except SlurmError as error:
+        print(f"{error}; shown is what an idle cluster with SLURM's own limits would get", file=sys.stderr)
+        queued, max_size = Queued(study.store), DEFAULT_MAX_ARRAY_SIZE
+    wave = next_wave(study, queued.cells)
+    show(study, wave, numbered(study, wave)[1])
+    if wave.chosen and not arguments.json:
+        plan, last = wave.plan(), command_behind(arguments, wave, 0)
+        dry = Submission(*where_of(study), queued, show=show_script, max_size=max_size, last=last)
+        list(dry.run(tasks_of(plan, wave.survey.cost, study.cluster), [cell.key for cell in plan.cells]))
+    return 0
+
+
+def hunt_here(study: Study, arguments: argparse.Namespace) -> int:
+    """Run wave after wave on this machine until the hunt is over; says why it is."""
+    before = None
+    while True:
+        wave = settled_wave(study)
+        plan = wave.plan()
+        refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
+        shower(arguments)(study, wave, record_wave(study, wave))
+        write_records(study, plan, wave.survey.cost, level=wave.level)
+        if wave.stopped:
+            return finish(study, plan, report=not arguments.no_report)
+        now = [(key, each.state) for key, each in sorted(wave.survey.standings.items()) if each.state != "new"]
+        if now == before:
+            print("the last wave finished no run; `dbscale status` says why. The same command tries again",
+                  file=sys.stderr)  # fmt: skip
+            return NO_PROGRESS
+        before = now
+        stop = execute(study, plan, wave.survey.cost)
+        if stop.requested:
+            return say_stopped(study, plan, stop)
+
+
+def settled_wave(study: Study) -> NextWave:
+    """The next wave once nobody else's worker is at this grid: those of a driver that was killed need a moment to save."""
+    deadline = time.monotonic() + WAIT_FOR_OTHERS_S
+    while True:
+        wave = next_wave(study)
+        if not wave.survey.having("running") or time.monotonic() > deadline:
+            return wave
+        time.sleep(1)
+
+
+# The log, and what people read of it.
+
+Show = Callable[[Study, NextWave, WaveRecord], None]
+
+
+def numbered(study: Study, wave: NextWave) -> tuple[HuntLog, WaveRecord]:
+    """The log with this wave, and the wave with its number."""
+    hunt, values = hunt_of(study.grid), axis_values(study.grid)
+    try:
+        log = read_log(study.store, study.grid.name)
+    except FileError as error:
+        print(f"{error}; the log of the hunt begins anew, its runs are kept", file=sys.stderr)
+        log = None
+    new = HuntLog(grid=study.grid.name, along=hunt.along, span=(values[0], values[-1]),
+                  target_octaves=hunt.target_octaves, level=hunt.level,
+                  budget_s=hunt.budget_hours * 3600, waves=log.waves if log else ())  # fmt: skip
+    found = with_wave(new, wave_record(wave))
+    return found, found.waves[-1]
+
+
+def record_wave(study: Study, wave: NextWave) -> WaveRecord:
+    """Write the wave into the hunt's log; one that says nothing new leaves the file as it is."""
+    log, new = numbered(study, wave)
+    try:
+        old = read_log(study.store, study.grid.name)
+    except FileError:
+        old = None
+    last = old.waves[-1] if old and old.waves else None
+    if last is None or last.model_copy(update={"created": new.created}) != new:
+        write_log(study.store, log)
+    return new
+
+
+def show_json(_study: Study, _wave: NextWave, record: WaveRecord) -> None:
+    print(record.model_dump_json(), flush=True)
+
+
+def show_wave(study: Study, wave: NextWave, record: WaveRecord) -> None:
+    """What is known, what it cost, and what comes next: one sentence for each choice."""
+    hunt = hunt_of(study.grid)
+    print("\n".join(hunt_lines(numbered(study, wave)[0])))
+    for bought in record.bought:
+        print(f"  {pairs_text(bought.num_pairs)} at {hunt.along} {bought.x:,}"
+              f"{' of ' + ', '.join(bought.targets) if len(wave.findings) > 1 else ''}: {why(bought)}")  # fmt: skip
+    sys.stdout.flush()
+
+
+def why(bought: Bought) -> str:
+    """The reason of a choice in words, with gain and price."""
+    price = f"for {duration(bought.cost_s)}"
+    if bought.gain is None:
+        return f"{WHY[bought.reason]}, {price}"
+    return f"{WHY[bought.reason]}; worth {bought.gain:.2g} octaves {price}"
+
+
+# On SLURM.
+
+
+class Step(Strict):
+    """What the job behind a wave knows of how it came about, beside the words of the command."""
+
+    uid: Uid
+    """Of its record."""
+    done: int
+    """Pairs that were finished, or had failed, when it was submitted."""
+    tries: int
+    """Waves before it, in a row, that finished none."""
+
+
+def command_behind(arguments: argparse.Namespace, wave: NextWave, tries: int) -> Callable[[SubmitRecord], str]:
+    """The same hunt as a command line for the job of a record, which starts in another folder."""
+    where = {"grid": arguments.grid, "cluster": cluster_path(arguments.cluster), "store": arguments.store,
+             "data": arguments.data}  # fmt: skip
+    words = [word for name, path in where.items() for word in (f"--{name}", str(path.absolute()))]
+    words += [word for override in arguments.overrides for word in ("--set", override)]
+    done = num_ended(wave)
+
+    def command(record: SubmitRecord) -> str:
+        step = Step(uid=record.uid, done=done, tries=tries).model_dump_json()
+        return shlex.join([sys.executable, "-u", "-m", "dbscale.launch.cli", "hunt", *words, "--step", step])
+
+    return command
+
+
+def num_ended(wave: NextWave) -> int:
+    """Pairs that are finished, or lack a run that failed."""
+    return len(wave.survey.having("done", "failed"))
+
+
+def next_step(study: Study, arguments: argparse.Namespace, step: Step) -> int:
+    """What the job behind a wave does. Started again at any point it finds in the queue what it had submitted; a start
+    that a dead node gives back ends as soon as it sees that a later one has taken over."""
+    from dbscale.launch.slurm.job import Fence, JobIdentity
+
+    job = JobIdentity.of_job()
+    folder = study.store.grid_dir(study.grid.name).absolute() / "jobs" / step.uid
+    fence = Fence(folder / "0.fence", job, study.store)
+    fence.raise_token()
+    with patient_lock(study):
+        return hunt_on_slurm(study, arguments, step, fence.check)
+
+
+@contextlib.contextmanager
+def patient_lock(study: Study) -> Iterator[None]:
+    """Hold the store as a command does, after waiting for one that works on it. Raises FileError after ten minutes."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(driver_lock(study.store.root, "the job between two waves", study.grid.name))
+                break
+            except FileError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOCK_INTERVAL_S)
+        yield
+
+
+def hunt_on_slurm(
+    study: Study, arguments: argparse.Namespace, step: Step | None = None, check: Callable[[], object] = lambda: None
+) -> int:
+    """Submit the next wave and the job behind it, as far as the hunt may have waves in flight; report when it is over.
+
+    `step` is what the job that this runs in knows; `check` ends the process if a newer start of it has taken over.
+    Raises SlurmError.
+    """
+    for _ in range(1 + hunt_of(study.grid).waves_ahead):
+        queued = queue_without(study, step)
+        wave = next_wave(study, queued.cells)
+        check()
+        plan = wave.plan()
+        if step is None:
+            refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
+        shower(arguments)(study, wave, record_wave(study, wave))
+        write_records(study, plan, wave.survey.cost, level=wave.level)
+        in_flight = frozenset(cell.key for cell in plan.cells if cell.key in queued.cells)
+        if wave.stopped and step is not None and not in_flight:
+            print(write_results(study.store, study.grid.name)[0])
+            return 0
+        if wave.stopped:
+            plan = replace(plan, waves=())
+        if not plan.waves and says_nothing_to_do(study, plan, queued, in_flight):
+            return 0
+        tries = step.tries + 1 if step is not None and step.done == num_ended(wave) else 0
+        if tries > MOST_TRIES:
+            print(
+                f"the last {MOST_TRIES} waves finished no pair; `dbscale status` says why. The same command tries again"
+            )
+            return 0
+        submit_wave(study, wave, plan, queued, command_behind(arguments, wave, tries), check)
+        if not wave.chosen:
+            return 0
+    return 0
+
+
+def queue_without(study: Study, step: Step | None) -> Queued:
+    """What SLURM holds of the grid, the job that asks left out."""
+    from dbscale.launch.slurm.submit import settle_queue
+
+    queued = settle_queue(study.store, study.grid.name)
+    return replace(queued, records=tuple(each for each in queued.records if step is None or each.uid != step.uid))
+
+
+def says_nothing_to_do(study: Study, plan: Plan, queued: Queued, in_flight: frozenset[str]) -> bool:
+    """Whether a job waits behind what is in flight (with waves ahead: behind the oldest), or all is reported."""
+    keys = [cell.key for cell in plan.cells]
+    planned = bool(hunt_of(study.grid).waves_ahead and queued.reducers) or queued.will_be_reduced(keys)
+    if planned:
+        print(f"nothing to submit: {len(in_flight)} runs wait or run in SLURM; the job behind them plans what is next")
+    elif not in_flight and report_is_current(study.store, study.grid.name, keys):
+        print(f"the report is up to date: {report_path(study)}")
+        return True
+    return planned
+
+
+def submit_wave(
+    study: Study, wave: NextWave, plan: Plan, queued: Queued, last: Callable[[SubmitRecord], str],
+    check: Callable[[], object],
+) -> None:  # fmt: skip
+    """Submit arrays and the job behind them; with waves ahead that job waits for the earlier wave alone."""
+    from dbscale.launch.slurm.submit import Submission
+
+    keys = [cell.key for cell in plan.cells]
+    in_flight = frozenset(queued.cells).intersection(keys)
+    submission = Submission(
+        *where_of(study), queued, last=last, behind=in_flight if hunt_of(study.grid).waves_ahead and in_flight else None
+    )
+    check()
+    for made in submission.run(tasks_of(plan, wave.survey.cost, study.cluster), keys):
+        what = f"{len(made.elements)} bundles" if made.kind == "bundles" else "the job that plans the next wave"
+        after = f", after {', '.join(map(str, made.after))}" if made.after else ""
+        print(f"submitted {what} as job {made.job}{after}", flush=True)
+        check()
