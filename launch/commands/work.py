@@ -68,14 +68,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def pack_in_turn(study: Study) -> Study:
-    """Pack what is missing; of several workers that come at once on one file system one packs and the others wait."""
-    make_folder(study.data_dir)
-    while True:
+    """Pack and import what is missing; of several workers that come at once on one file system one does it, and the
+    others wait."""
+    while study.missing_datasets or study.missing_weights:
+        make_folder(study.data_dir)
         with locked(study.data_dir / ".pack.lock") as held:
-            if held or not (study.missing_datasets or study.missing_weights):
-                return pack_missing(study) if study.missing_datasets or study.missing_weights else study
+            if held:
+                return pack_missing(study)
         time.sleep(1)
         study = replace(study)  # manifests are read once per study
+    return study
 
 
 def reduce_once(study: Study, plan: Plan, leases: Leases, stop: StopRequest, *, report: bool) -> int:
