@@ -162,7 +162,8 @@ def tests_for(mutant: Mutant, lines: Mapping, seconds: Mapping[str, float], budg
     span = statement_at(mutant.original, mutant.line)
     found = {test for line in span for test in reached.get(line, ()) if test}
     path = Path(mutant.path)
-    room = f"tests/{path.parent.name}/test_{ROOMS.get(f"{path.parent.name}/{path.stem}", path.stem)}.py"
+    wing, stem = path.parent.name, path.stem
+    room = f"tests/{wing}/test_{ROOMS.get(f'{wing}/{stem}', stem)}.py"
     found = found or {test for test in seconds if test.startswith(room)}  # what runs at import
     ordered = sorted(found, key=lambda test: (not test.startswith(room), seconds.get(test, 0.0)))
     total = list(accumulate(seconds.get(test, 0.0) for test in ordered))
