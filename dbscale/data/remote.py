@@ -93,7 +93,8 @@ def fetch_file(url: str, name: str) -> bytes:
         raise DataError(f"{url}/{name}: no such object; pack the dataset there with `dbscale shards pack SOURCE {url}`"
                         ) from None  # fmt: skip
     except Exception as error:  # every store has exceptions of its own
-        raise unreachable(f"{url}/{name}", error) from error
+        fault = unreachable(f"{url}/{name}", error)
+        raise fault from fault.__cause__
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
@@ -111,6 +112,7 @@ def unreachable(what: str, error: BaseException) -> DataError:
     fault = DataError(f"{what}: cannot be read ({type(error).__name__}: {error}); look at the network and at the "
                       "credentials; what was trained is kept, start it again to resume")  # fmt: skip
     fault.__cause__ = ConnectionError(str(error))
+    fault.__cause__.__cause__ = error
     return fault
 
 
@@ -310,4 +312,5 @@ def copy_shard(folder: Path, name: str, target: Any) -> None:
     except FileNotFoundError:
         raise DataError(f"{url}/{name}: shard is missing; pack the dataset there again") from None
     except Exception as error:
-        raise unreachable(f"{url}/{name}", error) from error
+        fault = unreachable(f"{url}/{name}", error)
+        raise fault from fault.__cause__

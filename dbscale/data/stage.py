@@ -168,7 +168,7 @@ def _is_whole(dataset: Dataset, local: Path, number: int) -> bool:
     path, note = local / shard.name, local / f".{shard.name}.checked"
     status = path.stat()
     stamp = f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
-    if note.exists() and note.read_text() == stamp:
+    if note.is_file() and note.read_bytes() == stamp.encode():
         return True
     if status.st_size != shard.num_bytes:
         return False

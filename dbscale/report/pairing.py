@@ -204,7 +204,7 @@ class _Pairing:
     """Which runs are paired: those in which the columns `fixed` have these values, by `columns`."""
 
     table: RunTable
-    fixed: Mapping[str, str]
+    fixed: Mapping[str, Any]
     columns: Sequence[str]
     metric: str
     arms: tuple[str, str]
