@@ -134,7 +134,10 @@ def test_the_box_holds_and_its_edge_is_met_exactly() -> None:
     assert theta[0] == 0.0
     problem.lower[2] = -0.3
     held, more, _ = polish(problem, start, np.ones(len(X)))
-    assert held[2] >= -0.3 and more > objective
+    assert held[2] == -0.3 and more > objective
+    problem.lower[2], problem.upper[2] = -2.0, -0.7
+    held, more, _ = polish(problem, np.array([0.01, np.log(0.2), -0.9]), np.ones(len(X)))
+    assert held[2] == -0.7 and more > objective
 
 
 def test_a_start_outside_the_domain_stays_where_it_is() -> None:
