@@ -82,7 +82,7 @@ def test_a_job_that_nobody_could_requeue_is_handed_in_again_by_the_reducer(
     assert sandbox.kill_rank(job)
     check(place, lambda: all_ended(900.0), num_cells, saved=False)  # twice through the grid
     logs = [path.read_text() for path in place.store.grid_dir("tiny").glob("jobs/*/*_0_log.out")]
-    assert sum("handed in again" in text for text in logs) == 1
+    assert sum("handed in again: a reducer after them" in text for text in logs) == 1
 
 
 def test_a_controller_that_restarts_changes_nothing(
