@@ -17,6 +17,7 @@ _HOME = {
     "read_rows": "launch.api",
     "compare": "launch.api",
     "find_boundary": "launch.api",
+    "hunt_next": "launch.api",
     "fit_law": "laws",
     "select_law": "laws",
     "open_dataset": "data",

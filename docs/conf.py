@@ -13,7 +13,7 @@ from dbscale.laws import FORMS
 project = "dbscale"
 author = "The dbscale authors"
 release = dbscale.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "dbscale"
@@ -43,8 +43,25 @@ def write_laws(_app: Any) -> None:
 
 
 def as_markdown(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
-    """Docstrings quote code as Markdown does."""
-    lines[:] = re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", "\n".join(lines)).split("\n")
+    """Docstrings quote code as Markdown does; the few sections that they have become lists.
+
+    Not napoleon, which takes `key: value` in an attribute's docstring for a type.
+    """
+    text = re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", "\n".join(lines))
+    out: list[str] = []
+    section = ""
+    for line in text.split("\n"):
+        title = re.fullmatch(r"(Args|Raises|Returns):", line)
+        if title:
+            section = title[1]
+            out += ["", f"**{section}**", ""]
+        elif section and line.startswith("    "):
+            is_item = section != "Returns" and not line.startswith("        ")
+            out.append(f"- {line.strip()}" if is_item else f"{'' if section == 'Returns' else '  '}{line.strip()}")
+        else:
+            section = section if not line.strip() else ""
+            out.append(line)
+    lines[:] = out
 
 
 def setup(app: Any) -> None:

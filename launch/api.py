@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dbscale.report.schema import BoundaryFile, ContrastRecord
     from dbscale.report.sheet import Sheet
+    from dbscale.study.hunt import WaveRecord
 
 Table = str | Path | Mapping[str, Sequence[Any]] | Any
 """A path, a mapping of columns, or a data frame."""
@@ -62,9 +63,39 @@ def plan(
     >>> found.count()["new"] == len(found.cells)
     True
     """
+    return plan_study(_study(grid, store, data, cluster, overrides))[0]
+
+
+def _study(
+    grid: str | Path | Grid, store: str | Path, data: str | Path, cluster: str, overrides: Sequence[str]
+) -> Study:
     value = grid if isinstance(grid, Grid) else load_grid(grid, overrides)
     path = Path(value.name if isinstance(grid, Grid) else grid)
-    return plan_study(Study(value, path, load_cluster(cluster), Store(Path(store)), Path(data)))[0]
+    return Study(value, path, load_cluster(cluster), Store(Path(store)), Path(data))
+
+
+def hunt_next(
+    grid: str | Path | Grid,
+    *,
+    store: str | Path = "out",
+    data: str | Path = "data",
+    cluster: str = "local",
+    overrides: Sequence[str] = (),
+) -> WaveRecord:
+    """What a hunt would run next, by the grid and the rows in `store` alone; writes nothing, starts nothing.
+
+    `bought` are the choices: how many pairs at which x, expected gain in octaves of wrong advice, price in device-seconds
+    and reason; `findings` say what is known of each target; `stopped` why the hunt is over, None while it is not. Method:
+    docs/hunt.md. Raises ConfigError for a grid without `hunt:`.
+
+    >>> import dbscale
+    >>> wave = dbscale.hunt_next("demo_hunt", store="nowhere", data="nowhere")
+    >>> wave.stopped is None, {choice.reason for choice in wave.bought}
+    (True, {'start'})
+    """
+    from dbscale.launch.hunt import next_wave, wave_record
+
+    return wave_record(next_wave(_study(grid, store, data, cluster, overrides)))
 
 
 def read_rows(source: str | Path, *, grid: str | None = None) -> pyarrow.Table:

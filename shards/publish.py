@@ -103,4 +103,5 @@ def upload(folder: Path, url: str, *, progress: bool = True) -> None:
     except DataError:
         raise
     except Exception as error:  # every store has exceptions of its own
-        raise unreachable(url, error) from error
+        fault = unreachable(url, error)
+        raise fault from fault.__cause__

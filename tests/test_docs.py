@@ -55,6 +55,14 @@ def test_the_images_tutorials_grid_plans(tmp_path: Path) -> None:
     assert "grid birds: How many upstream images" in typed(plan, tmp_path)
 
 
+def test_the_hunt_tutorials_grid_plans_its_first_wave(tmp_path: Path) -> None:
+    (text,) = blocks("a-hunt.md", "yaml")
+    (tmp_path / "hunted.yaml").write_text(text.replace("CONFIGS", str(ROOT / "configs")))
+    (line,) = blocks("a-hunt.md", "sh")
+    assert "upstream_samples 512" in typed(line, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_citation_and_version_agree() -> None:
     from dbscale import __version__
 

@@ -21,6 +21,7 @@ from dbscale.files import locked, make_folder
 from dbscale.launch.cluster import Task, tasks_of
 from dbscale.launch.commands.submit import SOME_FAILED, STOPPED, finish, pack_missing, unfinished, write_records
 from dbscale.launch.lease import LEASE_NAME, LIMIT_S, Leases
+from dbscale.launch.preflight import check
 from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, plan_study, study_of
 from dbscale.launch.worker import Result, RunOne, record_death, run_bundle, staged, stop_on_signals, thread_environment
 from dbscale.study.plan import Plan
@@ -67,14 +68,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def pack_in_turn(study: Study) -> Study:
-    """Pack what is missing; of several workers that come at once on one file system one packs and the others wait."""
-    make_folder(study.data_dir)
-    while True:
+    """Pack and import what is missing; of several workers that come at once on one file system one does it, and the
+    others wait."""
+    while study.missing_datasets or study.missing_weights:
+        make_folder(study.data_dir)
         with locked(study.data_dir / ".pack.lock") as held:
-            if held or not (study.missing_datasets or study.missing_weights):
-                return pack_missing(study) if study.missing_datasets or study.missing_weights else study
+            if held:
+                return pack_missing(study)
         time.sleep(1)
         study = replace(study)  # manifests are read once per study
+    return study
 
 
 def reduce_once(study: Study, plan: Plan, leases: Leases, stop: StopRequest, *, report: bool) -> int:
@@ -107,8 +110,12 @@ class Worker:
         return self.study.store
 
     def run(self) -> Plan:
-        """Work until nothing is left for anybody, or until asked to stop; returns the plan as last seen."""
+        """Work until nothing is left for anybody, or until asked to stop; returns the plan as last seen.
+
+        Raises ConfigError for what is known to fail before anything is trained.
+        """
         plan, cost = plan_study(self.study)
+        check(self.study, plan).refuse()
         write_records(self.study, plan, cost)
         wait_s = FIRST_WAIT_S
         while not self.stop.requested:

@@ -188,6 +188,18 @@ def test_where_nothing_is_packed_the_url_is_named(memory: Any) -> None:
         open_dataset("nowhere://bucket/none")
 
 
+def test_a_store_that_is_away_while_it_is_opened_is_a_lost_connection(
+    url: str, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: Any, path: str, **options: Any) -> bytes:
+        raise OSError("no route")
+
+    monkeypatch.setattr(type(memory), "cat_file", failing)
+    with pytest.raises(DataError, match=r"manifest.json: cannot be read .OSError: no route.*resume") as caught:
+        open_dataset(url)
+    assert failure_of(caught.value) is Failure.CONNECTION
+
+
 def test_a_mirror_is_made_again_only_where_it_differs(url: str, memory: Any, folder: Path, tmp_path: Path) -> None:
     local = mirror(url, tmp_path / "m")
     assert origin(local) == url
