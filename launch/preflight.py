@@ -87,9 +87,9 @@ def dataset_problems(study: Study) -> Iterator[str]:
     for name in study.manifests:
         manifest = load_manifest(study.dataset_dir(name))
         for split, info in manifest.splits.items():
-            if len(info.class_counts) != manifest.num_classes or sum(info.class_counts) != info.num_samples:
+            if len(info.class_counts) != manifest.num_strata or sum(info.class_counts) != info.num_samples:
                 yield (
-                    f"dataset {name!r}, split {split!r}: {info.num_samples:,} samples of {manifest.num_classes} classes, "
+                    f"dataset {name!r}, split {split!r}: {info.num_samples:,} samples of {manifest.num_strata} classes, "
                     f"but its counts by class are {len(info.class_counts)}, {sum(info.class_counts):,} in all; "
                     f"remove {study.dataset_dir(name)} and pack it again"
                 )

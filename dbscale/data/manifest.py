@@ -91,6 +91,11 @@ class Manifest(Strict):
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def num_strata(self) -> int:
+        """Groups of samples that prefixes are balanced over: the classes, or one of all images that have none."""
+        return 1 if self.target else self.num_classes
+
     def split(self, name: str) -> SplitInfo:
         """The split of this name. Raises DataError naming those that exist."""
         if name not in self.splits:

@@ -248,7 +248,8 @@ def head_flops(recipe: Recipe) -> float:
     task, size = recipe.task, recipe.data.image_size
     if task is None or (task.kind == "segmentation" and task.head == "linear"):
         return 0.0
-    patches = (size / (recipe.model.patch_size if isinstance(recipe.model, DeiT) else 16)) ** 2
+    transformer = as_deit(recipe.model)
+    patches = (size / (transformer.patch_size if transformer is not None else 16)) ** 2
     a_map = 2 * 9 * (task.width or DEFAULT_WIDTH) ** 2 * patches
     if task.kind == "segmentation":
         return a_map * (16 + 4 + 1 + 1 / 4 + 16)

@@ -79,7 +79,9 @@ def _pretend(store: Store, spec: CellSpec, data_dir: Path) -> None:
 
 def _step(store: Store, spec: CellSpec, data_dir: Path, resources: Resources) -> None:
     training = spec.recipe.training
-    if training.precision == "fp16" and resources.device == "cpu":  # loss scaling needs a GPU, all else can be tried
+    if (
+        training.precision == "fp16" and resources.device == "cpu"
+    ):  # its loss scaling needs a GPU, all else can be tried
         training = training.model_copy(update={"precision": "bf16"})
         spec = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"training": training})})
     batching = make_batching(training.global_batch, 1, None)
@@ -100,12 +102,12 @@ def _evaluate_one(spec: CellSpec, data_dir: Path, student: torch.nn.Module) -> N
     """The first test sample, through the transform and the model as evaluation sends them."""
     data, task = spec.recipe.data, spec.recipe.task
     plain = make_transform(image_size=data.image_size, train=False, tier=data.tier, whole=task is not None)
-    test = open_cell_dataset(spec, data_dir, "test").subset()
-    loader = make_eval_loader(test, batch_size=1, transform=with_targets(task, plain, train=False))
+    dataset = open_cell_dataset(spec, data_dir, "test")
+    loader = make_eval_loader(dataset.subset(), batch_size=1, transform=with_targets(task, plain, train=False))
     batch = next(iter(loader))
     assert isinstance(batch.images, Tensor), "an evaluation loader transforms"
     images = batch.images.to(next(student.parameters()).device)
     if task is None:
         student.eval()(images)
     else:
-        judge_of(task, test.num_classes)(student.eval(), images, batch)
+        judge_of(task, dataset.num_classes)(student.eval(), images, batch)

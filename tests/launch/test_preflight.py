@@ -63,6 +63,23 @@ def test_a_sound_study_has_no_problem(study_of: Any) -> None:
     found.refuse()
 
 
+SCENES = {"source": "fractal_masks", "families": 3, "num_train": 16, "num_test": 4, "image_size": 16}
+
+
+def test_a_study_of_scenes_has_no_problem_and_must_say_its_task(study_of: Any, real_data: Path) -> None:
+    from dbscale.shards.pack import ensure_packed
+
+    ensure_packed("scenes", SCENES, real_data, jobs=1, progress=False)
+    changes = {"datasets": {"up": FRACTALS, "scenes": SCENES}}
+    axis = {"dataset": "scenes", "num_samples": [8]}
+    found = check(study := study_of(**changes, downstream=[{**axis, "task": "segmentation"}]), plan_study(study)[0])
+    assert (found.problems, found.notes) == ((), ())
+    with pytest.raises(
+        ConfigError, match="classification needs a label beside each image, and dataset 'scenes' has a mask"
+    ):
+        plan_study(study_of(**changes, downstream=[axis]))
+
+
 def test_a_model_larger_than_its_device_is_refused(study_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = namedtuple("memory", ["total", "available"])
     study = study_of("cluster.workers=2", "cluster.resources.zero_stage=null")

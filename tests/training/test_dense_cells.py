@@ -17,6 +17,7 @@ from dbscale.study.task import Detection, Segmentation
 from dbscale.training import run
 from dbscale.training.device import measure
 from dbscale.training.export import export_cell
+from dbscale.training.smoke import try_step
 from dbscale.training.tasks import restore_student
 
 SEGMENT = {"dataset": "masks", "task": Segmentation()}
@@ -159,6 +160,18 @@ def test_data_that_does_not_fit_the_task_is_refused(kind, sentence, bench):
         kind = {**kind, "model": TimmModel(**kind["model"])}
     outcome = bench.run(finetune(bench, kind))
     assert outcome.status == "failed" and sentence in outcome.reason
+
+
+@pytest.mark.parametrize("kind", [SEGMENT, DETECT], ids=["segmentation", "detection"])
+def test_the_trial_before_a_submission_tries_dense_cells_too(kind, bench, tmp_path):
+    parent = bench.cell(budget=Budget(steps=1))
+    cell = finetune(bench, kind, init=parent, budget=Budget(steps=1))
+    lineage = [parent.spec(), cell.spec()]
+    assert try_step(lineage, bench.data_dir, tmp_path, Resources(zero_stage=None, threads=1)) is None
+    wrong = finetune(bench, {**kind, "dataset": "down"}, init=parent, budget=Budget(steps=1))
+    assert "has a label beside each image" in try_step(
+        [parent.spec(), wrong.spec()], bench.data_dir, tmp_path, Resources(zero_stage=None, threads=1)
+    )
 
 
 def test_only_classifiers_are_exported(bench, tmp_path):
