@@ -34,6 +34,7 @@ Model = TypeVar("Model", bound=BaseModel)
 LOCK_NAME = ".driver.lock"
 SEAL = b',\n "seal": "'
 ZOMBIE = -1
+MOST_PROCESSES = 2**31
 LATEST = 4e10
 """Unix time that no honest clock shows: beyond it, a time cannot be printed."""
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -224,7 +225,9 @@ class ProcessMark:
     @property
     def alive(self) -> bool | None:
         """Whether the process runs; None where this machine cannot tell: another host, another boot or container."""
-        if self.host == hostname() and self.pid <= 0:  # means process groups to the kernel
+        if (
+            self.host == hostname() and not 0 < self.pid < MOST_PROCESSES
+        ):  # the others mean groups to the kernel, or nothing
             return False
         if self.host != hostname() or self.boot != _boot():
             return None

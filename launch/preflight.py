@@ -17,10 +17,9 @@ from dbscale.errors import ConfigError
 from dbscale.files import others_who_write
 from dbscale.launch.study import Study
 from dbscale.study.cell import Cell
-from dbscale.study.cost import DEVICES, STAGES, num_params
+from dbscale.study.cost import DEVICES, STAGES, device_memory, num_params
 from dbscale.study.plan import Plan
-from dbscale.study.recipe import DeiT, Model
-from dbscale.study.resources import Resources
+from dbscale.study.recipe import DeiT
 
 FLOAT_BYTES = 4
 KEPT_CHECKPOINTS = 3
@@ -70,11 +69,11 @@ def store_notes(root: Path) -> Iterator[str]:
 
 def source_notes(study: Study) -> Iterator[str]:
     """A sentence for each dataset whose source changed since it was packed, by a look at the times of a few files."""
-    from dbscale.shards.sources import check_entry, source_change
+    from dbscale.shards.sources import source_change, source_of
 
     for name in study.used_datasets:
         if name in study.missing_datasets:
-            check_entry(name, study.grid.datasets[name], study.data_dir)
+            source_of(name, study.grid.datasets[name], study.data_dir)
             continue
         change = source_change(study.dataset_dir(name), study.data_dir)
         if change is not None:
@@ -106,10 +105,9 @@ def dataset_problems(study: Study) -> Iterator[str]:
 def pair_problems(cells: Iterable[Cell]) -> Iterator[str]:
     """Teachers whose attention maps cannot guide their student: of the DeiT family, whose shape is known."""
     for cell in cells:
-        settings, guide = cell.recipe.distill, cell.teacher_model
+        settings, own, guide = cell.recipe.distill, cell.recipe.model, cell.teacher_model
         if settings is None or guide is None or settings.attention is None or not settings.attention.beta:
             continue
-        own = cell.recipe.model
         if isinstance(own, DeiT) and isinstance(guide, DeiT):
             yield from _map_problems(own, guide, settings.attention.layers, settings.attention.head_map)
 
@@ -129,49 +127,39 @@ def _map_problems(own: DeiT, guide: DeiT, layers: tuple[int, ...] | str, head_ma
 
 
 def memory_problems(study: Study, cells: Iterable[Cell]) -> Iterator[str]:
-    """Models whose state alone is larger than the device that the cluster file names; activations come on top."""
+    """Models whose states alone are larger than the device that the cluster file names; activations come on top."""
     device = study.cluster.device
     limit = DEVICES[device].memory_bytes or psutil.virtual_memory().total / study.cluster.num_workers()
     shapes = {stage: study.cluster.shape(stage).resources for stage in STAGES}
-    for cell in {(*map(_size_of, cell.lineage[:-1]), _size_of(cell)): cell for cell in cells}.values():
-        needed = state_bytes(study, cell, shapes[cell.recipe.stage])
-        if needed > limit:
+    for cell in {_size_of(cell): cell for cell in cells}.values():
+        needed = device_memory(cell, shapes[cell.recipe.stage])
+        if needed is not None and needed.states > limit:
             yield (
-                f"{cell.key}: weights, gradients and optimizer alone take {needed / GIB:.1f} GiB in each process, and "
-                f"{'this machine' if device == 'cpu' else f'an {device}'} has {limit / GIB:.1f} GiB for it: raise "
+                f"{cell.key}: weights, gradients and optimizer alone take {needed.states / GIB:.1f} GiB in each process, "
+                f"and {'this machine' if device == 'cpu' else f'an {device}'} has {limit / GIB:.1f} GiB for it: raise "
                 "resources.zero_stage and num_processes, lower `workers`, or take a smaller model"
             )
 
 
 def _size_of(cell: Cell) -> tuple[object, ...]:
     """Equal for cells whose states are equally large."""
-    recipe = cell.recipe
+    recipe, training = cell.recipe, cell.recipe.training
+    teacher = None if cell.teacher_model is None else cell.teacher_model.model_dump_json()
     return (
         recipe.stage,
         recipe.model.model_dump_json(),
+        teacher,
         recipe.data.dataset,
-        recipe.training.ema_decay,
-        recipe.training.scope,
+        training.ema_decay,
+        training.precision,
     )
 
 
-def state_bytes(study: Study, cell: Cell, resources: Resources) -> float:
-    """Bytes of one process for weights, gradients, AdamW's two moments, moving average and teacher; 0 where the size of a
-    model is not known without torch."""
-    recipe, stage, ranks = cell.recipe, resources.zero_stage or 0, resources.num_processes
-    params = _params(study, cell, cell.recipe.model)
-    learned = 0.0 if recipe.training.scope == "linear_probe" else params
-    weights, gradients, moments = params, learned, 2 * learned
-    average = learned if recipe.training.ema_decay is not None else 0.0
-    parts = (weights + average) / (ranks if stage == 3 else 1) + gradients / (ranks if stage >= 2 else 1)
-    teacher = _params(study, cell, cell.teacher_model)
-    return FLOAT_BYTES * (parts + moments / (ranks if stage >= 1 else 1) + teacher)
-
-
-def _params(study: Study, cell: Cell, model: Model | None) -> float:
-    """Parameters of a model in this cell; 0 without one, and where its size is not known without torch."""
-    size, num_classes = cell.recipe.data.image_size, study.num_classes[cell.recipe.data.dataset]
-    return float(num_params(model, size, num_classes)) if isinstance(model, DeiT) else 0.0
+def _params(study: Study, cell: Cell) -> float:
+    model, size = cell.recipe.model, cell.recipe.data.image_size
+    return (
+        float(num_params(model, size, study.num_classes[cell.recipe.data.dataset])) if isinstance(model, DeiT) else 0.0
+    )
 
 
 def disk_problems(study: Study, plan: Plan) -> Iterator[str]:
@@ -194,9 +182,7 @@ def disk_bytes(study: Study, cells: Sequence[Cell], *, at_once: int) -> float:
         slots = study.cluster.num_workers()
     states = []
     for cell in cells:
-        params, has_average = _params(study, cell, cell.recipe.model), cell.recipe.training.ema_decay is not None
+        params, has_average = _params(study, cell), cell.recipe.training.ema_decay is not None
         states.append(FLOAT_BYTES * params * (4 if has_average else 3))
     largest = sorted(states, reverse=True)[: min(slots, max(at_once, 1))]
-    return sum(FLOAT_BYTES * _params(study, cell, cell.recipe.model) for cell in cells) + KEPT_CHECKPOINTS * sum(
-        largest
-    )
+    return sum(FLOAT_BYTES * _params(study, cell) for cell in cells) + KEPT_CHECKPOINTS * sum(largest)

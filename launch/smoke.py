@@ -81,7 +81,7 @@ def new_kinds(plan: Plan) -> list[Cell]:
 def kind_of(cell: Cell) -> str:
     """Equal for cells that differ in nothing that a first step could show."""
     recipe = cell.recipe.model_dump(mode="json", exclude={"seed": True, "draw": True, "training": {"budget"}})
-    recipe["data"] = {name: recipe["data"][name] for name in ("dataset", "image_size", "tier", "block_size")}
+    del recipe["data"]["num_samples"], recipe["data"]["subset_seed"]
     parents = [parent.recipe.model.model_dump(mode="json") for parent in cell.parents]
     return canonical_json([recipe, parents])
 

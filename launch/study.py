@@ -27,6 +27,7 @@ from dbscale.study.grid import (
     expand,
     load_grid,
     merged_cells,
+    misfit,
     weights_in_use,
 )
 from dbscale.study.plan import Plan, make_plan, read_plan
@@ -134,7 +135,8 @@ class Study:
     def manifests(self) -> dict[str, tuple[str, int]]:
         """Fingerprint and number of training samples of each dataset in use that is packed.
 
-        Raises ConfigError for one without a test split, which no error can be measured on.
+        Raises ConfigError for one without a test split, which no error can be measured on, and for one that lacks the
+        masks or boxes that its task needs.
         """
         from dbscale.data.manifest import MANIFEST_NAME, load_manifest
 
@@ -147,6 +149,9 @@ class Study:
                         f"dataset {name!r} has no test split, on which errors are measured; add one to its source, or "
                         f"`test: 0.2` to its entry in the grid, then remove {self.dataset_dir(name)} to pack it anew"
                     )
+                problem = misfit(self.grid, name, manifest.target)
+                if problem is not None:
+                    raise ConfigError(problem)
                 found[name] = (manifest.fingerprint, manifest.split("train").num_samples)
         return found
 

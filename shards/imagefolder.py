@@ -110,7 +110,7 @@ class ImageFolder(FileSource):
             )  # fmt: skip
             raise DataError(f"{folder}: no such folder ({hint})")
         names = sorted(
-            entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and _hidden(entry.name) is None
+            entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and hidden(entry.name) is None
         )
         names = [name for name in names if not self._is_excluded(os.path.normpath(f"{split}/{name}"))]
         if not names:
@@ -184,7 +184,7 @@ class ImageFolder(FileSource):
             raise DataError(f"{root}: a symbolic link that leads in a circle; remove it")
         for entry in list(os.scandir(root)):
             relative = entry.name if folder == "." else f"{folder}/{entry.name}"
-            reason = why or ("excluded file" if self._is_excluded(relative) else _hidden(entry.name))
+            reason = why or ("excluded file" if self._is_excluded(relative) else hidden(entry.name))
             if entry.is_dir():
                 yield from self._walk(relative, (*above, (status.st_dev, status.st_ino)), reason, name or entry.name)
             elif reason is None and not entry.is_file() and not entry.is_symlink():
@@ -205,14 +205,14 @@ class ImageFolder(FileSource):
         return bool(matching)
 
 
-def _hidden(name: str) -> str | None:
+def hidden(name: str) -> str | None:
     """Why a file or folder is passed over by its name: what systems leave behind, or a dot in front."""
     if name in _LITTER or name.startswith("._") or name == ".DS_Store":
         return "litter"
     return "that is hidden" if name.startswith(".") else None
 
 
-def _lines_of(path: Path, remedy: str) -> list[str]:
+def lines_of(path: Path, remedy: str) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -221,7 +221,7 @@ def _lines_of(path: Path, remedy: str) -> list[str]:
 
 def _names_in(path: Path, remedy: str = "") -> tuple[str, ...]:
     """The names (say, WordNet ids) at the start of each line of a text file."""
-    lines = (line for line in _lines_of(path, remedy) if line.strip() and not line.lstrip().startswith("#"))
+    lines = (line for line in lines_of(path, remedy) if line.strip() and not line.lstrip().startswith("#"))
     try:
         return class_names([line.split()[0] for line in lines])
     except ValueError as error:
@@ -251,7 +251,7 @@ class TinyImageNet(ImageFolder):
             return super()._listing(split)
         path = self.root / "val/val_annotations.txt"
         label_of = {wordnet_id: label for label, wordnet_id in enumerate(self._folders)}
-        rows = [line.split("\t") for line in _lines_of(path, "; unzip the archive again") if line]
+        rows = [line.split("\t") for line in lines_of(path, "; unzip the archive again") if line]
         for row in rows:
             if len(row) < 2 or row[1] not in label_of or not re.fullmatch(r"[\w-]+\.JPEG", row[0]):
                 raise DataError(f"{path}: unknown class or file in line {row!r}")

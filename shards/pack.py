@@ -3,42 +3,28 @@
 `ensure_packed` is the entry for a grid's dataset; it also mends a dataset whose files were damaged. The manifest comes
 last: a folder without one is not a dataset yet. One job writes one tar: jobs share nothing and end in atomic renames,
 so the result is the same however many processes run them, a killed run loses only the shards in flight, and two runs at
-once do double work but no harm.
-
-Shards are ordinary WebDataset tars. They are written here rather than by `webdataset.TarWriter`, which tells no offsets
-for the index, does not sync, takes half as long again (20,000 against 29,000 samples/s) and would lay out other bytes:
-what earlier releases packed could no longer be mended. Tests read every shard back through `webdataset`.
+once do double work but no harm. One sample's bytes and the tar itself are `tar`'s.
 """
 
 import json
 import os
 import re
 import shutil
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from pydantic import JsonValue
 from tqdm import tqdm
 
-from dbscale.data.decode import (
-    DecodeError,
-    center_square,
-    decode_image,
-    encode_ppm,
-    image_shape,
-    image_suffix,
-    resize_short,
-)
+from dbscale.data.decode import DecodeError
 from dbscale.data.manifest import (
     MANIFEST_NAME,
     Encoding,
@@ -46,27 +32,25 @@ from dbscale.data.manifest import (
     Manifest,
     ShardInfo,
     SplitInfo,
+    TargetKind,
     load_manifest,
     make_fingerprint,
     save_manifest,
 )
-from dbscale.data.read import checksum, file_checksum, index_dtype, open_index, save_index, split_fingerprint
+from dbscale.data.read import file_checksum, has_targets, index_dtype, open_index, save_index, split_fingerprint
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder, write_atomic
 from dbscale.shards.remote import ensure_mirrored, remote_of
-from dbscale.shards.source import Content, Listing, Source, listing_digest, stratified_order
+from dbscale.shards.source import Content, Listing, Source, WithTarget, listing_digest, stratified_order
 from dbscale.shards.sources import source_of
+from dbscale.shards.tar import Sample, encode, write_shard
+from dbscale.shards.target import pack_target
 from dbscale.strict import Strict
 
 WORK_FOLDER = ".pack"
 """Inside the dataset's folder: the plan and the finished shards' rows, until the manifest is written."""
 SHARD_SAMPLES: dict[Encoding, int] = {"original": 2048, "jpeg256": 8192, "raw": 8192}
 """Samples per tar, by encoding, so that a tar of photographs has a few hundred MB."""
-JPEG_SHORT_SIDE = 256
-JPEG_QUALITY = 95
-JPEG_SUBSAMPLING = "420"  # as nearly all photographs; without it decoding takes half as long again
-RAW_SIDE = 256
-BLOCK = tarfile.BLOCKSIZE
 _PARALLEL_FROM = 8192
 """Samples below which starting processes costs more than it saves."""
 _SHOWN_FAULTS = 10
@@ -139,7 +123,8 @@ def pack(
         prepared = source.prepare(folder / WORK_FOLDER)
         run_jobs(prepared, [job for job in shard_jobs if not job.is_done()], jobs, progress)
         unused: dict[str, JsonValue] = {s: dict(x.unused.counts) for s, x in listings.items() if x.unused.counts}
-        manifest = save_manifest(folder, make_manifest(folder, plan, shard_jobs, source.classes, unused))
+        described = make_manifest(folder, plan, shard_jobs, source.classes, unused, source.target)
+        manifest = save_manifest(folder, described)
     except OSError:
         if not (folder / MANIFEST_NAME).exists():
             raise
@@ -278,8 +263,9 @@ def plan_jobs(folder: Path, listings: Mapping[str, Listing], plan: PackPlan) -> 
 
 
 def make_manifest(
-    folder: Path, plan: PackPlan, jobs: Sequence[ShardJob], classes: tuple[str, ...], unused: dict[str, JsonValue]
-) -> Manifest:
+    folder: Path, plan: PackPlan, jobs: Sequence[ShardJob], classes: tuple[str, ...], unused: dict[str, JsonValue],
+    target: TargetKind | None = None,
+) -> Manifest:  # fmt: skip
     """Join the shards' rows into one index file per split and describe the whole."""
     splits: dict[str, SplitInfo] = {}
     sides: list[int] = []
@@ -287,7 +273,7 @@ def make_manifest(
     for split in dict.fromkeys(job.split for job in jobs):
         own = [job for job in jobs if job.split == split]
         index = _joined_rows(own)
-        splits[split] = _split_info(folder, split, own, index, len(classes))
+        splits[split] = _split_info(folder, split, own, index, 1 if target else len(classes))
         sides += [int(edge) for side in ("height", "width") for edge in (index[side].min(), index[side].max())]
         square &= bool((index["height"] == index["width"]).all())
     extra = plan.model_dump(mode="json", exclude={"name", "source"})
@@ -295,17 +281,19 @@ def make_manifest(
         name=plan.name,
         classes=classes,
         image=ImageInfo(encoding=plan.encoding, min_side=min(sides), max_side=max(sides), square=square),
+        target=target,
         seed=plan.seed,
         source=plan.source,
         splits=splits,
-        fingerprint=make_fingerprint(classes, plan.encoding, splits),
+        fingerprint=make_fingerprint(classes, plan.encoding, splits, target),
         extra={**extra, "unused": unused} if unused else extra,
     )
 
 
 def _joined_rows(jobs: Sequence[ShardJob]) -> NDArray[np.void]:
     parts = [job.rows() for job in jobs]
-    return np.concatenate(parts, dtype=index_dtype(max(part.dtype["key"].itemsize for part in parts)))
+    key_bytes = max(part.dtype["key"].itemsize for part in parts)
+    return np.concatenate(parts, dtype=index_dtype(key_bytes, with_target=has_targets(parts[0])))
 
 
 def _split_info(
@@ -327,78 +315,7 @@ def _split_info(
     )
 
 
-# --- one sample, one tar ---
-
-
-def encode(content: Content, encoding: Encoding, raw_size: int | None) -> tuple[str, bytes, int, int]:
-    """(suffix, bytes, height, width) of one sample in the packed encoding.
-
-    `raw_size` is the side of raw images; None keeps pixels of a source without files as they are, and makes files
-    256 px. Raises DecodeError on what is no image.
-    """
-    if encoding == "original" and isinstance(content, bytes):
-        suffix = image_suffix(content)
-        if suffix not in ("jpg", "png"):
-            decode_image(content)  # rare formats have rare variants; what cannot be read is known before training
-        return suffix, content, *image_shape(content)
-    pixels = decode_image(content) if isinstance(content, bytes) else content
-    if encoding == "jpeg256":
-        return _encode_jpeg(content, pixels)
-    if encoding == "raw" and (raw_size is not None or isinstance(content, bytes)):
-        side = raw_size or RAW_SIDE
-        pixels = center_square(resize_short(pixels, side), side)
-    return "ppm", encode_ppm(pixels), *pixels.shape[:2]
-
-
-def _encode_jpeg(content: Content, pixels: NDArray[np.uint8]) -> tuple[str, bytes, int, int]:
-    height, width = pixels.shape[:2]
-    if min(height, width) <= JPEG_SHORT_SIDE:
-        if isinstance(content, bytes) and image_suffix(content) == "jpg":
-            return "jpg", content, height, width  # encoding it again would only lose quality
-    else:
-        pixels = resize_short(pixels, JPEG_SHORT_SIDE)
-    data = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(pixels), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling=JPEG_SUBSAMPLING
-    )
-    return "jpg", data, *pixels.shape[:2]
-
-
-class Sample(NamedTuple):
-    """One encoded sample on its way into a tar."""
-
-    key: str
-    suffix: str
-    data: bytes
-    label: int
-    height: int
-    width: int
-
-
-def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> NDArray[np.void]:
-    """Write a tar of `key.<suffix>` + `key.cls` pairs atomically and return its index rows (keys as wide as the longest).
-
-    Headers carry no time, user or path, so the same samples give the same bytes.
-    """
-    rows: list[tuple[int, int, int, int, int, int, int, bytes]] = []
-    position = 0
-    with atomic_open(path) as file:
-        for sample in samples:
-            member = _member(f"{sample.key}.{sample.suffix}", sample.data)
-            offset = position + BLOCK
-            digest = checksum(sample.data)
-            sides = min(sample.height, 0xFFFF), min(sample.width, 0xFFFF)
-            rows.append((shard, len(sample.data), offset, digest, sample.label, *sides, sample.key.encode()))
-            record = member + _member(f"{sample.key}.cls", str(sample.label).encode())
-            file.write(record)
-            position += len(record)
-        file.write(bytes(2 * BLOCK))
-    return np.array(rows, dtype=index_dtype(max(len(row[-1]) for row in rows)))
-
-
-def _member(name: str, data: bytes) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = len(data), 0o444
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+# --- one shard ---
 
 
 class _Faulty(Exception):
@@ -409,7 +326,7 @@ def run_job(source: Source, job: ShardJob) -> list[str]:
     """Write one shard and its rows; where samples cannot be packed nothing is written, and they are named."""
     faults: list[str] = []
     try:
-        rows = write_shard(job.tar_path, _samples(source, job, faults), job.shard)
+        rows = write_shard(job.tar_path, _samples(source, job, faults), job.shard, source.target)
     except _Faulty:
         return faults
     with atomic_open(job.rows_path) as file:
@@ -422,7 +339,7 @@ def _samples(source: Source, job: ShardJob, faults: list[str]) -> Iterator[Sampl
     contents = source.read(job.split, job.numbers, job.names)
     for slot, name in enumerate(job.names):
         try:
-            suffix, data, height, width = encode(next(contents), job.encoding, job.raw_size)
+            sample = make_sample(source, job, slot, next(contents))
         except StopIteration:  # a reader that could not go on after a fault
             break
         except OSError as error:
@@ -430,9 +347,21 @@ def _samples(source: Source, job: ShardJob, faults: list[str]) -> Iterator[Sampl
         except DecodeError as error:
             faults.append(f"{source.origin(name)}: {error}")
         else:
-            yield Sample(make_key(job.first_position + slot, name), suffix, data, int(job.labels[slot]), height, width)
+            yield sample
     if faults:
         raise _Faulty
+
+
+def make_sample(source: Source, job: ShardJob, slot: int, content: Content | WithTarget) -> Sample:
+    """One encoded sample. Raises DecodeError on an image or a target that cannot be packed."""
+    image = content.image if isinstance(content, WithTarget) else content
+    suffix, data, height, width = encode(image, job.encoding, job.raw_size)
+    target = None
+    if isinstance(content, WithTarget):
+        found = source.target_of(content.target)
+        target = pack_target(found, image, job.encoding, (height, width), len(source.classes))
+    key = make_key(job.first_position + slot, job.names[slot])
+    return Sample(key, suffix, data, int(job.labels[slot]), height, width, target)
 
 
 def make_key(position: int, name: str) -> str:
@@ -569,7 +498,8 @@ def _check_rewritten(folder: Path, split: SplitInfo, jobs: Sequence[ShardJob]) -
     for job in jobs:
         stored = index[job.first_position : job.first_position + len(job.names)]
         rows = job.rows()
-        same = all(np.array_equal(rows[field], stored[field]) for field in ("checksum", "offset", "label"))
+        fields = ("checksum", "offset", "label", *(("target_checksum",) if has_targets(rows) else ()))
+        same = all(np.array_equal(rows[field], stored[field]) for field in fields)
         if not same or _shard_is_damaged(folder, split.shards[job.shard]):
             job.tar_path.unlink(missing_ok=True)  # better missing, and named as such, than foreign
             raise _changed(folder)

@@ -13,19 +13,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
-from dbscale.data.manifest import Encoding
+from dbscale.data.manifest import Encoding, TargetKind
+from dbscale.data.target import Target
 from dbscale.errors import DataError, nearest
 from dbscale.keyed import frozen_generator
 from dbscale.strict import Strict
 
 Content = bytes | NDArray[np.uint8]
 """An encoded image file, or uint8 RGB pixels [H, W, 3] where the source has no files."""
+
+
+class WithTarget(NamedTuple):
+    """One sample of a dense dataset, as its source has it."""
+
+    image: Content
+    target: Any
+    """What `Source.target_of` makes a mask or boxes of."""
+
+
 Size = Annotated[int, Field(ge=1)]
 _CAPTIONS_FROM = 20
 """From this many samples on, text labels that are nearly all different are taken for captions."""
@@ -140,6 +151,8 @@ class Source(Strict, ABC):
     default_encoding: ClassVar[Encoding] = "original"
     remedy: ClassVar[str] = "take these samples out of their file"
     """What to do about samples that cannot be packed, for messages."""
+    target: ClassVar[TargetKind | None] = None
+    """What lies beside each image of a dense dataset. Its images have no class: all labels are 0."""
     _data_dir: Path = Path()
 
     @property
@@ -152,8 +165,14 @@ class Source(Strict, ABC):
         """Splits by name, `train` first. Raises DataError on what cannot be listed."""
 
     @abstractmethod
-    def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[Content]:
-        """The samples of these numbers (and names) of the split's listing, in this order."""
+    def read(
+        self, split: str, numbers: NDArray[np.int64], names: Sequence[str]
+    ) -> Iterator[Content] | Iterator[WithTarget]:
+        """The samples of these numbers (and names) of the split's listing, in this order; pairs in a dense dataset."""
+
+    def target_of(self, found: Any) -> Target:
+        """The mask or boxes that `read` found, labels in 0…classes-1. Raises DecodeError on what cannot be one."""
+        return found
 
     def origin(self, name: str) -> str:
         """Where a sample of the listing comes from, for messages."""

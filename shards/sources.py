@@ -9,11 +9,14 @@ from dbscale.data.manifest import MANIFEST_NAME, load_manifest
 from dbscale.data.remote import origin
 from dbscale.errors import ConfigError, nearest
 from dbscale.shards.cifar import Cifar
+from dbscale.shards.coco import Coco
 from dbscale.shards.generated import Digits, Fractals
 from dbscale.shards.imagefolder import ImageFolder, TinyImageNet
-from dbscale.shards.parquet import Parquet
+from dbscale.shards.maskfolder import ADE20K, VOC, MaskFolder
+from dbscale.shards.parquet import MaskParquet, Parquet
 from dbscale.shards.remote import KIND as REMOTE
 from dbscale.shards.remote import remote_of
+from dbscale.shards.scenes import FractalBoxes, FractalMasks
 from dbscale.shards.source import FileSource, Source, listing_digest
 from dbscale.shards.webdataset import WebDatasetTars
 from dbscale.strict import validate
@@ -26,6 +29,13 @@ KINDS: dict[str, type[Source]] = {
     "webdataset": WebDatasetTars,
     "digits": Digits,
     "fractals": Fractals,
+    "maskfolder": MaskFolder,
+    "voc": VOC,
+    "ade20k": ADE20K,
+    "parquet_masks": MaskParquet,
+    "coco": Coco,
+    "fractal_masks": FractalMasks,
+    "fractal_boxes": FractalBoxes,
 }
 
 

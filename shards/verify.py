@@ -3,7 +3,7 @@ compare them with what their source holds now."""
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from dbscale.data.dataset import TOGETHER
 from dbscale.data.decode import DecodeError, decode_image
-from dbscale.data.manifest import MANIFEST_NAME, Manifest, SplitInfo, load_manifest, mend
-from dbscale.data.read import checksum, open_index, split_fingerprint
+from dbscale.data.manifest import MANIFEST_NAME, Manifest, SplitInfo, TargetKind, load_manifest, mend
+from dbscale.data.read import TARGET, checksum, open_index, split_fingerprint
 from dbscale.data.remote import RemoteShards, origin
+from dbscale.data.target import decode_target
 from dbscale.errors import DataError
-from dbscale.shards.pack import ShardJob, default_processes, encode, index_is_damaged, make_plan, plan_jobs
+from dbscale.shards.pack import ShardJob, default_processes, index_is_damaged, make_plan, make_sample, plan_jobs
 from dbscale.shards.source import FileSource, Source
 from dbscale.shards.sources import source_change, source_of
 from dbscale.shards.webdataset import Member, walk_tar
@@ -98,7 +99,7 @@ def _verify_remote(folder: Path, split: SplitInfo, shard: int) -> list[Problem]:
     info, problems = split.shards[shard], []
     first = sum(other.num_samples for other in split.shards[:shard])
     index = np.load(folder / split.index, mmap_mode="r", allow_pickle=False)
-    files = RemoteShards(folder, split, index)
+    files, target = RemoteShards(folder, split, index), load_manifest(folder).target
     for start in range(first, first + info.num_samples, TOGETHER):
         positions = np.arange(start, min(start + TOGETHER, first + info.num_samples))
         try:
@@ -108,6 +109,8 @@ def _verify_remote(folder: Path, split: SplitInfo, shard: int) -> list[Problem]:
         for position in positions.tolist():
             try:
                 decode_image(files.read(position))
+                if target is not None:
+                    decode_target(target, files.read(position, TARGET))
             except DecodeError as error:
                 problems.append(Problem(info.name, bytes(index["key"][position]).decode(), str(error)))
     return problems
@@ -115,7 +118,8 @@ def _verify_remote(folder: Path, split: SplitInfo, shard: int) -> list[Problem]:
 
 def verify_shard(folder: Path, split_name: str, shard: int) -> list[Problem]:
     """Problems of one tar."""
-    split = load_manifest(folder).split(split_name)
+    manifest = load_manifest(folder)
+    split = manifest.split(split_name)
     info = split.shards[shard]
     if origin(folder) is not None:
         return _verify_remote(folder, split, shard)
@@ -137,16 +141,16 @@ def verify_shard(folder: Path, split_name: str, shard: int) -> list[Problem]:
     problems = []
     for row in index[first : first + info.num_samples]:
         key = bytes(row["key"]).decode()
-        changes = list(_changes(key, row, content, by_place, members))
+        changes = list(_changes(key, row, content, by_place, members, manifest.target))
         problems += [Problem(info.name, key, f"{what}; {remedy}") for what in changes]
         if not changes:
-            problems += [Problem(info.name, key, what) for what in _faults_of_the_source(_data(row, content))]
+            problems += [Problem(info.name, key, what) for what in _faults_of_the_source(row, content, manifest.target)]
     return problems
 
 
-def _data(row: np.void, content: NDArray[np.uint8]) -> bytes:
-    start = int(row["offset"])
-    return bytes(content[start : start + int(row["size"])])
+def _data(row: np.void, content: NDArray[np.uint8], prefix: str = "") -> bytes:
+    start = int(row[f"{prefix}offset"])
+    return bytes(content[start : start + int(row[f"{prefix}size"])])
 
 
 def _changes(
@@ -155,24 +159,33 @@ def _changes(
     content: NDArray[np.uint8],
     by_place: dict[tuple[int, int], str],
     members: dict[str, Member],
+    target: TargetKind | None,
 ) -> Iterator[str]:
     """How a sample differs from what was packed."""
     if by_place.get((int(row["offset"]), int(row["size"]))) != key:
         yield "not where the index says: the index is older than the tar, or of another one"
+        return
+    if checksum(_data(row, content)) != int(row["checksum"]):
+        yield "checksum mismatch: the bytes changed since packing"
+    if target is not None:
+        if by_place.get((int(row["target_offset"]), int(row["target_size"]))) != key:
+            yield f"its {target} is not where the index says: the index is older than the tar, or of another one"
+        elif checksum(_data(row, content, TARGET)) != int(row["target_checksum"]):
+            yield f"checksum mismatch: its {target} changed since packing"
         return
     label = members.get(f"{key}.cls")
     if label is None:
         yield "has no label member (.cls)"
     elif bytes(content[label.offset : label.offset + label.size]) != str(int(row["label"])).encode():
         yield f"label in the tar differs from the index ({int(row['label'])})"
-    if checksum(_data(row, content)) != int(row["checksum"]):
-        yield "checksum mismatch: the bytes changed since packing"
 
 
-def _faults_of_the_source(data: bytes) -> Iterator[str]:
+def _faults_of_the_source(row: np.void, content: NDArray[np.uint8], target: TargetKind | None) -> Iterator[str]:
     """What packing again would not mend."""
     try:
-        decode_image(data)
+        decode_image(_data(row, content))
+        if target is not None:
+            decode_target(target, _data(row, content, TARGET))
     except DecodeError as error:
         yield f"{error}; it came so from its source: training shows the next of its class instead"
 
@@ -186,22 +199,28 @@ def describe(folder: str | Path, *, classes: bool = False) -> str:
     manifest = load_manifest(folder)
     image = manifest.image
     side = f"{image.max_side}" if image.min_side == image.max_side else f"{image.min_side}…{image.max_side}"
+    beside = {"mask": " with masks", "boxes": " with boxes"}.get(manifest.target or "", "")
     lines = [
-        f"{manifest.name}: {manifest.num_classes} classes, {image.encoding} images of {side} px",
+        f"{manifest.name}: {manifest.num_classes} classes, {image.encoding} images of {side} px{beside}",
         f"  fingerprint {manifest.fingerprint}",
     ]
     for name, split in manifest.splits.items():
-        lines += _describe_split(name, split)
-    return "\n".join([*lines, *describe_unused(manifest), *(_class_lines(manifest) if classes else ())])
+        lines += _describe_split(name, split, dense=manifest.target is not None)
+    return "\n".join(
+        [*lines, *describe_unused(manifest), *(_class_lines(manifest) if classes and manifest.target is None else ())]
+    )
 
 
-def _describe_split(name: str, split: SplitInfo) -> list[str]:
+def _describe_split(name: str, split: SplitInfo, *, dense: bool) -> list[str]:
     counts = np.array(split.class_counts)
     num_bytes = sum(shard.num_bytes for shard in split.shards)
+    balance = (
+        f"    {counts.min():,} to {counts.max():,} samples a class; every prefix is class-balanced within one up to "
+        f"{split.balanced_up_to:,} samples ({counts.min():,} a class)"
+    )
     return [
         f"  {name}: {split.num_samples:,} samples in {len(split.shards)} shards, {num_bytes / 1e6:,.1f} MB",
-        f"    {counts.min():,} to {counts.max():,} samples a class; every prefix is class-balanced within one up to "
-        f"{split.balanced_up_to:,} samples ({counts.min():,} a class)",
+        "    in random order: images of this dataset have no class" if dense else balance,
         f"    fingerprint {split.fingerprint}",
     ]
 
@@ -252,8 +271,8 @@ def exact_source_change(folder: Path, data_dir: str | Path) -> str | None:
             slots = [slot for slot, name in enumerate(job.names) if is_newer(name)]
             if slots:
                 some = replace(job, numbers=job.numbers[slots], names=[job.names[slot] for slot in slots])
-                packed = open_index(folder, manifest.split(job.split))["checksum"][job.first_position + np.array(slots)]
-                other += _differing(source.prepare(Path(work)), some, packed.tolist())
+                packed = open_index(folder, manifest.split(job.split))[job.first_position + np.array(slots)]
+                other += _differing(source.prepare(Path(work)), some, packed)
     if other:
         return (
             f"its source now holds other images in place of {len(other):,} packed ones, the first "
@@ -275,13 +294,17 @@ def _is_newer(source: Source, packed_at: int, known: dict[Path | None, bool], na
     return known[path]
 
 
-def _differing(source: Source, job: ShardJob, packed: Sequence[int]) -> Iterator[str]:
-    """Names of the samples that would not be packed with these checksums today."""
+def _differing(source: Source, job: ShardJob, packed: NDArray[np.void]) -> Iterator[str]:
+    """Names of the samples that would not be packed with the checksums of these index rows today."""
     contents = source.read(job.split, job.numbers, job.names)
-    for name, expected in zip(job.names, packed, strict=True):
+    for slot, (name, row) in enumerate(zip(job.names, packed, strict=True)):
         try:
-            found = checksum(encode(next(contents), job.encoding, job.raw_size)[1])
+            sample = make_sample(source, job, slot, next(contents))
         except (OSError, DataError, StopIteration):
-            found = None
-        if found != expected:
+            yield name
+            continue
+        same = checksum(sample.data) == int(row["checksum"])
+        if sample.target is not None:
+            same &= checksum(sample.target) == int(row["target_checksum"])
+        if not same:
             yield name

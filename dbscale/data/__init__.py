@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dbscale.data.dataset import Dataset as Dataset
     from dbscale.data.dataset import Subset as Subset
     from dbscale.data.dataset import open_dataset as open_dataset
+    from dbscale.data.dense import DenseTransform as DenseTransform
     from dbscale.data.loader import Batch as Batch
     from dbscale.data.loader import EvalLoader as EvalLoader
     from dbscale.data.loader import TrainLoader as TrainLoader
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "augment": ("IMAGENET_MEAN", "IMAGENET_STD", "Transform", "make_transform"),
     "dataset": ("Dataset", "Subset", "open_dataset"),
+    "dense": ("DenseTransform",),
     "loader": ("Batch", "EvalLoader", "TrainLoader", "make_eval_loader", "make_loader"),
     "mix": ("MixTarget", "mix_batch"),
 }

@@ -1,7 +1,8 @@
-"""From stored pixels to what a model eats: crop, flip, colour, normalise, erase; one batch at a time, on any device.
+"""From stored pixels to what a model eats: place, colour, normalise, erase; one batch at a time, on any device.
 
-Each draw is keyed by (seed, augmentation epoch, sample): the same pixels on any worker, rank or resumed run. Mixing
-of whole samples (mixup, CutMix) is `mix`. The caller may run a transform in the loader or on the device.
+Where pixels go is `geometry`, so that a mask can go with them. Each draw is keyed by (seed, augmentation epoch, sample):
+the same pixels on any worker, rank or resumed run. Mixing of whole samples (mixup, CutMix) is `mix`. The caller may run
+a transform in the loader or on the device.
 
 Why not torchvision: its v2 transforms draw once per batch, or run once per sample, and small models would wait: per
 core 6k against 360k images/s (crop and flip, 32 px), 3k against 34k (RandAugment), 767 against 896 (random resized
@@ -18,27 +19,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from dbscale.data.geometry import (
+    RESIZED_CROP_DRAWS,
+    Floats,
+    Ints,
+    Pixels,
+    Placement,
+    center_boxes,
+    resize,
+    resized_crop_boxes,
+    shift_flip,
+)
 from dbscale.errors import DataError, nearest
 from dbscale.keyed import keyed_uniform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CENTER_SHARE = 0.875
 """Evaluation keeps this share of the short side, as 256 → 224 does."""
-_RESIZE_EACH_ABOVE = 64
-"""On the CPU, larger images are resized one by one: the batched matrices only pay for small ones."""
 _CACHED_VALUES = 1 << 18
 """Values that are normalised at a time on the CPU: their float32 results stay in the core's cache meanwhile."""
-
-Pixels = Tensor | Sequence[NDArray[np.uint8]]
-"""uint8 [b, 3, H, W] on any device, or a list of uint8 [H, W, 3]."""
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def make_transform(
     std: Sequence[float] = IMAGENET_STD,
     seed: int = 0,
     tier: str = "resident",
+    whole: bool = False,
 ) -> "Transform":
     """A batched transform.
 
@@ -76,6 +80,8 @@ def make_transform(
         mean, std: per channel, on the 0…1 scale.
         seed: of the augmentation stream.
         tier: of the dataset; evaluation on `resident` keeps the whole image, the others the central 87.5 %.
+        whole: stretch the whole image to the square instead, where nothing is cropped at random: of an image with
+            masks or boxes nothing may be left out.
 
     Raises DataError on an unknown augment field, or a combination that cannot be honoured.
     """
@@ -88,7 +94,7 @@ def make_transform(
         raise DataError("augment: crop_padding and random_resized_crop exclude each other; set one of them")
     if augmentation.rand_augment is not None:
         parse_policy(augmentation.rand_augment)
-    share = 1.0 if tier == "resident" else CENTER_SHARE
+    share = None if whole else 1.0 if tier == "resident" else CENTER_SHARE
     return Transform(image_size, augmentation, tuple(mean), tuple(std), seed, share)
 
 
@@ -101,13 +107,17 @@ class Transform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     seed: int
-    center_share: float
+    center_share: float | None
+    """Share of the short side that the central square keeps; None: the whole image, stretched to the square."""
 
     def __call__(self, pixels: Pixels, *, epoch: Tensor, sample_ids: Tensor) -> Tensor:
         """float32 [b, 3, S, S], on the device of `pixels`; epoch and sample_ids are int64 [b]."""
         keys = (epoch.cpu().numpy(), sample_ids.cpu().numpy())
-        spec = self.augmentation
-        images = self.place(pixels, *keys)
+        return self.finish(self.place(pixels, self.placement(pixels, *keys)), *keys)
+
+    def finish(self, images: Tensor, epoch_B: Ints, sample_B: Ints) -> Tensor:
+        """Colour, normalise and erase placed pixels: float32 [b, 3, S, S]."""
+        spec, keys = self.augmentation, (epoch_B, sample_B)
         if spec.rand_augment is not None:
             fill = tuple(round(255 * value) for value in self.mean)
             images = rand_augment(images, parse_policy(spec.rand_augment), fill, self.seed, *keys)
@@ -118,22 +128,28 @@ class Transform:
             images = erase_random(images, spec.random_erasing, self.seed, *keys)
         return images
 
-    def place(self, pixels: Pixels, epoch_B: Ints, sample_B: Ints) -> Tensor:
-        """The geometric part: uint8 [b, 3, S, S]."""
+    def placement(self, pixels: Pixels, epoch_B: Ints, sample_B: Ints) -> Placement:
+        """Where the pixels of each image go: drawn once, so that a mask or boxes can follow their image."""
         spec = self.augmentation
         draws = keyed_uniform(self.seed, "place", epoch_B, sample_B, num_draws=3)
-        flip = draws[:, 0] < spec.hflip
         top, left = (draws[:, 1:].T * (2 * spec.crop_padding + 1)).astype(np.int64)
-        if isinstance(pixels, Tensor) and spec.random_resized_crop is None and self._keeps_whole(pixels):
-            return shift_flip(pixels, top, left, flip, spec.crop_padding)
-        images = self._resize(pixels, self._boxes(pixels, epoch_B, sample_B), flip)
-        if spec.crop_padding:
-            images = shift_flip(images, top, left, np.zeros_like(flip), spec.crop_padding)
-        return images
+        keeps = isinstance(pixels, Tensor) and spec.random_resized_crop is None and self._keeps_whole(pixels)
+        boxes = None if keeps else self._boxes(pixels, epoch_B, sample_B)
+        return Placement(boxes, draws[:, 0] < spec.hflip, top, left, spec.crop_padding, self.image_size)
+
+    def place(self, pixels: Pixels, placement: Placement) -> Tensor:
+        """The geometric part: uint8 [b, 3, S, S]."""
+        boxes, flip, top, left, padding, size = placement
+        if boxes is None:
+            assert isinstance(pixels, Tensor)
+            return shift_flip(pixels, top, left, flip, padding)
+        images = resize(pixels, boxes, flip, size)
+        return shift_flip(images, top, left, np.zeros_like(flip), padding) if padding else images
 
     def _keeps_whole(self, images_BCHW: Tensor) -> bool:
         """Whether the batch already is what the central crop would give."""
-        return self.center_share == 1.0 and images_BCHW.shape[2:] == (self.image_size, self.image_size)
+        whole = self.center_share in (None, 1.0)
+        return whole and images_BCHW.shape[2:] == (self.image_size, self.image_size)
 
     def _boxes(self, pixels: Pixels, epoch_B: Ints, sample_B: Ints) -> Ints:
         if isinstance(pixels, Tensor):
@@ -141,17 +157,12 @@ class Transform:
         else:
             heights, widths = np.array([image.shape[:2] for image in pixels]).T
         area_range = self.augmentation.random_resized_crop
-        if area_range is None:
-            return center_boxes(heights, widths, self.center_share)
-        uniform = keyed_uniform(self.seed, "resized crop", epoch_B, sample_B, num_draws=RESIZED_CROP_DRAWS)
-        return resized_crop_boxes(heights, widths, uniform, area_range)
-
-    def _resize(self, pixels: Pixels, boxes: Ints, flip: Flags) -> Tensor:
-        if isinstance(pixels, Tensor):
-            if pixels.device.type != "cpu" or max(pixels.shape[2:]) <= _RESIZE_EACH_ABOVE:
-                return resize_boxes(pixels, boxes, flip, self.image_size)
-            pixels = list(pixels.permute(0, 2, 3, 1).numpy())
-        return resize_each(pixels, boxes, flip, self.image_size)
+        if area_range is not None:
+            uniform = keyed_uniform(self.seed, "resized crop", epoch_B, sample_B, num_draws=RESIZED_CROP_DRAWS)
+            return resized_crop_boxes(heights, widths, uniform, area_range)
+        if self.center_share is None:
+            return np.stack([np.zeros_like(heights), np.zeros_like(heights), heights, widths], axis=1)
+        return center_boxes(heights, widths, self.center_share)
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
         """(x / 255 - mean) / std as float32."""
@@ -170,152 +181,6 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
     """Factor and offset of `Transform.normalize`, each [1, 3, 1, 1]."""
     rows = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     return [torch.tensor(row, dtype=torch.float32, device=device).view(1, -1, 1, 1) for row in rows]
-
-
-RESIZED_CROP_DRAWS = 40
-"""Uniform draws per image that `resized_crop_boxes` takes: four for each of ten tries."""
-_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
-
-
-def resized_crop_boxes(heights_B: Ints, widths_B: Ints, uniform_BD: Floats, area_range: tuple[float, float]) -> Ints:
-    """Boxes (top, left, height, width), int64 [b, 4], by torchvision's rule (Szegedy et al. 2015); sizes in px.
-
-    Of ten tries, an area share in `area_range` and an aspect ratio in 3/4…4/3 each, the first that fits is taken, else
-    the central crop of the nearest allowed ratio. `uniform_BD` is [b, RESIZED_CROP_DRAWS] in [0, 1).
-    """
-    draws = uniform_BD.reshape(len(heights_B), 4, -1)
-    area = (heights_B * widths_B)[:, None] * (area_range[0] + draws[:, 0] * (area_range[1] - area_range[0]))
-    ratio = np.exp(_LOG_RATIO[0] + draws[:, 1] * (_LOG_RATIO[1] - _LOG_RATIO[0]))
-    width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (width > 0) & (width <= widths_B[:, None]) & (height > 0) & (height <= heights_B[:, None])
-    first = (np.arange(len(heights_B)), fits.argmax(axis=1))
-    height, width = height[first], width[first]
-    top = (draws[:, 2][first] * (heights_B - height + 1)).astype(np.int64)
-    left = (draws[:, 3][first] * (widths_B - width + 1)).astype(np.int64)
-    drawn = np.stack([top, left, height, width], axis=1)
-    low, high = (math.exp(value) for value in _LOG_RATIO)
-    height = np.where(widths_B / heights_B < low, np.rint(widths_B / low), heights_B).astype(np.int64)
-    width = np.where(widths_B / heights_B > high, np.rint(heights_B * high), widths_B).astype(np.int64)
-    central = np.stack([(heights_B - height) // 2, (widths_B - width) // 2, height, width], axis=1)
-    return np.where(fits.any(axis=1, keepdims=True), drawn, central)
-
-
-def center_boxes(heights_B: Ints, widths_B: Ints, share: float) -> Ints:
-    """int64 [b, 4]: the central square whose side is `share` of the short side."""
-    side = np.maximum(np.rint(np.minimum(heights_B, widths_B) * share), 1).astype(np.int64)
-    return np.stack([(heights_B - side) // 2, (widths_B - side) // 2, side, side], axis=1)
-
-
-def shift_flip(images_BCHW: Tensor, top_B: Ints, left_B: Ints, flip_B: Flags, padding: int) -> Tensor:
-    """Zero-pad by `padding`, mirror where `flip_B`, and cut the window at (top, left) back to the old size.
-
-    Images are uint8 [b, c, h, w]; top and left lie in 0…2·padding. The fast CPU path and its twin for any device,
-    `shift_flip_gather`, are held together by tests, as are `resize_each` and `resize_boxes` below.
-    """
-    if images_BCHW.device.type != "cpu":
-        return shift_flip_gather(images_BCHW, top_B, left_B, flip_B, padding)
-    b, c, h, w = images_BCHW.shape
-    padded = functional.pad(images_BCHW, (padding,) * 4).numpy()
-    padded[flip_B] = padded[flip_B][..., ::-1]
-    if not padding:
-        return torch.from_numpy(padded)
-    sb, sc, sy, sx = padded.strides
-    shifts = 2 * padding + 1
-    # All windows of all images as one view: indexing it copies just one window an image, row by row.
-    windows = as_strided(padded, (b, shifts, shifts, c, h, w), (sb, sy, sx, sc, sy, sx), writeable=False)
-    return torch.from_numpy(windows[np.arange(b), top_B, left_B])
-
-
-def shift_flip_gather(images_BCHW: Tensor, top_B: Ints, left_B: Ints, flip_B: Flags, padding: int) -> Tensor:
-    """`shift_flip` as one gather, for any device."""
-    b, c, h, w = images_BCHW.shape
-    device = images_BCHW.device
-    rows = torch.from_numpy(top_B).to(device)[:, None] + torch.arange(h, device=device)
-    columns = torch.from_numpy(left_B).to(device)[:, None] + torch.arange(w, device=device)
-    # The mirror comes before the cut, so a window at `left` of the mirrored image runs backwards in the original.
-    mirrored = torch.from_numpy(flip_B).to(device)[:, None]
-    columns = torch.where(mirrored, w + 2 * padding - 1 - columns, columns)
-    padded = functional.pad(images_BCHW, (padding,) * 4).reshape(b, c, -1)
-    index = rows[:, :, None] * (w + 2 * padding) + columns[:, None, :]
-    return padded.gather(2, index.reshape(b, 1, -1).expand(b, c, -1)).reshape(b, c, h, w)
-
-
-def resize_boxes(images_BCHW: Tensor, boxes_B4: Ints, flip_B: Flags, size: int) -> Tensor:
-    """Cut each image's box, resize it to size × size, mirror where `flip_B`: uint8 [b, c, size, size].
-
-    Antialiased bicubic interpolation as in Pillow, which is separable: per image two small matrices, so a whole batch
-    is two batched products on any device; within one level of `resize_each`.
-    """
-    rows = resize_matrix(boxes_B4[:, 0], boxes_B4[:, 2], images_BCHW.shape[2], size)
-    columns = resize_matrix(boxes_B4[:, 1], boxes_B4[:, 3], images_BCHW.shape[3], size)
-    columns[flip_B] = columns[flip_B][:, ::-1]
-    device = images_BCHW.device
-    out = torch.empty((len(images_BCHW), images_BCHW.shape[1], size, size), dtype=torch.uint8, device=device)
-    tall_B = vertical_first(boxes_B4, size)
-    for tall in np.unique(tall_B):
-        slots = np.flatnonzero(tall_B == tall)
-        where = torch.from_numpy(slots).to(device)
-        images = (images_BCHW if len(slots) == len(images_BCHW) else images_BCHW[where]).float()
-        rows_B1SH = torch.from_numpy(rows[slots]).to(device)[:, None]
-        columns_B1WS = torch.from_numpy(columns[slots]).to(device).transpose(1, 2)[:, None]
-        # Pillow rounds and clips between its two passes; so must we, or overshoot would pile up.
-        if tall:
-            resized = (rows_B1SH @ images).round_().clamp_(0, 255) @ columns_B1WS
-        else:
-            resized = rows_B1SH @ (images @ columns_B1WS).round_().clamp_(0, 255)
-        out[where] = resized.round_().clamp_(0, 255).to(torch.uint8)
-    return out
-
-
-def vertical_first(boxes_B4: Ints, size: int) -> Flags:
-    """bool [b]: boxes whose columns Pillow resizes before their rows.
-
-    Since release 13 (python-pillow/Pillow#9549; border measured) it does so where the height shrinks by more than
-    twice what the width does. Older releases never do.
-    """
-    height_B, width_B = boxes_B4[:, 2], boxes_B4[:, 3]
-    return (height_B > size) & (2 * (width_B - size) < height_B - size)
-
-
-def resize_matrix(starts_B: Ints, lengths_B: Ints, extent: int, size: int) -> NDArray[np.float32]:
-    """float32 [b, size, extent]: bicubic weights (a = -0.5, Keys 1981) of each input pixel for each output pixel.
-
-    Pixels outside [start, start + length) have weight 0, as if the box had been cut out first.
-    """
-    scale = (lengths_B / size)[:, None, None]
-    centers = starts_B[:, None, None] + (np.arange(size)[None, :, None] + 0.5) * scale
-    pixels = np.arange(extent)[None, None, :]
-    x = np.abs((pixels + 0.5 - centers) / np.maximum(scale, 1.0))
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
-    inside = (pixels >= starts_B[:, None, None]) & (pixels < (starts_B + lengths_B)[:, None, None])
-    weights = np.where(inside, weights, 0.0)
-    return (weights / weights.sum(axis=2, keepdims=True)).astype(np.float32)
-
-
-def resize_each(images: Sequence[NDArray[np.uint8]], boxes_B4: Ints, flip_B: Flags, size: int) -> Tensor:
-    """`resize_boxes` image by image on the CPU, for images [h, w, 3] of any sizes and for large ones.
-
-    torch's uint8 antialiased bicubic kernel: more than twice as fast as Pillow's and within one level of it (its weights
-    have fewer bits: on hard edges one value in a million differs by two).
-    """
-    out = np.empty((len(images), 3, size, size), np.uint8)
-    tall_B = vertical_first(boxes_B4, size)
-    for slot, (image, (top, left, height, width)) in enumerate(zip(images, boxes_B4.tolist(), strict=True)):
-        box_HWC = image[top : top + height, left : left + width]
-        if not box_HWC.flags.writeable:  # Pillow's arrays: torch warns where it could write to them
-            box_HWC = box_HWC.copy()
-        # Known to be channels-last, so that the kernel need not repack its result: a third of its time.
-        box_1CHW = torch.from_numpy(box_HWC)[None].permute(0, 3, 1, 2)
-        if tall_B[slot]:
-            box_1CHW = functional.interpolate(box_1CHW, (size, width), mode="bicubic", antialias=True)
-        if box_1CHW.shape[2:] != (size, size):
-            box_1CHW = functional.interpolate(box_1CHW, (size, size), mode="bicubic", antialias=True)
-        resized_CHW = box_1CHW[0].numpy()
-        out[slot] = resized_CHW[:, :, ::-1] if flip_B[slot] else resized_CHW
-    return torch.from_numpy(out)
 
 
 # --- colour: batched twins of Pillow's ImageOps and ImageEnhance, within one level of them ---

@@ -7,8 +7,9 @@ lives here: a whole split of small images, decoded once into one uint8 array tha
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, center_square, decode_image, resize_short
 from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
-from dbscale.data.read import EncodedReader, Files, RawReader, Reader, ShardFiles, file_checksum, open_index
+from dbscale.data.read import TARGET, EncodedReader, Files, RawReader, Reader, ShardFiles, file_checksum, open_index
 from dbscale.data.remote import RemoteRawReader, RemoteShards, is_url, mirror, origin
+from dbscale.data.target import IGNORE, TargetReader, decode_mask, square_target
 from dbscale.errors import DataError, FileError
 from dbscale.files import atomic_open, make_folder, write_atomic
 from dbscale.keyed import keyed_bits
@@ -91,6 +93,16 @@ class Dataset:
             return RawReader(self.files) if isinstance(self.files, ShardFiles) else RemoteRawReader(self.files)
         return EncodedReader(self.files)
 
+    @cached_property
+    def targets(self) -> "TargetReader | ResidentMasks | None":
+        """Fetches masks or boxes by position in the split, fitting the pixels of `reader`; None where images have labels."""
+        kind = self.manifest.target
+        if kind is None:
+            return None
+        if kind == "mask" and self.image_size is not None:
+            return ResidentMasks(self.folder, self.split, self.files, self.image_size, self.cache_dir)
+        return TargetReader(self.files, kind, self.image_size)
+
     def subset(self, num_samples: int | None = None, subset_seed: int = 0) -> "Subset":
         """`num_samples` samples, class-balanced within one while that is possible; None takes all.
 
@@ -107,11 +119,12 @@ class Dataset:
                 f"{self.split.balanced_up_to:,}"
             )
         size = total if num_samples is None else num_samples
-        return Subset(self, size, 0 if size == total else window_start(self.split, self.num_classes, subset_seed))
+        return Subset(self, size, 0 if size == total else window_start(self.split, subset_seed))
 
 
-def window_start(split: SplitInfo, num_classes: int, subset_seed: int) -> int:
+def window_start(split: SplitInfo, subset_seed: int) -> int:
     """First position of a window: a multiple of the class count, so that windows stay balanced. Seed 0 starts at 0."""
+    num_classes = len(split.class_counts)
     num_rounds = split.balanced_up_to // num_classes
     if subset_seed == 0 or num_rounds < 2:
         return 0
@@ -246,43 +259,84 @@ class ResidentReader:
     """
 
     def __init__(self, folder: Path, split: SplitInfo, files: Files, image_size: int, cache_dir: Path | None) -> None:
-        name = f"{split.index.split('.')[0]}-{split.fingerprint[:12]}-{image_size}px"
-        path = (cache_dir or folder / "cache") / f"{name}.npy"
-        known = _opened(path, (len(files.index), 3, image_size, image_size))
-        if known is None or any(_decoded(files, position) is not None for position in known[1]):
-            # A cache that calls samples bad outlives the damage: `shards pack` may have mended them.
-            known = _store(path, *_build(files, image_size))
-        self.images, self.bad = known
+        shape, path = (len(files.index), 3, image_size, image_size), _cache_path(folder, split, image_size, cache_dir)
+        self.images, self.bad = _resident(path, shape, files, partial(_pixels, files, image_size), fill=0)
 
     def fetch(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int]]:
         """uint8 [b, 3, S, S]; bad slots are black."""
-        images = np.take(self.images, positions, axis=0)
-        if not self.bad:
-            return images, []
-        return images, [slot for slot, position in enumerate(positions.tolist()) if position in self.bad]
+        return np.take(self.images, positions, axis=0), _bad_slots(self.bad, positions)
 
 
-def _build(files: Files, image_size: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
-    """Decode a split into [num_samples, 3, S, S]."""
-    images = np.zeros((len(files.index), 3, image_size, image_size), np.uint8)
+class ResidentMasks:
+    """The same for the masks of a dense dataset."""
+
+    def __init__(self, folder: Path, split: SplitInfo, files: Files, image_size: int, cache_dir: Path | None) -> None:
+        shape, path = (
+            (len(files.index), image_size, image_size),
+            _cache_path(folder, split, image_size, cache_dir, "-mask"),
+        )
+        self.masks, self.bad = _resident(path, shape, files, partial(_mask, files, image_size), fill=IGNORE)
+
+    def fetch(self, positions: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], list[int]]:
+        """uint8 [S, S] each; bad slots are all IGNORE."""
+        return list(np.take(self.masks, positions, axis=0)), _bad_slots(self.bad, positions)
+
+
+def _bad_slots(bad: frozenset[int], positions: NDArray[np.int64]) -> list[int]:
+    return [slot for slot, position in enumerate(positions.tolist()) if position in bad] if bad else []
+
+
+def _cache_path(folder: Path, split: SplitInfo, image_size: int, cache_dir: Path | None, what: str = "") -> Path:
+    name = f"{split.index.split('.')[0]}-{split.fingerprint[:12]}-{image_size}px{what}"
+    return (cache_dir or folder / "cache") / f"{name}.npy"
+
+
+Decode = Callable[[int], NDArray[np.uint8] | None]
+"""One sample's array by its position, or None where its bytes changed or do not decode."""
+
+
+def _resident(
+    path: Path, shape: tuple[int, ...], files: Files, decode: Decode, fill: int
+) -> tuple[NDArray[np.uint8], frozenset[int]]:
+    """The split's decoded array and its bad positions, from the cache in `path` or built anew."""
+    known = _opened(path, shape)
+    if known is None or any(decode(position) is not None for position in known[1]):
+        # A cache that calls samples bad outlives the damage: `shards pack` may have mended them.
+        known = _store(path, *_build(decode, shape, files, fill))
+    return known
+
+
+def _build(decode: Decode, shape: tuple[int, ...], files: Files, fill: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
+    values = np.full(shape, fill, np.uint8)
     bad = set()
-    for position in range(len(images)):
+    for position in range(len(values)):
         if position % TOGETHER == 0:
-            files.prepare(np.arange(position, min(position + TOGETHER, len(images))))
-        pixels = _decoded(files, position)
-        if pixels is None:
+            files.prepare(np.arange(position, min(position + TOGETHER, len(values))))
+        found = decode(position)
+        if found is None:
             bad.add(position)
-            continue
-        images[position] = center_square(resize_short(pixels, image_size), image_size).transpose(2, 0, 1)
-    return images, frozenset(bad)
+        else:
+            values[position] = found
+    return values, frozenset(bad)
 
 
-def _decoded(files: Files, position: int) -> NDArray[np.uint8] | None:
-    """Pixels of one sample, or None where its bytes changed or do not decode."""
+def _pixels(files: Files, image_size: int, position: int) -> NDArray[np.uint8] | None:
+    """[3, S, S]."""
     try:
-        return decode_image(files.read(position))
+        pixels = decode_image(files.read(position))
     except DecodeError:
         return None
+    return center_square(resize_short(pixels, image_size), image_size).transpose(2, 0, 1)
+
+
+def _mask(files: Files, image_size: int, position: int) -> NDArray[np.uint8] | None:
+    """[S, S]."""
+    try:
+        mask = square_target(decode_mask(files.read(position, TARGET)), image_size)
+    except DecodeError:
+        return None
+    assert isinstance(mask, np.ndarray)
+    return mask
 
 
 def _store(path: Path, images: NDArray[np.uint8], bad: frozenset[int]) -> tuple[NDArray[np.uint8], frozenset[int]]:

@@ -19,11 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from dbscale.data.augment import Transform
-from dbscale.data.dataset import Subset
+from dbscale.data.dataset import Dataset, Subset
+from dbscale.data.dense import DenseTransform, Targets
 from dbscale.data.order import Stream, valid_world_sizes
 from dbscale.data.read import Pixels
 from dbscale.data.remote import RemoteShards
 from dbscale.errors import DataError
+
+AnyTransform = Transform | DenseTransform
 
 
 class Batch(NamedTuple):
@@ -41,6 +44,8 @@ class Batch(NamedTuple):
     """float32 [b]: 1, or 0 for padding and for unreadable evaluation samples."""
     bad_ids: Tensor
     """int64 [any]: samples (position in the split) that were unreadable."""
+    targets: Targets | None = None
+    """Masks or boxes of a dense dataset, see `dense.DenseTransform`; then the labels mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +56,20 @@ class _TrainBatches:
     stream: Stream
     rank: int
     world_size: int
-    transform: Transform | None
+    transform: AnyTransform | None
 
     def __getitem__(self, number: int) -> Batch:
         positions, epochs = self.stream.batch(number, self.rank, self.world_size)
         indices = self.subset.indices[positions]
+        dataset = self.subset.dataset
         self._read_ahead(number, indices)
-        pixels, bad_slots = self.subset.dataset.reader.fetch(indices)
+        pixels, targets, bad_slots = _fetch(dataset, indices)
         for slot in bad_slots:
-            pixels[slot] = _next_good(self.subset, int(positions[slot]))
-        labels = self.subset.dataset.labels_of(indices)
-        return _make_batch(pixels, labels, indices, epochs, np.ones(len(indices)), indices[bad_slots], self.transform)
+            pixels[slot], target = _next_good(self.subset, int(positions[slot]))
+            if targets is not None:
+                targets[slot] = target
+        labels, weights = dataset.labels_of(indices), np.ones(len(indices))
+        return _make_batch(pixels, targets, labels, indices, epochs, weights, indices[bad_slots], self.transform)
 
     def _read_ahead(self, number: int, indices: NDArray[np.int64]) -> None:
         """Have this batch's bytes, and begin to fetch those of this process's next one."""
@@ -73,36 +81,51 @@ class _TrainBatches:
             files.ahead(self.subset.indices[self.stream.batch(number + step, self.rank, self.world_size)[0]])
 
 
-def _next_good(subset: Subset, position: int) -> NDArray[np.uint8]:
-    """Pixels of the next readable sample of the same class, cyclically in the subset's order."""
+def _fetch(dataset: Dataset, indices: NDArray[np.int64]) -> tuple[Pixels, list[Any] | None, list[int]]:
+    """Pixels, masks or boxes (None where images have labels), and the slots where either is bad."""
+    pixels, bad_slots = dataset.reader.fetch(indices)
+    if dataset.targets is None:
+        return pixels, None, bad_slots
+    targets, bad_targets = dataset.targets.fetch(indices)
+    return pixels, list(targets), sorted({*bad_slots, *bad_targets})
+
+
+def _next_good(subset: Subset, position: int) -> tuple[NDArray[np.uint8], Any]:
+    """Pixels and target of the next readable sample of the same class, cyclically in the subset's order."""
     same_class = np.flatnonzero(subset.labels == subset.labels[position])
     later = np.roll(same_class, -int(np.searchsorted(same_class, position, side="right")))
     for candidate in later[:-1].tolist():
-        pixels, bad_slots = subset.dataset.reader.fetch(subset.indices[[candidate]])
+        pixels, targets, bad_slots = _fetch(subset.dataset, subset.indices[[candidate]])
         if not bad_slots:
-            return pixels[0]
-    name = subset.dataset.manifest.classes[int(subset.labels[position])]
+            return pixels[0], targets and targets[0]
+    manifest = subset.dataset.manifest
+    of_class = "" if manifest.target else f" of class {manifest.classes[int(subset.labels[position])]!r}"
     raise DataError(
-        f"{subset.dataset.folder}: no readable sample of class {name!r} is left in a subset of {len(subset)}; "
+        f"{subset.dataset.folder}: no readable sample{of_class} is left in a subset of {len(subset)}; "
         f"`dbscale shards verify {subset.dataset.folder}` lists the bad ones"
     )
 
 
 def _make_batch(
     pixels: Pixels,
+    targets: list[Any] | None,
     labels: NDArray[np.int64],
     sample_ids: NDArray[np.int64],
     epochs: NDArray[np.int64],
     weights: NDArray[np.float64],
     bad_ids: NDArray[np.int64],
-    transform: Transform | None,
+    transform: AnyTransform | None,
 ) -> Batch:
     ids, epoch = torch.from_numpy(sample_ids), torch.from_numpy(epochs)
     images = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
-    if transform is not None:
+    placed: Targets | None = targets
+    if isinstance(transform, DenseTransform):
+        assert targets is not None, "a dense transform goes with a dense dataset"
+        images, placed = transform(images, targets, epoch=epoch, sample_ids=ids)
+    elif transform is not None:
         images = transform(images, epoch=epoch, sample_ids=ids)
     weight = torch.from_numpy(weights.astype(np.float32))
-    return Batch(images, torch.from_numpy(labels), ids, epoch, weight, torch.from_numpy(bad_ids))
+    return Batch(images, torch.from_numpy(labels), ids, epoch, weight, torch.from_numpy(bad_ids), placed)
 
 
 class TrainLoader:
@@ -182,7 +205,7 @@ def make_loader(
     num_workers: int = 0,
     seed: int,
     consumed: int = 0,
-    transform: Transform | None = None,
+    transform: AnyTransform | None = None,
     block_size: int | None = None,
     repeats: int = 1,
     max_bad_share: float = 0.01,
@@ -240,7 +263,7 @@ class _EvalBatches:
     batch_size: int
     rank: int
     world_size: int
-    transform: Transform | None
+    transform: AnyTransform | None
 
     def __len__(self) -> int:
         return math.ceil(len(self.subset) / (self.batch_size * self.world_size))
@@ -252,11 +275,11 @@ class _EvalBatches:
         # Padding repeats sample 0: a caller that forgets the weights overwrites a result with itself.
         positions = np.where(weights > 0, positions, 0)
         indices = self.subset.indices[positions]
-        pixels, bad_slots = self.subset.dataset.reader.fetch(indices)
+        pixels, targets, bad_slots = _fetch(self.subset.dataset, indices)
         weights[bad_slots] = 0
         bad_ids = indices[bad_slots]
         labels, epochs = self.subset.dataset.labels_of(indices), np.zeros_like(positions)
-        return _make_batch(pixels, labels, positions, epochs, weights, bad_ids, self.transform)
+        return _make_batch(pixels, targets, labels, positions, epochs, weights, bad_ids, self.transform)
 
 
 class EvalLoader:
@@ -280,7 +303,7 @@ def make_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-    transform: Transform | None = None,
+    transform: AnyTransform | None = None,
 ) -> EvalLoader:
     """This rank's share of one pass over a subset, padded with weight 0 so that all ranks have equally many batches.
 
@@ -307,7 +330,8 @@ def _serve(batches: _TrainBatches | _EvalBatches, numbers: Iterable[int], num_wo
     """The batches of these numbers, in order, prepared by `num_workers` processes; 0 prepares each when asked for."""
     if num_workers == 0:
         return (batches[number] for number in numbers)
-    _ = batches.subset.dataset.reader  # opened (and, for the resident tier, decoded) once, before the workers fork
+    # Opened (and, for the resident tier, decoded) once, before the workers fork.
+    _ = batches.subset.dataset.reader, batches.subset.dataset.targets
     with warnings.catch_warnings():
         # More workers than cores is the caller's choice.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)

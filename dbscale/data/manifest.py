@@ -20,6 +20,9 @@ from dbscale.strict import Strict
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 Encoding = Literal["original", "jpeg256", "raw"]
+TargetKind = Literal["mask", "boxes"]
+TARGET_SUFFIX: dict[TargetKind, str] = {"mask": "mask.png", "boxes": "boxes.json"}
+"""Name of the member beside `key.jpg`, behind `key.`."""
 Count = Annotated[int, Field(ge=0)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 """A file inside the dataset's folder: a manifest cannot make anyone read or write elsewhere."""
@@ -39,7 +42,7 @@ class SplitInfo(Strict):
 
     num_samples: Count
     class_counts: tuple[Count, ...]
-    """Samples of each class, by label."""
+    """Samples of each class, by label; of a dense dataset, whose images have no class, one number for all."""
     balanced_up_to: Count
     """Every prefix up to this size holds each class equally often, within one."""
     fingerprint: str
@@ -71,6 +74,8 @@ class Manifest(Strict):
     name: str
     classes: tuple[str, ...]
     image: ImageInfo
+    target: TargetKind | None = None
+    """What lies beside each image; None: its label, so that it can be classified."""
     seed: int
     """Seed of the stratified order."""
     source: dict[str, JsonValue]
@@ -93,9 +98,11 @@ class Manifest(Strict):
         return self.splits[name]
 
 
-def make_fingerprint(classes: tuple[str, ...], encoding: str, splits: dict[str, SplitInfo]) -> str:
+def make_fingerprint(
+    classes: tuple[str, ...], encoding: str, splits: dict[str, SplitInfo], target: TargetKind | None = None
+) -> str:
     """sha256 over what decides the pixels and labels: never file names, shard sizes or paths."""
-    parts = [f"v{FORMAT_VERSION}", encoding, *classes]
+    parts = [f"v{FORMAT_VERSION}", encoding, *([target] if target else []), *classes]
     parts += [f"{name}={split.fingerprint}" for name, split in sorted(splits.items())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

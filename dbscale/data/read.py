@@ -23,8 +23,9 @@ from dbscale.errors import DataError
 from dbscale.files import atomic_open
 
 
-def index_dtype(key_bytes: int) -> np.dtype:
-    """Record layout; `key_bytes` is the longest key's length."""
+def index_dtype(key_bytes: int, *, with_target: bool = False) -> np.dtype:
+    """Record layout; `key_bytes` is the longest key's length, `with_target` says where a mask or boxes lie."""
+    target = [("target_offset", "<u8"), ("target_size", "<u4"), ("target_checksum", "<u8")]
     return np.dtype(
         [
             ("shard", "<u4"),
@@ -34,9 +35,19 @@ def index_dtype(key_bytes: int) -> np.dtype:
             ("label", "<i4"),
             ("height", "<u2"),  # px, 0 where unknown
             ("width", "<u2"),
+            *(target if with_target else []),
             ("key", f"S{max(key_bytes, 1)}"),
         ]
     )
+
+
+TARGET = "target_"
+"""Begins the names of the index's fields on masks and boxes."""
+
+
+def has_targets(index: NDArray[np.void]) -> bool:
+    """Whether the records say where masks or boxes lie."""
+    return "target_offset" in (index.dtype.names or ())
 
 
 def checksum(data: bytes | memoryview | NDArray[np.uint8]) -> int:
@@ -45,9 +56,11 @@ def checksum(data: bytes | memoryview | NDArray[np.uint8]) -> int:
 
 
 def split_fingerprint(index: NDArray[np.void]) -> str:
-    """sha256 over labels and checksums in order: how samples are cut into shards and named does not reach it."""
+    """sha256 over labels and checksums, of targets too, in order: how samples are cut into shards does not reach it."""
     digest = hashlib.sha256(np.ascontiguousarray(index["label"]).tobytes())
     digest.update(np.ascontiguousarray(index["checksum"]).tobytes())
+    if has_targets(index):
+        digest.update(np.ascontiguousarray(index["target_checksum"]).tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -99,7 +112,7 @@ def _index_problem(path: Path, split_json: str, _status: tuple[int, int, int]) -
         )
     index = np.load(path, mmap_mode="r", allow_pickle=False)
     again = f"it was written wrongly: remove {path.parent} and pack it again"
-    if index.dtype.names != index_dtype(1).names or len(index) != split.num_samples:
+    if index.dtype.names != index_dtype(1, with_target=has_targets(index)).names or len(index) != split.num_samples:
         return f"{len(index)} records of {index.dtype.names}, the manifest expects {split.num_samples}; {again}"
     for field, limit in (("label", len(split.class_counts)), ("shard", len(split.shards))):
         values = np.array(index[field])
@@ -155,9 +168,10 @@ class ShardFiles:
     def prepare(self, positions: NDArray[np.int64]) -> None:
         """Nothing: the kernel reads local files ahead."""
 
-    def stored(self, position: int) -> bytes:
-        """The bytes of one sample as they lie there now."""
-        shard, size, offset, *_ = self.index[position].item()
+    def stored(self, position: int, what: str = "") -> bytes:
+        """The bytes of one sample as they lie there now: of its image, or with TARGET of its mask or boxes."""
+        record = self.index[position]
+        shard, size, offset = int(record["shard"]), int(record[f"{what}size"]), int(record[f"{what}offset"])
         try:
             return os.pread(self.open(shard).number, size, offset)
         except OSError as error:  # not the sample's fault: to replace it would train on other images
@@ -165,10 +179,10 @@ class ShardFiles:
                 f"{self.describe(position)}: cannot be read ({error.strerror}); look at the disk"
             ) from error
 
-    def read(self, position: int) -> bytes:
-        """The encoded bytes of one sample. Raises DecodeError when they changed since packing."""
-        data = self.stored(position)
-        if checksum(data) != int(self.index["checksum"][position]):
+    def read(self, position: int, what: str = "") -> bytes:
+        """The same bytes as they were packed. Raises DecodeError when they changed since."""
+        data = self.stored(position, what)
+        if checksum(data) != int(self.index[f"{what}checksum"][position]):
             raise DecodeError(f"{self.describe(position)}: the bytes changed since packing (checksum mismatch)")
         return data
 
@@ -199,8 +213,9 @@ class Files(Protocol):
         """Called before these samples are read one by one."""
         ...
 
-    def read(self, position: int) -> bytes:
-        """The encoded bytes of one sample. Raises DecodeError when they changed since packing."""
+    def read(self, position: int, what: str = "") -> bytes:
+        """The encoded bytes of one sample's image, or with TARGET of its mask or boxes. Raises DecodeError when they
+        changed since packing."""
         ...
 
 

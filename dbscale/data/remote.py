@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, ppm_header_size
 from dbscale.data.manifest import MANIFEST_NAME, ShardInfo, SplitInfo, load_manifest
-from dbscale.data.read import checksum, file_checksum
+from dbscale.data.read import TARGET, checksum, file_checksum, has_targets
 from dbscale.errors import DataError
 from dbscale.files import make_folder, read_json, write_atomic, write_json
 
@@ -147,16 +147,19 @@ class RemoteShards:
         wanted = frozenset(positions.tolist())
         self._coming = wanted, self._pool.submit(self._fetch, sorted(wanted))
 
-    def stored(self, position: int) -> bytes:
-        """The bytes of one sample as they lie there now. Raises DataError when they cannot be had."""
+    def stored(self, position: int, what: str = "") -> bytes:
+        """The bytes of one sample as they lie there now: of its image, or with TARGET of its mask or boxes. Raises
+        DataError when they cannot be had."""
         if position not in self._known:
             self.prepare(np.array([position]))
-        return self._known[position]
+        record = self.index[position]
+        start = int(record[f"{what}offset"]) - int(record["offset"])
+        return self._known[position][start : start + int(record[f"{what}size"])]
 
-    def read(self, position: int) -> bytes:
-        """The encoded bytes of one sample. Raises DecodeError when they changed since packing, DataError as `stored`."""
-        data = self.stored(position)
-        if checksum(data) != int(self.index["checksum"][position]):
+    def read(self, position: int, what: str = "") -> bytes:
+        """The same bytes as they were packed. Raises DecodeError when they changed since, DataError as `stored`."""
+        data = self.stored(position, what)
+        if checksum(data) != int(self.index[f"{what}checksum"][position]):
             raise DecodeError(f"{self.describe(position)}: the bytes changed since packing (checksum mismatch)")
         return data
 
@@ -183,7 +186,7 @@ class RemoteShards:
             return kept
         records = self.index[missing]
         starts = records["offset"].astype(np.int64)
-        ends = starts + records["size"]
+        ends = starts + _extent(records)
         names = [self._shard(record).name for record in records]
         blocks = merge_offset_ranges(names, starts.tolist(), ends.tolist(), max_gap=MAX_GAP, max_block=MAX_RANGE)
         content = dict(zip(zip(*blocks, strict=True), self._ranges(*blocks), strict=True))
@@ -230,8 +233,8 @@ class RemoteShards:
             return None
         with suppress(OSError), self._copy(position).open("rb") as file:
             record = self.index[position]
-            data = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
-            return data if checksum(data) == int(record["checksum"]) else None
+            data = os.pread(file.fileno(), int(_extent(record)), int(record["offset"]))
+            return data if _is_whole(data, record) else None
         return None
 
     def _keep(self, position: int, data: bytes) -> None:
@@ -246,6 +249,22 @@ class RemoteShards:
                 os.pwrite(descriptor, data, int(self.index["offset"][position]))
             finally:
                 os.close(descriptor)
+
+
+def _extent(records: NDArray[np.void]) -> NDArray[np.int64]:
+    """Bytes from the start of an image to the end of what belongs to it: a mask or boxes lie right behind it."""
+    if not has_targets(records):
+        return records["size"].astype(np.int64)
+    return (records[f"{TARGET}offset"] + records[f"{TARGET}size"] - records["offset"]).astype(np.int64)
+
+
+def _is_whole(data: bytes, record: NDArray[np.void]) -> bool:
+    """Whether a sample's bytes, of all that belongs to it, are those that were packed."""
+    for what in ("", TARGET) if has_targets(record) else ("",):
+        start = int(record[f"{what}offset"]) - int(record["offset"])
+        if checksum(data[start : start + int(record[f"{what}size"])]) != int(record[f"{what}checksum"]):
+            return False
+    return True
 
 
 def _cat(client: Any, paths: list[str], starts: list[int], ends: list[int]) -> list[Any]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from dbscale.data.dataset import Dataset, Subset
 from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
-from dbscale.data.read import check_shard_size, checksum, file_checksum
+from dbscale.data.read import TARGET, check_shard_size, checksum, file_checksum, has_targets
 from dbscale.data.remote import copy_shard, origin
 from dbscale.errors import DataError, FileError
 from dbscale.files import atomic_open, cannot_write, make_folder, write_atomic
@@ -167,17 +168,19 @@ def _is_whole(dataset: Dataset, local: Path, number: int) -> bool:
     path, note = local / shard.name, local / f".{shard.name}.checked"
     status = path.stat()
     stamp = f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
-    if note.exists() and note.read_text() == stamp:
+    if note.is_file() and note.read_bytes() == stamp.encode():
         return True
     if status.st_size != shard.num_bytes:
         return False
     first = sum(other.num_samples for other in dataset.split.shards[:number])
+    parts = ("", TARGET) if has_targets(dataset.index) else ("",)
     with open(path, "rb") as copy:
-        for position in range(first, first + shard.num_samples):
-            _, size, offset, expected, *_ = dataset.index[position].item()
+        for position, what in product(range(first, first + shard.num_samples), parts):
+            record = dataset.index[position]
+            size, offset, expected = (int(record[f"{what}{name}"]) for name in ("size", "offset", "checksum"))
             data = os.pread(copy.fileno(), size, offset)
             # A sample that is bad at its source too is the loader's to replace and to count.
-            if checksum(data) != expected and data != dataset.files.stored(position):
+            if checksum(data) != expected and data != dataset.files.stored(position, what):
                 return False
     write_atomic(note, stamp.encode())
     return True

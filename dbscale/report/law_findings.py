@@ -243,10 +243,13 @@ def _record(own: ArmLaw, level: float) -> LawRecord:
         for each in own.laws.candidates
     )  # fmt: skip
     exponents = GAP_EXPONENTS if best.name == "transfer_gap" else EXPONENTS
-    loose = {exponents[name] for name in exponents.keys() & params if params[name].status == "not_determined"}
+    loose: set[AxisName] = {
+        axis for name, axis in exponents.items() if name in params and params[name].status == "not_determined"
+    }  # fmt: skip
     return LawRecord(
-        **names, law=best.name, equation=best.form.equation, params=params, candidates=candidates, **own.misses,
-        noise=own.noise, coverage=_finite(own.laws.calibration.coverage), no_extrapolation=tuple(_closed(own, loose)),
+        **names, law=best.name, equation=best.form.equation, params=params, candidates=candidates, noise=own.noise,
+        residual=own.misses["residual"], held_out=own.misses["held_out"], coverage=_finite(own.laws.calibration.coverage),
+        no_extrapolation=tuple(_closed(own, loose)),
     )  # fmt: skip
 
 
@@ -299,11 +302,11 @@ def _curves(own: ArmLaw, level: float) -> Iterator[schema.LawCurve]:
         fixed = fixed[1:] if axis == "num_params" else fixed
         for run in {tuple(getattr(run, name) for name in fixed): run for run in own.runs}.values():
             at = {name: np.full(CURVE_POINTS, float(getattr(run, name))) for name in AXIS_NAMES} | {axis: grid}
-            names = dict.fromkeys(("student", "upstream_samples", "downstream_samples"))
-            names |= {name: getattr(run, name) for name in fixed}
+            free: dict[str, Any] = dict.fromkeys(("student", "upstream_samples", "downstream_samples"))
+            names = own.names | free | {name: getattr(run, name) for name in fixed}
             ends = map(_rounded, (own.laws.predict(at), *own.laws.curve_interval(at, level)))
             band = schema.Band(x=tuple(grid.tolist()), **dict(zip(("y", "low", "high"), ends, strict=True)))
-            yield schema.LawCurve(**own.names, axis=axis, **names, band=band)
+            yield schema.LawCurve(**names, axis=axis, band=band)
 
 
 def _predictions(own: ArmLaw) -> Iterator[schema.Prediction]:

@@ -22,7 +22,7 @@ Key = tuple[Hashable, ...]
 Curves = dict[Key, dict[float, float]]
 """Values of the pair columns (the repetition, then the strata) -> x -> y."""
 Mistakes = Mapping[str, np.ndarray]
-"""Key of a run -> which of the test samples it got wrong, booleans [samples]."""
+"""Key of a run -> [samples]: which of the test samples it got wrong, or what each adds to the error of a dense task."""
 
 
 def pair_rows(
@@ -204,7 +204,7 @@ class _Pairing:
     """Which runs are paired: those in which the columns `fixed` have these values, by `columns`."""
 
     table: RunTable
-    fixed: Mapping[str, str]
+    fixed: Mapping[str, Any]
     columns: Sequence[str]
     metric: str
     arms: tuple[str, str]
@@ -263,8 +263,9 @@ def _arm_pairs(
     samples = {}
     for row, (one, other) in enumerate(both if metric.endswith("error_rate") else ()):
         a, b = ((wrong or {}).get(getattr(run, file)) for run in (one, other))
-        if a is not None and b is not None and len(a) == len(b):
-            samples[row] = a.astype(np.int8) - b.astype(np.int8)
+        if a is not None and b is not None and len(a) == len(b) and a.dtype == b.dtype:
+            # Booleans of a classification; of another task what each sample adds to the error.
+            samples[row] = a.astype(np.int8) - b.astype(np.int8) if a.dtype == bool else a.astype(np.float64) - b
     strata = {"labels": "downstream_samples", "draw": "finetune"}
     teachers = [other.teacher_key for _, other in both]
     return make_pairs(

@@ -281,11 +281,13 @@ def _with_header(
     for comment in above if any(numeric) else ():
         if len(comment.cells) == len(first.cells) and not any(map(parse_numeral, comment.cells)):
             told = f"{name}, line {comment.line}: the names of the columns were taken from this comment"
-            return *_trimmed([comment, *records]), [told]
+            header, rows = _trimmed([comment, *records])
+            return header, rows, [told]
     if all(numeric):
         raise TableError(f"{name}, line {first.line}: the first row holds numbers ({shown(first.cells[0])} …); put the "
                          "names of the columns above it")  # fmt: skip
-    return *_trimmed(records), []
+    header, rows = _trimmed(records)
+    return header, rows, []
 
 
 def _check_shape(header: _Record, rows: Sequence[_Record], name: str) -> None:

@@ -114,7 +114,8 @@ def arrow_table(table: RunTable) -> pyarrow.Table:
 
 
 def read_mistakes(path: Path, row: Row) -> np.ndarray:
-    """Which test samples a cell got wrong, booleans over those that could be decoded, from its correct.npz.
+    """What each test sample of a cell adds to its error, over those that could be decoded, from its correct.npz: booleans,
+    whether it was wrong, of a classification; floats of another task, whose mean is the error.
 
     Raises TableError where the file is missing, damaged, or not the one that the cell's `row` describes.
     """
@@ -123,11 +124,11 @@ def read_mistakes(path: Path, row: Row) -> np.ndarray:
         if row.correct_sha256 not in (None, hashlib.sha256(data).hexdigest()):
             raise ValueError("it is not what the cell's row describes")
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            count, bits = int(file["num_samples"]), [file[name] for name in ("correct", "counted")]
-        # Or unpackbits would fill up with as many zeros as it is told.
-        if any(len(each) != -(-count // 8) for each in bits):
-            raise ValueError(f"it does not hold a bit for each of {count} samples")
-        correct, counted = (np.unpackbits(each, count=count).astype(bool) for each in bits)
+            count, dense = int(file["num_samples"]), row.task != "classification"
+            counted = _bits(file["counted"], count)
+            wrong = file["errors"] if dense else ~_bits(file["correct"], count)
+        if wrong.shape != (count,):
+            raise ValueError(f"it does not hold a number for each of {count} samples")
     except NOT_A_BITMAP as error:
         raise TableError(
             f"{path} cannot be used ({error}): the test set's own noise is estimated without it; remove {path.parent} to "
@@ -136,7 +137,14 @@ def read_mistakes(path: Path, row: Row) -> np.ndarray:
     if counted.sum() != row.num_test_samples:
         raise TableError(f"{path} counts {counted.sum()} samples, the cell's row {row.num_test_samples}; remove "
                          f"{path.parent} to run the cell again")  # fmt: skip
-    return ~correct[counted]
+    return wrong[counted]
+
+
+def _bits(packed: np.ndarray, count: int) -> np.ndarray:
+    # Or unpackbits would fill up with as many zeros as it is told.
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"it does not hold a bit for each of {count} samples")
+    return np.unpackbits(packed, count=count).astype(bool)
 
 
 Mistakes = tuple[dict[str, np.ndarray], tuple[str, ...]]

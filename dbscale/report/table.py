@@ -46,7 +46,8 @@ PLACE = ("student", "upstream_samples", "downstream_samples", "seed", "finetune"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One finetune. Error rates are top-1 shares in [0, 1]; the fields are the columns of `rows.csv`, in order."""
+    """One finetune. Error rates are shares in [0, 1], of what `task` says; the fields are the columns of `rows.csv`, in
+    order."""
 
     variant: str
     """Name of the grid's variant; `base` where it has none."""
@@ -65,6 +66,8 @@ class Run:
     seed: int
     finetune: int = 0
     """Draw of labels, head and order: several cheap finetunes of one upstream run."""
+    task: str = "classification"
+    """What an error is: top-1 of a classification, 1 − mIoU of a segmentation, 1 − mAP of a detection."""
     error_rate: float
     test_loss: float | None = None
     top5_error_rate: float | None = None

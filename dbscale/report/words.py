@@ -14,7 +14,8 @@ from typing import Any
 
 from dbscale.laws import Power, Verdict
 from dbscale.report.schema import BoundaryFile, ContrastRecord, LawRecord, LawsFile, Note, OfSetting, ParamRecord
-from dbscale.report.table import MAIN_ARMS
+from dbscale.report.table import MAIN_ARMS, RunTable
+from dbscale.study.task import ERRORS
 
 TABLE = tomllib.loads((Path(__file__).parent / "templates" / "sentences.toml").read_text(encoding="utf-8"))
 SIDES, AXES, METRICS, COMPONENTS = (TABLE[name] for name in ("sides", "axes", "metrics", "components"))
@@ -109,6 +110,17 @@ def duration(seconds: float | None) -> str:
 def cap(text: str) -> str:
     """The same as the beginning of a sentence."""
     return text[:1].upper() + text[1:]
+
+
+def task_notes(table: RunTable) -> list[str]:
+    """What an error is, for every dataset where it is not that of a classification."""
+    tasks = {run.dataset: run.task for run in table if run.task != "classification"}
+    return [say("task", dataset=dataset, error=ERRORS.get(task, task)) for dataset, task in tasks.items()]
+
+
+def predicted(table: RunTable) -> str:
+    """The errors that laws of this table foretell."""
+    return listed(ERRORS.get(task, task) for task in dict.fromkeys(run.task for run in table))
 
 
 def side_of(record: ContrastRecord, side: str | None) -> str:

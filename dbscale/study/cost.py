@@ -19,6 +19,7 @@ from dbscale.study.cell import Cell
 from dbscale.study.recipe import DeiT, Model, Recipe, Stage
 from dbscale.study.resources import Resources
 from dbscale.study.store import Row, Store
+from dbscale.study.task import DEFAULT_WIDTH
 
 FORWARD_GFLOPS_224 = {"resnet18": 3.64, "resnet34": 7.34, "resnet50": 8.22, "resnet101": 15.7}
 """Published multiply-adds at 224 px, doubled; a timm model not listed counts as DeiT-S (9.2)."""
@@ -182,8 +183,9 @@ def train_flops(
 
     `forward(model, image_size)` counts a forward pass; by default `forward_flops` predicts it.
     """
+    head = head_flops(recipe) if forward is None else 0.0  # what is counted has its head already
     forward, size = forward or forward_flops, recipe.data.image_size
-    a_sample = forward(recipe.model, size) * (1 if recipe.training.scope == "linear_probe" else 3)
+    a_sample = (forward(recipe.model, size) + head) * (1 if recipe.training.scope == "linear_probe" else 3)
     if teacher is not None:
         a_sample += forward(teacher, size)
     return a_sample * recipe.num_steps * recipe.training.global_batch
@@ -235,6 +237,22 @@ def forward_flops(model: Model, image_size: int) -> float:
     dense = (8 + 4 * transformer.mlp_ratio) * width**2 * tokens
     attention = 4 * tokens**2 * width
     return transformer.depth * (dense + attention) + 6 * transformer.patch_size**2 * width * patches
+
+
+def head_flops(recipe: Recipe) -> float:
+    """Operations of one forward pass of a dense task's pyramid and head; 0 for linear ones, which cost next to nothing.
+
+    Convolutions of 3 × 3 from `width` to `width` channels: at 4, 2, 1 and ½ times a ViT's resolution for segmentation (and
+    one more at the finest), at 2, 1, ½ and ¼ for detection, which has two towers of them. Timm models count as patch 16.
+    """
+    task, size = recipe.task, recipe.data.image_size
+    if task is None or (task.kind == "segmentation" and task.head == "linear"):
+        return 0.0
+    patches = (size / (recipe.model.patch_size if isinstance(recipe.model, DeiT) else 16)) ** 2
+    a_map = 2 * 9 * (task.width or DEFAULT_WIDTH) ** 2 * patches
+    if task.kind == "segmentation":
+        return a_map * (16 + 4 + 1 + 1 / 4 + 16)
+    return a_map * (4 + 1 + 1 / 4 + 1 / 16) * (1 + 2 * task.num_convs)
 
 
 def num_params(model: DeiT, image_size: int, num_classes: int) -> int:

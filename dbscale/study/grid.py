@@ -33,7 +33,9 @@ from dbscale.study.recipe import (
     TimmModel,
     Training,
     draw_seed,
+    unfit_training,
 )
+from dbscale.study.task import BESIDE, TARGETS, WrittenTask, task_name
 from dbscale.study.weights import Weights
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
@@ -48,6 +50,13 @@ class DataAxis(Strict):
 
     dataset: Name
     num_samples: Sizes
+    task: WrittenTask = None
+    """What a downstream set asks: classification (which None means), segmentation or detection, or a mapping with their
+    options, `{kind: segmentation, head: pyramid}`."""
+    image_size: Positive | None = None
+    """Pixels a side of a downstream set's images; None: the grid's."""
+    finetune: Training | None = None
+    """How a downstream set's finetunes train; None: as the grid's `finetune` says."""
 
 
 class Variant(Strict):
@@ -192,12 +201,33 @@ class Grid(Strict):
     @model_validator(mode="after")
     def _patches_divide_images(self) -> Grid:
         teachers = (self.teachers.get(student, student) for student in self.students)
-        for name in dict.fromkeys((*self.students, *(name for name in teachers if isinstance(name, str)))):
+        named = dict.fromkeys((*self.students, *(name for name in teachers if isinstance(name, str))))
+        pairs = [(name, self.image_size) for name in named]
+        pairs += [(name, axis.image_size) for axis in self.downstream if axis.image_size for name in self.students]
+        for name, size in pairs:
             model = self.models[name]
-            if isinstance(model, DeiT) and self.image_size % model.patch_size:
+            if isinstance(model, DeiT) and size % model.patch_size:
                 raise ValueError(
-                    f"image_size {self.image_size} is not a multiple of patch_size {model.patch_size} of model {name!r}; "
+                    f"image_size {size} is not a multiple of patch_size {model.patch_size} of model {name!r}; "
                     "choose sizes that divide"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_downstream(self) -> Grid:
+        extra = [name for name in ("task", "image_size", "finetune") if getattr(self.upstream, name) is not None]
+        if extra:
+            raise ValueError(f"upstream takes no {extra[0]}; it belongs to an entry of `downstream:`")
+        ways: dict[str, DataAxis] = {}
+        for axis in self.downstream:
+            problem = unfit_training(axis.task, axis.finetune or self.finetune)
+            if problem is not None:
+                raise ValueError(f"downstream dataset {axis.dataset!r}: {problem}")
+            other = ways.setdefault(axis.dataset, axis)
+            if other.model_copy(update={"num_samples": axis.num_samples}) != axis:
+                raise ValueError(
+                    f"downstream names {axis.dataset!r} twice with different settings, and its results could not be told "
+                    "apart; use `variants:`, or pack it under a second name"
                 )
         return self
 
@@ -272,6 +302,17 @@ def check_sizes(grid: Grid, available: Mapping[str, int]) -> None:
             )
 
 
+def misfit(grid: Grid, dataset: str, target: str | None) -> str | None:
+    """Why a packed dataset cannot serve its axes: `target` is what lies beside its images, None where that is a label."""
+    for axis in (axis for _, variant in variants_of(grid) for axis in variant.axes if axis.dataset == dataset):
+        if TARGETS[task_name(axis.task)] != target:
+            return (
+                f"grid {grid.name}: {task_name(axis.task)} needs {BESIDE[TARGETS[task_name(axis.task)]]} beside each image, "
+                f"and dataset {dataset!r} has {BESIDE[target]}; set `task` of its entry, or name another dataset"
+            )
+    return None
+
+
 def overlapping_draws(grid: Grid, available: Mapping[str, int]) -> list[str]:
     """One sentence per downstream size whose finetune draws must share labels, because the dataset holds too few."""
     return [
@@ -309,16 +350,15 @@ class _Expansion:
         sizes: tuple[int, ...] = ((0,) if self.grid.scratch else ()) + self.grid.upstream.num_samples
         for seed, size, student in itertools.product(self.grid.seeds, sizes, self.grid.students):
             for arm, init in self._upstream_cells(student, size, seed):
-                for dataset, labels, draw in self._downstream():
+                for axis, labels, draw in self._downstream():
                     # A draw of one size and seed is the same labels in both arms.
-                    cell = self._cell(
-                        "finetune", student, dataset, labels, seed, self.grid.finetune, init=init, draw=draw
-                    )
+                    training = axis.finetune or self.grid.finetune
+                    cell = self._cell("finetune", student, axis, labels, seed, training, init=init, draw=draw)
                     yield Point(cell, self.variant, arm, student, size, seed, draw)
 
-    def _downstream(self) -> Iterator[tuple[str, int, int]]:
+    def _downstream(self) -> Iterator[tuple[DataAxis, int, int]]:
         draws = range(self.grid.finetunes)
-        return ((a.dataset, size, draw) for a in self.grid.downstream for size in a.num_samples for draw in draws)
+        return ((axis, size, draw) for axis in self.grid.downstream for size in axis.num_samples for draw in draws)
 
     def _upstream_cells(self, student: str, size: int, seed: int) -> Iterator[tuple[Arm, Cell | None]]:
         if size == 0:
@@ -343,41 +383,42 @@ class _Expansion:
             return distilled
         steps = matched_steps(self._pretrain(student, size, seed).recipe, distilled)
         longer = self.grid.pretrain.model_copy(update={"budget": Budget(steps=steps)})
-        return self._cell("pretrain", student, self.grid.upstream.dataset, size, seed, longer)
+        return self._cell("pretrain", student, self.grid.upstream, size, seed, longer)
 
     def _pretrain(self, model: str, size: int, seed: int, *, init_seed: int | None = None) -> Cell:
         grid = self.grid
-        return self._cell("pretrain", model, grid.upstream.dataset, size, seed, grid.pretrain, init_seed=init_seed)
+        return self._cell("pretrain", model, grid.upstream, size, seed, grid.pretrain, init_seed=init_seed)
 
     def _distill(self, student: str, size: int, seed: int, teacher: Cell | Weights) -> Cell:
         grid = self.grid
         training = grid.distill_training or grid.pretrain
-        return self._cell("distill", student, grid.upstream.dataset, size, seed, training, teacher=teacher)
+        return self._cell("distill", student, grid.upstream, size, seed, training, teacher=teacher)
 
     def _identified(self, weights: Weights | None) -> Pretrained | None:
         return weights.identified(self.weights.get(weights.checkpoint)) if weights is not None else None
 
     def _cell(
-        self, stage: Stage, model: str, dataset: str, size: int, seed: int, training: Training,
+        self, stage: Stage, model: str, axis: DataAxis, size: int, seed: int, training: Training,
         *, teacher: Cell | Weights | None = None, init: Cell | None = None, draw: int = 0, init_seed: int | None = None,
     ) -> Cell:  # fmt: skip
         """`init_seed` stands in for `seed` in all but the choice of images."""
         grid, seed = self.grid, draw_seed(seed, draw)
         # Another seed is another window of the same order, so that seeds also sample the choice of images.
         data = Data(
-            dataset=dataset, num_samples=size, subset_seed=seed, image_size=grid.image_size,
-            tier=grid.tiers.get(dataset, grid.tier), block_size=grid.block_size,
+            dataset=axis.dataset, num_samples=size, subset_seed=seed, image_size=axis.image_size or grid.image_size,
+            tier=grid.tiers.get(axis.dataset, grid.tier), block_size=grid.block_size,
         )  # fmt: skip
         recipe = Recipe(
             stage=stage, model=grid.models[model], data=data, training=training, draw=draw or None,
             seed=seed if init_seed is None else init_seed,
-            distill=grid.distill if stage == "distill" else None,
+            distill=grid.distill if stage == "distill" else None, task=axis.task,
             teacher=self._identified(teacher) if isinstance(teacher, Weights) else None,
             start=self._identified(grid.init.get(model)) if stage != "finetune" else None,
-            plugins=grid.plugins or None, metrics=grid.metrics or None,
+            plugins=grid.plugins or None,
+            metrics=(grid.metrics or None) if axis.task is None else None,  # plugins' metrics take labels of images
         )  # fmt: skip
         parent = teacher if isinstance(teacher, Cell) else None
-        cell = Cell(recipe, self.fingerprints.get(dataset), teacher=parent, init=init)
+        cell = Cell(recipe, self.fingerprints.get(axis.dataset), teacher=parent, init=init)
         return self.cells.setdefault(cell.key, cell)
 
 

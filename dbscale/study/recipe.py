@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dbscale.strict import Strict
+from dbscale.study.task import DenseTask, TaskName, task_name
 
 RECIPE_VERSION = 1
 
@@ -200,6 +201,18 @@ class Pretrained(Strict):
     std: Channels | None = None
 
 
+def unfit_training(task: DenseTask | None, training: Training) -> str | None:
+    """Why a task cannot be trained so: masks and boxes do not follow what mixes images or moves pixels freely."""
+    if task is None:
+        return None
+    on = [name for name in ("rand_augment", "random_erasing", "mixup", "cutmix") if getattr(training.augment, name)]
+    on += ["loss_terms"] if training.loss_terms else []
+    on += ["label_smoothing"] if task.kind == "detection" and training.label_smoothing else []
+    if not on:
+        return None
+    return f"{task.kind} takes no {' and no '.join(on)}: its targets would not follow; leave it out of its training"
+
+
 class Recipe(Strict):
     """One training run, whole."""
 
@@ -221,6 +234,8 @@ class Recipe(Strict):
     draw: Positive | None = None
     """Which further finetune of one upstream run this is; None for the first. `draw_seed` then gives `seed` and
     `data.subset_seed`."""
+    task: DenseTask | None = None
+    """What a finetune's dataset asks; None: classes of images."""
 
     @model_validator(mode="after")
     def _draws_are_finetunes(self) -> Recipe:
@@ -243,6 +258,19 @@ class Recipe(Strict):
                 f"a {self.stage} recipe {'needs' if self.stage == 'distill' else 'takes no'} distill settings"
             )
         return self
+
+    @model_validator(mode="after")
+    def _dense_tasks_are_finetunes(self) -> Recipe:
+        if self.task is not None and self.stage != "finetune":
+            raise ValueError(f"a {self.stage} recipe has no task; upstream sets are classified, finetunes have tasks")
+        problem = unfit_training(self.task, self.training)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @property
+    def task_name(self) -> TaskName:
+        return task_name(self.task)
 
     @property
     def num_steps(self) -> int:

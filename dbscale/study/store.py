@@ -23,6 +23,7 @@ from dbscale.files import LATEST, ProcessMark, model_text, read_model, write_jso
 from dbscale.strict import Strict
 from dbscale.study.cell import Arm, CellSpec, cell_id
 from dbscale.study.recipe import RECIPE_VERSION, Share, Stage
+from dbscale.study.task import TaskName
 
 CellState = Literal["new", "running", "done", "failed", "interrupted", "blocked", "damaged"]
 HEARTBEAT_LIMIT_S = 120.0
@@ -113,7 +114,7 @@ class WeightsOrigin(Strict):
 class Row(Strict):
     """One finished cell: `row.json`, written last, so its existence means done.
 
-    Error rates are top-1 shares in [0, 1]; sizes are counts.
+    Error rates are shares in [0, 1]; sizes are counts.
     """
 
     key: str
@@ -131,7 +132,10 @@ class Row(Strict):
     samples_seen: Count
     train_flops: Amount
     """Forward and backward of the student, forward of the teacher, over all steps."""
+    task: TaskName = "classification"
+    """What the dataset asks, which says what an error is."""
     error_rate: Share
+    """Top-1 error of a classification, 1 − mIoU of a segmentation, 1 − mAP of a detection."""
     top5_error_rate: Share | None = None
     test_loss: float = Field(allow_inf_nan=False)
     calibration_error: Share | None = None

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dbscale.study.cost import DEVICES, train_flops
 from dbscale.study.recipe import Model, Precision, Recipe
 from dbscale.training.models import skeleton
+from dbscale.training.tasks import Task, join_head
 
 PROC = Path("/proc/self")
 
@@ -31,17 +32,29 @@ class Size:
     """Floating-point operations of one image's forward pass; a multiply-add counts two."""
 
 
-def measure(model: Model, *, num_classes: int, image_size: int) -> Size:
+def measure(model: Model, *, num_classes: int, image_size: int, task: Task | None = None) -> Size:
     """Count parameters and operations, exactly and for any timm model: torch counts on a model without memory."""
-    return _measure(skeleton(model, num_classes=num_classes, image_size=image_size), image_size)
+    if task is None:
+        return _measure(skeleton(model, num_classes=num_classes, image_size=image_size), image_size)
+    return _measure_dense(model.model_dump_json(), type(model), task, num_classes, image_size)  # type: ignore[arg-type]
+
+
+@cache
+def _measure_dense(model_json: str, kind: type[Model], task: Task, num_classes: int, image_size: int) -> Size:
+    backbone = copy.deepcopy(skeleton(kind.model_validate_json(model_json), num_classes=0, image_size=image_size))
+    with torch.device("meta"):
+        network = join_head(backbone, task, num_classes)
+    return _measure(network, image_size)
 
 
 @cache
 def _measure(network: nn.Module, image_size: int) -> Size:
     network = copy.deepcopy(network).eval()
     images = torch.zeros(1, 3, image_size, image_size, device="meta")
+    # A detector's matching and suppression are no part of what is counted.
+    forward = getattr(network, "head_outputs", network)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(images)
+        forward(images)
     num_params = sum(parameter.numel() for parameter in network.parameters())
     return Size(num_params, float(counter.get_total_flops()))
 
@@ -50,7 +63,8 @@ def count_train_flops(recipe: Recipe, teacher: Model | None, num_classes: int) -
     """Operations of a whole run, as `study.cost` adds them up, from counted forward passes instead of predicted ones."""
 
     def forward(model: Model, image_size: int) -> float:
-        return measure(model, num_classes=num_classes, image_size=image_size).forward_flops
+        task = recipe.task if model is recipe.model else None
+        return measure(model, num_classes=num_classes, image_size=image_size, task=task).forward_flops
 
     return train_flops(recipe, teacher, forward)
 

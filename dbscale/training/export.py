@@ -32,6 +32,11 @@ def export_cell(store: Store, key: str, target: Path, data_dir: Path | None = No
     spec, row = store.read_spec(key), store.read_row(key)
     if row is None:
         raise TrainingError(f"cell {key} is {store.state(key)}; only finished cells are exported")
+    if spec.recipe.task is not None:
+        raise TrainingError(
+            f"cell {key} is a {spec.recipe.task_name}: its head is not timm's, and only classifiers are exported; the "
+            f"backbone stands in {store.cell_dir(key) / WEIGHTS_NAME} as `backbone.<timm's name>`"
+        )
     weights = verified_weights(store, row)
     target.mkdir(parents=True, exist_ok=True)
     with weights.open("rb") as source, atomic_open(target / WEIGHTS_NAME, "wb") as copy:

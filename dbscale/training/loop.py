@@ -25,6 +25,7 @@ from dbscale.training.engine import highest_of_ranks, lockstep, reduce_over_rank
 from dbscale.training.losses import TERMS, Losses, Objective, Target
 from dbscale.training.optimizer import EMA, learning_rate, set_learning_rate
 from dbscale.training.progress import Reporter
+from dbscale.training.tasks import targets_of
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,15 @@ def _to_device(run: Run, batch: Batch, step: int) -> tuple[Tensor, Target]:
     device, augment = run.accelerator.device, run.recipe.training.augment
     assert isinstance(batch.images, Tensor), "lists of pixels are transformed in the loader"
     images = batch.images.to(device, non_blocking=True)  # uint8 where the device augments, a quarter of the bytes
-    labels = batch.labels.to(device, non_blocking=True)
+    target = targets_of(batch, device)
     if run.device_transform is not None:
         images = run.device_transform(images, epoch=batch.epoch, sample_ids=batch.sample_ids)
     if not (augment.mixup or augment.cutmix):
-        return images, labels
+        return images, target
+    assert isinstance(target, Tensor), "only labels are mixed"
     return mix_batch(
         images,
-        labels,
+        target,
         num_classes=run.num_classes,
         mixup=augment.mixup,
         cutmix=augment.cutmix,
@@ -154,6 +156,10 @@ def _micro_batches(images: Tensor, target: Target, num: int) -> list[tuple[Tenso
         return [(images, target)]
     if isinstance(target, Tensor):
         return list(zip(images.chunk(num), target.chunk(num), strict=True))
+    if isinstance(target, list):
+        size = len(target) // num
+        parts = [target[start : start + size] for start in range(0, len(target), size)]
+        return list(zip(images.chunk(num), parts, strict=True))
     labels = zip(target.y_a.chunk(num), target.y_b.chunk(num), strict=True)
     targets = [target._replace(y_a=y_a, y_b=y_b) for y_a, y_b in labels]
     return list(zip(images.chunk(num), targets, strict=True))

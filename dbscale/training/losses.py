@@ -30,7 +30,8 @@ from dbscale.study.recipe import Attention, Distill, Recipe
 from dbscale.study.resources import Resources
 from dbscale.study.store import Store
 
-Target = Tensor | MixTarget
+Target = Tensor | MixTarget | list[dict[str, Tensor]]
+"""Labels [b], mixed labels, masks [b, S, S], or boxes and their labels image by image."""
 TERMS = ("loss", "ce", "kl", "hard", "attention_kl")
 CACHE_FOLDER = "teacher_logits"
 
@@ -169,7 +170,7 @@ class _DistillObjective:
         result = kd_loss(
             logits_BC,
             teacher_logits_BC,
-            (target.y_a, target.y_b, target.lam) if isinstance(target, MixTarget) else target,
+            (target.y_a, target.y_b, target.lam) if isinstance(target, MixTarget) else target,  # type: ignore[arg-type]
             alpha=alpha,
             temperature=self.settings.temperature,
             label_smoothing=self.smoothing,
@@ -187,6 +188,7 @@ def _cross_entropy(logits_BC: Tensor, target: Target, smoothing: float) -> Tenso
     """Mean cross-entropy in float32; of a mixed batch, the mixture of both labels' (Zhang et al., 1710.09412)."""
     logits_BC = logits_BC.float()
     if not isinstance(target, MixTarget):
+        assert isinstance(target, Tensor), "boxes have losses of their own"
         return cross_entropy(logits_BC, target, label_smoothing=smoothing)
     first = cross_entropy(logits_BC, target.y_a, label_smoothing=smoothing)
     if target.lam == 1.0:

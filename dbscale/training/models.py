@@ -98,12 +98,15 @@ def _create(
 def load_backbone(model: nn.Module, weights: Path) -> None:
     """Everything but the head from a parent's `model.safetensors`; position embeddings are interpolated by timm.
 
-    The head stays as initialised, also where the number of classes is the same. Raises TrainingError.
+    The head stays as initialised, also where the number of classes is the same; a model whose head was cut off takes no
+    part of one. Raises TrainingError.
     """
     state = read_weights(weights)
     if isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(state, model)
     heads = head_names(model)
+    if getattr(model, "num_classes", None) == 0:
+        heads = (*heads, "fc_norm.")  # after pooling: timm's prune_intermediate_layers drops it with the classifier
     backbone = {name: value for name, value in state.items() if not name.startswith(heads)}
     refuse_misfit(
         weights, backbone, {name: each for name, each in model.state_dict().items() if not name.startswith(heads)}
@@ -118,9 +121,15 @@ def restore_model(model: Model, weights: Path, *, num_classes: int, image_size: 
     network = copy.deepcopy(skeleton(model, num_classes=num_classes, image_size=image_size))
     if any(buffer.is_meta for name, buffer in network.named_buffers() if name not in state):
         network = make_model(model, num_classes=num_classes, image_size=image_size)
+    fill(network, weights, state)
+    return network
+
+
+def fill(network: nn.Module, weights: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Give a network the weights of a file, which are read unless `state` holds them. Raises TrainingError for a misfit."""
+    state = read_weights(weights) if state is None else state
     refuse_misfit(weights, state, network.state_dict())
     network.load_state_dict(state, assign=True)
-    return network
 
 
 def refuse_misfit(weights: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -244,11 +253,7 @@ def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
         drop_path=recipe.training.drop_path,
         guided=wants_maps(recipe.distill),
     )
-    if spec.init is not None:
-        row = store.read_row(spec.init)
-        if row is None:
-            raise TrainingError(f"the parent {spec.init} has no row; train it first")
-        load_backbone(student, verified_weights(store, row))
+    load_parent(student, spec, store)
     if recipe.start is not None:
         load_backbone(student, stored_weights(store, recipe.start))
     if recipe.distill is not None and recipe.distill.head == "parallel":
@@ -256,6 +261,15 @@ def make_student(spec: CellSpec, store: Store, num_classes: int) -> nn.Module:
     if recipe.training.scope == "linear_probe":
         freeze_backbone(student)
     return student
+
+
+def load_parent(model: nn.Module, spec: CellSpec, store: Store) -> None:
+    """Give a finetune's timm model the backbone of the run it starts from, if any. Raises TrainingError."""
+    if spec.init is not None:
+        row = store.read_row(spec.init)
+        if row is None:
+            raise TrainingError(f"the parent {spec.init} has no row; train it first")
+        load_backbone(model, verified_weights(store, row))
 
 
 def load_teacher(store: Store, spec: CellSpec, *, num_classes: int, device: torch.device) -> nn.Module | None:

@@ -20,11 +20,12 @@ from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import device_name
 from dbscale.training.engine import AMP_DTYPE, Batching, engine_name
 from dbscale.training.loop import Run
-from dbscale.training.losses import CachedTeacher, make_objective, open_cache, wants_maps, wants_teacher
-from dbscale.training.models import load_teacher, make_student
+from dbscale.training.losses import CachedTeacher, Objective, make_objective, open_cache, wants_maps, wants_teacher
+from dbscale.training.models import load_teacher
 from dbscale.training.optimizer import EMA, make_optimizer
 from dbscale.training.pretrained import make_teacher
 from dbscale.training.progress import Reporter, truncate_metrics
+from dbscale.training.tasks import check_dataset, make_dense_objective, make_student, with_targets
 
 DEVICE_TIERS = ("resident", "raw")
 """Tiers whose stored pixels are tensors, which an accelerator augments faster than the host."""
@@ -49,7 +50,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     teacher = find_teacher(spec, context.store, dataset.num_classes, accelerator.device)
     for model in (student, teacher):
         set_precision(model, recipe, accelerator)
-    objective = make_objective(recipe, context.resources, teacher, student, _make_answer(spec, teacher, context))
+    objective = _make_objective(spec, teacher, student, context)
     if context.resources.compile:
         student.compile()
     optimizer = make_optimizer(student, recipe.training.optim)
@@ -83,6 +84,13 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         checkpoint_interval_s=context.resources.checkpoint_interval_s,
         checkpoint_stall_share=context.resources.checkpoint_stall_share,
     )
+
+
+def _make_objective(spec: CellSpec, teacher: nn.Module | None, student: nn.Module, context: Context) -> Objective:
+    if spec.recipe.task is not None:
+        return make_dense_objective(spec.recipe)
+    answer = _make_answer(spec, teacher, context)
+    return make_objective(spec.recipe, context.resources, teacher, student, answer)
 
 
 def find_teacher(spec: CellSpec, store: Store, num_classes: int, device: torch.device) -> nn.Module | None:
@@ -125,6 +133,7 @@ def open_cell_dataset(spec: CellSpec, data_dir: Path, split: str) -> Dataset:
             f"{dataset.folder} has fingerprint {dataset.fingerprint}, cell {spec.key} was planned for "
             f"{spec.fingerprint}; plan again, or restore the dataset"
         )
+    check_dataset(spec.recipe.task, dataset)
     return dataset
 
 
@@ -148,8 +157,10 @@ def make_batches(
         augment=augment.model_dump(),
         seed=derive_seed(recipe.seed, "augment"),
         tier=data.tier,
+        whole=recipe.task is not None,
     )
-    on_device = context.accelerator.device.type != "cpu" and data.tier in DEVICE_TIERS
+    is_dense = recipe.task is not None  # masks and boxes are placed by the host, and pixels with them
+    on_device = context.accelerator.device.type != "cpu" and data.tier in DEVICE_TIERS and not is_dense
     loader = make_loader(
         dataset.subset(data.num_samples, data.subset_seed),
         global_batch=recipe.training.global_batch,
@@ -158,7 +169,7 @@ def make_batches(
         num_workers=context.resources.num_workers,
         seed=derive_seed(recipe.seed, "order"),
         consumed=num_done * recipe.training.global_batch,
-        transform=None if on_device else transform,
+        transform=None if on_device else with_targets(recipe.task, transform, train=True),
         block_size=data.block_size,
         repeats=augment.repeats,
     )

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dbscale import plugins
-from dbscale.data import EvalLoader, make_eval_loader, make_transform
+from dbscale.data import Batch, EvalLoader, make_eval_loader, make_transform
 from dbscale.errors import FileError
 from dbscale.files import atomic_open
 from dbscale.kernels import attention_backend, resolve_backend
@@ -31,38 +31,20 @@ from dbscale.study.store import Attempt, Row, Store, Timing, Upstream, WeightsOr
 from dbscale.study.weights import read_origin
 from dbscale.training.checkpoint import LoopState, read_sealed, write_sealed
 from dbscale.training.device import count_train_flops, device_name, measure, peak_flops, peak_memory_bytes
-from dbscale.training.engine import engine_name, lockstep, reduce_over_ranks
+from dbscale.training.engine import engine_name
+from dbscale.training.evaluation import Evaluation, judge_split
 from dbscale.training.loop import Run, gather_bad_samples
 from dbscale.training.losses import wants_maps, wants_teacher
-from dbscale.training.models import WEIGHTS_NAME, export_weights, restore_model, sha256_of
+from dbscale.training.models import WEIGHTS_NAME, export_weights, sha256_of
 from dbscale.training.prepare import Context, open_cell_dataset, set_precision
 from dbscale.training.probes import probe_upstream
+from dbscale.training.tasks import judge_of, restore_student, summary_of, with_targets
 
 TRAINED_NAME, CORRECT_NAME = "trained.json", "correct.npz"
 Metrics = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
 EVAL_BATCH_PIXELS = 1 << 20
 """Pixels of an evaluation batch: 1,024 images of 32 px, 20 of 224 px, on a CPU; 16 times as many on a GPU."""
 NUM_CALIBRATION_BINS = 15
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results over a whole split."""
-
-    error_rate: float
-    """Top-1, in [0, 1]."""
-    top5_error_rate: float | None
-    """None with fewer than 6 classes, where it says nothing."""
-    loss: float
-    """Mean cross-entropy, nats."""
-    calibration_error: float
-    """Expected calibration error over 15 equal-width bins of confidence (Guo et al., 1706.04599)."""
-    correct_N: NDArray[np.bool_]
-    """One per sample, in the split's order."""
-    counted_N: NDArray[np.bool_]
-    """False for samples that could not be decoded; they are in no mean."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Means of plugins' metrics, by name."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +91,10 @@ def evaluate_cell(spec: CellSpec, trained: Trained, context: Context) -> tuple[E
     started, recipe, accelerator = time.perf_counter(), spec.recipe, context.accelerator
     size, folder = recipe.data.image_size, context.store.cell_dir(spec.key)
     test = open_cell_dataset(spec, context.data_dir, "test").subset()
-    model = restore_model(
-        recipe.model, folder / WEIGHTS_NAME, num_classes=trained.num_classes, image_size=size
-    )  # fmt: skip
+    model = restore_student(recipe, folder / WEIGHTS_NAME, trained.num_classes)
     set_precision(model.to(accelerator.device).requires_grad_(False), recipe, accelerator)
+    task = recipe.task
+    plain = make_transform(image_size=size, train=False, tier=recipe.data.tier, whole=task is not None)
     pixels = EVAL_BATCH_PIXELS * (1 if accelerator.device.type == "cpu" else 16)
     loader = make_eval_loader(
         test,
@@ -120,36 +102,35 @@ def evaluate_cell(spec: CellSpec, trained: Trained, context: Context) -> tuple[E
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=context.resources.num_workers,
-        transform=make_transform(image_size=size, train=False, tier=recipe.data.tier),
+        transform=with_targets(task, plain, train=False),
     )
     metrics = {name: plugins.part_of(plugins.METRICS, "metric", name) for name in recipe.metrics or ()}
-    evaluation = evaluate(model, loader, len(test), accelerator, metrics)
+    if task is None:
+        evaluation = evaluate(model, loader, len(test), accelerator, metrics)
+    else:
+        judge, summary = judge_of(task, trained.num_classes), summary_of(task, trained.num_classes, test)
+        evaluation = summary(judge_split(model, loader, len(test), accelerator, judge))
     if accelerator.is_main_process:
         write_correct(folder / CORRECT_NAME, evaluation)
     return evaluation, time.perf_counter() - started
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module, loader: EvalLoader, num_samples: int, accelerator: Accelerator, metrics: Metrics | None = None
 ) -> Evaluation:
-    """Evaluate `model` on a loader's pass; every rank gets the whole result. `metrics` are plugins', by name."""
-    model.eval()
-    further = metrics or {}
-    table_N5, num_classes = torch.zeros(num_samples, 5 + len(further), dtype=torch.float64), 0
-    for batch in lockstep(iter(loader), accelerator):
-        assert isinstance(batch.images, Tensor), "an evaluation loader transforms"
-        logits_BC = model(batch.images.to(accelerator.device, non_blocking=True)).float()
-        num_classes = logits_BC.shape[1]
+    """Evaluate a classifier on a loader's pass; every rank gets the whole result. `metrics` are plugins', by name."""
+    further, classes = metrics or {}, set()
+
+    def judge(model: nn.Module, images: Tensor, batch: Batch) -> Tensor:
+        logits_BC = model(images).float()
+        classes.add(logits_BC.shape[1])
         labels_B = batch.labels.to(logits_BC.device)
         values = [each(logits_BC, labels_B).float()[:, None] for each in further.values()]
-        rows_B5 = torch.cat([_judge(logits_BC, labels_B), *values], 1).double().cpu()
-        counted = batch.weights > 0
-        table_N5[batch.sample_ids[counted]] = rows_B5[counted]
-    # Each sample was judged by one rank, the others hold zeros: a sum gathers exactly.
-    table_N5 = reduce_over_ranks(accelerator, table_N5, "sum").cpu()
-    found = summarize(table_N5[:, :5].numpy(), num_classes)
-    means = table_N5[torch.from_numpy(found.counted_N), 5:].mean(0).tolist()
+        return torch.cat([_judge(logits_BC, labels_B), *values], 1)
+
+    table_NK = judge_split(model, loader, num_samples, accelerator, judge)
+    found = summarize(table_NK[:, :5], classes.pop())
+    means = table_NK[found.counted_N, 5:].mean(0).tolist()
     return replace(found, metrics=dict(zip(further, means, strict=True)))
 
 
@@ -186,10 +167,16 @@ def calibration_error(confidence_N: NDArray[np.float64], correct_N: NDArray[np.f
 
 
 def write_correct(path: Path, evaluation: Evaluation) -> None:
-    """One bit per test sample, in the split's order: `correct`, and `counted` (0 where it could not be decoded)."""
-    correct, counted = np.packbits(evaluation.correct_N), np.packbits(evaluation.counted_N)
+    """What is known of each test sample, in the split's order: `counted` (0 where it could not be decoded), one bit each,
+    and one bit `correct` of a classification, or float32 `errors` of another task."""
+    arrays: dict[str, NDArray[np.generic]] = {"num_samples": np.array(len(evaluation.counted_N), np.int64)}
+    if evaluation.correct_N is not None:
+        arrays["correct"] = np.packbits(evaluation.correct_N)
+    arrays["counted"] = np.packbits(evaluation.counted_N)
+    if evaluation.errors_N is not None:
+        arrays["errors"] = evaluation.errors_N
     with atomic_open(path, "wb") as file:
-        np.savez(file, num_samples=np.int64(len(evaluation.correct_N)), correct=correct, counted=counted)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def make_row(
@@ -203,7 +190,7 @@ def make_row(
     """Everything a table of cells needs; `attempts` are all tries, the last one still running."""
     recipe, store, accelerator = spec.recipe, context.store, context.accelerator
     teacher = _teacher_model(spec, store) if wants_teacher(recipe.distill) else None
-    size = measure(recipe.model, num_classes=trained.num_classes, image_size=recipe.data.image_size)
+    size = measure(recipe.model, num_classes=trained.num_classes, image_size=recipe.data.image_size, task=recipe.task)
     train_flops = count_train_flops(recipe, teacher, trained.num_classes)
     return Row(
         key=spec.key,
@@ -219,6 +206,7 @@ def make_row(
         num_steps=trained.state.step,
         samples_seen=trained.state.step * recipe.training.global_batch,
         train_flops=train_flops,
+        task=recipe.task_name,
         error_rate=evaluation.error_rate,
         top5_error_rate=evaluation.top5_error_rate,
         test_loss=evaluation.loss,
@@ -274,14 +262,15 @@ def _upstream(spec: CellSpec, context: Context) -> Upstream | None:
     parent = context.store.read_row(spec.init) if spec.init else None
     if parent is None:
         return None
-    probe = probe_upstream(spec, context)
+    # Both see one label an image.
+    probe = probe_upstream(spec, context) if spec.recipe.task is None else None
     return Upstream(
         dataset=parent.dataset,
         num_samples=parent.num_samples,
         stage=parent.stage,
         error_rate=parent.error_rate,
-        linear_probe_error=probe.linear_probe_error,
-        transrate=probe.transrate,
+        linear_probe_error=probe.linear_probe_error if probe else None,
+        transrate=probe.transrate if probe else None,
     )
 
 

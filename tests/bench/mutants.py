@@ -35,7 +35,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = {"form": "forms", "table": "fit"}
+ROOMS = {"laws/form": "forms", "laws/table": "fit", "report/reader": "table", "report/sheet": "table"}
 """Rooms whose tests stand in another file."""
 CPU_SECONDS = 90
 """A mutant that computes longer than this never ends: it counts as killed."""
@@ -74,13 +74,13 @@ def meaning(source: str) -> str:
 
 def mutants_of(path: Path) -> Iterator[tuple[tuple[int, int], str, int]]:
     """(position, operator, occurrence) of every fault that can be planted in a file."""
-    tree = get_ast(path.read_text())
+    nodes = list(ast_nodes(get_ast(path.read_text())))
     for name in plugins.operator_names():
         kind = plugins.get_operator(name)
-        if kind.arguments():
-            continue
-        places = [start for node in ast_nodes(tree) for start, _ in kind().mutation_positions(node)]
-        yield from ((start, name, k) for k, start in enumerate(places))
+        if not kind.arguments():
+            operator = kind()
+            places = (start for node in nodes for start, _ in operator.mutation_positions(node))
+            yield from ((start, name, k) for k, start in enumerate(places))
 
 
 def draw(wing: str, count: int, seed: int) -> list[Mutant]:
@@ -172,7 +172,8 @@ def tests_for(mutant: Mutant, lines: Mapping, seconds: Mapping[str, float], budg
     span = statement_at(mutant.original, mutant.line)
     found = {test for line in span for test in reached.get(line, ()) if test}
     path = Path(mutant.path)
-    room = f"tests/{path.parent.name}/test_{ROOMS.get(path.stem, path.stem)}.py"
+    wing, stem = path.parent.name, path.stem
+    room = f"tests/{wing}/test_{ROOMS.get(f'{wing}/{stem}', stem)}.py"
     if not budget:
         return [room]
     found = found or {test for test in seconds if test.startswith(room)}  # what runs at import
@@ -200,7 +201,7 @@ def main() -> None:
     drawn = [m for m in draw(options.wing, options.count, options.seed) if not wanted or Path(m.path).stem in wanted]
     killed, total = 0, len(drawn)
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("dbscale", "launch", "shards", "configs", "tests", "pyproject.toml"):
+        for name in ("dbscale", "launch", "shards", "configs", "docs", "tests", "pyproject.toml"):
             source, target = ROOT / name, Path(folder) / name
             shutil.copytree(source, target, symlinks=True) if source.is_dir() else shutil.copy(source, target)
         lines, seconds = reached_lines(folder, options.wing) if options.budget else ({}, {})

@@ -16,22 +16,24 @@ from dbscale.data import DataError, augment, make_transform
 from dbscale.data.augment import (
     COLOR_OPERATIONS,
     OPERATIONS,
-    RESIZED_CROP_DRAWS,
     Policy,
-    center_boxes,
     color_jitter,
     draw_operations,
     erase_random,
     parse_policy,
     rand_augment,
+    warp_affine,
+    warp_matrix,
+)
+from dbscale.data.geometry import (
+    RESIZED_CROP_DRAWS,
+    center_boxes,
     resize_boxes,
     resize_each,
     resized_crop_boxes,
     shift_flip,
     shift_flip_gather,
-    warp_affine,
-    warp_matrix,
-)  # fmt: skip
+)
 from dbscale.keyed import keyed_bits, keyed_uniform
 
 IDS = np.arange(64)

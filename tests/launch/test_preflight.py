@@ -16,17 +16,15 @@ import yaml
 from dbscale.errors import ConfigError
 from dbscale.launch import preflight
 from dbscale.launch.cli import main
-from dbscale.launch.preflight import GIB, check, disk_bytes, pair_problems, state_bytes
+from dbscale.launch.preflight import GIB, check, disk_bytes, pair_problems
 from dbscale.launch.smoke import cut, kind_of, new_kinds, smoke
 from dbscale.launch.study import Study, load_study, plan_study
-from dbscale.study.cost import num_params
+from dbscale.study.cost import device_memory, num_params
 from dbscale.study.recipe import Attention, DeiT
 from dbscale.study.resources import Resources
 from tests.launch.conftest import GRID
 
 FRACTALS = {"source": "fractals", "families": 4, "num_train": 40, "num_test": 12, "image_size": 16}
-H1 = 9_844
-"""Parameters of the smaller DeiT at 16 px with 4 classes, counted by hand below."""
 
 
 @pytest.fixture
@@ -65,28 +63,14 @@ def test_a_sound_study_has_no_problem(study_of: Any) -> None:
     found.refuse()
 
 
-def test_bytes_of_a_models_state_by_hand(study_of: Any) -> None:
-    """4 bytes each for weights, gradient and two moments; the teacher's weights on top; ZeRO cuts what its stage says."""
-    study = study_of()
-    cells = plan_study(study)[0].cells
-    h1, h2 = (num_params(DeiT(heads=heads, head_width=16, depth=2, patch_size=8), 16, 4) for heads in (1, 2))
-    # One block of width w: qkv 3w²+3w, projection w²+w, MLP 8w²+5w, norms 4w. Around: patches 192w+w, class token and five
-    # positions 5w+w, norm 2w, head 4w+4.
-    assert h1 == 2 * (12 * 256 + 13 * 16) + 193 * 16 + 6 * 16 + 2 * 16 + 4 * 17 == H1
-    assert h2 == 2 * (12 * 1024 + 13 * 32) + 193 * 32 + 6 * 32 + 2 * 32 + 4 * 33
-    distill = next(cell for cell in cells if cell.recipe.stage == "distill")
-    for stage, share in ((None, 4 * h2), (0, 4 * h2), (1, 3 * h2), (2, 2.5 * h2), (3, 2 * h2)):
-        resources = Resources(num_processes=2, zero_stage=stage)
-        assert state_bytes(study, distill, resources) == 4 * (share + h1), stage
-    averaged = distill.recipe.training.model_copy(update={"ema_decay": 0.9})
-    with_average = dataclasses.replace(distill, recipe=distill.recipe.model_copy(update={"training": averaged}))
-    assert state_bytes(study, with_average, Resources(zero_stage=None)) == 4 * (5 * h2 + h1)
-
-
 def test_a_model_larger_than_its_device_is_refused(study_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = namedtuple("memory", ["total", "available"])
     study = study_of("cluster.workers=2", "cluster.resources.zero_stage=null")
-    largest = 4 * (4 * num_params(DeiT(heads=2, head_width=16, depth=2, patch_size=8), 16, 4) + H1)
+    cells = plan_study(study)[0].cells
+    distill = next(cell for cell in cells if cell.recipe.stage == "distill")
+    needed = device_memory(distill, Resources(zero_stage=None))
+    assert needed is not None
+    largest = needed.states
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(2 * largest, 0))
     assert problems(study) == ""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(2 * largest - 2, 0))
@@ -101,7 +85,8 @@ def test_a_disk_too_small_for_weights_and_checkpoints_is_refused(
     plan, _ = plan_study(study)
     h2 = num_params(DeiT(heads=2, head_width=16, depth=2, patch_size=8), 16, 4)
     # Two plain runs, one distilled one and a finetune of each: weights of all, three checkpoints of the largest one.
-    needed = 4 * (2 * H1 + 4 * h2) + 3 * 4 * 3 * h2
+    h1 = num_params(DeiT(heads=1, head_width=16, depth=2, patch_size=8), 16, 4)
+    needed = 4 * (2 * h1 + 4 * h2) + 3 * 4 * 3 * h2
     assert disk_bytes(study, plan.todo, at_once=1) == needed
     usage = namedtuple("usage", ["free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed))
@@ -225,11 +210,34 @@ def test_one_real_step_of_each_kind(tried: Any, capsys: pytest.CaptureFixture[st
         tried(models={**GRID["models"], "h1": model})
 
 
+def test_weights_from_elsewhere_are_tried_as_well(study_of: Any, tmp_path: Path) -> None:
+    """A teacher that no cell trained is read from the store; one of other classes is found out."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from dbscale.launch.commands.submit import pack_missing
+
+    network = {"kind": "deit", "heads": 1, "head_width": 16, "depth": 2, "patch_size": 8}
+    for num_classes, said in ((4, None), (5, "knows 5 classes, this cell's dataset has 4")):
+        torch.manual_seed(0)
+        name = f"teacher{num_classes}.safetensors"
+        model = timm.create_model("deit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=1,
+                                  num_classes=num_classes)  # fmt: skip
+        save_file(model.state_dict(), tmp_path / name)
+        changes = {"teachers": {"h2": {"checkpoint": str(tmp_path / name), "model": network}}}
+        study = pack_missing(study_of(**changes))
+        plan, _ = plan_study(study)
+        if said is None:
+            assert smoke(study, plan) == 5
+        else:
+            with pytest.raises(ConfigError, match=said):
+                smoke(study, plan)
+
+
 def test_what_only_data_shows_is_found(tried: Any, study_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"packed with encoding 'raw', which the decode tier 'jpeg256' cannot read"):
         tried(tier="jpeg256")
-    rates = {**GRID["pretrain"], "optim": {"lr": 1e-3}, "label_smoothing": 0.1}
-    assert tried(pretrain=rates) == 5
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(
         ConfigError, match=r"the trial of one step ended with code 1: nothing; --no-smoke leaves it out"

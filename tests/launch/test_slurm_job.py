@@ -75,12 +75,12 @@ def test_a_job_reads_its_cells_from_its_record_and_ends_where_that_was_withdrawn
 def test_whether_to_start_again_is_asked_from_the_moment_of_the_stop_until_it_is_decided(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stop, answers, asked = StopRequest(), [1, 2, 0], []
+    stop, answers, asked = StopRequest(), [1, 2, 1, 2, 0], []
     monkeypatch.setattr("dbscale.launch.slurm.job.ask_later", lambda limit: (asked.append(limit), answers.pop(0))[1])
     monkeypatch.setattr("dbscale.launch.slurm.job.time.sleep", asked.append)
     stop.ask("SIGTERM")
     decide_when_stopped(stop, 7)
-    assert asked == [7, 2.0, 7, 2.0, 7]
+    assert asked == [7, 0.5, 7, 1.0, 7, 2.0, 7, 2.0, 7]
 
 
 def fence(tmp_path: Path, restart: int) -> Fence:

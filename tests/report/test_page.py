@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import json
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dbscale.laws import make_pairs
-from dbscale.report import schema
+from dbscale.report import schema, words
 from dbscale.report.findings import Options, contrast, find, refresh_table
 from dbscale.report.page import compare_page, export_figures, of_grid, of_table, write_page, write_table_report
 from dbscale.report.reduce import collect, load_plan
@@ -186,3 +187,15 @@ def test_a_tables_cost_counts_every_upstream_run_once():
         "finetune": 280,
     }
     assert background.cost == "330 of 330 cells took 2.0 h of device time."
+
+
+def test_the_page_says_what_an_error_is_where_it_is_not_top_1(tmp_path: Path):
+    table = study(seeds=2)
+    assert words.task_notes(table) == [] and words.predicted(table) == "top-1 error rate"
+    runs = tuple(dataclasses.replace(run, task="segmentation") for run in table)
+    table = dataclasses.replace(table, runs=runs)
+    page = write_page(table, find(table, options=FAST), of_table(Path("rows.csv"), table), tmp_path).read_text()
+    text = words_of(page)
+    assert "On digits the error is 1 − mIoU (mean intersection over union of the classes that occur)." in text
+    assert "1 − mIoU (mean intersection over union of the classes that occur) and test loss on" in text
+    assert "top-1" not in text

@@ -228,6 +228,17 @@ def test_the_test_sets_noise_is_paired_by_sample():
     assert unequal is not None and unequal.by_sample is None and unequal.test_variance.tolist() == [0]
 
 
+def test_the_test_sets_noise_of_other_tasks_is_paired_by_sample_too():
+    """What each image adds to 1 − mIoU: differences .25, −.25 have variance 1/16."""
+    runs = [dataclasses.replace(run, key=run.arm) for run in both_arms(0.5, 0.5)]
+    wrong = {"plain": np.array([0.5, 0.25], np.float32), "distilled": np.array([0.25, 0.5], np.float32)}
+    pairs, _ = arms_of(runs, wrong=wrong)
+    assert pairs is not None and pairs.by_sample is not None
+    assert pairs.by_sample[0].tolist() == [0.25, -0.25] and pairs.test_variance.tolist() == [1 / 16 / 2]
+    mixed, _ = arms_of(runs, wrong=wrong | {"plain": np.array([True, False])})
+    assert mixed is not None and mixed.by_sample is None, "of two tasks, nothing can be paired"
+
+
 def test_without_single_results_the_binomial_bounds_the_noise():
     pairs, _ = arms_of(both_arms(0.5, 0.2, num_test_samples=100))
     assert pairs is not None and pairs.test_variance.tolist() == pytest.approx([0.0025 + 0.0016])

@@ -92,14 +92,15 @@ def test_every_column_comes_from_its_own_field(make_store):
     keys = (point.cell, point.upstream_cell, point.teacher_cell)
     own, upstream, teacher = (distinct_row(store.read_row(key), 100 * place) for place, key in enumerate(keys, start=1))
     copied = {"error_rate": 0.901, "linear_probe_error": 0.902, "transrate": 0.903, "stage": "distill"}
-    own = own.model_copy(update={"upstream": own.upstream.model_copy(update=copied)})
+    own = own.model_copy(update={"upstream": own.upstream.model_copy(update=copied), "task": "detection"})
     for row in (own, upstream, teacher):
         store.write_row(row)
     (run,) = (run for run in collect(store, load_plan(store, "tiny")) if run.key == point.cell)
     assert dataclasses.asdict(run) == {
         "variant": "base", "arm": "distilled", "student": point.student, "model": point.model, "num_params": 104,
         "upstream_dataset": "fractals", "upstream_samples": point.upstream_num_samples, "dataset": "digits",
-        "downstream_samples": point.num_samples, "seed": 1, "finetune": 0, "error_rate": 0.11, "test_loss": 0.114,
+        "downstream_samples": point.num_samples, "seed": 1, "finetune": 0, "task": "detection", "error_rate": 0.11,
+            "test_loss": 0.114,
         "top5_error_rate": 0.111, "calibration_error": 0.112, "num_test_samples": 108, "num_classes": 105,
         "train_loss": 0.115, "num_steps": 106, "samples_seen": 107, "train_flops": 0.113, "upstream_stage": "distill",
         "upstream_error_rate": 0.901, "upstream_test_loss": 0.214, "upstream_samples_seen": 207,
@@ -158,6 +159,19 @@ def test_mistakes_are_read_from_packed_bits(make_store, tmp_path: Path):
     for known in (None, digest):
         found = read_mistakes(path, row.model_copy(update={"correct_sha256": known}))
         assert found.tolist() == [False, True, False, False, False, True, False, False, True]
+
+
+def test_what_samples_add_to_another_tasks_error_is_read_as_it_is(make_store, tmp_path: Path):
+    path = tmp_path / "correct.npz"
+    errors = np.array([0.5, np.nan, -0.25], np.float32)
+    np.savez(path, num_samples=np.int64(3), counted=np.packbits([True, False, True]), errors=errors)
+    row = a_row(make_store()).model_copy(update={"num_test_samples": 2, "task": "segmentation"})
+    assert read_mistakes(path, row).tolist() == [0.5, -0.25], "the second could not be decoded"
+    with pytest.raises(TableError, match="cannot be used"):
+        read_mistakes(path, row.model_copy(update={"task": "classification"}))
+    np.savez(path, num_samples=np.int64(3), counted=np.packbits([True, False, True]), errors=errors[:2])
+    with pytest.raises(TableError, match="does not hold a number for each of 3 samples"):
+        read_mistakes(path, row)
 
 
 def a_row(store: Store) -> Row:

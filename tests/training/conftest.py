@@ -31,6 +31,8 @@ from tests.training.end_state import end_hash
 DATASETS: dict[str, dict[str, Any]] = {
     "up": {"source": "fractals", "families": 6, "num_train": 96, "num_test": 50, "image_size": 16},
     "down": {"source": "fractals", "families": 3, "first_family": 6, "num_train": 48, "num_test": 30, "image_size": 16},
+    "masks": {"source": "fractal_masks", "families": 3, "num_train": 32, "num_test": 21, "image_size": 16},
+    "boxes": {"source": "fractal_boxes", "families": 3, "num_train": 32, "num_test": 21, "image_size": 32},
 }
 PLAIN = Resources(zero_stage=None, threads=1)
 
@@ -79,6 +81,8 @@ class Bench:
         num_samples: int | None = None,
         seed: int = 0,
         fingerprint: str | None = None,
+        task: Any = None,
+        image_size: int = 16,
         **training: Any,
     ) -> Cell:
         """A tiny cell, written to the store; `training` overrides fields of the recipe's Training."""
@@ -95,11 +99,13 @@ class Bench:
         recipe = Recipe(
             stage=stage,  # type: ignore[arg-type]
             model=model or DeiT(heads=2, head_width=8, depth=2, patch_size=4),
-            data=Data(dataset=dataset, num_samples=num_samples or (40 if dataset == "up" else 24), image_size=16),
+            data=Data(dataset=dataset, num_samples=num_samples or (40 if dataset == "up" else 24),
+                      image_size=image_size),
             training=Training(**{**defaults, **training}),
             seed=seed,
             distill=distill or (Distill() if stage == "distill" else None),
-        )
+            task=task,
+        )  # fmt: skip
         fingerprint = fingerprint or load_manifest(self.data_dir / "shards" / dataset).fingerprint
         cell = Cell(recipe, fingerprint, teacher=teacher, init=init)
         self.store.write_spec(cell.spec())

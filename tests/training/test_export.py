@@ -172,7 +172,8 @@ def test_a_timm_checkpoint_is_judged_as_timm_judges_it(name, bench, tmp_path):
     )
     restored = restore_model(recipe_model, tmp_path / "model.safetensors", num_classes=6, image_size=16)
     loader = make_eval_loader(test.subset(), batch_size=7, transform=transform)
-    found = evaluate(restored, loader, test.num_samples, SimpleNamespace(device=torch.device("cpu"), num_processes=1))
+    alone: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    found = evaluate(restored, loader, test.num_samples, alone)
     assert 0.2 < 1 - found.error_rate < 1
     assert (1 - found.error_rate, 1 - found.top5_error_rate) == pytest.approx((float(top1) / 100, float(top5) / 100))
     assert found.correct_N.tolist() == (logits.argmax(1) == labels).tolist()

@@ -19,9 +19,10 @@ from dbscale.training import results, run
 from dbscale.training.checkpoint import LoopState
 from dbscale.training.device import count_train_flops
 from dbscale.training.engine import Batching
+from dbscale.training.evaluation import Evaluation
 from dbscale.training.prepare import Context
 from dbscale.training.progress import LossRecord
-from dbscale.training.results import Evaluation, Trained, calibration_error, make_row, summarize
+from dbscale.training.results import Trained, calibration_error, make_row, summarize
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 1), st.booleans()), min_size=1, max_size=60))

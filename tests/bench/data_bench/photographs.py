@@ -12,8 +12,8 @@ from PIL import Image
 from data_bench.measure import Row, beside, rates
 from data_bench.small import loader_run
 from dbscale.data import open_dataset
-from dbscale.data.augment import RESIZED_CROP_DRAWS, resize_each, resized_crop_boxes
 from dbscale.data.decode import decode_image
+from dbscale.data.geometry import RESIZED_CROP_DRAWS, resize_each, resized_crop_boxes
 from dbscale.data.order import order
 from dbscale.data.read import checksum
 from dbscale.shards.pack import pack

@@ -1,0 +1,125 @@
+"""From a source's annotation to the target that is packed beside an image: one numbering, one size, checked.
+
+Masks come as PNGs of many kinds, boxes as numbers; whatever does not fit its image or its classes is refused here, so that
+training meets only sound ones. Bytes in the shards are `data.target`'s.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image
+from pydantic import BeforeValidator
+
+from dbscale.data.decode import MAX_PIXELS, DecodeError, image_shape
+from dbscale.data.manifest import Encoding
+from dbscale.data.target import (
+    IGNORE,
+    Boxes,
+    Mask,
+    Target,
+    clip_boxes,
+    encode_boxes,
+    encode_mask,
+    resize_target,
+    square_target,
+)
+from dbscale.shards.source import Content, class_names
+
+MAX_CLASSES = IGNORE
+_TOLERANCE_PX = 1.0
+"""By how much a box may reach over the border: annotations are rounded."""
+
+
+def mask_classes(value: Any) -> tuple[str, ...]:
+    """Checks the classes of masks: their names, or how many there are."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [f"class {number}" for number in range(value)]
+    names = class_names(value)
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"{len(names)} classes; a mask has at most {MAX_CLASSES}")
+    return names
+
+
+MaskClasses = Annotated[tuple[str, ...], BeforeValidator(mask_classes)]
+"""Class names by label, or their number."""
+
+
+def read_mask(data: bytes, *, num_classes: int, first_label: int = 0, ignore_labels: Sequence[int] = (IGNORE,)) -> Mask:
+    """uint8 [H, W] with labels 0…num_classes-1 and IGNORE, of a PNG whose labels begin at `first_label`.
+
+    What lies below `first_label` is ignored, as are the `ignore_labels` (in the file's numbers). Raises DecodeError.
+    """
+    labels = _labels_in(data)
+    ignored = (labels < first_label) | np.isin(labels, ignore_labels)
+    wrong = labels[~ignored & (labels >= first_label + num_classes)]
+    if len(wrong):
+        last = first_label + num_classes - 1
+        raise DecodeError(
+            f"its mask holds the label {wrong.max()}, out of range {first_label}…{last}; mend it, extend the class names "
+            "or list the label under `ignore_labels`"
+        )
+    return np.where(ignored, IGNORE, labels - first_label).astype(np.uint8)
+
+
+def _labels_in(data: bytes) -> np.ndarray:
+    """Integers [H, W]: grey levels, or the places in a palette, whatever colours stand there."""
+    height, width = image_shape(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            mode, values = image.mode, np.asarray(image)
+    except Exception as error:
+        raise DecodeError(f"its mask is no PNG that can be read: {error}") from error
+    assert height * width <= MAX_PIXELS
+    if mode not in ("L", "P", "1") and not mode.startswith("I"):
+        raise DecodeError(
+            f"its mask is a colour image ({mode}), and colours are no labels; save masks as 8-bit grey or with a palette, "
+            "one number a class"
+        )
+    return values.astype(np.int64)
+
+
+def pack_target(target: Target, content: Content, encoding: Encoding, size: tuple[int, int], num_classes: int) -> bytes:
+    """The target's bytes, at the `size` (height, width) that its image was packed at. Raises DecodeError."""
+    original = image_shape(content) if isinstance(content, bytes) else (content.shape[0], content.shape[1])
+    target = (
+        _checked_boxes(target, original, num_classes) if isinstance(target, Boxes) else _checked_mask(target, original)
+    )
+    if size != original:
+        target = square_target(target, size[0]) if encoding == "raw" else resize_target(target, size)
+    return encode_boxes(target) if isinstance(target, Boxes) else encode_mask(target)
+
+
+def _checked_mask(mask: Mask, image: tuple[int, int]) -> Mask:
+    if mask.shape != image:
+        raise DecodeError(
+            f"its mask has {mask.shape[1]}×{mask.shape[0]} px, the image {image[1]}×{image[0]} px; both must be of one size"
+        )
+    if (mask == IGNORE).all():
+        raise DecodeError("its mask is empty: every pixel has a label that is ignored")
+    return mask
+
+
+def _checked_boxes(target: Boxes, image: tuple[int, int], num_classes: int) -> Boxes:
+    if target.size != image:
+        raise DecodeError(
+            f"its annotation says {target.size[1]}×{target.size[0]} px, the image has {image[1]}×{image[0]} px; annotate "
+            "the image as it is"
+        )
+    limit = np.array([image[1], image[0]] * 2)
+    over = ((target.boxes_N4 < -_TOLERANCE_PX) | (target.boxes_N4 > limit + _TOLERANCE_PX)).any(axis=1)
+    if over.any():
+        left, top, right, bottom = target.boxes_N4[over][0].tolist()
+        raise DecodeError(
+            f"a box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) reaches over the border of its "
+            f"{image[1]}×{image[0]} px image; mend or remove it"
+        )
+    wrong = target.labels_N[(target.labels_N < 0) | (target.labels_N >= num_classes)]
+    if len(wrong):
+        raise DecodeError(
+            f"a box has the label {wrong[0]}, out of range 0…{num_classes - 1}; mend it or name its class"
+        )
+    return clip_boxes(target)
