@@ -62,8 +62,7 @@ def remote(folder: Path, rounds: int) -> list[Row]:
         def by_tars() -> int:
             urls = [f"pipe:curl -s --noproxy '*' '{store.sign(f'bucket/photos/{name}')}'" for name in names]
             stream = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
-            return sum(decode_image(sample[next(key for key in sample if key.lower() == "jpeg")]) is not None
-                       for sample in stream)  # fmt: skip
+            return sum(decode_image(sample["jpg"]) is not None for sample in stream)
 
         found = wall_rates({"webdataset": by_tars, f"dbscale, blocks of {BLOCK}": by_ranges(BLOCK),
                             "dbscale, free shuffle": by_ranges(None)}, rounds)  # fmt: skip
