@@ -135,6 +135,9 @@ def test_draws_that_must_share_labels_are_named(grid_data: dict[str, Any]) -> No
 GOLDEN_GRIDS = {
     "cifar10": (330, "0ab3821a48d0124b"),
     "demo": (300, "5f6c0ad9df83b634"),
+    "demo_hunt": (210, "89bd902247c99c55"),
+    "fractals_segmentation": (64, "0b0030d63f59f911"),
+    "dense_transfer": (348, "9befae7f39a8c040"),
     "alpha_at_boundary": (612, "014a9c60d0671afe"),
     "alpha_tau": (306, "43dc890bcbe3de98"),
     "architecture_resnet": (600, "b2348240333bac18"),
