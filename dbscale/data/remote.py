@@ -188,7 +188,7 @@ class RemoteShards:
         starts = records["offset"].astype(np.int64)
         ends = starts + _extent(records)
         names = [self._shard(record).name for record in records]
-        blocks = merge_offset_ranges(names, starts.tolist(), ends.tolist(), max_gap=MAX_GAP, max_block=MAX_RANGE)
+        blocks: Any = merge_offset_ranges(names, starts.tolist(), ends.tolist(), max_gap=MAX_GAP, max_block=MAX_RANGE)
         content = dict(zip(zip(*blocks, strict=True), self._ranges(*blocks), strict=True))
         order = sorted(content)
         for position, name, start, end in zip(missing, names, starts.tolist(), ends.tolist(), strict=True):

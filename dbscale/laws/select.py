@@ -212,7 +212,7 @@ class Calibration:
             others = [np.array([each]) for each in drift_of(int(origins.axis[origin]), origin)]
             if np.isfinite(others[1]).all():
                 distance, error = (a[origin, near[origin]] for a in (origins.distance, errors))
-                inside.append(np.abs(error) <= cls(noise, *others, np.nan).half_width(distance[None], 0.9))
+                inside.append(np.abs(error) <= cls(noise, others[0], others[1], np.nan).half_width(distance[None], 0.9))
         return cls(noise, drift, degrees, float(np.mean(np.concatenate(inside))) if inside else np.nan, misfit)
 
     def half_width(self, distance: np.ndarray, level: float, spread: np.ndarray | float = 0.0) -> np.ndarray:

@@ -35,7 +35,8 @@ def main(words: Sequence[str]) -> None:
     store = Store(Path(work.store))
     try:
         for made in hand_in_again(store, work, JobIdentity.of_job()):
-            print(f"handed in again: {sum(map(len, made.elements))} cells as job {made.job}", flush=True)
+            what = f"{sum(map(len, made.elements))} cells" if made.kind == "bundles" else "a reducer after them"
+            print(f"handed in again: {what}, as job {made.job}", flush=True)
     except (SlurmError, FileError) as error:  # where a job may not submit jobs, say
         print(f"nothing was handed in again: {error}; `dbscale submit` resumes the grid", file=sys.stderr, flush=True)
     refresh(store, work.grid)

@@ -175,6 +175,22 @@ def test_a_cluster_whose_jobs_may_not_submit_still_gets_its_report(
     assert said.out.strip() == str(workplace.store.grid_dir("tiny") / "report.html")
 
 
+def test_the_log_of_the_reducer_says_what_was_handed_in(
+    submitted: Any, workplace: Any, fakes: Any, slurm: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from dbscale.launch.slurm import reducer
+
+    finish(workplace, fakes, TEACHER)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "103")
+    reducer.main([work_of(slurm, 103).model_dump_json()])
+    first, second, page = capsys.readouterr().out.splitlines()
+    assert first == "handed in again: 1 cells, as job 104"
+    assert second == "handed in again: a reducer after them, as job 105"
+    assert page == str(workplace.store.grid_dir("tiny") / "report.html")
+
+
 def test_a_job_lends_its_own_numbers_to_no_other(
     submitted: Any, reduce: Any, workplace: Any, fakes: Any, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,10 @@ def test_the_box_holds_and_its_edge_is_met_exactly() -> None:
     assert theta[0] == 0.0
     problem.lower[2] = -0.3
     held, more, _ = polish(problem, start, np.ones(len(X)))
-    assert held[2] >= -0.3 and more > objective
+    assert held[2] == -0.3 and more > objective
+    capped = make_problem("power_plus", noisy("power_plus"))  # E = .1 in truth
+    capped.upper[0] = 0.05
+    assert polish(capped, np.array([0.02, np.log(0.3), -0.5]), np.ones(len(X)))[0][0] == 0.05
 
 
 def test_a_start_outside_the_domain_stays_where_it_is() -> None:

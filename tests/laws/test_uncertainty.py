@@ -213,6 +213,15 @@ def test_resamples_pressed_against_a_bound_call_for_the_profile(gap_fit) -> None
     assert drawn.interval()["E"][0] == 0
 
 
+def test_an_exponent_at_its_upper_bound_keeps_its_lower_end() -> None:
+    """The truth, 2.5, lies beyond the law's 2: the interval ends there, and says something all the same."""
+    d_p, d_f = (c.ravel() for c in np.meshgrid(np.geomspace(1e3, 1e5, 6), np.geomspace(1e2, 1e4, 5)))
+    y = (0.1 + 3e6 * d_p**-2.5 + d_f**-0.4) * np.exp(0.02 * np.random.default_rng(0).standard_normal(30))
+    fit = fit_law("additive", {"upstream_samples": d_p, "downstream_samples": d_f}, y, loss="least_squares_log")
+    ends = parameter_intervals(fit)["alpha"]
+    assert "alpha" in fit.at_bound and ends is not None and 0 < ends[0] < ends[1] == 2.0
+
+
 @pytest.mark.parametrize(
     ("ends", "is_log", "empty"),
     [
