@@ -24,7 +24,10 @@ _HOME = {
     "make_loader": "data",
     "kd_loss": "kernels",
 }
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "__version__", "compare", "find_boundary", "fit_law", "hunt_next", "kd_loss", "load_grid", "make_loader",
+    "open_dataset", "plan", "read_rows", "select_law",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
