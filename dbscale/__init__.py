@@ -7,6 +7,8 @@ The names below load on first use, so that `import dbscale` costs nothing and to
 it; their types are in `__init__.pyi`.
 """
 
+# pyright: reportUnsupportedDunderAll=false
+# A checker that reads this file, not `__init__.pyi`, cannot see names that appear on first use.
 import importlib
 
 __version__ = "0.1.0"
