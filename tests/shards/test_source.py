@@ -26,7 +26,7 @@ from dbscale.shards.verify import exact_source_change
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"source": "zip"}, r"dataset 'd' has the unknown source 'zip'; known: cifar, digits"),
+        ({"source": "zip"}, r"dataset 'd' has the unknown source 'zip'; known: ade20k, cifar, coco, digits, "),
         ({"source": "imagefoldr"}, "did you mean 'imagefolder'"),
         ({"path": "x"}, "dataset 'd' names no `source`"),
         ({"source": ["x"]}, "has the unknown source"),
@@ -63,12 +63,16 @@ def test_options_are_checked_as_every_other_key_of_a_grid(entry: dict, message: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_documented_and_travels_without_what_it_cached(kind: str, tree: Path) -> None:
     assert KINDS[kind].__doc__
-    needs_path = "path" in KINDS[kind].model_fields
-    source = make_source(kind, data_dir=tree.parent, **({"path": "photos"} if needs_path else {}), pack_seed=3)
+    fields = KINDS[kind].model_fields
+    needs_path = "path" in fields
+    options = {"path": "photos"} if needs_path else {}
+    if "class_names" in fields and fields["class_names"].is_required():
+        options["class_names"] = ["background", "bird"]
+    source = make_source(kind, data_dir=tree.parent, **options, pack_seed=3)
     source.__dict__["_cached"] = np.zeros(100_000)
     copy = pickle.loads(pickle.dumps(source))
     assert len(pickle.dumps(source)) < 2000
-    assert copy == make_source(kind, data_dir=tree.parent, **({"path": "photos"} if needs_path else {}), pack_seed=3)
+    assert copy == make_source(kind, data_dir=tree.parent, **options, pack_seed=3)
     assert not needs_path or copy.root == tree
 
 

@@ -28,7 +28,8 @@ CHANGES = {
     Attention: {"beta": 3.0, "layers": "all", "head_map": "repeat"},
 }  # fmt: skip
 ELSEWHERE = {
-    Training: {"optim", "augment", "scope"},  # their own entries here; a linear probe is tested with the stages
+    # Their own entries here; a linear probe is tested with the stages, loss terms with plugins.
+    Training: {"optim", "augment", "scope", "loss_terms"},
     Data: {"tier"},  # other pixels only where a dataset is packed in another way
 }
 BASE = {"augment": Augment(crop_padding=1, hflip=0.5, **MIXED), "optim": Optim(**OPTIM)}
