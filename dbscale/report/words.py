@@ -26,6 +26,8 @@ SYMBOLS = (
 )  # fmt: skip
 NAMELESS = 1e11
 """Counts from here on have no name that people use."""
+MOST_SEEDS_NAMED = 8
+"""Of longer lists only the ends are said."""
 
 
 # Numbers and names as people say them.
@@ -54,6 +56,11 @@ def span(low: float, high: float) -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def chance(share: float) -> str:
+    """A probability: never said to be 0 or 100 %, which no design promises."""
+    return "over 99 %" if share > 0.99 else "under 1 %" if share < 0.01 else percent(share, 0)
 
 
 def listed(items: Iterable[str]) -> str:
@@ -156,7 +163,7 @@ def where(record: OfSetting, all_records: Iterable[OfSetting] = ()) -> str:
 # Sentences.
 
 FORMATS = {
-    "about": about, "count": count, "percent": percent, "percent0": lambda share: percent(share, 0),
+    "about": about, "count": count, "percent": percent, "percent0": lambda share: percent(share, 0), "chance": chance,
     "seeds": lambda number: "one seed" if number == 1 else f"{number:,} seeds",
 }  # fmt: skip
 
@@ -297,11 +304,18 @@ def evidence(record: ContrastRecord) -> Iterator[str]:
     power = " ".join(_power(record, verdict, values))
     yield from [power] if power else []
     if record.halves:
-        told = "; ".join(f"seeds {listed(half.seeds)}: {brief(record, half.verdict)}" for half in record.halves)
+        told = "; ".join(f"{_seeds(half.seeds)}: {brief(record, half.verdict)}" for half in record.halves)
         held = "" if record.held is None else say("held", held=record.held, level=verdict.level)
         yield say("halves", halves=told) + held
     else:
         yield say("no_halves", **values)
+
+
+def _seeds(seeds: Sequence[str]) -> str:
+    """All of a few seeds; the ends of many."""
+    if len(seeds) <= MOST_SEEDS_NAMED:
+        return f"seeds {listed(seeds)}"
+    return f"{len(seeds)} seeds ({seeds[0]}, {seeds[1]}, … {seeds[-1]})"
 
 
 def _power(record: ContrastRecord, verdict: Verdict, values: dict[str, Any]) -> Iterator[str]:

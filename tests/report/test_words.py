@@ -243,6 +243,24 @@ def test_evidence_holds_means_power_and_the_repetition():
     ]
 
 
+@pytest.mark.parametrize(
+    ("num_seeds", "said"),
+    [(8, "seeds 0, 1, 2, 3, 4, 5, 6 and 7: undecided"), (9, "9 seeds (0, 1, … 8): undecided")],
+)
+def test_of_many_seeds_only_the_ends_are_named(num_seeds: int, said: str):
+    seeds = tuple(str(seed) for seed in range(num_seeds))
+    half = HalfRecord(seeds=seeds, verdict=make_verdict(OPEN))
+    *_, last = words.evidence(make_contrast(make_verdict(OPEN), halves=(half, half)))
+    assert last == f"The same question put to two disjoint halves of the seeds: {said}; {said}."
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(1.0, "over 99 %"), (0.991, "over 99 %"), (0.99, "99 %"), (0.01, "1 %"), (0.0, "under 1 %")]
+)
+def test_no_design_is_sure(share: float, said: str):
+    assert words.chance(share) == said
+
+
 def test_two_seeds_have_no_halves():
     *_, last = words.evidence(make_contrast(make_verdict(OPEN, seeds=2)))
     assert last == "A repetition on two disjoint halves needs at least four seeds; there are 2."
@@ -340,7 +358,7 @@ def test_a_plan_says_what_it_finds_and_what_more_would_cost():
                        cost_of_finetunes=1.5, best_finetunes=3)  # fmt: skip
     assert words.power_lines(power, "the rows at hand", 0.02) == [
         "this design finds a ΔE of 2.1 points at one D_p four times in five (noise of the rows at hand)",
-        "it finds a boundary where ΔE turns by 2 points per octave with 95 % probability, to within about 0.8 octaves",
+        "it finds a boundary where ΔE turns by 2 points per octave with a probability of 95 %, to within about 0.8 octaves",
         "to find half as small a ΔE takes 30 seeds in all (3.8 times the device time) or 6 finetunes of each upstream run "
         "(1.5 times the device time)",
         "the most accuracy per device-hour: 3 finetunes of each upstream run",
