@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbscale.launch.cluster import CONFIGS, load_cluster
-from dbscale.launch.study import Study, plan_study
+from dbscale.launch.cluster import load_cluster
+from dbscale.launch.study import Study, grid_path, plan_study
 from dbscale.study import grid as grids
 from dbscale.study.grid import Grid
 from dbscale.study.plan import Plan
@@ -40,8 +40,7 @@ def load_grid(grid: str | Path, overrides: Sequence[str] = ()) -> Grid:
     >>> grid.name, grid.seeds
     ('demo', (0, 1))
     """
-    shipped = CONFIGS / "grids" / f"{grid}.yaml"
-    return grids.load_grid(shipped if shipped.exists() and not Path(grid).exists() else Path(grid), overrides)
+    return grids.load_grid(grid_path(grid), overrides)
 
 
 def plan(

@@ -56,13 +56,19 @@ def add_cluster(parser: argparse.ArgumentParser, default: str) -> None:
                         help=f"local, slurm, inline, or the path of a cluster YAML (default: {default})")  # fmt: skip
 
 
+def grid_path(name_or_path: str | Path) -> Path:
+    """A grid's file: the path itself, or where there is none a shipped grid by its name, `demo` or `paper/boundary_38m`."""
+    path, shipped = Path(name_or_path), CONFIGS / "grids" / f"{name_or_path}.yaml"
+    return shipped if not path.exists() and shipped.is_file() else path
+
+
 def add_grid(parser: argparse.ArgumentParser, *, bare: bool = True) -> None:
     """`--grid PATH`, and `bare`, where the command's own words leave room for it, just PATH."""
     if bare:
-        parser.add_argument("grid", nargs="?", type=Path, default=DEFAULT_GRID, metavar="GRID", action=_BareGrid,
+        parser.add_argument("grid", nargs="?", type=grid_path, default=DEFAULT_GRID, metavar="GRID", action=_BareGrid,
                             help="as --grid")  # fmt: skip
-    parser.add_argument("--grid", type=Path, default=DEFAULT_GRID, metavar="PATH",
-                        help="grid YAML (default: the demo grid that comes with dbscale)")  # fmt: skip
+    parser.add_argument("--grid", type=grid_path, default=DEFAULT_GRID, metavar="NAME|PATH",
+                        help="grid YAML, or the name of a shipped one such as paper/boundary_38m (default: demo)")  # fmt: skip
     add_set(parser)
 
 

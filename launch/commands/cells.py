@@ -23,6 +23,7 @@ from dbscale.launch.study import (
     add_store,
     add_tracker,
     find_cell,
+    grid_path,
     record_cell,
     store_of,
     study_of,
@@ -41,7 +42,9 @@ def add_commands(add: AddCommand) -> None:
     )
     parser.add_argument("cell", help="the cell's key, or its 12-digit id (see `dbscale plan --cells`)")
     add_cluster(parser, "inline")
-    parser.add_argument("--grid", type=Path, metavar="PATH", help="the grid of a cell that was never submitted")
+    parser.add_argument(
+        "--grid", type=grid_path, metavar="NAME|PATH", help="the grid of a cell that was never submitted"
+    )
     add_store(parser)
     add_data(parser)
     add_set(parser)

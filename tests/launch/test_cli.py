@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from dbscale.launch.cli import main, make_parser
+from dbscale.launch.cluster import CONFIGS
 from dbscale.launch.commands.plan import design_of
 from dbscale.launch.study import DEFAULT_GRID, plan_study, study_of
 
@@ -236,6 +237,9 @@ def test_fit_keeps_to_bounds_and_says_what_it_pooled(tmp_path: Path, capsys: pyt
     ("words", "grid"),
     [
         (["plan"], DEFAULT_GRID),
+        (["plan", "demo"], DEFAULT_GRID),
+        (["run", "a", "--grid", "paper/boundary_38m"], CONFIGS / "grids" / "paper" / "boundary_38m.yaml"),
+        (["plan", "demp"], Path("demp")),
         (["plan", "a.yaml"], Path("a.yaml")),
         (["plan", "--grid", "a.yaml"], Path("a.yaml")),
         (["plan", "--grid", "a.yaml", "--store", "s"], Path("a.yaml")),
