@@ -68,7 +68,7 @@ def add_grid(parser: argparse.ArgumentParser, *, bare: bool = True) -> None:
         parser.add_argument("grid", nargs="?", type=grid_path, default=DEFAULT_GRID, metavar="GRID", action=_BareGrid,
                             help="as --grid")  # fmt: skip
     parser.add_argument("--grid", type=grid_path, default=DEFAULT_GRID, metavar="NAME|PATH",
-                        help="grid YAML, or the name of a shipped one such as paper/boundary_38m (default: demo)")  # fmt: skip
+                        help="grid YAML, or a shipped one by name: paper/boundary_38m (default: demo)")  # fmt: skip
     add_set(parser)
 
 
