@@ -160,11 +160,29 @@ def _digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()[:32]
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """Everything in a regular file. Raises OSError."""
+    with open(path, "rb", opener=regular) as file:
+        return file.read()
+
+
+def regular(path: str, flags: int) -> int:
+    """For `open`'s `opener`: a pipe in a file's place, whose reader would wait for ever, is an OSError."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file, its seal checked and left out. Raises FileError where it is damaged, OSError where it
     cannot be read."""
     try:
-        return json.loads(unsealed(path.read_bytes(), path)[0])
+        return json.loads(unsealed(read_bytes(path), path)[0])
     except (ValueError, RecursionError) as error:
         if isinstance(error, FileError):
             raise
@@ -192,9 +210,7 @@ def model_text(model: BaseModel) -> str:
 def read_model(kind: type[Model], path: str | Path) -> Model:
     """The `kind` in a JSON file, its seal checked. Raises FileNotFoundError, or FileError saying what is wrong with it."""
     try:
-        with open(path, "rb") as file:
-            data, _ = unsealed(file.read(), path)
-        return kind.model_validate_json(data)
+        return kind.model_validate_json(unsealed(read_bytes(path), path)[0])
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -233,3 +233,15 @@ def test_a_private_folder_is_a_new_one_of_its_owner_alone(tmp_path: Path) -> Non
         with pytest.raises(FileError, match="File exists"):
             make_folder(taken, private=True)
         make_folder(taken)
+
+
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "row.json"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file"):
+        files.read_bytes(path)
+    with pytest.raises(IsADirectoryError):
+        files.read_bytes(tmp_path)
+    path.unlink()
+    path.write_bytes(b"\0\xff")
+    assert files.read_bytes(path) == b"\0\xff"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, ValidationError
 
 from dbscale.errors import DataError
-from dbscale.files import write_atomic
+from dbscale.files import read_bytes, write_atomic
 from dbscale.strict import Strict
 
 FORMAT_VERSION = 1
@@ -120,7 +120,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        text = path.read_bytes()
+        text = read_bytes(path)
         manifest = Manifest.model_validate_json(text)
     except FileNotFoundError as error:
         hint = "the folder does not exist" if not path.parent.is_dir() else "the folder holds no finished dataset"

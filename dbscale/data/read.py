@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dbscale.data.decode import DecodeError, decode_image, ppm_header_size
 from dbscale.data.manifest import ShardInfo, SplitInfo, mend
 from dbscale.errors import DataError
-from dbscale.files import atomic_open
+from dbscale.files import atomic_open, regular
 
 
 def index_dtype(key_bytes: int, *, with_target: bool = False) -> np.dtype:
@@ -74,7 +74,7 @@ def save_index(path: Path, index: NDArray[np.void]) -> str:
 def file_checksum(path: Path) -> str:
     """xxh3_128 of a whole file."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
@@ -140,7 +140,7 @@ class Descriptor:
 
     def __init__(self, path: Path) -> None:
         try:
-            self.number = os.open(path, os.O_RDONLY)
+            self.number = regular(str(path), os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
 

@@ -16,7 +16,7 @@ from zlib import error as ZlibError
 import numpy as np
 
 from dbscale.errors import TableError, nearest
-from dbscale.files import atomic_open, write_atomic
+from dbscale.files import atomic_open, read_bytes, write_atomic
 from dbscale.report.table import COLUMNS, MissingPoint, Run, RunTable, checked, kind_of, to_csv
 from dbscale.study.plan import PlanRecord, PointRecord, read_plan
 from dbscale.study.store import Row, Store
@@ -120,7 +120,7 @@ def read_mistakes(path: Path, row: Row) -> np.ndarray:
     Raises TableError where the file is missing, damaged, or not the one that the cell's `row` describes.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         if row.correct_sha256 not in (None, hashlib.sha256(data).hexdigest()):
             raise ValueError("it is not what the cell's row describes")
         with np.load(io.BytesIO(data), allow_pickle=False) as file:

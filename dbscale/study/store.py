@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dbscale.errors import FileError, StoreError
-from dbscale.files import LATEST, ProcessMark, model_text, read_model, write_json, write_model
+from dbscale.files import LATEST, ProcessMark, model_text, read_bytes, read_model, write_json, write_model
 from dbscale.strict import Strict
 from dbscale.study.cell import Arm, CellSpec, cell_id
 from dbscale.study.recipe import RECIPE_VERSION, Share, Stage
@@ -374,6 +374,6 @@ def _no_link(folder: Path, *below: Path) -> Path:
 
 def _content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError:
         return None

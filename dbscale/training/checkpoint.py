@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dbscale.errors import FileError, StoreError, TrainingError
-from dbscale.files import read_json, sync_folder, unsealed, write_json
+from dbscale.files import read_bytes, read_json, sync_folder, unsealed, write_json
 from dbscale.training.engine import from_main, load_repartitioned, repartition
 from dbscale.training.optimizer import EMA
 from dbscale.training.progress import LossRecord
@@ -262,7 +262,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 def read_sealed(path: Path, kind: type[Content]) -> Content:
     """What `write_sealed` wrote, as the dataclass `kind`. Raises FileError where it is damaged, OSError if missing."""
-    content, has_seal = unsealed(path.read_bytes(), path)
+    content, has_seal = unsealed(read_bytes(path), path)
     if not has_seal:
         raise FileError(f"{path} is damaged (it has no checksum of its own)")
     try:

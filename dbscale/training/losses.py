@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from dbscale import plugins
 from dbscale.data import MixTarget
 from dbscale.errors import FileError, TrainingError
-from dbscale.files import atomic_open
+from dbscale.files import atomic_open, read_bytes
 from dbscale.kernels import kd_loss
 from dbscale.kernels.timm_attention import AttentionTap
 from dbscale.study.cell import CellSpec, canonical_json
@@ -309,7 +309,7 @@ def _seal_of(path: Path, content: bytes) -> bytes:
 def _read_logits(path: Path) -> Tensor | None:
     """None where there is no answer yet, or only a damaged one."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         seal, content = data[:16], data[16:]
         return safetensors.torch.load(content)["logits"] if seal == _seal_of(path, content) else None
     except (OSError, SafetensorError, KeyError):

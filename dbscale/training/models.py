@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from dbscale.errors import TrainingError
-from dbscale.files import atomic_open
+from dbscale.files import atomic_open, regular
 from dbscale.kernels.timm_attention import DistilledAttention
 from dbscale.keyed import derive_seed
 from dbscale.study.cell import CellSpec
@@ -325,7 +325,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
