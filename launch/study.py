@@ -108,6 +108,16 @@ class _Tracker(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), f"{RESOURCES_PREFIX}tracker={values}"])
 
 
+def add_run(parser: argparse.ArgumentParser, *, smoke: bool = True) -> None:
+    """What every command takes that runs a study to its report; `smoke`, where it tries a step before."""
+    add_study(parser)
+    add_tracker(parser)
+    parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
+    if smoke:
+        parser.add_argument("--no-smoke", action="store_true",
+                            help="leave out the trial of one step of each new kind of recipe")  # fmt: skip
+
+
 def add_study(parser: argparse.ArgumentParser) -> None:
     """Everything `study_of` needs."""
     add_grid(parser)

@@ -98,12 +98,12 @@ class Fractals(Source):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(f"family-{self.first_family + k:05d}" for k in range(self.families))
+        return family_names(self.first_family, self.families)
 
     @cached_property
     def systems(self) -> NDArray[np.float32]:
         """[families, NUM_MAPS, 7]: a, b, c, d, e, f and cumulative probability of each map."""
-        return np.stack([find_system(self.seed, self.first_family + k) for k in range(self.families)])
+        return find_systems(self.seed, self.first_family, self.families)
 
     def listings(self) -> dict[str, Listing]:
         return {"train": self._listing(self.num_train), "test": self._listing(self.num_test)}
@@ -135,6 +135,15 @@ class Fractals(Source):
             turned = np.rot90(tone[slot], kind % 4)
             tone[slot] = turned[:, ::-1] if kind >= 4 else turned
         return tint(tone, draws[:, -6:]) if self.tinted else tint(tone, np.tile([0, 0, 0, 1, 1, 1], (len(tone), 1)))
+
+
+def family_names(first: int, count: int) -> tuple[str, ...]:
+    return tuple(f"family-{first + k:05d}" for k in range(count))
+
+
+def find_systems(seed: int, first: int, count: int) -> NDArray[np.float32]:
+    """[count, NUM_MAPS, 7]: as `find_system`, of `count` families from `first` on."""
+    return np.stack([find_system(seed, first + k) for k in range(count)])
 
 
 def find_system(seed: int, family: int) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from pydantic import Field
 from dbscale.data.manifest import Encoding, TargetKind
 from dbscale.data.target import Boxes, Mask
 from dbscale.keyed import keyed_uniform
-from dbscale.shards.generated import NUM_MAPS, density, find_system, limit_stretch
+from dbscale.shards.generated import NUM_MAPS, density, family_names, find_systems, limit_stretch
 from dbscale.shards.source import Listing, Size, Source, WithTarget
 
 _QUARTERS = 4
@@ -60,11 +60,11 @@ class FractalScenes(Source):
 
     @property
     def family_names(self) -> tuple[str, ...]:
-        return tuple(f"family-{self.first_family + k:05d}" for k in range(self.families))
+        return family_names(self.first_family, self.families)
 
     @cached_property
     def _systems(self) -> NDArray[np.float32]:
-        return np.stack([find_system(self.seed, self.first_family + k) for k in range(self.families)])
+        return find_systems(self.seed, self.first_family, self.families)
 
     def listings(self) -> dict[str, Listing]:
         return {

@@ -181,10 +181,7 @@ class ShardFiles:
 
     def read(self, position: int, what: str = "") -> bytes:
         """The same bytes as they were packed. Raises DecodeError when they changed since."""
-        data = self.stored(position, what)
-        if checksum(data) != int(self.index[f"{what}checksum"][position]):
-            raise DecodeError(f"{self.describe(position)}: the bytes changed since packing (checksum mismatch)")
-        return data
+        return as_packed(self, position, what)
 
     def describe(self, position: int) -> str:
         """Shard and key of a sample, for messages."""
@@ -213,10 +210,26 @@ class Files(Protocol):
         """Called before these samples are read one by one."""
         ...
 
+    def stored(self, position: int, what: str = "") -> bytes:
+        """The bytes of one sample as they lie there now."""
+        ...
+
+    def describe(self, position: int) -> str:
+        """Shard and key of a sample, for messages."""
+        ...
+
     def read(self, position: int, what: str = "") -> bytes:
         """The encoded bytes of one sample's image, or with TARGET of its mask or boxes. Raises DecodeError when they
         changed since packing."""
         ...
+
+
+def as_packed(files: Files, position: int, what: str) -> bytes:
+    """What `files.stored` holds. Raises DecodeError where the bytes changed since they were packed."""
+    data = files.stored(position, what)
+    if checksum(data) != int(files.index[f"{what}checksum"][position]):
+        raise DecodeError(f"{files.describe(position)}: the bytes changed since packing (checksum mismatch)")
+    return data
 
 
 class EncodedReader:

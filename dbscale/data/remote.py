@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, ppm_header_size
 from dbscale.data.manifest import MANIFEST_NAME, ShardInfo, SplitInfo, load_manifest
-from dbscale.data.read import TARGET, checksum, file_checksum, has_targets
+from dbscale.data.read import TARGET, as_packed, checksum, file_checksum, has_targets
 from dbscale.errors import DataError
 from dbscale.files import make_folder, read_json, write_atomic, write_json
 
@@ -158,10 +158,7 @@ class RemoteShards:
 
     def read(self, position: int, what: str = "") -> bytes:
         """The same bytes as they were packed. Raises DecodeError when they changed since, DataError as `stored`."""
-        data = self.stored(position, what)
-        if checksum(data) != int(self.index[f"{what}checksum"][position]):
-            raise DecodeError(f"{self.describe(position)}: the bytes changed since packing (checksum mismatch)")
-        return data
+        return as_packed(self, position, what)
 
     def describe(self, position: int) -> str:
         """Shard and key of a sample, for messages."""

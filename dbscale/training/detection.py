@@ -137,17 +137,7 @@ def summarize(table_NK: NDArray[np.float64], num_classes: int, subset: Subset) -
     finds = [row[3:].reshape(-1, _PER_FIND)[: int(row[2])] for row in table_NK[counted_N]]
     evaluator = match(truths, finds, num_classes)
     error = 1 - mean_precision(evaluator)
-    errors_N = np.full(len(table_NK), np.nan, np.float32)
-    errors_N[counted_N] = image_errors(evaluator, error)
-    return Evaluation(
-        error_rate=error,
-        top5_error_rate=None,
-        loss=float(table_NK[counted_N, 1].mean()),
-        calibration_error=None,
-        correct_N=None,
-        counted_N=counted_N,
-        errors_N=errors_N,
-    )
+    return Evaluation.of_dense(error, table_NK, image_errors(evaluator, error))
 
 
 def match(truths: Sequence[Boxes], finds: Sequence[NDArray[np.float64]], num_classes: int) -> Any:

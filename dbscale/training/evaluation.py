@@ -43,6 +43,17 @@ class Evaluation:
     errors_N: NDArray[np.float32] | None = None
     """What each sample adds to the error of another task: their mean over the counted ones is the error."""
 
+    @classmethod
+    def of_dense(cls, error_rate: float, table_NK: NDArray[np.float64], errors_n: NDArray[np.floating]) -> Evaluation:
+        """Of a table whose first columns are counted and loss, and each counted sample's part `errors_n` of the error."""
+        counted_N = table_NK[:, 0] > 0
+        errors_N = np.full(len(table_NK), np.nan, np.float32)
+        errors_N[counted_N] = errors_n
+        return cls(
+            error_rate=error_rate, top5_error_rate=None, loss=float(table_NK[counted_N, 1].mean()),
+            calibration_error=None, correct_N=None, counted_N=counted_N, errors_N=errors_N,
+        )  # fmt: skip
+
 
 @torch.inference_mode()
 def judge_split(

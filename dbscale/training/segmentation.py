@@ -124,17 +124,8 @@ def summarize(table_NK: NDArray[np.float64], num_classes: int) -> Evaluation:
     """1 − mean over the classes that occur (in truth or prediction) of Σ intersection / Σ union, from `judge`'s rows."""
     counted_N = table_NK[:, 0] > 0
     both_NC, either_NC = table_NK[counted_N, 2 : 2 + num_classes], table_NK[counted_N, 2 + num_classes :]
-    errors_N = np.full(len(table_NK), np.nan, np.float32)
-    errors_N[counted_N] = image_errors(both_NC, either_NC)
-    return Evaluation(
-        error_rate=1 - mean_iou(both_NC.sum(0), either_NC.sum(0)),
-        top5_error_rate=None,
-        loss=float(table_NK[counted_N, 1].mean()),
-        calibration_error=None,
-        correct_N=None,
-        counted_N=counted_N,
-        errors_N=errors_N,
-    )
+    error = 1 - mean_iou(both_NC.sum(0), either_NC.sum(0))
+    return Evaluation.of_dense(error, table_NK, image_errors(both_NC, either_NC))
 
 
 def mean_iou(both_C: NDArray[np.float64], either_C: NDArray[np.float64]) -> float:

@@ -34,7 +34,7 @@ from dbscale.launch.commands.submit import (
 from dbscale.launch.hunt import NextWave, next_wave, wave_record
 from dbscale.launch.slurm.queue import Uid
 from dbscale.launch.status import hunt_lines, pairs_text
-from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, study_of
+from dbscale.launch.study import AddCommand, Study, add_run, study_of
 from dbscale.strict import Strict
 from dbscale.study.cost import duration
 from dbscale.study.hunt import WHY, Bought, HuntLog, WaveRecord, axis_values, hunt_of, read_log, with_wave, write_log
@@ -46,20 +46,17 @@ if TYPE_CHECKING:
 LOCK_WAIT_S, LOCK_INTERVAL_S = 600.0, 5.0
 """How long the job between two waves waits for a command that works on the store."""
 NO_PROGRESS = 3
+"""Exit code where a wave finished no pair."""
 MOST_TRIES = 3
 """Waves in a row that may finish no pair before the job between them gives up; a person who types the command may not."""
 
 
 def add_commands(add: AddCommand) -> None:
     parser = add("hunt", run, "look for the grid's boundary in waves, each run where it removes most doubt per hour")
-    add_study(parser)
-    add_tracker(parser)
+    add_run(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the next wave with gain, price and reason")
     parser.add_argument("--json", action="store_true", help="print each wave as one line of JSON instead of sentences")
     parser.add_argument("--step", metavar="JSON", help="for the job behind a wave: plan and submit the next one")
-    parser.add_argument("--no-smoke", action="store_true",
-                        help="leave out the trial of one step of each new kind of recipe")  # fmt: skip
-    parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
 
 
 def run(arguments: argparse.Namespace) -> int:

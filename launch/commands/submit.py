@@ -19,7 +19,7 @@ from dbscale.launch.cluster import Cluster, tasks_of
 from dbscale.launch.commands import plan as plan_command
 from dbscale.launch.commands.results import report_is_current, write_results
 from dbscale.launch.preflight import check
-from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, plan_study, study_of
+from dbscale.launch.study import AddCommand, Study, add_run, plan_study, study_of
 from dbscale.launch.worker import stop_on_signals
 from dbscale.study.cost import CostModel, duration
 from dbscale.study.grid import weights_in_use
@@ -35,12 +35,8 @@ WAIT_FOR_OTHERS_S = 120.0
 
 def add_commands(add: AddCommand) -> None:
     parser = add("submit", run, "run a grid: pack, plan, train, reduce, report; run it again to resume")
-    add_study(parser)
-    add_tracker(parser)
+    add_run(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what would be started, start nothing")
-    parser.add_argument("--no-smoke", action="store_true",
-                        help="leave out the trial of one step of each new kind of recipe")  # fmt: skip
-    parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from dbscale.launch.cluster import Task, tasks_of
 from dbscale.launch.commands.submit import SOME_FAILED, STOPPED, finish, pack_missing, unfinished, write_records
 from dbscale.launch.lease import LEASE_NAME, LIMIT_S, Leases
 from dbscale.launch.preflight import check
-from dbscale.launch.study import AddCommand, Study, add_study, add_tracker, plan_study, study_of
+from dbscale.launch.study import AddCommand, Study, add_run, plan_study, study_of
 from dbscale.launch.worker import Result, RunOne, record_death, run_bundle, staged, stop_on_signals, thread_environment
 from dbscale.study.plan import Plan
 from dbscale.study.resources import StopRequest
@@ -38,13 +38,11 @@ MOST_DEATHS = 8
 
 def add_commands(add: AddCommand) -> None:
     parser = add("work", run, "run whatever a grid has ready, beside any number of such workers, until nothing is left")
-    add_study(parser)
-    add_tracker(parser)
+    add_run(parser, smoke=False)
     parser.add_argument("--lease", type=float, default=LIMIT_S, metavar="SECONDS",
                         help=f"a worker of another machine that is silent for so long has lost its cell; the same for "
                         f"all workers (default: {LIMIT_S:.0f})")  # fmt: skip
     parser.add_argument("--retry", action="store_true", help="also try cells that had failed before this worker came")
-    parser.add_argument("--no-report", action="store_true", help="leave out reduce and report at the end")
 
 
 def run(arguments: argparse.Namespace) -> int:
