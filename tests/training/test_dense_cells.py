@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 
 from dbscale.data import load_manifest, open_dataset
 from dbscale.errors import FileError, TrainingError
+from dbscale.shards.pack import ensure_packed
+from dbscale.shards.publish import upload
 from dbscale.study.recipe import Augment, Budget, TimmModel
 from dbscale.study.resources import Resources
 from dbscale.study.task import Detection, Segmentation
@@ -43,6 +46,26 @@ def test_a_stopped_cell_goes_on_bitwise(kind, bench_of, stop_after):
     assert cut.run(cells[1]).status == "done"
     assert cut.store.attempts(cells[1].key)[-1].resumed_from_step == 3
     assert cut.fingerprint(cells[1]) == whole.fingerprint(cells[0])
+
+
+@pytest.mark.parametrize("kind", [SEGMENT, DETECT], ids=["segmentation", "detection"])
+def test_a_cell_on_remote_shards_ends_as_on_disk_though_it_was_stopped(
+    kind, bench_of, stop_after, tmp_path, monkeypatch
+):
+    """Order, bytes, resume: whatever differed would show in the weights."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    near, far = bench_of("near"), bench_of("far")
+    name = kind["dataset"]
+    url = f"memory://dense-cells/{name}"
+    upload(near.data_dir / "shards" / name, url, progress=False)
+    far = replace(far, data_dir=tmp_path / "mirrors")
+    folder = ensure_packed(name, {"source": "remote", "url": url}, far.data_dir, progress=False)
+    assert not list(folder.glob("*.tar"))
+    cells = [finetune(each, kind, tier="raw") for each in (near, far)]
+    assert near.run(cells[0]).status == "done"
+    assert far.run(cells[1], stop=stop_after(3)).status == "interrupted"
+    assert far.run(cells[1]).status == "done"
+    assert far.fingerprint(cells[1]) == near.fingerprint(cells[0])
 
 
 def test_a_finetune_starts_from_its_parents_backbone_and_a_probe_keeps_it(bench):
