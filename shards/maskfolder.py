@@ -72,7 +72,7 @@ class MaskFolder(FileSource):
 
     @cached_property
     def _own_names(self) -> dict[str, tuple[str, ...]]:
-        """Of each split, the classes in its files' numbering. Raises DataError where one names a class that training lacks."""
+        """Of each split, the classes in its files' numbering. Raises DataError for a class that training lacks."""
         if isinstance(self.class_names, tuple) or "{split}" not in self.class_names:
             return dict.fromkeys(self._splits.values(), self.classes)
         own = {split: self._names_of(self.class_names, split) for split in self._splits.values()}

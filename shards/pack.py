@@ -37,8 +37,8 @@ from dbscale.data.manifest import (
     make_fingerprint,
     save_manifest,
 )
-from dbscale.data.target import decode_target
 from dbscale.data.read import file_checksum, has_targets, index_dtype, open_index, save_index, split_fingerprint
+from dbscale.data.target import decode_target
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder, write_atomic
 from dbscale.shards.remote import ensure_mirrored, remote_of
@@ -54,6 +54,10 @@ SHARD_SAMPLES: dict[Encoding, int] = {"original": 2048, "jpeg256": 8192, "raw": 
 """Samples per tar, by encoding, so that a tar of photographs has a few hundred MB."""
 _PARALLEL_FROM = 8192
 """Samples below which starting processes costs more than it saves."""
+_TARGETS: dict[str | None, tuple[str, str]] = {
+    "mask": ("masks", ", or list its label under `ignore_labels`"), "boxes": ("boxes", "")
+}  # fmt: skip
+"""What stands beside images, and how a class of them can be left out."""
 _SHOWN_FAULTS = 10
 """Samples that cannot be packed which a message names at most."""
 
@@ -302,11 +306,12 @@ def _lone_classes(source: Source, jobs: Sequence[ShardJob]) -> dict[str, JsonVal
             for split, found in seen.items() if len(seen) > 1}  # fmt: skip
     for split, names in lone.items():
         if names and split != "train":
-            escape = ", or list its label under `ignore_labels`" if source.target == "mask" else ""
+            what, or_else = _TARGETS[source.target]
+            more = f" ({len(names)} such classes)" if names[1:] else ""
             raise DataError(
-                f"split {split!r} has {'masks' if source.target == 'mask' else 'boxes'} of {names[0]!r}, training has none, so that no "
-                f"model can learn it{f' ({len(names)} such classes)' if names[1:] else ''}; add such images to "
-                f"training{escape}, remove the half-finished {jobs[0].folder}, then run the same command again"
+                f"split {split!r} has {what} of {names[0]!r}, training has none, so that no model can learn it{more}; add "
+                f"such images to training{or_else}, remove the half-finished {jobs[0].folder}, then run the same command "
+                "again"
             )
     return {split: names for split, names in lone.items() if names}
 

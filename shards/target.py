@@ -121,12 +121,13 @@ def _check_size(target: Target, image: tuple[int, int], content: Content) -> Non
         return
     if size == image[::-1] and isinstance(content, bytes) and orientation(content) in _LYING:
         raise DecodeError(
-            f"its EXIF tag shows it turned, as {image[0]}×{image[1]} px, and so it was annotated, but its pixels are taken as "
-            f"they are stored, {image[1]}×{image[0]}; save the image turned and without the tag"
+            f"its EXIF tag shows it turned, as {image[0]}×{image[1]} px, and so it was annotated, but its pixels are taken "
+            f"as they are stored, {image[1]}×{image[0]}; save the image turned and without the tag"
         )
     if isinstance(target, Boxes):
         raise DecodeError(
-            f"its annotation says {size[1]}×{size[0]} px, the image has {image[1]}×{image[0]} px; annotate the image as it is"
+            f"its annotation says {size[1]}×{size[0]} px, the image has {image[1]}×{image[0]} px; annotate the image as "
+            "it is"
         )
     raise DecodeError(
         f"its mask has {size[1]}×{size[0]} px, the image {image[1]}×{image[0]} px; both must be of one size"
