@@ -95,6 +95,9 @@ def test_device_time_is_that_of_all_tries_of_all_devices(store: Store) -> None:
     assert standing.state == "interrupted"
     assert device_seconds(store, "p", standing, "interrupted") == 1 * 3 + 4 * 10 + 2 * 50
     assert device_seconds(store, "fp", store.standing("fp"), "new") == 0.0
+    finish(store, "p", 150.0)
+    (store.cell_dir("p") / "attempts" / "2.json").unlink()
+    assert device_seconds(store, "p", store.standing("p"), "done") == 150.0, "the row keeps its own sum"
 
 
 def test_troubles_name_reason_and_log(store: Store) -> None:

@@ -82,7 +82,7 @@ def reverse_labels(path: Path) -> None:
 
 
 def test_damage_to_store_and_copies_under_running_jobs_changes_no_bit(
-    hurt: Any, undamaged: Callable[[], dict[str, Any]], results: Callable[[Any], dict[str, Any]],
+    hurt: Any, undamaged: Callable[[], dict[str, Any]], results: Callable[[Any], dict[str, Any]], sandbox: Any,
     wait_until: Callable[..., None], all_ended: Callable[..., None],
 ) -> None:  # fmt: skip
     """A checkpoint, what its job reads on the node, a finished teacher's row and the record of the students' job, all
@@ -92,7 +92,7 @@ def test_damage_to_store_and_copies_under_running_jobs_changes_no_bit(
     wait_until(lambda: len(list(student.glob("checkpoints/step-*"))) > 1, PATIENCE_S)
     at_work = hurt.store.last_attempt(student.name)
     os.kill(at_work.pid, signal.SIGSTOP)
-    wait_until((teacher / "row.json").exists, PATIENCE_S)
+    wait_until(lambda: len(sandbox.jobs("RUNNING", "COMPLETING")) == 1, PATIENCE_S)
 
     newest = max(student.glob("checkpoints/step-*"))
     flip(newest / "model.safetensors")
