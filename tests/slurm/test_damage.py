@@ -139,7 +139,8 @@ def test_damage_to_packed_data_and_recipes_before_jobs_start_is_refused_by_name_
     all_ended(PATIENCE_S)
     assert hurt.done() == []
     said = hurt.run("status", "--wait", "30").stdout
-    print(said)
-    assert f"{index}: index damaged or of another dataset" in said and "the manifest expects" in said
+    assert f"{index}: index damaged or of another dataset (checksum " in said
+    assert "the manifest expects" in said and "run `dbscale shards pack digits" in said
+    assert f"{recipe} is damaged" in said and "`dbscale submit` of its grid writes it anew" in said
     submit(hurt, "inline")
     assert results(hurt) == undamaged()
