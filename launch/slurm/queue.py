@@ -207,9 +207,9 @@ def cancel_cut_off(store: Store, records: Iterable[SubmitRecord]) -> None:
     them by their number."""
     for record in records:
         if record.job is None:
+            call(["scancel", f"--name={record.job_name}"])
             if record.damage is not None:
                 print(f"{record.damage}; its jobs are cancelled", file=sys.stderr, flush=True)
-            call(["scancel", f"--name={record.job_name}"])
             forget(store, record)
 
 

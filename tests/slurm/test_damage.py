@@ -51,8 +51,9 @@ def undamaged(
 
 
 def submit(place: Any, cluster: str) -> None:
-    done = place.run("submit", "--cluster", cluster, "--no-smoke")
-    assert done.returncode == 0, done.stderr
+    with place.start("submit", "--cluster", cluster, "--no-smoke", stdout=subprocess.DEVNULL) as run:
+        _, errors = run.communicate(timeout=PATIENCE_S)
+    assert run.returncode == 0, errors
 
 
 def folder_of(place: Any, begin: str) -> Path:
