@@ -314,7 +314,7 @@ def test_a_store_whose_client_is_missing_says_what_to_install(
     for name in [each for each in sys.modules if each.partition(".")[0] == client]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, client, None)
-    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)
     with pytest.raises(
         DataError, match=rf"{url}.*{client}.*`pip install dbscale\[remote\]` brings the clients of s3, gs"
     ):
