@@ -8,6 +8,7 @@ asks to stop, is launch's.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -50,6 +51,7 @@ FAULT_NAME = ".fault-{}.json"
 """Where a rank that fails leaves word for rank 0, beside the cell's attempts, until the next attempt."""
 PEER_CODE = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/graph.py", "/deepspeed/comm/")
 WRITER_CODE = ("/torch/serialization.py",)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class Admission:
     def note_resumption(self, step: int) -> None:
         """Write down where the attempt goes on."""
         if step:
+            log.info("%s resumes from step %d", self.key, step)
             self._update(resumed_from_step=step)
 
     def close(self, status: Status, reason: str | None = None, failure: Failure | None = None) -> None:

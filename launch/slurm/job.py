@@ -22,7 +22,7 @@ from pathlib import Path
 
 from submitit import JobEnvironment
 
-from dbscale.errors import FileError
+from dbscale.errors import FileError, log_to_stderr
 from dbscale.files import atomic_open, write_atomic
 from dbscale.launch import worker
 from dbscale.launch.slurm.queue import SubmitRecord, Uid, read_record, records_dir
@@ -300,4 +300,5 @@ def master_address() -> str:
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     main(sys.argv[1:])
