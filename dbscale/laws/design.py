@@ -203,7 +203,7 @@ class Belief:
     octaves: np.ndarray
     """[g] weights of the integral over log2 x."""
     positive: np.ndarray
-    """[s, g] whether each curve is above 0."""
+    """[s, g] whether each curve is above 0; single precision, like all that has one value for each study and curve."""
     drawn: np.ndarray
     """[s, K] each curve at x."""
     true: np.ndarray
@@ -223,6 +223,10 @@ class Belief:
 
     def __post_init__(self) -> None:
         self.log_weight = np.zeros((len(self.true), len(self.drawn)), np.float32)
+        self._curves = self.drawn.astype(np.float32)
+        self._counted = np.column_stack(
+            [self.positive, np.ones(len(self.positive), np.float32)]
+        )  # one product for both
         self.steps = np.zeros(len(self.x), int)
         self.now = self._losses(self.log_weight, self.total, self.count)
 
@@ -243,18 +247,22 @@ class Belief:
 
     def _after(self, x: float, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         k = int(np.searchsorted(self.x, x))
-        curve, variance = self.drawn[:, k], self.variance[k] / num
-        seen = curve[self.true] + np.sqrt(variance) * self.error[self.steps[k] % len(self.error), :, k]
-        missed = (seen[:, None] - curve).astype(np.float32)
+        variance = self.variance[k] / num
+        seen = self.drawn[self.true, k] + np.sqrt(variance) * self.error[self.steps[k] % len(self.error), :, k]
+        log_weight = seen.astype(np.float32)[:, None] - self._curves[:, k]
+        log_weight *= log_weight
+        log_weight *= np.float32(-0.5 / variance)
+        log_weight += self.log_weight
         total, count = self.total.copy(), self.count.copy()
         total[:, k] += num * seen
         count[k] += num
-        return self.log_weight - missed**2 / np.float32(2 * variance), total, count
+        return log_weight, total, count
 
     def _losses(self, log_weight: np.ndarray, total: np.ndarray, count: np.ndarray) -> tuple[float, float]:
         """Mean over imagined studies: octaves of wrong advice, and what the verdict lacks."""
-        weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
-        positive = (weight @ self.positive) / weight.sum(axis=1, keepdims=True)
+        weight = log_weight - log_weight.max(axis=1, keepdims=True)
+        sums = np.exp(weight, out=weight) @ self._counted
+        positive = sums[:, :-1] / sums[:, -1:]
         doubt = np.minimum(positive, 1 - positive) @ self.octaves
         return float(doubt.mean()), VERDICT_OCTAVES * float(self._lacking(total, count).mean())
 
@@ -269,15 +277,14 @@ class Belief:
         half = critical(degrees, len(count), self.level, 1) * np.sqrt(self.variance[some] / count + self.shared[some])
         size, margin = total[:, some] / count / half, self.min_effect / half
         unseen = int(np.sum(~some[[0, -1]]))  # ends of the range, without which no sign holds throughout
-        no_harm, no_gain = (
-            (_short(room).sum(axis=1) + unseen) / (len(count) + unseen) for room in (margin + size, margin - size)
-        )
-        crossing = (_short(size.max(axis=1)) + _short(-size.min(axis=1))) / 2
-        return np.minimum(crossing, np.minimum(no_harm, no_gain))
+        no_side = (_short(np.array([margin + size, margin - size])).sum(axis=2) + unseen) / (len(count) + unseen)
+        crossing = _short(np.array([size.max(axis=1), -size.min(axis=1)])).mean(axis=0)
+        return np.minimum(crossing, no_side.min(axis=0))
 
 
 def _short(size: np.ndarray) -> np.ndarray:
-    return np.clip(1 - size, 0, 1)
+    """What is lacking of 1, between 0 and 1."""
+    return np.minimum(np.maximum(1 - size, 0), 1)
 
 
 def _trapezoid(at: np.ndarray) -> np.ndarray:
