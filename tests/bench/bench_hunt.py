@@ -148,7 +148,9 @@ def hunt(world: World, *, wave: int = WAVE, level: float = LEVEL) -> dict[str, A
                 Candidate(x, ("t",), tuple({f"{x}/{s}": pair_cost(x)} for s in range(counts.get(x, 0), MOST_SEEDS)[:8]))
                 for x in HUNT_X
             ]
-            chosen = choose_wave([target], candidates, num_pairs=wave, level=level, most_cost=budget - cost, seed=waves)
+            chosen = choose_wave(
+                [target], candidates, num_pairs=wave, level=looking_level(level), most_cost=budget - cost, seed=waves
+            )
             stop = None if chosen else "budget"
         if stop is not None:
             ms = 1e3 * (time.process_time() - started) / max(waves, 1)
@@ -203,7 +205,11 @@ def replay(pairs: Pairs, seeds: Sequence[int], *, target_octaves: float = TARGET
             stop = why_stop(verdict, (values[0], values[-1]), target_octaves=target_octaves)
         runs = {x: tuple({f"{x}/{seed}": 1.0} for seed in seeds[counts[x] :]) for x in values}
         places = [Candidate(x, ("t",), runs[x]) for x in values if runs[x]]
-        chosen = () if stop else choose_wave([Target("t", known, MIN_EFFECT)], places, num_pairs=WAVE, level=LEVEL)
+        chosen = (
+            ()
+            if stop
+            else choose_wave([Target("t", known, MIN_EFFECT)], places, num_pairs=WAVE, level=looking_level(LEVEL))
+        )
         if not chosen:
             kind = verdict.kind if verdict else "undecided"
             return {"pairs": sum(counts.values()), "stop": stop or "seeds", "kind": kind, "at": dict(counts),
