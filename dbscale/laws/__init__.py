@@ -15,6 +15,7 @@ from dbscale.laws.select import Candidate, Selection, select_law
 from dbscale.laws.solver import LOSSES, Loss
 from dbscale.laws.table import error_weights, seed_spread
 from dbscale.laws.uncertainty import (
+    WITH_FLOOR,
     Bootstrap,
     Premise,
     Resampling,
@@ -25,7 +26,7 @@ from dbscale.laws.uncertainty import (
 )
 
 __all__ = [
-    "FORMS", "LOSSES", "NOISE_TABLES", "Allocation", "Bootstrap", "Candidate", "Component", "DeltaCurves",
+    "FORMS", "LOSSES", "NOISE_TABLES", "WITH_FLOOR", "Allocation", "Bootstrap", "Candidate", "Component", "DeltaCurves",
     "DeltaPoint", "Form", "LawError", "LawFit", "Loss", "NoiseModel", "NotEnoughData", "Pairs", "Power", "Premise",
     "Prices", "Resampling", "Selection", "TransferGap", "Verdict", "allocate", "bootstrap", "delta_curves",
     "delta_points", "error_weights", "exchange_rates", "find_form", "fit_law", "fit_noise", "judge", "make_pairs",

@@ -174,8 +174,10 @@ def intervals_of(fit: LawFit, ends: np.ndarray, level: float, pressed: np.ndarra
     found: dict[str, Interval] = {}
     is_log, own = fit.form.is_log, np.diag(fit.form.unscaling(fit.units)[0])
     box = np.array([np.where(is_log, side * np.inf, own * end) for side, end in ((-1, fit.lower), (1, fit.upper))])
+    grown = fit.to_plain(np.maximum(fit.theta, np.where(is_log, smallest_starts(fit), -np.inf)))
     with np.errstate(over="ignore"):
         ends = np.where(is_log, np.exp(ends), np.clip(ends, *box))
+        grown = np.where(is_log, np.exp(grown), grown)
     for k, name in enumerate(fit.form.param_names):
         if name in fit.fixed:
             found[name] = (fit.params[name], fit.params[name])
@@ -185,15 +187,17 @@ def intervals_of(fit: LawFit, ends: np.ndarray, level: float, pressed: np.ndarra
             low, high = (
                 profile_interval(fit, name, level) if pressed[k] or name in fit.at_bound else ends[:, k].tolist()
             )
-            empty = says_nothing((low, high), is_log=bool(is_log[k]), box=(box[0, k], box[1, k]))
+            edges = (grown[k], np.inf) if is_log[k] else (box[0, k], box[1, k])
+            empty = says_nothing((low, high), is_log=bool(is_log[k]), box=edges)
             found[name] = None if empty else (low, high)
     return found
 
 
 def says_nothing(ends: tuple[float, float], *, is_log: bool, box: tuple[float, float]) -> bool:
-    """Whether an interval is as wide as the law allows, or spans a factor of a million and more."""
+    """Whether an interval is as wide as the law allows, or spans a factor of a million and more; where an amplitude may
+    vanish, a million times `box[0]`, its estimate or what a first guess would take at least."""
     if is_log:
-        return ends[1] == np.inf or bool(0 < ends[0] * np.exp(2 * LOST) < ends[1])
+        return ends[1] == np.inf or bool((ends[0] or box[0]) * np.exp(2 * LOST) < ends[1])
     return ends[0] <= box[0] and ends[1] >= box[1]
 
 

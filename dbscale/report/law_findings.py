@@ -17,12 +17,15 @@ import numpy as np
 
 from dbscale.errors import LawError, NotEnoughData
 from dbscale.laws import (
+    WITH_FLOOR,
     DeltaCurves,
     Pairs,
     Selection,
+    bootstrap,
     error_weights,
     exchange_rates,
     fit_law,
+    premise,
     seed_spread,
     select_law,
     transfer_gap,
@@ -152,6 +155,7 @@ def study_laws(table: RunTable, options: Options, source: str) -> tuple[ArmLaws,
         curves=tuple(curve for each, _ in known for curve in _curves(each, options.level)),
         predictions=tuple(prediction for each, _ in known for prediction in _predictions(each)),
         transfer=tuple(gap for each in arms.found.values() for gap in _transfer(each, options)),
+        premises=tuple(_premises(arms, options.level)),
         levers=tuple(_lever(each, record, options.level) for each, record in known),
         predictors=tuple(_predictors(table, options.level)),
         notes=tuple(told for each, _ in laws for told in _notes(each, table)),
@@ -336,6 +340,36 @@ def _transfer(own: ArmLaw, options: Options) -> Iterator[schema.TransferRecord]:
             gap = Estimate(value=float(found.gap), low=low, high=high)
             yield schema.TransferRecord(**own.names, student=student, gap=gap, gap_error=float(found.gap_error),
                                         share=float(found.share))  # fmt: skip
+
+
+def _premises(arms: ArmLaws, level: float) -> Iterator[schema.PremiseRecord]:
+    """Theorem 1's premise for every setting and metric: by the law with a floor that describes and foretells both arms
+    best, because parameters of two different laws cannot be compared."""
+    for setting, metric in product(arms.table.settings, METRICS):
+        plain, distilled = (arms.of(setting, metric, arm) for arm in MAIN_ARMS)
+        if plain is None or distilled is None:
+            continue
+        both = [
+            {each.name: each for each in selection.candidates if each.fit and each.name in WITH_FLOOR}
+            for selection in (plain, distilled)
+        ]
+        shared = sorted(
+            both[0].keys() & both[1].keys(), key=lambda name: (both[0][name].score * both[1][name].score, name)
+        )
+        if not shared:
+            continue
+        fits = [candidates[shared[0]].fit for candidates in both]
+        found = premise(
+            *(bootstrap(fit, by.resampling) for fit, by in zip(fits, (plain, distilled), strict=True)), level
+        )
+        floor, exponent, factor = (
+            Estimate(value=middle, low=_finite(low), high=_finite(high))
+            for middle, low, high in (found.floor, found.exponent, found.log_factor)
+        )
+        yield schema.PremiseRecord(
+            **setting._asdict(), metric=metric, law=shared[0], verdict=found.verdict, floor=floor, exponent=exponent,
+            log_factor=factor,
+        )  # fmt: skip
 
 
 def _lever(own: ArmLaw, law: LawRecord, level: float) -> schema.LeverRecord:

@@ -201,6 +201,21 @@ class TransferRecord(OfArm):
     """G over A·D_p^-α + G at the largest D_p: near 1, more upstream data of this kind no longer helps."""
 
 
+class PremiseRecord(OfSetting):
+    """Whether the premise of Theorem 1 (arXiv 2504.13219) holds of one law fitted to both arms; differences are
+    distilled − plain."""
+
+    metric: str
+    law: str
+    verdict: Literal["holds", "fails", "not determined"]
+    floor: Estimate
+    """E∞; the theorem needs it above 0, and one of the others too."""
+    exponent: Estimate
+    """Of D_p."""
+    log_factor: Estimate
+    """Logarithm of the ratio of the arms' factors."""
+
+
 class LeverRecord(OfArm):
     """What twice as much of each lever would do at the largest point measured, by the laws of one arm."""
 
@@ -239,6 +254,7 @@ class LawsFile(Strict):
     curves: tuple[LawCurve, ...]
     predictions: tuple[Prediction, ...]
     transfer: tuple[TransferRecord, ...]
+    premises: tuple[PremiseRecord, ...] = ()
     levers: tuple[LeverRecord, ...]
     predictors: tuple[PredictorRecord, ...]
     notes: tuple[Note, ...]

@@ -223,20 +223,23 @@ def test_an_exponent_at_its_upper_bound_keeps_its_lower_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ends", "is_log", "empty"),
+    ("ends", "is_log", "box", "empty"),
     [
-        ((0.0, np.inf), True, True),
-        ((1.0, 1.3e6), True, True),
-        ((1.0, 1.1e6), True, False),
-        ((0.0, 0.5), True, False),
-        ((0.0, 2.0), False, True),
-        ((0.0, 1.9), False, False),
-        ((-np.inf, 1.0), False, False),
+        ((0.0, np.inf), True, (1.0, np.inf), True),
+        ((1.0, 1.3e6), True, (1.0, np.inf), True),
+        ((1.0, 1.1e6), True, (1.0, np.inf), False),
+        ((0.0, 0.5), True, (1.0, np.inf), False),
+        ((0.0, 1.1e6), True, (1.0, np.inf), False),
+        ((0.0, 1.3e6), True, (1.0, np.inf), True),
+        ((0.0, 1.3e6), True, (2.0, np.inf), False),
+        ((0.0, 2.0), False, (0.0, 2.0), True),
+        ((0.0, 1.9), False, (0.0, 2.0), False),
+        ((-np.inf, 1.0), False, (-np.inf, np.inf), False),
     ],
 )
-def test_an_interval_as_wide_as_the_law_says_nothing(ends: tuple, is_log: bool, empty: bool) -> None:
-    """A factor of e^14 = 1.2 million, or the whole box [0, 2]."""
-    assert says_nothing(ends, is_log=is_log, box=(0.0, 2.0) if ends[0] >= 0 else (-np.inf, np.inf)) is empty
+def test_an_interval_as_wide_as_the_law_says_nothing(ends: tuple, is_log: bool, box: tuple, empty: bool) -> None:
+    """A factor of e^14 = 1.2 million, above the estimate where the amplitude may vanish, or the whole box [0, 2]."""
+    assert says_nothing(ends, is_log=is_log, box=box) is empty
 
 
 def test_huber_profiles_resemble_huber_curvature() -> None:

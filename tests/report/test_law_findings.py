@@ -102,6 +102,29 @@ def test_the_transfer_gap_has_its_profile_interval(found):
         assert 0 <= each.share < 0.5 and 0 <= each.gap_error < 0.05
 
 
+@pytest.mark.parametrize(("floor", "exponent", "verdict"), [(0.2, 0.7, "holds"), (0.02, 0.3, "fails")])
+def test_the_premise_of_the_theorem_is_put_to_both_arms(floor, exponent, verdict):
+    """Plain .1 + 5·D_p^-.4 with noise of .3 %; distilled on another floor, with another exponent."""
+    terms = {"plain": (0.1, 5.0, 0.4), "distilled": (floor, 3.0 if exponent < 0.4 else 15.0, exponent)}
+    rng = np.random.default_rng(1)
+    sizes = tuple(100 * 2**k for k in range(9))
+
+    def error(run: Run) -> float:
+        bottom, factor, power = terms[run.arm]
+        return float((bottom + factor * run.upstream_samples**-power) * np.exp(0.003 * rng.standard_normal()))
+
+    table = study(sizes=sizes, labels=(100,), students={"h1": 10_000}, seeds=(0, 1, 2))
+    runs = [Run(**{**vars(run), "error_rate": error(run)}) for run in table]
+    # A second setting has the plain arm only: it is left out.
+    runs += [Run(**{**vars(run), "dataset": "other"}) for run in runs if run.arm == "plain"]
+    _, laws = study_laws(RunTable(tuple(runs), grid="laws"), FAST, "")
+    (found,) = laws.premises
+    assert (found.dataset, found.metric, found.law, found.verdict) == ("digits", "error_rate", "power_plus", verdict)
+    assert found.floor.value == pytest.approx(floor - 0.1, abs=0.02)
+    assert found.exponent.value == pytest.approx(exponent - 0.4, abs=0.08)
+    assert found.log_factor.value == pytest.approx(np.log(terms["distilled"][1] / 5.0), abs=0.5)
+
+
 def test_test_loss_is_fitted_predicted_and_read_as_error_is():
     table = study(students={"h1": 10_000})
     runs = tuple(Run(**{**vars(run), "test_loss": 3 * run.error_rate}) for run in table)
