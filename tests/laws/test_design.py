@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -282,6 +285,21 @@ def test_one_sign_waits_while_doubt_lies_between_the_measured_x() -> None:
     verdict = replace(judge(pairs), doubt=0.5)
     assert why_stop(verdict, (1000.0, 8000.0), target_octaves=1.0) == "one_sign"
     assert why_stop(verdict, (1000.0, 8000.0), target_octaves=0.99) is None
+
+
+def test_the_benchmark_ends_studies_where_their_verdicts_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for intervals before it asks for a verdict, which is most of its time; both ways end alike."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    bench = importlib.import_module("bench_hunt")
+    noise, ends = 0.02 * np.random.default_rng(5).standard_normal((20, 4)), []
+    for shape, seeds in itertools.product(("crossing", "hump", "constant", "zero"), (2, 4, 8, 16)):
+        world = bench.make_world(shape, 5, [noise])
+        pairs = bench.measure(world, dict.fromkeys(bench.GRID_X, seeds))
+        verdict = judge(pairs, min_effect=bench.MIN_EFFECT, level=0.95, num_draws=400)
+        plain = why_stop(verdict, (bench.GRID_X[0], bench.GRID_X[-1]), target_octaves=bench.TARGET_OCTAVES)
+        assert bench.stop_of(pairs, bench.GRID_X, 0.9) == plain
+        ends.append(plain)
+    assert {None, "crossing"} < {*ends}
 
 
 def test_doubt_runs_over_the_whole_range() -> None:
