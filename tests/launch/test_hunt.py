@@ -259,13 +259,13 @@ def test_a_hunted_grid_is_not_run_whole_by_the_way(hunted: Any, monkeypatch: pyt
     assert plan.read_bytes() == before
     assert main(["plan", *hunted.where]) == 0
     out = capsys.readouterr().out
-    assert "hunt, wave 1:" in out and "no longer asked for" not in out
+    assert "hunt, wave 2:" in out and "no longer asked for" not in out
     assert main(["plan", "--json", *hunted.where]) == 0
     assert len(json.loads(capsys.readouterr().out)["hunt"]["waves"]) == 1
     assert main(["status", *hunted.where]) == 0
-    assert "28/28 cells done" in capsys.readouterr().out
+    assert "28/56 cells done" in capsys.readouterr().out
     assert main(["status", "--json", *hunted.where]) == 0
-    assert json.loads(capsys.readouterr().out)["hunt"]["waves"][0]["number"] == 1
+    assert json.loads(capsys.readouterr().out)["hunt"]["waves"][0]["number"] == 2
     assert plan.read_bytes() == before
     # under a name of its own the whole grid finds the hunt's runs
     assert main(["plan", *hunted.where, "--set", "name=tiny_whole", "--json"]) == 0
