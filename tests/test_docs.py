@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -72,7 +73,11 @@ def test_the_hunt_pages_other_contrast_plans_its_first_wave(tmp_path: Path) -> N
         block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "along:" in block and "name:" in block
     )
     (tmp_path / "temperatures.yaml").write_text(grid.replace("CONFIGS", str(ROOT / "configs")))
-    where = {"grid": tmp_path / "temperatures.yaml", "store": tmp_path / "out", "data": tmp_path / "data"}
+    where: dict[str, Any] = {
+        "grid": tmp_path / "temperatures.yaml",
+        "store": tmp_path / "out",
+        "data": tmp_path / "data",
+    }
     wave = dbscale.hunt_next(**where)
     assert [choice.x for choice in wave.bought] == [50, 200, 800]
     assert wave.bought[0].targets == ("digits",)
