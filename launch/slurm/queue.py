@@ -253,7 +253,7 @@ class Queued:
         if self.error is not None:
             return f"{self.error}; what follows is from the store alone (--wait gives SLURM longer)"
         if not self.elements:
-            return "it has nothing waiting or running in SLURM (`dbscale submit` resumes it)"
+            return "it has nothing waiting or running in SLURM (the command that began it resumes it)"
         running = sum(element.running for element in self.elements)
         text = f"{running} jobs run and {len(self.elements) - running} wait in SLURM"
         return text + (f", the reducer is job {', '.join(map(str, self.reducers))}" if self.reducers else "")

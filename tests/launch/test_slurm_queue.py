@@ -114,7 +114,7 @@ def test_what_was_cut_off_is_cancelled_by_its_own_name_and_forgotten(
 def test_lost_cells_are_told_with_slurms_words_and_their_log(slurm: Path, tmp_path: Path) -> None:
     (slurm / "ended").write_text("12_1|OUT_OF_MEMORY|0:125\n")
     view = Queued(Store(tmp_path), (record(),))
-    assert view.headline == "it has nothing waiting or running in SLURM (`dbscale submit` resumes it)"
+    assert view.headline == "it has nothing waiting or running in SLURM (the command that began it resumes it)"
     lost = view.lost({"b", "c"})
     log = tmp_path / "grids/tiny/jobs" / UID
     assert lost == {
