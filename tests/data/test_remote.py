@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -388,3 +389,17 @@ def test_an_upload_goes_on_where_it_was_cut_off_and_refuses_another_dataset(
     assert names == {path.name for path in source.iterdir() if path.is_file()}
     with pytest.raises(DataError, match="another dataset is packed there"):
         upload(folder, "memory://b/p", progress=False)
+
+
+@pytest.mark.parametrize(("url", "client"), [("gs://bucket/birds", "gcsfs"), ("s3://bucket/birds", "s3fs")])
+def test_a_store_whose_client_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, url: str, client: str
+) -> None:
+    for name in [each for each in sys.modules if each.partition(".")[0] == client]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, client, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)
+    with pytest.raises(
+        DataError, match=rf"{url}.*{client}.*`pip install dbscale\[remote\]` brings the clients of s3, gs"
+    ):
+        remote.filesystem_of(url)
