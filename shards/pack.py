@@ -313,7 +313,7 @@ def _lone_classes(source: Source, jobs: Sequence[ShardJob]) -> dict[str, JsonVal
                 f"such images to training{or_else}, remove the half-finished {jobs[0].folder}, then run the same command "
                 "again"
             )
-    return {split: names for split, names in lone.items() if names}
+    return {split: [*names] for split, names in lone.items() if names}
 
 
 def _classes_in(source: Source, job: ShardJob) -> NDArray[np.bool_]:
