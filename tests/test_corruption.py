@@ -389,7 +389,7 @@ def test_two_thousand(place: Place, kind: str) -> None:
 
 
 def test_the_page_and_the_resumed_run_do_without_what_is_damaged(
-    place: Place, capsys: pytest.CaptureFixture[str]
+    place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One file of each kind damaged at once: the report is written, names them, and the run goes on to the same weights."""
     store = place.study.store
@@ -415,6 +415,6 @@ def test_the_page_and_the_resumed_run_do_without_what_is_damaged(
             shutil.rmtree(copy.store.cell_dir(place.stopped) / "checkpoints")
         outcome = run_cell(study.store, place.stopped, data_dir=study.data_dir, resources=ONE, stop=StopRequest())
         assert outcome.row is not None, outcome.reason
-    assert "skipping the damaged checkpoint" in capsys.readouterr().err
+    assert "skipping the damaged checkpoint" in caplog.text
     ours, fresh = (study.store.read_row(place.stopped) for study in (place.study, copy))
     assert ours is not None and fresh is not None and ours.weights_sha256 == fresh.weights_sha256

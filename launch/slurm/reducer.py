@@ -21,6 +21,7 @@ from dbscale.launch.slurm.queue import Queued, SlurmError, SubmitRecord, read_re
 from dbscale.launch.slurm.submit import ReduceWork, Submission, settle_queue
 from dbscale.launch.study import standings_of
 from dbscale.study.plan import read_plan
+from dbscale.study.recipe import Stage
 from dbscale.study.store import Standing, Store
 
 MAX_HAND_INS = 3
@@ -108,8 +109,9 @@ def lineages(store: Store, keys: Sequence[str], parents: Mapping[str, Sequence[s
     tasks = []
     for root in dict.fromkeys(root_of.values()):
         together = tuple(key for key in keys if root_of[key] == root)
-        stage = max((store.read_spec(key).recipe.stage for key in together), key=WEIGHT.__getitem__)
+        stages: list[Stage] = [store.read_spec(key).recipe.stage for key in together]
         before = frozenset(parent for key in together for parent in parents[key]).difference(together)
+        stage = max(stages, key=WEIGHT.__getitem__)
         tasks.append(Task(together, before, stage, wave=2 if before else 1, predicted_s=0.0))
     return tasks
 

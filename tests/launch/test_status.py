@@ -6,14 +6,14 @@ import re
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dbscale.files import ProcessMark
 from dbscale.launch.slurm.queue import Element, Queued, SubmitRecord
-from dbscale.launch.status import device_seconds, read_status, state_of, table
+from dbscale.launch.status import Status, device_seconds, headline, read_status, state_of, table
 from dbscale.study.plan import PlanRecord, PointRecord
 from dbscale.study.store import Attempt, Progress, Row, Standing, Store, Timing
 
@@ -83,6 +83,15 @@ def test_counts_devices_and_the_time_that_is_left(store: Store) -> None:
 
 def test_nothing_done_leaves_predictions_as_they_are(store: Store) -> None:
     assert read_status(store, PLAN, store.standings(PLAN.cells), None).left_s == 460.0
+
+
+def test_the_finish_is_what_is_left_over_the_devices_at_work(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hours of device time on two devices, from the first moment of 1970, a Thursday."""
+    clock = SimpleNamespace(time=lambda: 0.0, localtime=time.gmtime, strftime=time.strftime)
+    monkeypatch.setattr("dbscale.launch.status.time", clock)
+    counts: dict[Any, int] = {((1, "pretrain"), "running"): 1}
+    status = Status("tiny", "Does it work?", counts, (), 2, (), 0.0, 7200.0, None)
+    assert headline(status, store)[0].endswith("; at the present pace it ends about Thu 01:00")
 
 
 def test_device_time_is_that_of_all_tries_of_all_devices(store: Store) -> None:

@@ -63,7 +63,7 @@ ATTEMPTS = [  # status, started, ended, devices
     ("blocked", 100.0, 190.0, 8),
     ("failed", 1000.0, 1010.0, 1),
     ("interrupted", 2000.0, 2030.0, 2),
-    ("running", 3000.0, None, 4),
+    ("running", 3000.0, None, 7),
 ]
 
 
@@ -105,7 +105,7 @@ def test_a_row_accounts_for_every_attempt_device_and_sample(row_of):
     assert found == (0.25, 0.125, 1.5, 0.0625)
     timing = row.timing
     # Blocked attempts did nothing; the last one still runs.
-    assert timing.device_time_s == 10 * 1 + 30 * 2 + 5 * 4
+    assert timing.device_time_s == 10 * 1 + 30 * 2 + 5 * 7, "by each try's own devices"
     assert (timing.num_attempts, timing.num_devices, timing.peak_memory_bytes) == (3, 2, 123)
     assert (timing.train_time_s, timing.eval_time_s, timing.step_time_s, timing.energy_j) == (3.5, 2.25, 0.5, 42.0)
     assert timing.images_per_s == pytest.approx(7 * 16 / 3.5)
