@@ -20,6 +20,7 @@ _HOME = {
     "compare": "launch.api",
     "find_boundary": "launch.api",
     "hunt_next": "launch.api",
+    "hunt_verdicts": "launch.api",
     "fit_law": "laws",
     "select_law": "laws",
     "open_dataset": "data",
@@ -27,8 +28,8 @@ _HOME = {
     "kd_loss": "kernels",
 }
 __all__ = [
-    "__version__", "compare", "find_boundary", "fit_law", "hunt_next", "kd_loss", "load_grid", "make_loader",
-    "open_dataset", "plan", "read_rows", "select_law",
+    "__version__", "compare", "find_boundary", "fit_law", "hunt_next", "hunt_verdicts", "kd_loss", "load_grid",
+    "make_loader", "open_dataset", "plan", "read_rows", "select_law",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from dbscale.study.store import Store
 if TYPE_CHECKING:
     import pyarrow
 
+    from dbscale.laws import Verdict
     from dbscale.report.schema import BoundaryFile, ContrastRecord
     from dbscale.report.sheet import Sheet
     from dbscale.study.hunt import WaveRecord
@@ -95,6 +96,29 @@ def hunt_next(
     from dbscale.launch.hunt import next_wave, wave_record
 
     return wave_record(next_wave(_study(grid, store, data, cluster, overrides)))
+
+
+def hunt_verdicts(
+    grid: str | Path | Grid,
+    *,
+    store: str | Path = "out",
+    data: str | Path = "data",
+    cluster: str = "local",
+    overrides: Sequence[str] = (),
+) -> dict[str, Verdict]:
+    """What a hunt has established so far: the verdict of each target by its name; writes nothing.
+
+    They are made anew from the rows in `store`, at the level at which the hunt judges (`verdict.level`), with the means by
+    seed (`verdict.points`) and the curve with its band. A target of which nothing can be judged yet is left out. How the
+    hunt came there is in `grids/<name>/hunt.json` (docs/schemas.md). Raises ConfigError for a grid without `hunt:`.
+
+    >>> import dbscale
+    >>> dbscale.hunt_verdicts("demo_hunt", store="nowhere", data="nowhere")
+    {}
+    """
+    from dbscale.launch.hunt import survey, verdicts
+
+    return verdicts(survey(_study(grid, store, data, cluster, overrides)))
 
 
 def read_rows(source: str | Path, *, grid: str | None = None) -> pyarrow.Table:

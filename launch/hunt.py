@@ -36,7 +36,7 @@ from dbscale.study.plan import Plan, Wave, make_plan, record
 from dbscale.study.store import Standing
 
 if TYPE_CHECKING:
-    from dbscale.laws import Pairs, design
+    from dbscale.laws import Pairs, Verdict, design
     from dbscale.laws.design import Candidate, Choice
 
 PairState = Literal["done", "failed", "running", "begun", "open"]
@@ -159,10 +159,14 @@ class NextWave:
 
     @property
     def level(self) -> float:
-        """Of the verdicts: as one who looks after every wave must judge to be right as often as the grid asks."""
-        from dbscale.laws.design import looking_level
+        return level_of(self.survey)
 
-        return looking_level(self.survey.hunt.level)
+    @property
+    def page_targets(self) -> tuple[str, ...]:
+        """Its targets, where the report judges the same contrasts."""
+        from dbscale.report.hunt import on_page
+
+        return tuple(map(str, self.survey.targets)) if on_page(self.survey.hunt) else ()
 
     def plan(self) -> Plan:
         """The wave as jobs, with what was begun before it; runs that failed are not tried again."""
@@ -180,7 +184,7 @@ def wave_record(wave: NextWave) -> WaveRecord:
     found = wave.survey
     return WaveRecord(
         number=0, created=time.time(), spent_s=round(found.spent_s, 1), failed_pairs=len(found.having("failed")),
-        findings=wave.findings, bought=wave.bought, stopped=wave.stopped,
+        verdict_level=level_of(found), findings=wave.findings, bought=wave.bought, stopped=wave.stopped,
     )  # fmt: skip
 
 
@@ -217,7 +221,7 @@ def next_wave(study: Study, active: Collection[str] | None = None) -> NextWave:
     left_s = hunt.budget_hours * 3600 - found.spent_s - found.pending_s
     choices = choose_wave(
         [each for target, pairs in measured.items() if (each := as_target(found, target, pairs)).name in open_targets],
-        [place.candidate for place in places], num_pairs=max(min(hunt.wave, room), 0), level=hunt.level,
+        [place.candidate for place in places], num_pairs=max(min(hunt.wave, room), 0), level=level_of(found),
         pending=Counter((str(pair.target), float(pair.x)) for pair in under_way),
         most_cost=left_s,
     )  # fmt: skip
@@ -283,6 +287,13 @@ def measured_pairs(found: Survey) -> dict[Target, Pairs | None]:
     return {target: target_pairs(table, found.hunt, target, wrong, sizes) for target in found.targets}
 
 
+def level_of(found: Survey) -> float:
+    """Level of each verdict: looking after every wave and the number of targets are paid for."""
+    from dbscale.laws.design import looking_level
+
+    return looking_level(found.hunt.level, len(found.targets))
+
+
 def min_effect_of(found: Survey) -> float:
     return found.hunt.min_effect or found.study.grid.min_effect
 
@@ -294,17 +305,15 @@ def as_target(found: Survey, target: Target, pairs: Pairs | None) -> design.Targ
 
 
 def finding_of(found: Survey, target: Target, pairs: Pairs | None) -> Finding:
-    """What is known of a target; its verdict is the engine's, at the level that pays for looking after every wave."""
-    from dbscale.laws import NotEnoughData, judge
-    from dbscale.laws.design import doubt_left, looking_level, why_stop
+    """What is known of a target; its verdict is the engine's."""
+    from dbscale.laws.design import doubt_left, why_stop
 
     hunt, values = found.hunt, axis_values(found.study.grid)
     if pairs is None:
         return Finding(target=str(target))
     count = len(set(zip(pairs.x.tolist(), pairs.seed.tolist(), strict=True)))
-    try:
-        verdict = judge(pairs, min_effect=min_effect_of(found), level=looking_level(hunt.level))
-    except NotEnoughData:
+    verdict = verdict_of(found, pairs)
+    if verdict is None:
         return Finding(target=str(target), num_pairs=count)
     low, high = verdict.interval or (None, None)
     stop = why_stop(verdict, (values[0], values[-1]), target_octaves=hunt.target_octaves, least_doubt=hunt.least_doubt)
@@ -312,6 +321,22 @@ def finding_of(found: Survey, target: Target, pairs: Pairs | None) -> Finding:
         target=str(target), kind=verdict.kind, better=verdict.better, root=verdict.root, low=low, high=high,
         doubt=doubt_left(as_target(found, target, pairs), values), num_pairs=count, stop=stop,
     )  # fmt: skip
+
+
+def verdict_of(found: Survey, pairs: Pairs) -> Verdict | None:
+    """None while there is too little to judge."""
+    from dbscale.laws import NotEnoughData, judge
+
+    try:
+        return judge(pairs, min_effect=min_effect_of(found), level=level_of(found))
+    except NotEnoughData:
+        return None
+
+
+def verdicts(found: Survey) -> dict[str, Verdict]:
+    """The verdict of every target that can be judged, by its name."""
+    judged = {target: pairs and verdict_of(found, pairs) for target, pairs in measured_pairs(found).items()}
+    return {str(target): verdict for target, verdict in judged.items() if verdict is not None}
 
 
 def finetunes_of(found: Survey, measured: Mapping[Target, Pairs | None]) -> int:

@@ -7,6 +7,7 @@ one, from what the scheduler says.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -110,7 +111,8 @@ def add_commands(add: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     store, limit = store_of(arguments), None if arguments.all else MAX_SHOWN
     if arguments.json:
-        print_json(as_data(look_once(store, planned(arguments), arguments.wait)))
+        status = look_once(store, planned(arguments), arguments.wait)
+        print_json(as_data(status) | {"hunt": hunt_as_data(store, status.grid)})
         return 0
     while True:
         status = look_once(store, planned(arguments), arguments.wait)
@@ -123,14 +125,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def planned(arguments: argparse.Namespace) -> PlanRecord:
     """The grid's plan as last submitted, or made anew where its file is damaged. Raises ConfigError."""
-    name = load_grid(arguments.grid, arguments.overrides).name
+    grid = load_grid(arguments.grid, arguments.overrides)
     try:
-        plan = read_plan(store_of(arguments), name)
+        plan = read_plan(store_of(arguments), grid.name)
     except FileError as error:
-        print(f"{error}; shown is what the grid asks for now", file=sys.stderr)
+        shown = "the grid as it would be run whole" if grid.hunt is not None else "what the grid asks for now"
+        print(f"{error}; shown is {shown}", file=sys.stderr)
         return record(*plan_study(study_of(arguments)))
     if plan is None:
-        raise ConfigError(f"grid {name} was never submitted to {arguments.store}; `make grid` does it")
+        what = "submitted to" if grid.hunt is None else "hunted in"
+        command = "grid" if grid.hunt is None else "hunt"
+        raise ConfigError(f"grid {grid.name} was never {what} {arguments.store}; `make {command}` does it")
     return plan
 
 
@@ -218,7 +223,7 @@ def time_left(
 
 
 def troubles(found: Mapping[str, Standing], states: Mapping[str, State], queued: Queued | None) -> list[Trouble]:
-    """Failed, blocked and damaged cells, and those whose job ended without a word."""
+    """Failed, blocked and damaged cells, those whose job ended without a word, and damaged records of submissions."""
     named = []
     for key, state in states.items():
         if state in ("failed", "blocked", "damaged"):
@@ -228,6 +233,8 @@ def troubles(found: Mapping[str, Standing], states: Mapping[str, State], queued:
     if queued is not None:
         gone = queued.lost({key for key, state in states.items() if state in ("new", "interrupted")})
         named += [Trouble(key, "lost", reason, log) for key, (reason, log) in gone.items()]
+        named += [Trouble(f"submission {each.uid}", "damaged", each.damage, None)
+                  for each in queued.records if each.damage is not None]  # fmt: skip
     return named
 
 
@@ -277,6 +284,14 @@ def hunt_so_far(store: Store, grid: str) -> list[str]:
     return ["", *hunt_lines(log)] if log is not None and log.waves else []
 
 
+def hunt_as_data(store: Store, grid: str) -> HuntLog | None:
+    """The log with its last wave alone; None where there is none to be read."""
+    with contextlib.suppress(FileError):
+        log = read_log(store, grid)
+        return log and log.model_copy(update={"waves": log.waves[-1:]})
+    return None
+
+
 def hunt_lines(log: HuntLog) -> list[str]:
     """The last wave of a hunt: what is known, what it cost, what comes next."""
     wave = log.waves[-1]
@@ -288,6 +303,8 @@ def hunt_lines(log: HuntLog) -> list[str]:
         text += "it is over: " + "; ".join(STOPS[reason] for reason in wave.stopped.split(", "))
     else:
         text += f"{pairs_text(pairs)} in about {duration(cost_s)}" if pairs else "it waits for runs that are under way"
+    if len(wave.findings) > 1:
+        text += f" (each verdict at level {wave.verdict_level:.1%}, so that all hold at {log.level:.0%})"
     return [text, *(f"  {describe_finding(each, log)}" for each in wave.findings)]
 
 
@@ -319,7 +336,8 @@ def headline(status: Status, store: Store) -> list[str]:
         finish = time.time() + status.left_s / status.num_devices
         text += f"; at the present pace it ends about {time.strftime('%a %H:%M', time.localtime(finish))}"
     other = holder(store.root)
-    driver = "nobody works on it (`dbscale submit` resumes it)"
+    hunted = (store.grid_dir(status.grid) / "hunt.json").exists()
+    driver = f"nobody works on it (`dbscale {'hunt' if hunted else 'submit'}` resumes it)"
     if other is not None and other.grid == status.grid and is_held(store.root):
         driver = f"driven by pid {other.process.pid} on {other.process.host}"
     elif status.running:

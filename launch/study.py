@@ -30,6 +30,7 @@ from dbscale.study.grid import (
     misfit,
     weights_in_use,
 )
+from dbscale.study.hunt import is_hunted
 from dbscale.study.plan import Plan, make_plan, read_plan
 from dbscale.study.resources import Tracker
 from dbscale.study.store import Row, Standing, Store
@@ -251,6 +252,17 @@ def match_key(name: str, keys: Sequence[str], *, where: str) -> str:
     return found[0]
 
 
+def refuse_hunted(study: Study, command: str) -> None:
+    """Raises ConfigError where a hunt of the grid stands in the store: run whole, the grid would take the place of the
+    hunt's plan, and with it of its report."""
+    if is_hunted(study.store, study.grid):
+        name = study.grid.name
+        raise ConfigError(
+            f"grid {name} is hunted in {study.store.root}, and `dbscale hunt` continues that; to run the grid whole beside "
+            f"it, give it a name of its own: `dbscale {command} … --set name={name}_whole` (finished runs count for both)"
+        )
+
+
 def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Plan, CostModel]:
     """The plan as the store stands now, and the cost model it was made with, calibrated by finished rows.
 
@@ -263,7 +275,8 @@ def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Pla
     earlier, cost = None, study.cluster.cost_model()
     try:
         cost = base_cost(study)
-        earlier = read_plan(study.store, study.grid.name)
+        if not is_hunted(study.store, study.grid):  # what a hunt asked for is not stale
+            earlier = read_plan(study.store, study.grid.name)
     except FileError as error:
         notes.append(str(error))
     cost = cost.calibrated(finished_sample(cells, found))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -61,6 +62,26 @@ def test_the_hunt_tutorials_grid_plans_its_first_wave(tmp_path: Path) -> None:
     (line,) = blocks("a-hunt.md", "sh")
     assert "upstream_samples 512" in typed(line, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_hunt_pages_other_contrast_plans_its_first_wave(tmp_path: Path) -> None:
+    """Two temperatures along the number of labels; the first pairs lie on the axis, over the whole of its range."""
+    import dbscale
+
+    text = (ROOT / "docs" / "hunt.md").read_text()
+    (grid,) = (
+        block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "along:" in block and "name:" in block
+    )
+    (tmp_path / "temperatures.yaml").write_text(grid.replace("CONFIGS", str(ROOT / "configs")))
+    where: dict[str, Any] = {
+        "grid": tmp_path / "temperatures.yaml",
+        "store": tmp_path / "out",
+        "data": tmp_path / "data",
+    }
+    wave = dbscale.hunt_next(**where)
+    assert [choice.x for choice in wave.bought] == [50, 200, 800]
+    assert wave.bought[0].targets == ("digits",)
+    assert dbscale.hunt_verdicts(**where) == {}
 
 
 def test_citation_and_version_agree() -> None:

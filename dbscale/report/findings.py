@@ -100,7 +100,7 @@ def digest(table: RunTable, options: Options) -> str:
     """Equal for equal rows, gaps and options under the same version."""
     rest = {
         "missing": [asdict(point) for point in table.missing], "options": asdict(options),
-        "version": [__version__, METHOD_VERSION], "study": [table.grid, table.question],
+        "version": [__version__, METHOD_VERSION], "study": [table.grid, table.question, *table.targets],
     }  # fmt: skip
     return hashlib.sha256((to_csv(table) + canonical_json(rest)).encode()).hexdigest()[:16]
 
@@ -141,10 +141,19 @@ class Question:
     student: str | None = None
     labels: int | None = None
     main: bool = False
+    own_level: bool = False
+    """Judged at the level as it is, outside the family: the main question, and the targets of a hunt, which the level
+    allows for."""
     arms: tuple[str, str] = MAIN_ARMS
 
+    @property
+    def target(self) -> str:
+        """Name of the hunt's target that this is, if it is one."""
+        parts = (self.setting.dataset, self.student, self.labels)
+        return " ".join(str(part) for part in parts if part is not None)
+
     def record(self, arms: ArmLaws, options: Options, family: int) -> ContrastRecord:
-        """Judged, with the laws' ΔE where both arms have laws; `family` counts the verdicts beside the main one."""
+        """Judged, with the laws' ΔE where both arms have laws; `family` counts the verdicts that share one."""
         names = {
             **self.setting._asdict(),
             "student": self.student,
@@ -161,7 +170,7 @@ class Question:
         options = replace(options, min_effect=self.min_effect)
         whole = self.student is None and self.labels is None
         return contrast(
-            self.pairs, names, self.metric, options, family=1 if self.main else family, laws=laws, halves=whole
+            self.pairs, names, self.metric, options, family=1 if self.own_level else family, laws=laws, halves=whole
         )
 
 
@@ -186,12 +195,20 @@ def study_questions(table: RunTable, wrong: Mapping[str, np.ndarray], options: O
                 paired = pair_upstream(table, setting, wrong=wrong, arms=arms)
                 of_arms += _questions(setting, "upstream_error_rate", *paired, options.min_effect)
         found += [replace(each, arms=arms) for each in of_arms if arms == MAIN_ARMS or each.student is None]
-    return [replace(question, main=number == 0) for number, question in enumerate(found)]
+    hunted = {
+        number for number, each in enumerate(found)
+        if each.target in table.targets and each.arms == MAIN_ARMS and each.metric == "error_rate"
+        and each.setting.variant == table.settings[0].variant
+    }  # fmt: skip
+    return [
+        replace(question, main=number == 0, own_level=number == 0 or number in hunted)
+        for number, question in enumerate(found)
+    ]
 
 
 def family_of(questions: Sequence[Question]) -> int:
-    """Number of verdicts that share one family: all but the main one."""
-    return max(sum(question.pairs is not None for question in questions) - 1, 1)
+    """Number of verdicts that share one family: all but the main one and the targets of a hunt."""
+    return max(sum(question.pairs is not None and not question.own_level for question in questions), 1)
 
 
 def _questions(

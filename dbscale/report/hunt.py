@@ -26,6 +26,15 @@ from dbscale.study.store import Store
 ARMS = ({"arm": "plain"}, {"arm": "distilled"})
 
 
+def on_page(hunt: Hunt) -> bool:
+    """Whether a report judges what this hunt judges: errors of plain against distilled along D_p."""
+    return _has_report_arms(hunt) and hunt.metric == "error_rate"
+
+
+def _has_report_arms(hunt: Hunt) -> bool:
+    return (hunt.a, hunt.b) == ARMS and hunt.along == "upstream_samples"
+
+
 def target_pairs(
     table: RunTable, hunt: Hunt, target: Target, wrong: Mapping[str, np.ndarray] | None = None,
     sizes: Mapping[str, int] | None = None,
@@ -38,7 +47,7 @@ def target_pairs(
     runs = table.pretrained.where(dataset=target.dataset)
     if not len(runs):
         return None
-    if (hunt.a, hunt.b) == ARMS and hunt.along == "upstream_samples":
+    if _has_report_arms(hunt):
         pairs, _ = pair_arms(runs, runs.settings[0], metric=hunt.metric, wrong=wrong)
     else:
         pairs = _pair_sides(runs, hunt, sizes or {})
@@ -138,9 +147,11 @@ def _sentences(log: HuntLog, contrasts: Sequence[ContrastRecord]) -> Iterator[st
         "These runs were chosen wave by wave, each where it was expected to remove most wrong advice per device-hour: "
         f"{_many(pairs, 'pair')} in {_many(len(waves), 'wave')}. {over}"
     )
+    number = len(last.findings)
+    told, together = (f", and this one has {number} targets", "all of them hold") if number > 1 else ("", "it holds")
     yield (
-        "A hunt looks after every wave, so its verdicts stand on intervals of a stricter level than the "
-        f"{log.level:.0%} at which they should hold."
+        f"A hunt looks after every wave{told}: each verdict stands on intervals of level {last.verdict_level:.1%}, so that "
+        f"{together} at {log.level:.0%}."
     )
     if last.failed_pairs:
         lack = "lacks" if last.failed_pairs == 1 else "lack"

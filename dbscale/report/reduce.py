@@ -59,7 +59,8 @@ def collect(store: Store, plan: PlanRecord) -> RunTable:
             missing.append(_missing(store, point, rows))
         else:
             runs.append(_run(point, row, rows))
-    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question, plan.min_effect, plan.level)
+    table = RunTable(tuple(runs), tuple(missing), (), plan.grid, plan.question, plan.min_effect, plan.level,
+                     plan.targets)  # fmt: skip
     return checked(table, [f"grid {plan.grid}, cell {run.key}" for run in runs])
 
 

@@ -157,6 +157,8 @@ class RunTable:
     """δ: the difference of error rates that matters to who asked."""
     level: float = 0.9
     """Of every interval that is made of it."""
+    targets: tuple[str, ...] = ()
+    """Verdicts of a hunt, for whose number `level` allows: dataset, and student and D_f where they are not pooled."""
 
     def __len__(self) -> int:
         return len(self.runs)

@@ -356,7 +356,8 @@ def noise_text(record: ContrastRecord) -> str:
 def family_text(contrasts: Sequence[ContrastRecord]) -> str:
     """How many questions a page asks, and what its intervals pay for that."""
     verdicts = [record.verdict for record in contrasts if record.verdict is not None and not record.main]
-    return say("family", count=verdicts[0].family, level=verdicts[0].level) if verdicts else ""
+    widest = max(verdicts, key=lambda verdict: verdict.family, default=None)
+    return say("family", count=widest.family, level=widest.level) if widest else ""
 
 
 def answers(contrasts: Sequence[ContrastRecord]) -> Iterator[str]:

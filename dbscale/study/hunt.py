@@ -66,6 +66,11 @@ def hunt_of(grid: Grid) -> Hunt:
     return grid.hunt
 
 
+def is_hunted(store: Store, grid: Grid) -> bool:
+    """Whether a hunt of the grid was begun in this store; its plan.json is then the hunt's."""
+    return grid.hunt is not None and (store.grid_dir(grid.name) / "hunt.json").exists()
+
+
 def axis_values(grid: Grid) -> tuple[int, ...]:
     """Values of the hunt's axis that may be measured, rising. Raises ConfigError for fewer than two and for M of timm."""
     hunt = hunt_of(grid)
@@ -254,6 +259,8 @@ class WaveRecord(Strict):
     spent_s: float
     """Device-seconds of everything finished before."""
     failed_pairs: int = 0
+    verdict_level: float
+    """Of each target's intervals: stricter than the hunt's, for it looks after every wave and may have several targets."""
     findings: tuple[Finding, ...]
     bought: tuple[Bought, ...]
     """Empty for the entry that ends the hunt."""
@@ -268,6 +275,7 @@ class HuntLog(Strict):
     span: tuple[int, int]
     target_octaves: float
     level: float
+    """At which all verdicts of the hunt together should hold."""
     budget_s: float
     """Device-seconds."""
     waves: tuple[WaveRecord, ...] = ()

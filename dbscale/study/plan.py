@@ -98,7 +98,10 @@ class PlanRecord(Strict):
     min_effect: float = 0.005
     """Difference of error rates that matters, as the grid says."""
     level: float = 0.9
-    """Of the report's intervals; a hunt, which looks after every wave, judges at a stricter one."""
+    """Of the report's intervals; a hunt, which looks after every wave and may have several targets, judges at a stricter
+    one."""
+    targets: tuple[Word, ...] = ()
+    """Verdicts of a hunt, by the target's name: `level` allows for their number."""
 
     @model_validator(mode="after")
     def _points_are_of_its_cells(self) -> PlanRecord:
@@ -142,7 +145,7 @@ def _bundles(lineages: list[list[Cell]], cost: CostModel, target_s: float, worke
     return tuple(Bundle(tuple(cells), loads[i]) for i, cells in enumerate(packed))
 
 
-def record(plan: Plan, cost: CostModel, *, level: float = 0.9) -> PlanRecord:
+def record(plan: Plan, cost: CostModel, *, level: float = 0.9, targets: Sequence[str] = ()) -> PlanRecord:
     """What the reducer and `status` later read."""
     return PlanRecord(
         grid=plan.grid.name, question=plan.grid.question, created=time.time(),
@@ -150,7 +153,7 @@ def record(plan: Plan, cost: CostModel, *, level: float = 0.9) -> PlanRecord:
         cells=tuple(cell.key for cell in plan.cells),
         predicted_device_s=sum(map(cost.seconds, plan.cells)),
         predicted_s=tuple(round(cost.seconds(cell), 3) for cell in plan.cells), min_effect=plan.grid.min_effect,
-        level=level,
+        level=level, targets=tuple(targets),
     )  # fmt: skip
 
 

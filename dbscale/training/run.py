@@ -221,9 +221,9 @@ def _open_attempt(store: Store, key: str, *, num_devices: int, job: str | None, 
 
 
 def _close_dead(store: Store, key: str, attempt: Attempt) -> None:
-    """An attempt that was killed could not say when: its last heartbeat does."""
+    """An attempt that was killed could not say when: its last heartbeat does, by whatever clock, but not later than now."""
     progress = store.read_progress(key)
-    ended = max(attempt.started, progress.updated if progress else 0.0)
+    ended = max(attempt.started, min(progress.updated if progress else 0.0, time.time()))
     store.write_attempt(key, attempt.model_copy(update={"status": "interrupted", "ended": ended, "reason": "killed"}))
 
 

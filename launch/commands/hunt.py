@@ -115,7 +115,7 @@ def hunt_here(study: Study, arguments: argparse.Namespace) -> int:
         plan = wave.plan()
         refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
         shower(arguments)(study, wave, record_wave(study, wave))
-        write_records(study, plan, wave.survey.cost, level=wave.level)
+        write_records(study, plan, wave.survey.cost, level=wave.level, targets=wave.page_targets)
         if wave.stopped:
             return finish(study, plan, report=not arguments.no_report)
         now = [(key, each.state) for key, each in sorted(wave.survey.standings.items()) if each.state != "new"]
@@ -273,7 +273,7 @@ def hunt_on_slurm(
         if step is None:
             refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
         shower(arguments)(study, wave, record_wave(study, wave))
-        write_records(study, plan, wave.survey.cost, level=wave.level)
+        write_records(study, plan, wave.survey.cost, level=wave.level, targets=wave.page_targets)
         in_flight = frozenset(cell.key for cell in plan.cells if cell.key in queued.cells)
         if wave.stopped and step is not None and not in_flight:
             print(write_results(study.store, study.grid.name)[0])

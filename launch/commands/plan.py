@@ -21,7 +21,7 @@ from typing import Any
 from dbscale.errors import ConfigError, FileError
 from dbscale.files import hostname
 from dbscale.launch.preflight import check
-from dbscale.launch.status import states_table, table
+from dbscale.launch.status import hunt_as_data, hunt_so_far, states_table, table
 from dbscale.launch.study import AddCommand, Study, add_json, add_study, plan_study, print_json, study_of
 from dbscale.study import cost as costs
 from dbscale.study.cell import Cell
@@ -82,6 +82,7 @@ def as_data(study: Study, plan: Plan, cost: CostModel, *, cells: bool) -> dict[s
             {"bundles": len(wave.bundles), "cells": sum(len(each.cells) for each in wave.bundles),
              "longest_s": max(each.predicted_s for each in wave.bundles)} for wave in plan.waves
         ],
+        "hunt": hunt_as_data(study.store, plan.grid.name),
         "not_packed": study.missing_datasets, "stale": plan.stale, "notes": plan.notes,
         "power": [line.strip() for line in power_text(study, plan, cost) if line],
         **({"cells": [{"key": cell.key, "state": plan.states[cell.key], "predicted_s": cost.seconds(cell)}
@@ -99,7 +100,8 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
     ]
     if grid.hunt is not None:
         lines[1:1] = [
-            "`dbscale hunt` chooses its runs (--dry-run shows the next ones); this is the grid as it would be run whole"
+            "`dbscale hunt` chooses its runs (--dry-run shows the next ones); this is the grid as it would be run whole",
+            *hunt_so_far(study.store, grid.name)[1:],
         ]
     counts = Counter((cell.recipe.stage, plan.states[cell.key]) for cell in plan.cells)
     stages = {stage: (stage,) for stage in STAGES if stage in {cell.recipe.stage for cell in plan.cells}}

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dbscale.launch.cluster import Cluster, tasks_of
 from dbscale.launch.commands import plan as plan_command
 from dbscale.launch.commands.results import report_is_current, write_results
 from dbscale.launch.preflight import check
-from dbscale.launch.study import AddCommand, Study, add_run, plan_study, study_of
+from dbscale.launch.study import AddCommand, Study, add_run, plan_study, refuse_hunted, study_of
 from dbscale.launch.worker import stop_on_signals
 from dbscale.study.cost import CostModel, duration
 from dbscale.study.grid import weights_in_use
@@ -41,6 +42,7 @@ def add_commands(add: AddCommand) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     study = study_of(arguments)
+    refuse_hunted(study, "submit")
     on_slurm = study.cluster.executor == "slurm"
     if arguments.dry_run:
         return show_scripts(study) if on_slurm else show_plan(*plan_study(study), study)
@@ -167,19 +169,21 @@ def settled_plan(study: Study) -> tuple[Plan, CostModel]:
         time.sleep(1)
 
 
-def write_records(study: Study, plan: Plan, cost: CostModel, *, level: float = 0.9) -> None:
+def write_records(
+    study: Study, plan: Plan, cost: CostModel, *, level: float = 0.9, targets: Sequence[str] = ()
+) -> None:  # fmt: skip
     """`recipe.json` of every cell and the grid's `plan.json`; an unchanged plan keeps its file and date.
 
-    `level` is that of the report's intervals.
+    `level` is that of the report's intervals, `targets` the verdicts of a hunt for whose number it allows.
     """
     for cell in plan.cells:
         study.store.write_spec(cell.spec())
-    new = record(plan, cost, level=level)
+    new = record(plan, cost, level=level, targets=targets)
     try:
         old = read_record(study.store, study.grid.name)
     except ValueError:  # damaged, which the plan's notes say
         old = None
-    asked = ("points", "question", "min_effect", "level")
+    asked = ("points", "question", "min_effect", "level", "targets")
     if old is None or any(getattr(new, name) != getattr(old, name) for name in asked):
         write_plan(study.store, new)
 

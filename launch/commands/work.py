@@ -22,7 +22,7 @@ from dbscale.launch.cluster import Task, tasks_of
 from dbscale.launch.commands.submit import SOME_FAILED, STOPPED, finish, pack_missing, unfinished, write_records
 from dbscale.launch.lease import LEASE_NAME, LIMIT_S, Leases
 from dbscale.launch.preflight import check
-from dbscale.launch.study import AddCommand, Study, add_run, plan_study, study_of
+from dbscale.launch.study import AddCommand, Study, add_run, plan_study, refuse_hunted, study_of
 from dbscale.launch.worker import Result, RunOne, record_death, run_bundle, staged, stop_on_signals, thread_environment
 from dbscale.study.plan import Plan
 from dbscale.study.resources import StopRequest
@@ -48,6 +48,7 @@ def add_commands(add: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0 when all cells are done, 3 when some failed, 130 when asked to stop, with all progress saved."""
     study = study_of(arguments)
+    refuse_hunted(study, "work")
     resources = study.cluster.resources
     if study.cluster.executor == "slurm" or resources.num_processes > 1:
         what = f"executor {study.cluster.executor}, resources.num_processes {resources.num_processes}"

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 from bench_verdicts import falling, noises_of, pairs_of, read_rows
 
-from dbscale.laws import Pairs, judge, make_pairs
+from dbscale.laws import Pairs, Verdict, judge, make_pairs
+from dbscale.laws.boundary import decide
+from dbscale.laws.contrast import delta_points
 from dbscale.laws.design import Candidate, Target, choose_wave, looking_level, why_stop
 
 ROWS = Path(__file__).resolve().parents[2] / "docs" / "studies" / "demo" / "rows.parquet"
@@ -140,20 +142,19 @@ def hunt(world: World, *, wave: int = WAVE, level: float = LEVEL) -> dict[str, A
     while True:
         pairs = measure(world, counts) if counts else None
         target = Target("t", pairs, MIN_EFFECT)
-        stop = verdict = None
-        if pairs is not None:
-            verdict = judge(pairs, min_effect=MIN_EFFECT, level=looking_level(level), num_draws=400)
-            stop = why_stop(verdict, (HUNT_X[0], HUNT_X[-1]), target_octaves=TARGET_OCTAVES)
+        stop = None if pairs is None else stop_of(pairs, HUNT_X, level)
         if stop is None:
             candidates = [
                 Candidate(x, ("t",), tuple({f"{x}/{s}": pair_cost(x)} for s in range(counts.get(x, 0), MOST_SEEDS)[:8]))
                 for x in HUNT_X
             ]
-            chosen = choose_wave([target], candidates, num_pairs=wave, level=level, most_cost=budget - cost, seed=waves)
+            chosen = choose_wave(
+                [target], candidates, num_pairs=wave, level=looking_level(level), most_cost=budget - cost, seed=waves
+            )
             stop = None if chosen else "budget"
         if stop is not None:
             ms = 1e3 * (time.process_time() - started) / max(waves, 1)
-            return end_of(verdict, world, cost, stop) | {"waves": waves, "ms": ms}
+            return end_of(verdict_of(pairs, level), world, cost, stop) | {"waves": waves, "ms": ms}
         for choice in chosen:
             x = candidates[choice.candidate].x
             counts[x] = counts.get(x, 0) + choice.num_pairs
@@ -165,11 +166,24 @@ def fixed(world: World) -> dict[str, Any]:
     """A fixed grid with seed after seed until it ends as a hunt may."""
     for seeds in range(2, FIXED_SEEDS + 1):
         pairs = measure(world, dict.fromkeys(GRID_X, seeds))
-        verdict = judge(pairs, min_effect=MIN_EFFECT, level=looking_level(LEVEL), num_draws=400)
-        stop = why_stop(verdict, (GRID_X[0], GRID_X[-1]), target_octaves=TARGET_OCTAVES)
+        stop = stop_of(pairs, GRID_X, LEVEL)
         if stop is not None or seeds == FIXED_SEEDS:
-            return end_of(verdict, world, seeds * sum(map(pair_cost, GRID_X)), stop or "budget")
+            return end_of(verdict_of(pairs, LEVEL), world, seeds * sum(map(pair_cost, GRID_X)), stop or "budget")
     raise AssertionError
+
+
+def verdict_of(pairs: Pairs, level: float) -> Verdict:
+    return judge(pairs, min_effect=MIN_EFFECT, level=looking_level(level), num_draws=400)
+
+
+def stop_of(pairs: Pairs, xs: np.ndarray, level: float) -> str | None:
+    """As a hunt does it, but `judge` is asked only where its intervals decide something: most of its time goes into
+    curves, and no undecided study stops by them (`least_doubt` is not stated here)."""
+    points = delta_points(pairs, level=looking_level(level))
+    low, high = (np.array([getattr(point, end) for point in points]) for end in ("low_all", "high_all"))
+    if decide(low, high, MIN_EFFECT) == "undecided":
+        return None
+    return why_stop(verdict_of(pairs, level), (xs[0], xs[-1]), target_octaves=TARGET_OCTAVES)
 
 
 # --- real rows ------------------------------------------------------------------------------------------------------
@@ -191,7 +205,11 @@ def replay(pairs: Pairs, seeds: Sequence[int], *, target_octaves: float = TARGET
             stop = why_stop(verdict, (values[0], values[-1]), target_octaves=target_octaves)
         runs = {x: tuple({f"{x}/{seed}": 1.0} for seed in seeds[counts[x] :]) for x in values}
         places = [Candidate(x, ("t",), runs[x]) for x in values if runs[x]]
-        chosen = () if stop else choose_wave([Target("t", known, MIN_EFFECT)], places, num_pairs=WAVE, level=LEVEL)
+        chosen = (
+            ()
+            if stop
+            else choose_wave([Target("t", known, MIN_EFFECT)], places, num_pairs=WAVE, level=looking_level(LEVEL))
+        )
         if not chosen:
             kind = verdict.kind if verdict else "undecided"
             return {"pairs": sum(counts.values()), "stop": stop or "seeds", "kind": kind, "at": dict(counts),

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
+import dbscale
 from dbscale.launch.cli import main
-from dbscale.launch.hunt import next_wave
+from dbscale.launch.hunt import level_of, measured_pairs, next_wave, survey
 from dbscale.launch.study import Study, load_study
+from dbscale.laws import judge
 from dbscale.study.hunt import HuntLog, read_log
+from dbscale.study.plan import read_plan
 
 from .conftest import GRID
 
@@ -30,9 +33,13 @@ def hunted(workplace: Any, fakes: ModuleType) -> Any:
     return prepare(workplace)
 
 
-def prepare(workplace: Any, **changes: Any) -> Any:
-    grid = GRID | {"hunt": HUNT | changes, "students": ["h2"], "min_effect": 0.01}
+def write_grid(workplace: Any, changes: dict[str, Any], **hunt: Any) -> None:
+    grid = GRID | {"hunt": HUNT | hunt, "students": ["h2"], "min_effect": 0.01} | changes
     (workplace.folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+
+
+def prepare(workplace: Any, **changes: Any) -> Any:
+    write_grid(workplace, {}, **changes)
     workplace.behave(steps=1, step_s=0.0, boundary={"root": ROOT, "slope": 0.1, "noise": 0.1})
     return workplace
 
@@ -235,6 +242,96 @@ def test_what_a_scheduler_holds_is_conditioned_on(hunted: Any, monkeypatch: pyte
 def test_plan_says_that_the_grid_is_hunted(hunted: Any, capsys: Any) -> None:
     assert main(["plan", *hunted.where]) == 0
     assert "`dbscale hunt` chooses its runs" in capsys.readouterr().out
+
+
+def test_a_hunted_grid_is_not_run_whole_by_the_way(hunted: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Its plan.json, which status and the report go by, stays the hunt's; nothing that it asked for counts as stale."""
+    assert main(["status", *hunted.where]) == 1
+    assert "grid tiny was never hunted in" in (err := capsys.readouterr().err) and "`make hunt` does it" in err
+    interrupted(hunted, monkeypatch, 28)
+    plan = hunted.store.grid_dir("tiny") / "plan.json"
+    before = plan.read_bytes()
+    for command in (["submit"], ["submit", "--dry-run"], ["work"]):
+        capsys.readouterr()
+        assert main([*command, *hunted.where, "--cluster", "local"]) == 1
+        err = capsys.readouterr().err
+        assert "grid tiny is hunted in" in err and f"`dbscale {command[0]} … --set name=tiny_whole`" in err
+    assert plan.read_bytes() == before
+    assert main(["plan", *hunted.where]) == 0
+    out = capsys.readouterr().out
+    assert "hunt, wave 2:" in out and "no longer asked for" not in out
+    assert main(["plan", "--json", *hunted.where]) == 0
+    assert len(json.loads(capsys.readouterr().out)["hunt"]["waves"]) == 1
+    assert main(["status", *hunted.where]) == 0
+    assert "28/56 cells done" in capsys.readouterr().out
+    assert main(["status", "--json", *hunted.where]) == 0
+    assert json.loads(capsys.readouterr().out)["hunt"]["waves"][0]["number"] == 2
+    assert plan.read_bytes() == before
+    # under a name of its own the whole grid finds the hunt's runs
+    assert main(["plan", *hunted.where, "--set", "name=tiny_whole", "--json"]) == 0
+    assert sum(stage.get("done", 0) for stage in json.loads(capsys.readouterr().out)["cells_by_stage"].values()) > 0
+
+
+TWO = {
+    "datasets": GRID["datasets"] | {"other": {"source": "digits"}},
+    "downstream": [{"dataset": "down", "num_samples": [10]}, {"dataset": "other", "num_samples": [10]}],
+}
+
+
+def test_two_targets_share_the_error_of_the_hunt(workplace: Any, fakes: ModuleType, capsys: Any) -> None:
+    """Each is judged at √.95 = .9747, so that both hold at .95, half the error of .9; the report likewise."""
+    prepare(workplace)
+    write_grid(workplace, TWO)
+    assert hunt(workplace) == 0
+    log, plan = log_of(workplace), read_plan(workplace.store, "tiny")
+    assert plan is not None
+    assert [found.target for found in log.waves[-1].findings] == ["down", "other"]
+    assert {round(wave.verdict_level, 6) for wave in log.waves} == {0.974679}
+    assert (round(plan.level, 6), plan.targets) == (0.974679, ("down", "other"))
+    assert "(each verdict at level 97.5%, so that all hold at 90%)" in capsys.readouterr().out
+    found = measured_pairs(survey(study_of(workplace)))
+    for (target, pairs), told in zip(found.items(), log.waves[-1].findings, strict=True):
+        assert pairs is not None
+        verdict = judge(pairs, min_effect=0.01, level=0.95**0.5)
+        assert (str(target), verdict.kind, verdict.interval) == (told.target, told.kind, (told.low, told.high))
+
+
+def test_one_target_keeps_its_level_when_the_other_is_found(workplace: Any, fakes: ModuleType) -> None:
+    """The number of targets is the hunt's, not that of those still open."""
+    prepare(workplace)
+    write_grid(workplace, TWO, downstream=["down"])
+    assert level_of(survey(study_of(workplace))) == pytest.approx(0.95)
+    write_grid(workplace, TWO, pooled=False)
+    assert level_of(survey(study_of(workplace))) == pytest.approx(0.95**0.5)
+
+
+def test_two_recipes_are_hunted_along_the_labels(workplace: Any, fakes: ModuleType) -> None:
+    """Any contrast, any axis: which of two temperatures distils better, by the number of labels."""
+    prepare(workplace)
+    recipes = [{"name": name, "set": {"distill.temperature": t}} for name, t in (("cool", 1.0), ("warm", 4.0))]
+    write_grid(workplace, {"variants": recipes, "upstream": GRID["upstream"] | {"num_samples": [16]}},
+               along="downstream_samples", range=[8, 128], a={"arm": "distilled", "variant": "cool"},
+               b={"arm": "distilled", "variant": "warm"})  # fmt: skip
+    workplace.behave(steps=1, step_s=0.0,
+                     boundary={"root": 40.0, "slope": 0.1, "noise": 0.05, "along": "D_f", "temperature": 4.0})  # fmt: skip
+    assert hunt(workplace) == 0
+    log, plan = log_of(workplace), read_plan(workplace.store, "tiny")
+    (found,) = log.waves[-1].findings
+    assert (log.along, log.span, log.waves[-1].stopped, found.kind) == (
+        "downstream_samples", (8, 128), "crossing", "crossing",
+    )  # fmt: skip
+    assert found.low is not None and found.high is not None and found.low < 40.0 < found.high
+    assert plan is not None and plan.targets == ()  # no verdict of the report is this one
+
+
+def test_the_verdicts_so_far_are_values(hunted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = {"grid": hunted.folder / "grid.yaml", "store": hunted.store.root, "data": hunted.folder / "data"}
+    assert dbscale.hunt_verdicts(**where) == {}
+    interrupted(hunted, monkeypatch, 28)
+    verdicts, wave = dbscale.hunt_verdicts(**where), dbscale.hunt_next(**where)
+    assert [*verdicts] == ["down"]
+    assert (verdicts["down"].kind, verdicts["down"].level) == (wave.findings[0].kind, wave.verdict_level)
+    assert sum(point.num_seeds for point in verdicts["down"].points) == wave.findings[0].num_pairs == 4
 
 
 def test_a_grid_without_a_hunt_says_what_to_write(workplace: Any, fakes: ModuleType, capsys: Any) -> None:

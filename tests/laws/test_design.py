@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -91,7 +94,7 @@ def test_the_choice_of_a_wave_recomputed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(room, "NUM_CURVES", 40)
     monkeypatch.setattr(room, "NUM_FANTASIES", 10)
     target = Target("t", falling({1000.0: 2, 2000.0: 2, 8000.0: 2}, sd=0.04))
-    belief = make_belief(target, XS, looking_level(0.9))
+    belief = make_belief(target, XS, 0.95)
     assert belief is not None
     score = {}
     for k, x in enumerate(XS.tolist()):
@@ -104,6 +107,15 @@ def test_the_choice_of_a_wave_recomputed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (XS[first.candidate], first.num_pairs) == best
     assert first.gain == pytest.approx(score[best] * first.cost)
     assert first.cost == best[0] / 1000 * best[1]
+
+
+def test_a_stricter_level_leaves_a_verdict_lacking_more() -> None:
+    target = Target("t", falling({1000.0: 2, 2000.0: 2, 8000.0: 2}, sd=0.08))
+    lax, strict = (make_belief(target, XS, level) for level in (0.9, 0.99))
+    assert lax is not None and strict is not None
+    assert lax.now[0] == strict.now[0] and lax.now[1] < strict.now[1]
+    choices = [choose_wave([target], candidates(), num_pairs=4, level=level) for level in (0.9, 0.99)]
+    assert [c.gain for c in choices[0]] != [c.gain for c in choices[1]]
 
 
 def test_what_a_verdict_lacks_by_hand() -> None:
@@ -230,6 +242,21 @@ def test_the_level_of_looking_halves_the_error() -> None:
     assert looking_level(0.5) == pytest.approx(0.75)
 
 
+def test_several_targets_share_the_error_by_sidak() -> None:
+    """Two verdicts that both hold with .95: each with √.95 = .97468; four of them: .95^¼ = .98726."""
+    assert looking_level(0.9, 2) == pytest.approx(0.974679, abs=1e-6)
+    assert looking_level(0.9, 4) == pytest.approx(0.987259, abs=1e-6)
+    pairs = falling(dict.fromkeys(XS.tolist(), 4))
+    own, family = judge(pairs, level=looking_level(0.9, 3)), judge(pairs, level=0.95, family=3)
+    assert [(p.low_all, p.high_all) for p in own.points] == [
+        pytest.approx((p.low_all, p.high_all)) for p in family.points
+    ]
+    assert own.interval is not None and family.interval is not None
+    assert (
+        own.interval[0] < family.interval[0] and family.interval[1] < own.interval[1]
+    )  # the root's is simultaneous, too
+
+
 def test_a_crossing_stops_at_its_width() -> None:
     verdict = judge(falling(dict.fromkeys(XS.tolist(), 6)))
     assert verdict.kind == "crossing" and verdict.interval is not None
@@ -258,6 +285,21 @@ def test_one_sign_waits_while_doubt_lies_between_the_measured_x() -> None:
     verdict = replace(judge(pairs), doubt=0.5)
     assert why_stop(verdict, (1000.0, 8000.0), target_octaves=1.0) == "one_sign"
     assert why_stop(verdict, (1000.0, 8000.0), target_octaves=0.99) is None
+
+
+def test_the_benchmark_ends_studies_where_their_verdicts_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for intervals before it asks for a verdict, which is most of its time; both ways end alike."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    bench = importlib.import_module("bench_hunt")
+    noise, ends = 0.02 * np.random.default_rng(5).standard_normal((20, 4)), []
+    for shape, seeds in itertools.product(("crossing", "hump", "constant", "zero"), (2, 4, 8, 16)):
+        world = bench.make_world(shape, 5, [noise])
+        pairs = bench.measure(world, dict.fromkeys(bench.GRID_X, seeds))
+        verdict = judge(pairs, min_effect=bench.MIN_EFFECT, level=0.95, num_draws=400)
+        plain = why_stop(verdict, (bench.GRID_X[0], bench.GRID_X[-1]), target_octaves=bench.TARGET_OCTAVES)
+        assert bench.stop_of(pairs, bench.GRID_X, 0.9) == plain
+        ends.append(plain)
+    assert {None, "crossing"} < {*ends}
 
 
 def test_doubt_runs_over_the_whole_range() -> None:

@@ -137,6 +137,20 @@ def test_every_student_and_label_count_is_judged_and_shares_the_family(found: Fi
     assert [each.main for each in contrasts] == [True, False, False]
 
 
+def test_targets_of_a_hunt_are_judged_outside_the_family():
+    """Their number is in the level already; the other four verdicts share a family."""
+    table = study(labels=(100, 1000), datasets=("digits", "birds"))
+
+    def families(*targets: str) -> list[int]:
+        findings = find(replace(table, targets=targets), options=FAST)
+        return [verdict_of(findings, number).family for number in range(6)]
+
+    assert families() == [1, 5, 5, 5, 5, 5]
+    assert families("digits", "birds") == [1, 4, 4, 1, 4, 4]
+    assert families("birds h2 100", "birds h2 1000") == [1, 3, 3, 3, 1, 1]
+    assert digest(table, FAST) != digest(replace(table, targets=("birds",)), FAST)
+
+
 def test_a_family_of_more_questions_has_wider_intervals():
     one, many = (find(study(labels=labels), options=FAST) for labels in ((100,), (100, 1000, 3000)))
     assert verdict_of(one).family == 1 and verdict_of(many, 1).family == 3

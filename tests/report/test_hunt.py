@@ -76,14 +76,14 @@ def test_along_parameters_each_student_has_its_place() -> None:
 
 def log(**last: Any) -> HuntLog:
     first = WaveRecord(
-        number=1, created=0.0, spent_s=0.0, findings=(Finding(target="digits"),),
+        number=1, created=0.0, spent_s=0.0, verdict_level=0.95, findings=(Finding(target="digits"),),
         bought=(Bought(x=1000, targets=("digits",), num_pairs=2, gain=None, cost_s=20.0, reason="start"),
                 Bought(x=4000, targets=("digits",), num_pairs=1, gain=0.3, cost_s=40.0, reason="explore")),
     )  # fmt: skip
     found = Finding(target="digits", kind="crossing", root=2000.0, low=1500.0, high=3000.0, doubt=0.25, num_pairs=3,
                     stop="crossing")  # fmt: skip
-    end = WaveRecord(**({"number": 2, "created": 1.0, "spent_s": 3600.0, "findings": (found,), "bought": (),
-                         "stopped": "crossing"} | last))  # fmt: skip
+    end = WaveRecord(**({"number": 2, "created": 1.0, "spent_s": 3600.0, "verdict_level": 0.95, "findings": (found,),
+                         "bought": (), "stopped": "crossing"} | last))  # fmt: skip
     return HuntLog(grid="g", along="upstream_samples", span=(1000, 4000), target_octaves=1.0, level=0.9, budget_s=7200.0,
                    waves=(first, end))  # fmt: skip
 
@@ -113,6 +113,15 @@ def test_the_path_and_the_table_of_waves(tmp_path: Path) -> None:
     assert story.waves[1]["bought"] == "over: every boundary is as sharp as was asked"
     assert "3 pairs in 1 wave. It is over: every boundary" in story.sentences[0]
     assert "2 pairs lack a run that failed: neither" in " ".join(story.sentences)
+    assert "each verdict stands on intervals of level 95.0%, so that it holds at 90%" in story.sentences[1]
+    two = tuple(Finding(target=name, num_pairs=3) for name in ("digits", "birds"))
+    write_log(store, log(findings=two, verdict_level=0.95**0.5))
+    story = hunt_story(store, "g", ())
+    assert story is not None
+    assert (
+        "has 2 targets: each verdict stands on intervals of level 97.5%, so that all of them hold at 90%"
+        in story.sentences[1]
+    )
     (store.grid_dir("g") / "hunt.json").write_text("{")
     assert hunt_story(store, "g", ()) is None
 

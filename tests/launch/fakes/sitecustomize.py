@@ -4,7 +4,8 @@ On PYTHONPATH of the tests' subprocesses only: Python imports a module of this n
 `run_cell`'s contract: rows last, attempts opened and closed, a lock per cell, resume from a checkpoint, bitwise rows.
 `<store>/fake.json` says how it should misbehave: {"steps": 5, "step_s": 0.01, "fail": [...], "die": [...]} where the
 lists hold parts of keys; {"locks": false} is a file system without locks; {"boundary": {"root": 64, "slope": 0.1, "noise":
-0.01}} gives finetunes errors whose ΔE falls by `slope` an octave through 0 at `root` upstream images.
+0.01}} gives finetunes errors whose ΔE falls by `slope` an octave through 0 at `root` upstream images; with "temperature"
+the sides are not the arms but distilling at this temperature and at others, with "along": "D_f" the root is in labels.
 """
 
 from __future__ import annotations
@@ -115,8 +116,13 @@ def make_row(store, spec):
     error = int(digest[:4], 16) / 65536
     boundary = behaviour(store).get("boundary")
     if boundary and spec.init:
-        octaves = math.log2(boundary["root"] / store.read_row(spec.init).num_samples)
-        error = 0.5 - (arm == "distilled") * boundary["slope"] * octaves + boundary["noise"] * (error - 0.5)
+        along_labels, warm = boundary.get("along") == "D_f", boundary.get("temperature")
+        size = recipe.data.num_samples if along_labels else store.read_row(spec.init).num_samples
+        distill = store.read_spec(spec.init).recipe.distill
+        helped = arm == "distilled" if warm is None else distill is not None and distill.temperature == warm
+        error = (
+            0.5 - helped * boundary["slope"] * math.log2(boundary["root"] / size) + boundary["noise"] * (error - 0.5)
+        )
     timing = Timing(
         train_time_s=1.0, eval_time_s=0.1, step_time_s=0.1, images_per_s=10.0, data_wait_share=0.0, device_time_s=2.0,
         peak_memory_bytes=1, device="cpu", host=socket.gethostname(),
