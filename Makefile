@@ -6,6 +6,7 @@ DATA    ?= data
 PYTHON  ?= python3
 ARGS    ?=
 FAULTS  ?= 20
+TORCH   ?= cuda13
 
 # Handed on in the environment as typed: neither make nor a shell reads `$`, quotes or spaces in them.
 $(foreach name,GRID CLUSTER STORE DATA,$(eval override $(name) := $$(value $(name))))
@@ -15,7 +16,8 @@ VENV  := .venv
 STAMP := $(VENV)/.installed
 RUN   := $(VENV)/bin/dbscale
 WHERE := --grid "$$GRID" --store "$$STORE" --data "$$DATA"
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+BUILD := constraints/$(TORCH).txt
+export PIP_CONSTRAINT := $(CURDIR)/$(BUILD)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -26,12 +28,15 @@ help: ## List the targets
 	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Create .venv and install exact versions
-$(STAMP): pyproject.toml constraints.txt
+setup: $(STAMP) ## Create .venv and install exact versions (TORCH=cpu or cuda12 for another torch than CUDA 13's)
+$(BUILD):
+	@echo "TORCH=$(TORCH): there is no $@; known: cpu, cuda12, cuda13" >&2; exit 1
+$(STAMP): pyproject.toml constraints/shared.txt $(BUILD)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "dbscale needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.11" >&2; exit 1; }
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV), once: about 5 GB, of which torch and its CUDA libraries are 4; a few minutes ..."
+	@echo "Downloading the versions of $(BUILD) and what dbscale[dev] needs into $(VENV), once, from the package index:"
+	@echo "7 GB on disk with a torch for CUDA, of which torch and its CUDA libraries are 5; 3 GB with TORCH=cpu ..."
 	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 

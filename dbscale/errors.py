@@ -1,12 +1,19 @@
-"""What users are told: one exception per wing, and the "did you mean" clause that their messages share.
+"""What users are told: one exception per wing, the "did you mean" clause of their messages, and where logs go.
 
-Every message says what is wrong, where, which value was found, and what to do about it.
+Every message says what is wrong, where, which value was found, and what to do about it. What goes on all the same is
+logged under the module's name: a warning where something was skipped, INFO for what is done on the way.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
+import os
+import sys
 from collections.abc import Iterable
+
+VERBOSITY = "DBSCALE_VERBOSE"
+"""Environment variable in which a job finds how much the command that started it logs."""
 
 
 class ConfigError(ValueError):
@@ -47,3 +54,18 @@ def nearest(name: object, known: Iterable[object]) -> str:
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names) or '(none)'}"
+
+
+def log_to_stderr(verbose: int | None = None) -> None:
+    """Show on stderr what libraries and dbscale's own rooms log: warnings; with 1 what is done, with 2 everything.
+
+    Child processes that call it without a number log as much as this one. Programs that import dbscale need not call
+    it: theirs is the choice of what to show.
+    """
+    if verbose is None:
+        verbose = int(os.environ.get(VERBOSITY, "0"))
+    elif verbose:
+        os.environ[VERBOSITY] = str(verbose)
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("dbscale").setLevel(level)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -30,6 +31,7 @@ LAWS: dict[str, Any] = {}
 loaded: dict[str, str] = {}
 """Hash of each plugin of this process, by module."""
 Part = TypeVar("Part")
+log = logging.getLogger(__name__)
 
 
 def register_source(kind: str) -> Callable[[Part], Part]:
@@ -110,6 +112,7 @@ def _load(place: str, folder: Path) -> str:
         raise ConfigError(f"plugin {place!r} cannot be imported here ({why}); install it on every machine that runs cells, "
                           "or give a file beside the grid: `plugins: [parts.py]`") from error  # fmt: skip
     loaded[name] = source_hash(Path(spec.origin))
+    log.info("imported the plugin %s from %s", name, spec.origin)
     known = filter(None, os.environ.get(ENVIRONMENT, "").split(os.pathsep))
     os.environ[ENVIRONMENT] = os.pathsep.join([*known, str(path) if path is not None else place])
     return name

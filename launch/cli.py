@@ -7,13 +7,13 @@ by a signal with everything saved.  Start-up stays below a second: no torch, sci
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dbscale import __version__, plugins
+from dbscale.errors import log_to_stderr
 from dbscale.launch import status
 from dbscale.launch.commands import cells, hunt, laws, plan, results, shards, submit, work
 
@@ -52,13 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"dbscale: {error}", file=sys.stderr)
         return 1
-
-
-def log_to_stderr(verbose: int) -> None:
-    """What libraries and dbscale's own rooms log: warnings, with -v what they do, with -vv everything."""
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("dbscale").setLevel(level)
 
 
 class _PrintCompletion(argparse.Action):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dbscale.errors import log_to_stderr
 from dbscale.files import ProcessMark
 from dbscale.launch import worker
 from dbscale.launch.cluster import Cluster, Task
@@ -325,4 +326,5 @@ class Display:
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     LocalBundle.model_validate_json(sys.stdin.buffer.read()).run()

@@ -223,7 +223,7 @@ def time_left(
 
 
 def troubles(found: Mapping[str, Standing], states: Mapping[str, State], queued: Queued | None) -> list[Trouble]:
-    """Failed, blocked and damaged cells, and those whose job ended without a word."""
+    """Failed, blocked and damaged cells, those whose job ended without a word, and damaged records of submissions."""
     named = []
     for key, state in states.items():
         if state in ("failed", "blocked", "damaged"):
@@ -233,6 +233,8 @@ def troubles(found: Mapping[str, Standing], states: Mapping[str, State], queued:
     if queued is not None:
         gone = queued.lost({key for key, state in states.items() if state in ("new", "interrupted")})
         named += [Trouble(key, "lost", reason, log) for key, (reason, log) in gone.items()]
+        named += [Trouble(f"submission {each.uid}", "damaged", each.damage, None)
+                  for each in queued.records if each.damage is not None]  # fmt: skip
     return named
 
 

@@ -7,8 +7,9 @@ processes that write shards take the boxes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -88,18 +89,17 @@ class Coco(FileSource):
         return {split: _load(self._json_of(split)) for split in self._splits}
 
     @cached_property
-    def _categories(self) -> dict[int, str]:
-        """Name of each category by its number. Raises DataError where splits differ."""
+    def _categories(self) -> dict[str, dict[int, str]]:
+        """Of each split, the name of each category by its number there. Raises DataError for one that training lacks."""
         found = {split: _categories(content, self._json_of(split)) for split, content in self._contents.items()}
-        train = found["train"]
-        for split, other in found.items():
-            if other != train:
-                lone = sorted(set(other.items()) ^ set(train.items()))[0]
+        for split, categories in found.items():
+            unknown = [(number, name) for number, name in categories.items() if name not in found["train"].values()]
+            if unknown:
                 raise DataError(
-                    f"{self._json_of(split)}: its categories differ from those of {self._json_of('train')}, for example in "
-                    f"{lone[0]} ({lone[1]!r}); both must name the same ones by the same numbers"
+                    f"{self._json_of(split)}: its category {unknown[0][0]} ({unknown[0][1]!r}) is none of those of "
+                    f"{self._json_of('train')}; numbers may differ between the two, names may not"
                 )
-        return dict(sorted(train.items()))
+        return found
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -109,12 +109,14 @@ class Coco(FileSource):
     def _names(self) -> tuple[str, ...]:
         if self._boxes_folder is not None:
             return tuple(json.loads((self._boxes_folder / "classes.json").read_text()))
-        return tuple(self._categories.values())
+        return tuple(name for _, name in sorted(self._categories["train"].items()))
 
     @cached_property
     def _read(self) -> dict[str, _Annotations]:
-        labels = {number: label for label, number in enumerate(self._categories)}
-        return {split: self._annotations(split, labels) for split in self._splits}
+        return {
+            split: self._annotations(split, {number: self.classes.index(name) for number, name in categories.items()})
+            for split, categories in self._categories.items()
+        }
 
     def _annotations(self, split: str, labels: dict[int, int]) -> _Annotations:
         path, content, unused = self._json_of(split), self._contents[split], Unused()
@@ -124,6 +126,7 @@ class Coco(FileSource):
                 each["id"]: (f"{folder}/{each['file_name']}", int(each["height"]), int(each["width"]))
                 for each in content["images"]
             }
+            _check_listed_once(images, path)
             boxes: dict[int, list[_Box]] = {number: [] for number in images}
             for each in content["annotations"]:
                 if each["image_id"] not in images:
@@ -173,22 +176,23 @@ class Coco(FileSource):
         return prepared
 
     @cached_property
-    def _spooled(self) -> dict[str, tuple[_Annotations, int]]:
-        """By file name, the arrays that hold an image's boxes and its number in them."""
+    def _spooled(self) -> dict[tuple[str, str], tuple[_Annotations, int]]:
+        """By split and file name, the arrays that hold an image's boxes and its number in them."""
         assert self._boxes_folder is not None, "boxes are read from what `prepare` left"
         places = {}
         for split in self._splits:
             with np.load(self._boxes_folder / f"{split}.npz", allow_pickle=False) as file:
                 arrays = {name: file[name] for name in _Annotations._fields}
             found = _Annotations(**{**arrays, "names": arrays["names"].tolist(), "unused": Unused()})
-            places |= {name: (found, number) for number, name in enumerate(found.names)}
+            places |= {(split, name): (found, number) for number, name in enumerate(found.names)}
         return places
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[WithTarget]:
-        return map(self._read_pair, names)  # unlike a generator, it goes on after a file that cannot be read
+        # A split that was split off training is in its file. Unlike a generator, `map` goes on after a bad file.
+        return map(partial(self._read_pair, split if split in self._splits else "train"), names)
 
-    def _read_pair(self, name: str) -> WithTarget:
-        found, number = self._spooled[name]
+    def _read_pair(self, split: str, name: str) -> WithTarget:
+        found, number = self._spooled[split, name]
         return WithTarget((self.root / name).read_bytes(), found.boxes_of(number))
 
 
@@ -222,6 +226,15 @@ def _categories(content: dict[str, Any], path: Path) -> dict[int, str]:
     return found
 
 
+def _check_listed_once(images: dict[int, tuple[str, int, int]], path: Path) -> None:
+    """Raise DataError where two entries name one file: the boxes of one of them would be lost."""
+    seen: set[str] = set()
+    for number, (name, _, _) in images.items():
+        if name in seen:
+            raise DataError(f"{path}: image {number} has the file {printable(name)}, as another one has; list it once")
+        seen.add(name)
+
+
 def _box(annotation: dict[str, Any], labels: dict[int, int], path: Path) -> _Box:
     category = annotation["category_id"]
     if category not in labels:
@@ -229,6 +242,10 @@ def _box(annotation: dict[str, Any], labels: dict[int, int], path: Path) -> _Box
             f"{path}: annotation {annotation['id']} has category {category}, which has no name; add it to `categories`"
         )
     left, top, width, height = map(float, annotation["bbox"])
+    if not all(map(math.isfinite, (left, top, width, height))):
+        raise DataError(
+            f"{path}: annotation {annotation['id']} has the box {annotation['bbox']}, which is no place; mend or remove it"
+        )
     return _Box(left, top, left + width, top + height, labels[category], bool(annotation.get("iscrowd", 0)))
 
 

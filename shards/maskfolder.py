@@ -1,13 +1,15 @@
 """Sources `maskfolder`, `voc` and `ade20k`: folders of photographs and of PNG masks with a class for every pixel.
 
 An image and its mask have one name up to the last dot. Labels are grey levels or places in a palette; what they are in the
-files is said by `first_label` and `ignore_labels`, in the shards they are 0…classes-1, and 255 is ignored.
+files is said by `first_label` and `ignore_labels`, in the shards they are 0…classes-1, and 255 is ignored. Where each split
+has a file of class names, labels are matched by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from glob import escape
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -17,10 +19,10 @@ from pydantic import BeforeValidator, Field
 
 from dbscale.data.manifest import TargetKind
 from dbscale.data.target import Mask
-from dbscale.errors import DataError
+from dbscale.errors import DataError, nearest
 from dbscale.shards.imagefolder import IMAGE_SUFFIXES, hidden, lines_of
 from dbscale.shards.source import FileSource, Listing, Local, TestFolder, Unused, WithTarget, split_off
-from dbscale.shards.target import mask_classes, read_mask
+from dbscale.shards.target import mask_classes, read_mask, renumbered
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -31,7 +33,7 @@ ADE20K_CLASSES = 150
 
 FolderClasses = Annotated[tuple[str, ...] | str, BeforeValidator(lambda value: value if isinstance(value, str) else
                                                                  mask_classes(value))]  # fmt: skip
-"""The same, or a text file below `path` with a name on each line."""
+"""The same, or a text file below `path` with a name on each line; with `{split}` in its name, one for each split."""
 
 
 class MaskFolder(FileSource):
@@ -59,13 +61,28 @@ class MaskFolder(FileSource):
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
-        if isinstance(self.class_names, tuple):
-            return self.class_names
-        path = self.root / self.class_names
+        return self.class_names if isinstance(self.class_names, tuple) else self._names_of(self.class_names, self.train)
+
+    def _names_of(self, pattern: str, split: str) -> tuple[str, ...]:
+        path = self.root / pattern.format(split=split)
         try:
             return mask_classes([line.strip() for line in lines_of(path, "; set `class_names`") if line.strip()])
         except ValueError as error:
             raise DataError(f"{path}: class list {error}") from error
+
+    @cached_property
+    def _own_names(self) -> dict[str, tuple[str, ...]]:
+        """Of each split, the classes in its files' numbering. Raises DataError for a class that training lacks."""
+        if isinstance(self.class_names, tuple) or "{split}" not in self.class_names:
+            return dict.fromkeys(self._splits.values(), self.classes)
+        own = {split: self._names_of(self.class_names, split) for split in self._splits.values()}
+        for split, names in own.items():
+            unknown = [name for name in names if name not in self.classes]
+            if unknown:
+                path = self.root / self.class_names.format(split=split)
+                raise DataError(f"{path}: names the class {unknown[0]!r}, which the list of {self.train!r} does not; "
+                                f"{nearest(unknown[0], self.classes[:20])}; both lists must name the same ones")  # fmt: skip
+        return own
 
     @cached_property
     def _splits(self) -> dict[str, str]:
@@ -77,8 +94,10 @@ class MaskFolder(FileSource):
         return [self.root / pattern.format(split=split) for pattern in patterns for split in self._splits.values()]
 
     def file_of(self, name: str) -> Path:
-        """The image or its mask, whichever changed last."""
-        return max(self.root / name, self._mask_path(name), key=lambda path: path.stat().st_mtime_ns)
+        """The image or one of its masks, whichever changed last."""
+        lies_in = (split for split in self._splits.values() if name.startswith(f"{self.images.format(split=split)}/"))
+        masks = [mask for split in lies_in if (mask := self._mask_path(split, name)).exists()]
+        return max([self.root / name, *masks], key=lambda path: path.stat().st_mtime_ns)
 
     def listings(self) -> dict[str, Listing]:
         listings = {name: self._listing(split) for name, split in self._splits.items()}
@@ -90,6 +109,8 @@ class MaskFolder(FileSource):
         unused = Unused()
         images = self._files(self.images.format(split=split), IMAGE_SUFFIXES, unused)
         masks = self._files(self.masks.format(split=split), {"png"}, unused)
+        # Before hours of packing: whether the splits' lists of classes agree.
+        _ = self._own_names
         wanted = self._wanted(split, images)
         names = []
         for stem in wanted:
@@ -124,30 +145,36 @@ class MaskFolder(FileSource):
             if not path.is_file():
                 continue
             stem, name = str(path.relative_to(root).with_suffix("")), str(path.relative_to(self.root))
-            if hidden(path.name) is not None or path.suffix[1:].lower() not in suffixes:
+            suffix = path.suffix[1:].lower()
+            if hidden(path.name) is None and suffix in IMAGE_SUFFIXES - set(suffixes):
+                unused.add("mask that is no PNG (others blur or recolour labels)", name, lost=False)
+            elif hidden(path.name) is not None or suffix not in suffixes:
                 unused.add("file that is neither image nor mask", name, lost=False)
             elif found.setdefault(stem, name) != name:
                 raise DataError(f"{path}: {found[stem]} has the same name up to its suffix; remove one")
         return found
 
-    def _mask_path(self, name: str) -> Path:
-        """Of the image `name`, in whichever split it lies."""
-        for split in self._splits.values():
-            folder = self.images.format(split=split)
-            if name.startswith(f"{folder}/"):
-                return (self.root / self.masks.format(split=split) / name[len(folder) + 1 :]).with_suffix(".png")
-        raise AssertionError(f"{name} is in no split")
+    def _mask_path(self, split: str, name: str) -> Path:
+        """Of the image `name` of a split's folder; `.PNG` is a suffix too."""
+        inside = name.removeprefix(f"{self.images.format(split=split)}/")
+        path = (self.root / self.masks.format(split=split) / inside).with_suffix(".png")
+        if path.exists():
+            return path
+        others = path.parent.glob(f"{escape(path.stem)}.*")
+        return next((other for other in sorted(others) if other.suffix.lower() == ".png"), path)
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[WithTarget]:
-        return map(self._read_pair, names)  # unlike a generator, it goes on after a file that cannot be read
+        # A split that was split off training lies in its folder. Unlike a generator, `map` goes on after a bad file.
+        return map(partial(self._read_pair, self._splits.get(split, self.train)), names)
 
-    def _read_pair(self, name: str) -> WithTarget:
-        return WithTarget((self.root / name).read_bytes(), self._mask_path(name).read_bytes())
+    def _read_pair(self, split: str, name: str) -> WithTarget:
+        return WithTarget((self.root / name).read_bytes(), (split, self._mask_path(split, name).read_bytes()))
 
-    def target_of(self, found: bytes) -> Mask:
-        return read_mask(
-            found, num_classes=len(self.classes), first_label=self.first_label, ignore_labels=self.ignore_labels
-        )
+    def target_of(self, found: tuple[str, bytes]) -> Mask:
+        split, data = found
+        own = self._own_names[split]
+        mask = read_mask(data, num_classes=len(own), first_label=self.first_label, ignore_labels=self.ignore_labels)
+        return mask if own == self.classes else renumbered(mask, own, self.classes)
 
 
 class VOC(MaskFolder):

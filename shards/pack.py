@@ -38,13 +38,14 @@ from dbscale.data.manifest import (
     save_manifest,
 )
 from dbscale.data.read import file_checksum, has_targets, index_dtype, open_index, save_index, split_fingerprint
+from dbscale.data.target import decode_target
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder, write_atomic
 from dbscale.shards.remote import ensure_mirrored, remote_of
 from dbscale.shards.source import Content, Listing, Source, WithTarget, listing_digest, stratified_order
 from dbscale.shards.sources import source_of
 from dbscale.shards.tar import Sample, encode, write_shard
-from dbscale.shards.target import pack_target
+from dbscale.shards.target import classes_seen, pack_target
 from dbscale.strict import Strict
 
 WORK_FOLDER = ".pack"
@@ -53,6 +54,10 @@ SHARD_SAMPLES: dict[Encoding, int] = {"original": 2048, "jpeg256": 8192, "raw": 
 """Samples per tar, by encoding, so that a tar of photographs has a few hundred MB."""
 _PARALLEL_FROM = 8192
 """Samples below which starting processes costs more than it saves."""
+_TARGETS: dict[str | None, tuple[str, str]] = {
+    "mask": ("masks", ", or list its label under `ignore_labels`"), "boxes": ("boxes", "")
+}  # fmt: skip
+"""What stands beside images, and how a class of them can be left out."""
 _SHOWN_FAULTS = 10
 """Samples that cannot be packed which a message names at most."""
 
@@ -123,7 +128,8 @@ def pack(
         prepared = source.prepare(folder / WORK_FOLDER)
         run_jobs(prepared, [job for job in shard_jobs if not job.is_done()], jobs, progress)
         unused: dict[str, JsonValue] = {s: dict(x.unused.counts) for s, x in listings.items() if x.unused.counts}
-        described = make_manifest(folder, plan, shard_jobs, source.classes, unused, source.target)
+        lone = _lone_classes(source, shard_jobs) if source.target else {}
+        described = make_manifest(folder, plan, shard_jobs, source.classes, unused, source.target, lone)
         manifest = save_manifest(folder, described)
     except OSError:
         if not (folder / MANIFEST_NAME).exists():
@@ -264,7 +270,7 @@ def plan_jobs(folder: Path, listings: Mapping[str, Listing], plan: PackPlan) -> 
 
 def make_manifest(
     folder: Path, plan: PackPlan, jobs: Sequence[ShardJob], classes: tuple[str, ...], unused: dict[str, JsonValue],
-    target: TargetKind | None = None,
+    target: TargetKind | None = None, lone: dict[str, JsonValue] | None = None,
 ) -> Manifest:  # fmt: skip
     """Join the shards' rows into one index file per split and describe the whole."""
     splits: dict[str, SplitInfo] = {}
@@ -286,8 +292,39 @@ def make_manifest(
         source=plan.source,
         splits=splits,
         fingerprint=make_fingerprint(classes, plan.encoding, splits, target),
-        extra={**extra, "unused": unused} if unused else extra,
+        extra={**extra, **({"unused": unused} if unused else {}), **({"lone_classes": lone} if lone else {})},
     )
+
+
+def _lone_classes(source: Source, jobs: Sequence[ShardJob]) -> dict[str, JsonValue]:
+    """Classes that the masks or boxes of one split alone hold, by split. Raises DataError for those of a test split."""
+    seen = {job.split: np.zeros(len(source.classes), bool) for job in jobs}
+    for job in jobs:
+        seen[job.split] |= _classes_in(source, job)
+    other = {split: np.any([seen[each] for each in seen if each != split], axis=0) for split in seen}
+    lone = {split: [name for name, alone in zip(source.classes, found & ~other[split], strict=True) if alone]
+            for split, found in seen.items() if len(seen) > 1}  # fmt: skip
+    for split, names in lone.items():
+        if names and split != "train":
+            what, or_else = _TARGETS[source.target]
+            more = f" ({len(names)} such classes)" if names[1:] else ""
+            raise DataError(
+                f"split {split!r} has {what} of {names[0]!r}, training has none, so that no model can learn it{more}; add "
+                f"such images to training{or_else}, remove the half-finished {jobs[0].folder}, then run the same command "
+                "again"
+            )
+    return {split: names for split, names in lone.items() if names}
+
+
+def _classes_in(source: Source, job: ShardJob) -> NDArray[np.bool_]:
+    """Which classes the targets of a finished shard hold."""
+    assert source.target is not None
+    found = np.zeros(len(source.classes), bool)
+    with job.tar_path.open("rb") as tar:
+        for offset, size in job.rows()[["target_offset", "target_size"]].tolist():
+            tar.seek(offset)
+            found |= classes_seen(decode_target(source.target, tar.read(size)), len(found))
+    return found
 
 
 def _joined_rows(jobs: Sequence[ShardJob]) -> NDArray[np.void]:

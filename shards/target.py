@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BeforeValidator
 
-from dbscale.data.decode import MAX_PIXELS, DecodeError, image_shape
+from dbscale.data.decode import MAX_PIXELS, DecodeError, image_shape, image_suffix, orientation
 from dbscale.data.manifest import Encoding
 from dbscale.data.target import (
     IGNORE,
@@ -30,6 +31,8 @@ from dbscale.data.target import (
 from dbscale.shards.source import Content, class_names
 
 MAX_CLASSES = IGNORE
+_LYING = (5, 6, 7, 8)
+"""EXIF orientations that turn an image by a quarter."""
 _TOLERANCE_PX = 1.0
 """By how much a box may reach over the border: annotations are rounded."""
 
@@ -65,8 +68,27 @@ def read_mask(data: bytes, *, num_classes: int, first_label: int = 0, ignore_lab
     return np.where(ignored, IGNORE, labels - first_label).astype(np.uint8)
 
 
+def renumbered(mask_HW: Mask, names: Sequence[str], classes: Sequence[str]) -> Mask:
+    """A mask whose labels are places in `names`, with the places of the same names in `classes`."""
+    places = np.full(256, IGNORE, np.uint8)
+    places[: len(names)] = [classes.index(name) for name in names]
+    return places[mask_HW]
+
+
+def classes_seen(target: Target, num_classes: int) -> NDArray[np.bool_]:
+    """bool [num_classes]: which occur, as pixels or as boxes."""
+    labels = target.labels_N if isinstance(target, Boxes) else target.ravel()
+    return np.bincount(labels, minlength=256)[:num_classes] > 0
+
+
 def _labels_in(data: bytes) -> np.ndarray:
     """Integers [H, W]: grey levels, or the places in a palette, whatever colours stand there."""
+    try:
+        kind = image_suffix(data)
+    except DecodeError as error:
+        raise DecodeError(f"its mask is no PNG that can be read: {error}") from error
+    if kind != "png":
+        raise DecodeError(f"its mask is no PNG ({kind}), and other formats blur or recolour labels; save masks as PNG")
     height, width = image_shape(data)
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -85,30 +107,40 @@ def _labels_in(data: bytes) -> np.ndarray:
 def pack_target(target: Target, content: Content, encoding: Encoding, size: tuple[int, int], num_classes: int) -> bytes:
     """The target's bytes, at the `size` (height, width) that its image was packed at. Raises DecodeError."""
     original = image_shape(content) if isinstance(content, bytes) else (content.shape[0], content.shape[1])
-    target = (
-        _checked_boxes(target, original, num_classes) if isinstance(target, Boxes) else _checked_mask(target, original)
-    )
+    _check_size(target, original, content)
+    target = _checked_boxes(target, original, num_classes) if isinstance(target, Boxes) else _checked_mask(target)
     if size != original:
         target = square_target(target, size[0]) if encoding == "raw" else resize_target(target, size)
     return encode_boxes(target) if isinstance(target, Boxes) else encode_mask(target)
 
 
-def _checked_mask(mask: Mask, image: tuple[int, int]) -> Mask:
-    if mask.shape != image:
+def _check_size(target: Target, image: tuple[int, int], content: Content) -> None:
+    """Raise DecodeError where a target was made for an image of another size."""
+    size = target.size if isinstance(target, Boxes) else target.shape
+    if size == image:
+        return
+    if size == image[::-1] and isinstance(content, bytes) and orientation(content) in _LYING:
         raise DecodeError(
-            f"its mask has {mask.shape[1]}×{mask.shape[0]} px, the image {image[1]}×{image[0]} px; both must be of one size"
+            f"its EXIF tag shows it turned, as {image[0]}×{image[1]} px, and so it was annotated, but its pixels are taken "
+            f"as they are stored, {image[1]}×{image[0]}; save the image turned and without the tag"
         )
+    if isinstance(target, Boxes):
+        raise DecodeError(
+            f"its annotation says {size[1]}×{size[0]} px, the image has {image[1]}×{image[0]} px; annotate the image as "
+            "it is"
+        )
+    raise DecodeError(
+        f"its mask has {size[1]}×{size[0]} px, the image {image[1]}×{image[0]} px; both must be of one size"
+    )
+
+
+def _checked_mask(mask: Mask) -> Mask:
     if (mask == IGNORE).all():
         raise DecodeError("its mask is empty: every pixel has a label that is ignored")
     return mask
 
 
 def _checked_boxes(target: Boxes, image: tuple[int, int], num_classes: int) -> Boxes:
-    if target.size != image:
-        raise DecodeError(
-            f"its annotation says {target.size[1]}×{target.size[0]} px, the image has {image[1]}×{image[0]} px; annotate "
-            "the image as it is"
-        )
     limit = np.array([image[1], image[0]] * 2)
     over = ((target.boxes_N4 < -_TOLERANCE_PX) | (target.boxes_N4 > limit + _TOLERANCE_PX)).any(axis=1)
     if over.any():

@@ -28,6 +28,8 @@ from dbscale.shards.source import FileSource, Source
 from dbscale.shards.sources import source_change, source_of
 from dbscale.shards.webdataset import Member, walk_tar
 
+_SHOWN_CLASSES = 10
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -226,13 +228,20 @@ def _describe_split(name: str, split: SplitInfo, *, dense: bool) -> list[str]:
 
 
 def describe_unused(manifest: Manifest) -> list[str]:
-    """One line for each reason for which something of the source was not packed, with its count."""
-    unused = manifest.extra.get("unused")
-    return [
+    """One line for each reason for which something of the source was not packed, with its count, and one for classes that
+    are trained and never tested."""
+    unused, lone = manifest.extra.get("unused"), manifest.extra.get("lone_classes")
+    lines = [
         f"  {split}: not used: {count:,} × {reason}"
         for split, reasons in (unused.items() if isinstance(unused, dict) else ())
         for reason, count in (reasons.items() if isinstance(reasons, dict) else ())
     ]
+    untested = lone.get("train") if isinstance(lone, dict) else None
+    if isinstance(untested, list):
+        more = f" and {len(untested) - _SHOWN_CLASSES} more" if len(untested) > _SHOWN_CLASSES else ""
+        names = ", ".join(map(str, untested[:_SHOWN_CLASSES]))
+        lines.append(f"  classes of training that no {manifest.target} of another split holds: {names}{more}")
+    return lines
 
 
 def _class_lines(manifest: Manifest) -> list[str]:

@@ -22,7 +22,7 @@ from dbscale.data.read import TARGET, EncodedReader, Files, RawReader, Reader, S
 from dbscale.data.remote import RemoteRawReader, RemoteShards, is_url, mirror, origin
 from dbscale.data.target import IGNORE, TargetReader, decode_mask, square_target
 from dbscale.errors import DataError, FileError
-from dbscale.files import atomic_open, make_folder, write_atomic
+from dbscale.files import atomic_open, make_folder, read_bytes, write_atomic
 from dbscale.keyed import keyed_bits
 
 Tier = Literal["resident", "raw", "jpeg256", "jpeg"]
@@ -357,7 +357,7 @@ def _store(path: Path, images: NDArray[np.uint8], bad: frozenset[int]) -> tuple[
 def _opened(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], frozenset[int]] | None:
     """The mapped cache, or None where it is missing, half-written, damaged or another split's."""
     try:
-        note = json.loads(path.with_suffix(".json").read_bytes())
+        note = json.loads(read_bytes(path.with_suffix(".json")))
         if note["of"] != path.stem or file_checksum(path) != note["checksum"]:
             return None
         images = np.load(path, mmap_mode="r", allow_pickle=False)

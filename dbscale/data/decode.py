@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dbscale.errors import DataError
 
@@ -67,6 +67,12 @@ def image_shape(data: bytes) -> tuple[int, int]:
             height, width = image.height, image.width
     _check_pixels(height, width)
     return height, width
+
+
+def orientation(data: bytes) -> int:
+    """EXIF's number for how an image is shown: 1 as it is stored, 5 to 8 lying. Pixels are decoded as they are stored."""
+    with _open_pillow(data) as image:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def _check_pixels(height: int, width: int) -> None:

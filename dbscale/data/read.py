@@ -228,7 +228,8 @@ def as_packed(files: Files, position: int, what: str) -> bytes:
     """What `files.stored` holds. Raises DecodeError where the bytes changed since they were packed."""
     data = files.stored(position, what)
     if checksum(data) != int(files.index[f"{what}checksum"][position]):
-        raise DecodeError(f"{files.describe(position)}: the bytes changed since packing (checksum mismatch)")
+        part = " of its mask or boxes" if what == TARGET else ""
+        raise DecodeError(f"{files.describe(position)}: the bytes{part} changed since packing (checksum mismatch)")
     return data
 
 

@@ -9,6 +9,7 @@ kept in sparse copies of the tars: a sample is there exactly if its checksum say
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -39,6 +40,7 @@ PARALLEL = 16
 """Requests at once to a store whose client is not asynchronous."""
 PATIENCE_S = 60.0
 """A store that does not answer is asked again for so long; then the run stops, and resumes when it is started again."""
+log = logging.getLogger(__name__)
 
 
 def is_url(place: str | Path) -> bool:
@@ -72,6 +74,7 @@ def mirror(url: str, folder: str | Path | None = None, *, keep: bool = False) ->
                 write_atomic(local / split.index, fetch_file(url, split.index))
         write_json(local / ORIGIN_NAME, {"url": url, "keep": keep})
         os.replace(place / MANIFEST_NAME, local / MANIFEST_NAME)  # last: its existence says that the rest is there
+    log.info("the manifest and index of %s are in %s", url, local)
     return local
 
 
@@ -103,7 +106,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise DataError(
-            f"{url}: {error}; `pip install dbscale[remote]` brings the clients of s3, gs and https"
+            f"{url}: {error}; `pip install dbscale[remote]` brings the clients of s3, gs, hf and https"
         ) from None
 
 

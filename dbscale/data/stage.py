@@ -9,6 +9,7 @@ locked as long as the process lives, so that `remove_unused` can tell.
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from dbscale.files import atomic_open, cannot_write, make_folder, write_atomic
 
 _USERS = ".users"
 _REMOVED = ".removed"
+log = logging.getLogger(__name__)
 _held: dict[Path, int] = {}
 """Descriptors of the folders this process uses; their locks fall when the process ends, however it ends."""
 
@@ -141,6 +143,7 @@ def _stage_file(
             return
         if shard is not None:
             _check_at_source(source, shard)
+        log.info("copying %s to %s", source / name, local)
         _copy(source / name, local / name)
         if not _holds(is_sound):
             raise DataError(

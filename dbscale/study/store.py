@@ -294,7 +294,7 @@ class Store:
             return None
 
     def write_progress(self, key: str, progress: Progress) -> None:
-        write_json(self.cell_dir(key) / "progress.json", progress.model_dump(mode="json"), durable=False)
+        write_json(self.cell_dir(key) / "progress.json", progress.model_dump(mode="json"), durable=False, seal=True)
 
     def last_attempt(self, key: str) -> Attempt | None:
         numbers = self._attempt_numbers(key)

@@ -3,15 +3,15 @@
 Model, optimizer and scaler are written by Accelerate (by DeepSpeed's engine under ZeRO); what is ours are the loop's
 state, this rank's pieces of the moving average, and the guarantee that what loads is whole and runs no code. Training
 stands still while the parts are written; checksums, the wait for the disk and the rename go on beside it. A damaged
-checkpoint is skipped with a notice for the one before. Teachers are never in it.
+checkpoint is skipped with a warning for the one before. Teachers are never in it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -35,10 +35,11 @@ from dbscale.training.progress import LossRecord
 NUM_KEPT = 2
 MANIFEST = "manifest.json"
 FORMAT = 6
-"""Version of what a `Checkpointer` writes; any other is skipped with a notice."""
+"""Version of what a `Checkpointer` writes; any other is skipped with a warning."""
 OWN_FOLDER = 0o700
 """Checkpoints are read again by whoever runs the cell and by nobody else; a folder that is opened by hand stays open."""
 Content = TypeVar("Content")
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Checkpointer:
         """Write `step-<n>`; it counts once `finish` has returned, or the next save. Raises FileError where it or the
         save before cannot be written."""
         final = self.folder / f"step-{state.step:09d}"
+        log.debug("writing %s", final)
         temporary = self.folder / f".{final.name}.tmp"
         self._await_seal()
         with _named_where_full(temporary, final):
@@ -219,7 +221,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_whole(folder: Path) -> tuple[Path, Manifest] | None:
-    """The newest undamaged checkpoint under `folder`; what is skipped on the way is named on stderr.
+    """The newest undamaged checkpoint under `folder`; what is skipped on the way is logged as a warning.
 
     Raises StoreError where the folder is another user's: to begin anew would lose what is in it.
     """
@@ -233,7 +235,7 @@ def newest_whole(folder: Path) -> tuple[Path, Manifest] | None:
         try:
             return each, read_manifest(each)
         except (OSError, FileError) as error:
-            print(f"notice: skipping the damaged checkpoint {each}: {error}", file=sys.stderr, flush=True)
+            log.warning("skipping the damaged checkpoint %s: %s", each, error)
     return None
 
 

@@ -67,24 +67,36 @@ class Detector(DenseModel):
 
         `targets` are `boxes` [n, 4] in px of the images and `labels` int64 [n] for each image.
         """
-        fcos = self._fcos[0]
         outputs, maps = self.head_outputs(images_BCHW)
-        size = (images_BCHW.shape[2], images_BCHW.shape[3])
-        anchors = fcos.anchor_generator(ImageList(images_BCHW, [size] * len(images_BCHW)), maps)
-        per_level = [each.shape[2] * each.shape[3] for each in maps]
+        anchors, per_level = self._anchors(images_BCHW, maps)
         # One image at a time: torchvision divides by the objects of the whole batch, so that its gradient would depend on
         # how ranks and micro-batches cut it.
         losses = [
-            fcos.compute_loss([target], {name: value[slot : slot + 1] for name, value in outputs.items()},
-                              [anchors[slot]], per_level)
+            self._fcos[0].compute_loss([target], {name: value[slot : slot + 1] for name, value in outputs.items()},
+                                       [anchors[slot]], per_level)
             for slot, target in enumerate(targets)
         ]  # fmt: skip
         losses_B3 = torch.stack([torch.stack(list(each.values())) for each in losses])
-        if not detect:
-            return losses_B3, []
+        return losses_B3, self._finds(images_BCHW, outputs, anchors, per_level) if detect else []
+
+    @torch.inference_mode()
+    def predict(self, images_BCHW: Tensor) -> list[dict[str, Tensor]]:
+        """What is found in each image: `boxes` [n, 4] (left, top, right, bottom in px of the images), `scores`, `labels`."""
+        outputs, maps = self.head_outputs(images_BCHW)
+        return self._finds(images_BCHW, outputs, *self._anchors(images_BCHW, maps))
+
+    def _anchors(self, images_BCHW: Tensor, maps: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+        """The points of each image, and how many of them each level has."""
+        images = ImageList(images_BCHW, [(images_BCHW.shape[2], images_BCHW.shape[3])] * len(images_BCHW))
+        return self._fcos[0].anchor_generator(images, maps), [each.shape[2] * each.shape[3] for each in maps]
+
+    def _finds(
+        self, images_BCHW: Tensor, outputs: dict[str, Tensor], anchors: list[Tensor], per_level: list[int]
+    ) -> list[dict[str, Tensor]]:
         split = {name: list(value.split(per_level, dim=1)) for name, value in outputs.items()}
         levels = [list(each.split(per_level)) for each in anchors]
-        return losses_B3, fcos.postprocess_detections(split, levels, [size] * len(images_BCHW))  # type: ignore[arg-type]
+        sizes = [(images_BCHW.shape[2], images_BCHW.shape[3])] * len(images_BCHW)
+        return self._fcos[0].postprocess_detections(split, levels, sizes)  # type: ignore[arg-type]
 
 
 class _Float32Head(FCOSHead):

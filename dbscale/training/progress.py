@@ -1,8 +1,8 @@
 """What a run tells while it trains: metrics.jsonl at fixed steps, a heartbeat file and a bar by the clock, trackers.
 
 Losses stay on the device until a report is due, so that reporting never stalls a step. A non-finite loss is found at
-the next report and named by its exact step. metrics.jsonl is what the report reads; a tracker (through Accelerate, none
-by default) is for watching, and a resumed cell goes on in its tracker's run.
+the next report and named by its exact step. All of it is for watching: no result is computed from metrics.jsonl or the
+heartbeat. A resumed cell goes on in the run of its tracker (through Accelerate, none by default).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dbscale.errors import TrainingError
-from dbscale.files import atomic_open, read_json, write_json
+from dbscale.files import atomic_open, read_bytes, read_json, write_json
 from dbscale.study.cell import CellSpec
 from dbscale.study.recipe import Recipe
 from dbscale.study.store import Progress, Store
@@ -159,11 +159,14 @@ def metrics_path(store: Store, key: str) -> Path:
 
 def truncate_metrics(store: Store, key: str, num_done: int) -> None:
     """Drop lines of steps that will be trained again, and a last line that was cut off by a kill."""
-    path = metrics_path(store, key)
-    if not path.exists():
+    path, kept = metrics_path(store, key), []
+    try:
+        lines = read_bytes(path).splitlines()
+    except FileNotFoundError:
         return
-    kept = []
-    for line in path.read_bytes().splitlines():
+    except OSError:  # a pipe, say: what cannot be read is begun anew
+        lines = []
+    for line in lines:
         try:
             if json.loads(line)["step"] <= num_done:
                 kept.append(line + b"\n")

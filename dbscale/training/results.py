@@ -6,9 +6,9 @@ weights in a plain timm model, so what is reported is what was saved.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +45,7 @@ Metrics = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
 EVAL_BATCH_PIXELS = 1 << 20
 """Pixels of an evaluation batch: 1,024 images of 32 px, 20 of 224 px, on a CPU; 16 times as many on a GPU."""
 NUM_CALIBRATION_BINS = 15
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_trained(folder: Path) -> Trained | None:
         if sha256_of(weights) != trained.weights_sha256:
             raise FileError(f"{weights} is not what {path} describes")
     except (OSError, FileError) as error:
-        print(f"notice: training again what was finished: {error}", file=sys.stderr, flush=True)
+        log.warning("training again what was finished: %s", error)
         return None
     return trained
 

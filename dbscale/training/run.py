@@ -8,6 +8,7 @@ asks to stop, is launch's.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -50,6 +51,7 @@ FAULT_NAME = ".fault-{}.json"
 """Where a rank that fails leaves word for rank 0, beside the cell's attempts, until the next attempt."""
 PEER_CODE = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/graph.py", "/deepspeed/comm/")
 WRITER_CODE = ("/torch/serialization.py",)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class Admission:
     def note_resumption(self, step: int) -> None:
         """Write down where the attempt goes on."""
         if step:
+            log.info("%s resumes from step %d", self.key, step)
             self._update(resumed_from_step=step)
 
     def close(self, status: Status, reason: str | None = None, failure: Failure | None = None) -> None:
@@ -218,9 +221,9 @@ def _open_attempt(store: Store, key: str, *, num_devices: int, job: str | None, 
 
 
 def _close_dead(store: Store, key: str, attempt: Attempt) -> None:
-    """An attempt that was killed could not say when: its last heartbeat does."""
+    """An attempt that was killed could not say when: its last heartbeat does, by whatever clock, but not later than now."""
     progress = store.read_progress(key)
-    ended = max(attempt.started, progress.updated if progress else 0.0)
+    ended = max(attempt.started, min(progress.updated if progress else 0.0, time.time()))
     store.write_attempt(key, attempt.model_copy(update={"status": "interrupted", "ended": ended, "reason": "killed"}))
 
 

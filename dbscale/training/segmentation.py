@@ -36,6 +36,11 @@ class Segmenter(DenseModel):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.head(self.feature_maps(images_BCHW))
 
+    @torch.inference_mode()
+    def predict(self, images_BCHW: Tensor) -> Tensor:
+        """int64 [B, S, S]: the class of every pixel."""
+        return enlarge(self(images_BCHW), (images_BCHW.shape[2], images_BCHW.shape[3])).argmax(1)
+
 
 class LinearHead(nn.Module):
     """One linear layer on every patch token of the last block."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from submitit import JobEnvironment
 
-from dbscale.errors import FileError
+from dbscale.errors import FileError, log_to_stderr
 from dbscale.files import atomic_open, write_atomic
 from dbscale.launch import worker
 from dbscale.launch.slurm.queue import SubmitRecord, Uid, read_record, records_dir
@@ -31,7 +31,7 @@ from dbscale.launch.worker import LOST_EXIT, Rank, Result, RunOne
 from dbscale.strict import Strict
 from dbscale.study.grid import Name
 from dbscale.study.resources import Resources, StopRequest
-from dbscale.study.store import Failure, Store
+from dbscale.study.store import Failure, Store, failure_of
 
 RETRY_EXIT, OVERTAKEN_EXIT = 75, 81
 END_WAIT_S = 60.0
@@ -167,21 +167,26 @@ def main(words: Sequence[str]) -> None:
     work, stop = Work.model_validate_json(words[0]), StopRequest()
     with worker.stop_on_signals(stop):
         record = record_of(work)
-        if record is None:
-            print(f"submission {work.uid} was cut off and withdrawn: nothing to do", file=sys.stderr)
-            return
-        run_element(work, record, stop)
+        if record is not None:
+            run_element(work, record, stop)
 
 
 def record_of(work: Work) -> SubmitRecord | None:
-    """None where a later `dbscale submit` has withdrawn the submission. Raises FileError."""
+    """None, with the reason on stderr, where no further start of this job could do anything: a later `dbscale submit`
+    has withdrawn the submission, or the record is damaged. Raises FileError where the store is away just now."""
     store = Store(Path(work.store))
     try:
         return read_record(store, work.grid, work.uid)
     except FileNotFoundError:
         if not records_dir(store, work.grid).is_dir():
             raise FileError(f"the store {work.store} is not to be seen on {socket.gethostname()}") from None
-        return None
+        reason = f"submission {work.uid} was cut off and withdrawn"
+    except FileError as error:
+        if failure_of(error).passes:
+            raise
+        reason = str(error)
+    print(f"{reason}: nothing to do", file=sys.stderr, flush=True)
+    return None
 
 
 def run_element(work: Work, record: SubmitRecord, stop: StopRequest) -> None:
@@ -295,4 +300,5 @@ def master_address() -> str:
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     main(sys.argv[1:])

@@ -13,6 +13,7 @@ import pwd
 import re
 import secrets
 import subprocess
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -137,6 +138,8 @@ class SubmitRecord(Strict):
     """Arrays this one waits for, however they end."""
     job: int | None = None
     """SLURM's id of the array; None until sbatch has answered."""
+    damage: str | None = Field(default=None, exclude=True)
+    """What is wrong with the file that this stands for; in no file."""
 
     @property
     def job_name(self) -> str:
@@ -166,12 +169,15 @@ def write_record(store: Store, record: SubmitRecord) -> None:
 
 
 def read_record(store: Store, grid: str, uid: str) -> SubmitRecord:
-    """Raises FileNotFoundError, or FileError where the record is damaged or another one's."""
+    """Raises FileNotFoundError, or FileError where the record cannot be read, is damaged or another one's."""
     path = records_dir(store, grid) / f"{uid}.json"
-    record = read_model(SubmitRecord, path)
-    if (record.uid, record.grid) != (uid, grid):
-        raise FileError(f"{path} is the record of {record.grid}/{record.uid}")
-    return record
+    try:
+        record = read_model(SubmitRecord, path)
+        if (record.uid, record.grid) != (uid, grid):
+            raise FileError(f"{path} is the record of {record.grid}/{record.uid}, not of {grid}/{uid}")
+        return record
+    except FileError as error:
+        raise FileError(f"{error}; `dbscale submit` of the grid hands in again what is left of it") from error
 
 
 def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
@@ -182,9 +188,10 @@ def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
             record = read_record(store, grid, path.stem)
         except FileNotFoundError:  # another process has just forgotten it
             continue
-        except FileError:
+        except FileError as error:
             try:
-                record = SubmitRecord(uid=path.stem, grid=grid, kind="bundles", wave=0, created=0.0, elements=())
+                record = SubmitRecord(uid=path.stem, grid=grid, kind="bundles", wave=0, created=0.0, elements=(),
+                                      damage=str(error))  # fmt: skip
             except ValidationError:  # not a name of ours, so nothing was submitted under it
                 continue
         found.append(record)
@@ -196,10 +203,13 @@ def forget(store: Store, record: SubmitRecord) -> None:
 
 
 def cancel_cut_off(store: Store, records: Iterable[SubmitRecord]) -> None:
-    """Cancel by name the arrays whose submission was cut off, for nobody would find them by their number."""
+    """Cancel by name the arrays whose submission was cut off, or its record damaged, which is said: nobody would find
+    them by their number."""
     for record in records:
         if record.job is None:
             call(["scancel", f"--name={record.job_name}"])
+            if record.damage is not None:
+                print(f"{record.damage}; its jobs are cancelled", file=sys.stderr, flush=True)
             forget(store, record)
 
 

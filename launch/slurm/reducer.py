@@ -2,7 +2,8 @@
 
 A job can be lost for good: SLURM kills its script and its ranks before either has asked for another start. Whatever has
 then neither a row nor a failure to show, waits in no queue and was not cancelled is submitted again from the records of
-the grid, with a new reducer after it; the arrays themselves are `dbscale.launch.slurm.submit`'s.
+the grid, or from its plan where a record is damaged, with a new reducer after it; the arrays themselves are
+`dbscale.launch.slurm.submit`'s.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path
 
 from dbscale.errors import FileError
 from dbscale.files import driver_lock
-from dbscale.launch.cluster import Task
+from dbscale.launch.cluster import WEIGHT, Task
 from dbscale.launch.slurm.job import JobIdentity
-from dbscale.launch.slurm.queue import Queued, SlurmError, SubmitRecord
+from dbscale.launch.slurm.queue import Queued, SlurmError, SubmitRecord, read_records
 from dbscale.launch.slurm.submit import ReduceWork, Submission, settle_queue
 from dbscale.launch.study import standings_of
 from dbscale.study.plan import read_plan
@@ -50,13 +51,15 @@ def hand_in_again(store: Store, work: ReduceWork, job: JobIdentity) -> list[Subm
     Raises SlurmError, and FileError while another command holds the store.
     """
     with driver_lock(store.root, "the reducer job", work.grid):
+        is_damaged = any(record.damage is not None for record in read_records(store, work.grid))
         queued = settle_queue(store, work.grid)
         # This very job was to come after everything, and came too early.
         queued = replace(queued, records=tuple(each for each in queued.records if each.uid != work.uid))
         plan = read_plan(store, work.grid)
         keys = plan.cells if plan is not None else ()
         found = standings_of(store, keys, queued.cells)
-        tasks = lost_tasks(store, queued, found) if work.hand_ins < limit_of(work) else []
+        is_tried = work.hand_ins < limit_of(work)
+        tasks = lost_tasks(store, queued, found, unrecorded=is_damaged) if is_tried else []
         waiting = [key for key in keys if key in queued.cells]
         if not tasks and (not waiting or queued.will_be_reduced(waiting)):
             return []
@@ -69,9 +72,9 @@ def limit_of(work: ReduceWork) -> int:
     return min(MAX_HAND_INS, work.cluster.requeue_limit)
 
 
-def lost_tasks(store: Store, queued: Queued, found: Mapping[str, Standing]) -> list[Task]:
+def lost_tasks(store: Store, queued: Queued, found: Mapping[str, Standing], *, unrecorded: bool = False) -> list[Task]:
     """What is left of the newest submission of each cell: not what is done, waits, runs or was cancelled, nor what failed
-    or lacks a parent that did."""
+    or lacks a parent that did. `unrecorded`: also what no record names, as where one was damaged."""
     endings = queued.endings({record.job for record in queued.records if record.job is not None})
     parents = {key: parents_of(store, key) for key, standing in found.items() if standing.state != "done"}
 
@@ -92,7 +95,23 @@ def lost_tasks(store: Store, queued: Queued, found: Mapping[str, Standing]) -> l
             if left and record.stage is not None and not cancelled:
                 before = frozenset(parent for key in left for parent in parents[key]).difference(left)
                 tasks.append(Task(left, before, record.stage, record.wave, predicted_s))
+    if unrecorded:
+        tasks += lineages(store, [key for key in found if key not in taken and is_lost(key)], parents)
     return sorted(tasks, key=lambda task: (task.wave, task.stage == "finetune"))
+
+
+def lineages(store: Store, keys: Sequence[str], parents: Mapping[str, Sequence[str]]) -> list[Task]:
+    """One task for each run among `keys` (parents first) with all that builds on it. Raises FileError."""
+    root_of: dict[str, str] = {}
+    for key in keys:
+        root_of[key] = next((root_of[parent] for parent in parents[key] if parent in root_of), key)
+    tasks = []
+    for root in dict.fromkeys(root_of.values()):
+        together = tuple(key for key in keys if root_of[key] == root)
+        stage = max((store.read_spec(key).recipe.stage for key in together), key=WEIGHT.__getitem__)
+        before = frozenset(parent for key in together for parent in parents[key]).difference(together)
+        tasks.append(Task(together, before, stage, wave=2 if before else 1, predicted_s=0.0))
+    return tasks
 
 
 def parents_of(store: Store, key: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from dbscale.data import load_manifest, make_eval_loader, make_loader, open_data
 from dbscale.data.manifest import Encoding
 from dbscale.data.remote import MAX_GAP, RemoteShards, mirror, origin
 from dbscale.data.stage import stage_subset
+from dbscale.data.target import Boxes
 from dbscale.errors import DataError
+from dbscale.shards.pack import pack
 from dbscale.shards.publish import upload
+from dbscale.shards.sources import make_source
 from dbscale.shards.verify import verify
 from dbscale.study.store import Failure, failure_of
 
@@ -58,6 +62,15 @@ def assert_equal(ours: list[Any], theirs: list[Any]) -> None:
         assert one.labels.equal(other.labels)
         assert len(one.images) == len(other.images)
         assert all(np.array_equal(a, b) for a, b in zip(one.images, other.images, strict=True))
+        assert parts_of(one.targets) == parts_of(other.targets)
+
+
+def parts_of(targets: Any) -> list[Any] | None:
+    """Masks and boxes as lists, which compare."""
+    if targets is None:
+        return None
+    boxes = [each for each in targets if isinstance(each, Boxes)]
+    return [[np.asarray(part).tolist() for part in each] for each in boxes] or [np.asarray(m).tolist() for m in targets]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +83,78 @@ def test_batches_are_those_of_the_disk(
     assert far.fingerprint == local.fingerprint
     assert far.subset(5).fingerprint == local.subset(5).fingerprint
     assert_equal(batches(far, 12, **options), batches(local, 12, **options))
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Encoding], Path]:
+    """17 + 6 scenes of 16 px with masks or boxes, in shards of five. Read only."""
+    packed: dict[tuple[str, Encoding], Path] = {}
+
+    def get(kind: str, encoding: Encoding) -> Path:
+        if (kind, encoding) not in packed:
+            packed[kind, encoding] = tmp_path_factory.mktemp("scenes") / "packed"
+            source = make_source(
+                f"fractal_{kind}",
+                families=3,
+                num_train=17,
+                num_test=6,
+                image_size=16,
+                encoding=encoding,
+                shard_samples=5,
+            )
+            pack(source, packed[kind, encoding], progress=False)
+        return packed[kind, encoding]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"block_size": 5, "num_workers": 2}, {"consumed": 8}, {"rank": 1, "world_size": 2}]
+)
+@pytest.mark.parametrize(("kind", "encoding"), [("masks", "raw"), ("masks", "jpeg256"), ("boxes", "raw")])
+def test_masks_and_boxes_come_with_their_images_as_from_the_disk(
+    memory: Any, dense_folder: Callable[..., Path], kind: str, encoding: Encoding, options: dict[str, Any]
+) -> None:
+    folder = dense_folder(kind, encoding)
+    upload(folder, "memory://b/scenes", progress=False)
+    tier: Any = "jpeg" if encoding == "jpeg256" else "raw"
+    local, far = (open_dataset(place, tier=tier) for place in (folder, "memory://b/scenes"))
+    assert far.fingerprint == local.fingerprint
+    expected = batches(local, 9, **options)
+    assert_equal(batches(far, 9, **options), expected)
+    seen = parts_of([each for batch in expected for each in batch.targets])
+    assert seen and any(each != seen[0] for each in seen), "the targets differ, so that their order shows"
+    (stored,) = make_eval_loader(open_dataset(folder, "test", tier=tier).subset(), batch_size=6)
+    assert_equal(list(make_eval_loader(open_dataset("memory://b/scenes", "test", tier=tier).subset(), batch_size=6)),
+                 [stored])  # fmt: skip
+
+
+def test_a_mask_travels_in_the_request_of_its_image_and_is_replaced_with_it(
+    memory: Any, dense_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(dense_folder("masks", "jpeg256"), "memory://b/scenes", progress=False)
+    dataset = open_dataset("memory://b/scenes", tier="jpeg")
+    assert dataset.targets is not None
+    asked: list[int] = []
+    plain = remote._cat
+
+    def noting(client: Any, paths: list[str], starts: list[int], ends: list[int]) -> list[Any]:
+        asked.append(len(paths))
+        return plain(client, paths, starts, ends)
+
+    monkeypatch.setattr(remote, "_cat", noting)
+    dataset.reader.fetch(np.array([1, 3]))
+    dataset.targets.fetch(np.array([1, 3]))
+    assert asked == [1]
+    path = "/b/scenes/train-000000.tar"
+    content = bytearray(memory.cat_file(path))
+    content[int(dataset.index["target_offset"][3]) + 45] ^= 1
+    memory.pipe_file(path, bytes(content))
+    found = batches(open_dataset("memory://b/scenes", tier="jpeg"), 5, max_bad_share=0.2)
+    assert {int(each) for batch in found for each in batch.bad_ids} == {3}
+    (problem,) = verify(dataset.folder)
+    assert problem.key == bytes(dataset.index["key"][3]).decode()
+    assert "the bytes of its mask or boxes changed since packing" in str(problem)
 
 
 @pytest.mark.parametrize("encoding", ["original", "raw"])
@@ -304,3 +389,17 @@ def test_an_upload_goes_on_where_it_was_cut_off_and_refuses_another_dataset(
     assert names == {path.name for path in source.iterdir() if path.is_file()}
     with pytest.raises(DataError, match="another dataset is packed there"):
         upload(folder, "memory://b/p", progress=False)
+
+
+@pytest.mark.parametrize(("url", "client"), [("gs://bucket/birds", "gcsfs"), ("s3://bucket/birds", "s3fs")])
+def test_a_store_whose_client_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, url: str, client: str
+) -> None:
+    for name in [each for each in sys.modules if each.partition(".")[0] == client]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, client, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)
+    with pytest.raises(
+        DataError, match=rf"{url}.*{client}.*`pip install dbscale\[remote\]` brings the clients of s3, gs"
+    ):
+        remote.filesystem_of(url)

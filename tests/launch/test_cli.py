@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dbscale.errors import VERBOSITY, log_to_stderr
 from dbscale.launch.cli import main, make_parser
 from dbscale.launch.cluster import CONFIGS
 from dbscale.launch.commands.plan import design_of
@@ -335,10 +336,29 @@ def test_the_version_and_completion(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("words", "level"), [([], "WARNING"), (["-v"], "INFO"), (["-vv"], "DEBUG")])
 def test_verbose_sets_what_is_logged(
-    workplace: Any, capsys: pytest.CaptureFixture[str], words: list[str], level: str
+    workplace: Any, monkeypatch: pytest.MonkeyPatch, words: list[str], level: str
 ) -> None:
+    monkeypatch.setenv(VERBOSITY, "0")
     assert main([*words, "plan", *workplace.where]) == 0
     assert logging.getLevelName(logging.getLogger("dbscale").level) == level
+    logging.getLogger("dbscale").setLevel(logging.WARNING)
+    log_to_stderr()  # as a job does that this command starts
+    assert logging.getLevelName(logging.getLogger("dbscale").level) == level
+
+
+def test_verbose_shows_what_the_rooms_do(workplace: Any) -> None:
+    """Typed as a user does: the plugin's import is told with -v alone, and never among the results."""
+    grid = workplace.folder / "grid.yaml"
+    (workplace.folder / "own_part.py").write_text("X = 1\n")
+    grid.write_text(f"plugins: [own_part.py]\n{grid.read_text()}")
+
+    def told(*words: str) -> tuple[bool, bool]:
+        command = [sys.executable, "-m", "dbscale.launch.cli", *words, "plan", *workplace.where]
+        done = subprocess.run(command, env=workplace.environment, capture_output=True, text=True, check=True)
+        return tuple("imported the plugin own_part" in text for text in (done.stderr, done.stdout))
+
+    assert told("-v") == (True, False)
+    assert told() == (False, False)
 
 
 WITHOUT_TORCH = """

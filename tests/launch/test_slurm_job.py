@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def test_a_job_knows_its_array_element_and_its_restart(monkeypatch: pytest.Monke
     assert str(JOB) == "12_3.1"
 
 
-def test_a_job_reads_its_cells_from_its_record_and_ends_where_that_was_withdrawn(tmp_path: Path) -> None:
+def test_a_job_reads_its_cells_from_its_record_and_ends_where_that_was_withdrawn_or_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A login node that died left a call of sbatch behind, which went through after the next submit had cleared up."""
     store, uid = Store(tmp_path / "out"), make_uid()
     work = Work(store=str(store.root), grid="tiny", uid=uid, data="data", resources=Resources(), requeue_limit=1)
@@ -62,12 +65,22 @@ def test_a_job_reads_its_cells_from_its_record_and_ends_where_that_was_withdrawn
     other = SubmitRecord(uid=make_uid(), grid="tiny", kind="bundles", wave=1, created=0.0, elements=(("a",),))
     write_record(store, other)
     assert record_of(work) is None
+    assert capsys.readouterr().err == f"submission {uid} was cut off and withdrawn: nothing to do\n"
     mine = other.model_copy(update={"uid": uid, "elements": (("b",), ("c",))})
     write_record(store, mine)
     assert record_of(work) == mine
-    (store.root / "grids/tiny/submits" / f"{uid}.json").write_text(other.model_dump_json())
-    with pytest.raises(FileError, match="is the record of tiny/"):
-        record_of(work)
+    path = store.root / "grids/tiny/submits" / f"{uid}.json"
+    path.write_text(other.model_dump_json())
+    assert record_of(work) is None, "another start of the job would read the same"
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path} is the record of tiny/{other.uid}, not of tiny/{uid}; `dbscale submit` of the grid")
+
+    def unreachable(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("dbscale.files.read_bytes", unreachable)
+    with pytest.raises(FileError, match=r"cannot be read \(Stale file handle\)"):
+        record_of(work)  # a job that fails is started again
     with pytest.raises(ValidationError):
         Work.model_validate_json(work.model_dump_json().replace(uid, "../../.."))
 

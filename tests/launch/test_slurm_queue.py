@@ -75,6 +75,8 @@ def test_a_damaged_record_reads_as_one_that_was_cut_off(tmp_path: Path, damage: 
     (tmp_path / "grids/tiny/submits" / f"{UID}.json").write_bytes(damage)
     (found,) = read_records(store, "tiny")
     assert (found.job, found.elements, found.job_name) == (None, (), f"dbscale-tiny-{UID}")
+    assert found.damage is not None and found.damage.startswith(str(tmp_path / "grids/tiny/submits" / f"{UID}.json"))
+    assert found.damage.endswith("; `dbscale submit` of the grid hands in again what is left of it")
 
 
 @pytest.mark.parametrize(
@@ -91,11 +93,20 @@ def test_a_record_leads_nowhere_outside_the_store(tmp_path: Path, change: dict[s
     assert read_records(store, "tiny") == ()
 
 
-def test_what_was_cut_off_is_cancelled_by_its_own_name_and_forgotten(slurm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_was_cut_off_is_cancelled_by_its_own_name_and_forgotten(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_damaged: bool
+) -> None:
     store, whole = Store(tmp_path), record(uid=make_uid())
     for each in (record(None), whole):
         write_record(store, each)
+    path = tmp_path / "grids/tiny/submits" / f"{UID}.json"
+    assert "damage" not in path.read_text()
+    if is_damaged:
+        path.write_bytes(b"")
     cancel_cut_off(store, read_records(store, "tiny"))
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path} is damaged") and "; its jobs are cancelled\n" in said if is_damaged else not said
     assert (slurm / "calls").read_text() == f"scancel --name=dbscale-tiny-{UID}\n"
     assert read_records(store, "tiny") == (whole,)
 

@@ -220,3 +220,25 @@ def test_a_damaged_record_costs_nothing_but_itself(
     made = reduce()
     assert [len(record.elements) for record in made] == [1, 0]
     assert f"scancel --name=dbscale-tiny-{submitted['102'].uid}\n" in (slurm / "calls").read_text()
+
+
+def test_cells_of_a_damaged_record_go_in_again_as_the_plan_has_them(
+    submitted: dict[str, SubmitRecord], reduce: Any, workplace: Any, fakes: Any
+) -> None:
+    """The students' record is lost and one teacher's row; without damage, what no record names is left alone."""
+    store = workplace.store
+    cells = {path.name for path in (store.root / "cells").iterdir()}
+    students = sorted(key for key in cells if key.startswith("distill-"))
+    lineages = {each: {each, *(key for key in cells if each in store.read_spec(key).parents)} for each in students}
+    finish(workplace, fakes, TEACHER, "distill-", *(key for each in lineages.values() for key in each))
+    path = store.grid_dir("tiny") / "submits" / f"{submitted['102'].uid}.json"
+    whole = path.read_bytes()
+    path.unlink()
+    assert len(keys(reduce())) == 1, "the teacher alone"
+    path.write_bytes(whole[: len(whole) // 2])
+    first, second, reducer = reduce()
+    assert [key for key in first.elements[0] if key.startswith(TEACHER)] == list(first.elements[0]), "the newest record"
+    assert (second.wave, second.stage, second.after) == (2, "distill", (first.job,))
+    assert [set(each) for each in second.elements] == [lineages[each] for each in students]
+    assert [each[0] for each in second.elements] == students, "parents first"
+    assert set(reducer.after) >= {first.job, second.job}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dbscale.files import ProcessMark
-from dbscale.launch.slurm.queue import Element, Queued
+from dbscale.launch.slurm.queue import Element, Queued, SubmitRecord
 from dbscale.launch.status import device_seconds, read_status, state_of, table
 from dbscale.study.plan import PlanRecord, PointRecord
 from dbscale.study.store import Attempt, Progress, Row, Standing, Store, Timing
@@ -95,6 +95,9 @@ def test_device_time_is_that_of_all_tries_of_all_devices(store: Store) -> None:
     assert standing.state == "interrupted"
     assert device_seconds(store, "p", standing, "interrupted") == 1 * 3 + 4 * 10 + 2 * 50
     assert device_seconds(store, "fp", store.standing("fp"), "new") == 0.0
+    finish(store, "p", 150.0)
+    (store.cell_dir("p") / "attempts" / "2.json").unlink()
+    assert device_seconds(store, "p", store.standing("p"), "done") == 150.0, "the row keeps its own sum"
 
 
 def test_troubles_name_reason_and_log(store: Store) -> None:
@@ -113,6 +116,16 @@ def test_troubles_name_reason_and_log(store: Store) -> None:
 
 def element(state: str) -> Element:
     return Element(101, 0, state)
+
+
+def test_a_damaged_record_of_a_submission_is_named(store: Store) -> None:
+    uid = "20260101-000000-000000-abcd"
+    sound = SubmitRecord(uid=uid, grid="tiny", kind="bundles", wave=1, created=0.0, elements=(), job=7)
+    found = store.standings(PLAN.cells)
+    assert read_status(store, PLAN, found, Queued(store, (sound,))).troubles == ()
+    hurt = sound.model_copy(update={"job": None, "damage": "it is damaged; do this"})
+    (trouble,) = read_status(store, PLAN, found, Queued(store, (hurt,))).troubles
+    assert (trouble.key, trouble.kind, trouble.reason) == (f"submission {uid}", "damaged", "it is damaged; do this")
 
 
 def test_the_queue_knows_better_than_a_heartbeat(store: Store) -> None:

@@ -137,6 +137,7 @@ GOLDEN_GRIDS = {
     "demo": (300, "5f6c0ad9df83b634"),
     "demo_hunt": (210, "89bd902247c99c55"),
     "fractals_segmentation": (64, "0b0030d63f59f911"),
+    "fractals_detection": (48, "f9f5cbe26f3aadc4"),
     "dense_transfer": (348, "9befae7f39a8c040"),
     "alpha_at_boundary": (612, "014a9c60d0671afe"),
     "alpha_tau": (306, "43dc890bcbe3de98"),

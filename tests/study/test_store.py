@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -146,6 +147,24 @@ def test_a_grids_folder_is_no_link_either(store: Store, tmp_path: Path, place: s
     link.symlink_to(tmp_path)
     with pytest.raises(StoreError, match="is a symbolic link"):
         store.own_grid_dir("tiny")
+
+
+def test_rows_and_attempts_survive_a_power_cut_and_what_is_written_again_need_not(
+    store: Store, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def noted(descriptor: int) -> None:
+        synced.append(re.sub(r".*/\.?|\.json\..*", "", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    store.write_row(row())
+    assert synced == ["row", "c"], "the file, then its folder"
+    store.write_attempt("c", attempt())
+    assert synced[2:] == ["1", "attempts"]
+    store.write_spec(cell.spec())
+    store.write_progress("c", Progress(step=1, num_steps=9, loss=None, images_per_s=0.0, updated=1.0))
+    assert len(synced) == 4, "thousands of recipes, and a heartbeat every two seconds"
 
 
 def test_a_changed_digit_is_found(store: Store) -> None:

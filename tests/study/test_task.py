@@ -138,6 +138,8 @@ def test_shipped_grids_with_tasks() -> None:
     study = load_grid(GRIDS / "fractals_segmentation.yaml")
     tasks = {point.cell.recipe.task for point in expand(study, {})}
     assert tasks == {Segmentation()}
+    found = {point.cell.recipe.task for point in expand(load_grid(GRIDS / "fractals_detection.yaml"), {})}
+    assert found == {Detection(width=64, num_convs=1)}
     paper = load_grid(GRIDS / "paper" / "dense_transfer.yaml")
     kinds = {point.cell.recipe.data.dataset: point.cell.recipe.task_name for point in expand(paper, {})}
     assert kinds == {"voc2012": "segmentation", "ade20k": "segmentation", "coco": "detection"}

@@ -83,6 +83,7 @@ class Bench:
         fingerprint: str | None = None,
         task: Any = None,
         image_size: int = 16,
+        tier: Any = "resident",
         **training: Any,
     ) -> Cell:
         """A tiny cell, written to the store; `training` overrides fields of the recipe's Training."""
@@ -100,7 +101,7 @@ class Bench:
             stage=stage,  # type: ignore[arg-type]
             model=model or DeiT(heads=2, head_width=8, depth=2, patch_size=4),
             data=Data(dataset=dataset, num_samples=num_samples or (40 if dataset == "up" else 24),
-                      image_size=image_size),
+                      image_size=image_size, tier=tier),
             training=Training(**{**defaults, **training}),
             seed=seed,
             distill=distill or (Distill() if stage == "distill" else None),

@@ -262,22 +262,21 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(kind, stopped, capfd):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(kind, stopped, caplog):
     *_, newest, before = stopped
     damage, words = DAMAGE[kind]
     damage(newest)
     folder, manifest = newest_whole(newest.parent)
     assert (folder, manifest.state.step) == (before, 5)
-    notice = capfd.readouterr().err
-    assert notice.startswith(f"notice: skipping the damaged checkpoint {newest}: ") and words in notice
-    assert len(notice.splitlines()) == 1
+    (warning,) = caplog.messages
+    assert warning.startswith(f"skipping the damaged checkpoint {newest}: ") and words in warning
 
 
-def test_a_run_goes_on_from_the_sound_one_before(stopped, capfd):
+def test_a_run_goes_on_from_the_sound_one_before(stopped, caplog):
     whole, cut, cell, newest, _ = stopped
     flip(newest / "optimizer.bin")
     assert cut.run(cell, EVERY_STEP).status == "done"
-    assert "skipping the damaged checkpoint" in capfd.readouterr().err
+    assert "skipping the damaged checkpoint" in caplog.text
     assert cut.store.attempts(cell.key)[-1].resumed_from_step == 5
     assert cut.fingerprint(cell) == whole.fingerprint(cell)
 

@@ -3,20 +3,27 @@ fit."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
 
-from dbscale.data import open_dataset
-from dbscale.errors import TrainingError
-from dbscale.study.recipe import Augment, Budget
+from dbscale.data import load_manifest, open_dataset
+from dbscale.errors import FileError, TrainingError
+from dbscale.shards.pack import ensure_packed
+from dbscale.shards.publish import upload
+from dbscale.study.recipe import Augment, Budget, TimmModel
 from dbscale.study.resources import Resources
 from dbscale.study.task import Detection, Segmentation
 from dbscale.training import run
 from dbscale.training.device import measure
-from dbscale.training.export import export_cell
+from dbscale.training.export import export_cell, load_export
 from dbscale.training.smoke import try_step
 from dbscale.training.tasks import restore_student
 
@@ -39,6 +46,26 @@ def test_a_stopped_cell_goes_on_bitwise(kind, bench_of, stop_after):
     assert cut.run(cells[1]).status == "done"
     assert cut.store.attempts(cells[1].key)[-1].resumed_from_step == 3
     assert cut.fingerprint(cells[1]) == whole.fingerprint(cells[0])
+
+
+@pytest.mark.parametrize("kind", [SEGMENT, DETECT], ids=["segmentation", "detection"])
+def test_a_cell_on_remote_shards_ends_as_on_disk_though_it_was_stopped(
+    kind, bench_of, stop_after, tmp_path, monkeypatch
+):
+    """Order, bytes, resume: whatever differed would show in the weights."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    near, far = bench_of("near"), bench_of("far")
+    name = kind["dataset"]
+    url = f"memory://dense-cells/{name}"
+    upload(near.data_dir / "shards" / name, url, progress=False)
+    far = replace(far, data_dir=tmp_path / "mirrors")
+    folder = ensure_packed(name, {"source": "remote", "url": url}, far.data_dir, progress=False)
+    assert not list(folder.glob("*.tar"))
+    cells = [finetune(each, kind, tier="raw") for each in (near, far)]
+    assert near.run(cells[0]).status == "done"
+    assert far.run(cells[1], stop=stop_after(3)).status == "interrupted"
+    assert far.run(cells[1]).status == "done"
+    assert far.fingerprint(cells[1]) == near.fingerprint(cells[0])
 
 
 def test_a_finetune_starts_from_its_parents_backbone_and_a_probe_keeps_it(bench):
@@ -154,8 +181,6 @@ def test_augmentation_reaches_masks(bench):
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_the_task_is_refused(kind, sentence, bench):
-    from dbscale.study.recipe import TimmModel
-
     if isinstance(kind.get("model"), dict):
         kind = {**kind, "model": TimmModel(**kind["model"])}
     outcome = bench.run(finetune(bench, kind))
@@ -174,13 +199,82 @@ def test_the_trial_before_a_submission_tries_dense_cells_too(kind, bench, tmp_pa
     )
 
 
-def test_only_classifiers_are_exported(bench, tmp_path):
+@pytest.mark.parametrize("kind", [SEGMENT, PYRAMID, DETECT], ids=["linear", "pyramid", "detection"])
+def test_an_export_holds_backbone_and_head(kind, bench, tmp_path):
+    cell = finetune(bench, kind)
+    row = bench.run(cell).row
+    folder = export_cell(bench.store, cell.key, tmp_path / "out", bench.data_dir)
+    saved = bench.weights(cell)
+    backbone = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    plain = safetensors.torch.load_file(folder / "model.safetensors")
+    backbone.load_state_dict(plain, strict=True)
+    assert backbone.num_classes == 0
+    assert all(torch.equal(value, saved[f"backbone.{name}"]) for name, value in backbone.state_dict().items())
+    head = safetensors.torch.load_file(folder / "head.safetensors")
+    assert {*head, *(f"backbone.{name}" for name in plain)} == set(saved)
+    assert all(torch.equal(value, saved[name]) for name, value in head.items())
+
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    classes = load_manifest(bench.data_dir / "shards" / kind["dataset"]).classes
+    model = load_export(folder)
+    inside = restore_student(cell.recipe, bench.store.cell_dir(cell.key) / "model.safetensors", len(classes)).eval()
+    with torch.no_grad():
+        if kind is DETECT:
+            nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+            expected = inside(images, [nothing] * 3, detect=True)[1]
+            assert [each.keys() for each in expected] == [{"boxes", "scores", "labels"}] * 3
+            for found, wanted in zip(model.predict(images), expected, strict=True):
+                assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        else:
+            whole = torch.nn.functional.interpolate(inside(images), (16, 16), mode="bilinear", align_corners=False)
+            assert torch.equal(model.predict(images), whole.argmax(1))
+
+    content = json.loads((folder / "head.json").read_text())
+    assert (content["label_names"], content["num_classes"]) == (list(classes), row.num_classes)
+    assert (content["image_size"], content["task"]["kind"]) == (16, cell.recipe.task.kind)
+    card = (folder / "README.md").read_text()
+    metric = {"segmentation": "1 − mIoU", "detection": "1 − mAP"}[cell.recipe.task.kind]
+    assert f"error {row.error_rate:.2%} on 21 test images: {metric}" in card
+    assert "by label in `label_names` of `head.json`" in card
+    for name in ("model.safetensors", "head.safetensors"):
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() in card
+
+
+def test_layers_behind_the_feature_maps_are_exported_as_timm_draws_them(bench, tmp_path):
+    """A ViT that pools tokens has a norm after pooling, which no dense task passes through."""
+    model = TimmModel(
+        kind="timm",
+        name="vit_tiny_patch16_224",
+        kwargs={"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "global_pool": "avg"},
+    )
+    cell = finetune(bench, SEGMENT, model=model, budget=Budget(steps=1))
+    assert bench.run(cell).status == "done"
+    assert "backbone.fc_norm.weight" not in bench.weights(cell)
+    folder = export_cell(bench.store, cell.key, tmp_path / "out")
+    backbone = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert torch.equal(backbone.fc_norm.weight, torch.ones(24)) and backbone.global_pool == "avg"
+    state = load_export(folder).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in bench.weights(cell).items())
+    assert "names of the classes: not known here" in (folder / "README.md").read_text()
+
+
+def test_an_export_that_was_tampered_with_is_refused(bench, tmp_path):
     cell = finetune(bench, SEGMENT)
     bench.run(cell)
+    folder = export_cell(bench.store, cell.key, tmp_path / "out")
+    text = (folder / "head.json").read_text()
+    (folder / "head.json").write_text(text.replace('"num_classes": 4', '"num_classes": 5'))
+    with pytest.raises(FileError, match=r"head\.json"):
+        load_export(folder)
+    (folder / "head.json").write_text(text)
+    (folder / "head.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(
-        TrainingError, match=r"is a segmentation: its head is not timm's, and only classifiers are exported"
+        TrainingError, match=r"head.safetensors does not fit this cell's model: head.classify.weight is missing"
     ):
-        export_cell(bench.store, cell.key, tmp_path / "out")
+        load_export(folder)
+    (folder / "head.json").unlink()
+    with pytest.raises(TrainingError, match=r"has no head.json, so it is no export of a segmenter or a detector"):
+        load_export(folder)
 
 
 def test_compiled_and_bf16_students_keep_their_names(bench):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import pytest
 
 from dbscale.study.recipe import Budget
 from dbscale.study.resources import Resources
-from dbscale.training import loop, progress
+from dbscale.study.store import Attempt, Progress
+from dbscale.training import loop, progress, run
 from dbscale.training.progress import RUN_FILE, open_tracker
 
 
@@ -71,6 +73,62 @@ def test_tensorboard_shows_one_curve_however_often_a_run_stops(bench, stop_after
     lines = bench.fingerprint(cell)["metrics"]
     assert [each.step for each in events.Scalars("loss")] == [line["step"] for line in lines] == [10, 20, 30, 40]
     assert [each.value for each in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "not UTF-8": lambda data: b"\xff\xfe" + data,
+    "other numbers": lambda data: data.translate(bytes.maketrans(b"123456789", b"987654321")),
+    "a bomb": lambda data: b"[" * 5000,
+    "a pipe": lambda data: data,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_no_row_is_computed_from_heartbeat_or_metrics(damage, bench_of, stop_after, monkeypatch):
+    monkeypatch.setattr(progress, "HEARTBEAT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "MIN_REPORT_STEPS", 2)
+    whole, cut = bench_of("whole"), bench_of("cut")
+    cell = whole.cell()
+    cut.cell()
+    whole.run(cell)
+    assert cut.run(cell, stop=stop_after(5)).status == "interrupted"
+    for name in ("progress.json", "metrics.jsonl"):
+        path = cut.store.cell_dir(cell.key) / name
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    if damage == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    row = cut.run(cell).row
+    expected, found = whole.fingerprint(cell), cut.fingerprint(cell)
+    del expected["metrics"], found["metrics"]
+    assert found == expected
+    first, last = cut.store.attempts(cell.key)
+    assert first.ended is not None and last.ended is not None
+    assert first.ended - first.started < row.timing.device_time_s <= sum(a.ended - a.started for a in (first, last))
+
+
+@pytest.mark.parametrize(
+    ("updated", "ended"), [(160.0, 160.0), (50.0, 100.0), (None, 100.0), (4e9, 1000.0), ("damaged", 100.0)]
+)
+def test_a_killed_attempt_ended_at_its_last_heartbeat_unless_that_cannot_be(updated, ended, bench, monkeypatch):
+    """Device time is made of these; the clock shows 1000 when the cell goes on."""
+    cell = bench.cell()
+    dead = Attempt(number=1, status="running", host="elsewhere", pid=7, started=100.0)
+    bench.store.write_attempt(cell.key, dead)
+    if updated is not None:
+        beat = Progress(step=1, num_steps=9, loss=None, images_per_s=0.0, updated=160.0)
+        bench.store.write_progress(
+            cell.key, beat if updated == "damaged" else beat.model_copy(update={"updated": updated})
+        )
+    if updated == "damaged":
+        path = bench.store.cell_dir(cell.key) / "progress.json"
+        path.write_text(path.read_text().replace("160.0", "960.0"))
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: 1000.0))
+    run._close_dead(bench.store, cell.key, dead)
+    (found,) = bench.store.attempts(cell.key)
+    assert (found.status, found.started, found.ended) == ("interrupted", 100.0, ended)
 
 
 def test_images_per_second_are_those_of_the_attempt(bench, stop_after, monkeypatch):
