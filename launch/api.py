@@ -113,7 +113,8 @@ def hunt_verdicts(
     hunt came there is in `grids/<name>/hunt.json` (docs/schemas.md). Raises ConfigError for a grid without `hunt:`.
 
     >>> import dbscale
-    >>> dbscale.hunt_verdicts("demo_hunt", store="nowhere", data="nowhere")
+    >>> found = dbscale.hunt_verdicts("demo_hunt", store="nowhere", data="nowhere")
+    >>> {target: verdict.kind for target, verdict in found.items()}  # nothing was run there yet
     {}
     """
     from dbscale.launch.hunt import survey, verdicts

@@ -171,7 +171,9 @@ def test_the_shipped_hunt_asks_for_cells_of_the_demo() -> None:
 def wave(spent: float, kind: str | None = None, **bought: Any) -> WaveRecord:
     finding = validate(Finding, {"target": "t", "kind": kind}, where="test")
     pairs = (Bought(x=16, targets=("t",), num_pairs=2, gain=None, cost_s=1.0, reason="start"),) if bought else ()
-    return WaveRecord(number=0, created=0.0, spent_s=spent, findings=(finding,), bought=pairs)
+    return WaveRecord(
+        number=0, created=0.0, spent_s=spent, verdict_level=0.95, findings=(finding,), bought=pairs
+    )  # fmt: skip
 
 
 def test_a_wave_that_is_planned_again_replaces_its_first_plan(tmp_path: Path) -> None:
