@@ -134,6 +134,7 @@ def test_draws_that_must_share_labels_are_named(grid_data: dict[str, Any]) -> No
 
 GOLDEN_GRIDS = {
     "cifar10": (330, "0ab3821a48d0124b"),
+    "cifar10_boundary": (352, "190cb0b6a6204139"),
     "demo": (300, "5f6c0ad9df83b634"),
     "demo_hunt": (210, "89bd902247c99c55"),
     "fractals_segmentation": (64, "0b0030d63f59f911"),
