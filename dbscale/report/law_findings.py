@@ -349,25 +349,22 @@ def _premises(arms: ArmLaws, level: float) -> Iterator[schema.PremiseRecord]:
         plain, distilled = (arms.of(setting, metric, arm) for arm in MAIN_ARMS)
         if plain is None or distilled is None:
             continue
-        both = [
-            {each.name: each for each in selection.candidates if each.fit and each.name in WITH_FLOOR}
+        ours, theirs = (
+            {each.name: (each.score, each.fit) for each in selection.candidates if each.fit and each.name in WITH_FLOOR}
             for selection in (plain, distilled)
-        ]
-        shared = sorted(
-            both[0].keys() & both[1].keys(), key=lambda name: (both[0][name].score * both[1][name].score, name)
         )
+        shared = sorted(ours.keys() & theirs.keys(), key=lambda name: (ours[name][0] * theirs[name][0], name))
         if not shared:
             continue
-        fits = [candidates[shared[0]].fit for candidates in both]
-        found = premise(
-            *(bootstrap(fit, by.resampling) for fit, by in zip(fits, (plain, distilled), strict=True)), level
-        )
+        law = shared[0]
+        resampled = bootstrap(ours[law][1], plain.resampling), bootstrap(theirs[law][1], distilled.resampling)
+        found = premise(*resampled, level)
         floor, exponent, factor = (
             Estimate(value=middle, low=_finite(low), high=_finite(high))
             for middle, low, high in (found.floor, found.exponent, found.log_factor)
         )
         yield schema.PremiseRecord(
-            **setting._asdict(), metric=metric, law=shared[0], verdict=found.verdict, floor=floor, exponent=exponent,
+            **setting._asdict(), metric=metric, law=law, verdict=found.verdict, floor=floor, exponent=exponent,
             log_factor=factor,
         )  # fmt: skip
 
