@@ -28,9 +28,11 @@ def place_masks(masks: Sequence[Mask], placement: Placement) -> Tensor:
         cut, mirror = np.stack(masks), flip
     else:
         cut, mirror = np.empty((len(masks), size, size), np.uint8), np.zeros_like(flip)
-        for slot, (mask, (y, x, height, width)) in enumerate(zip(masks, boxes.tolist(), strict=True)):
-            columns = nearest_pixels(x, width, size)
-            np.take(mask[nearest_pixels(y, height, size)], columns[::-1] if flip[slot] else columns, 1, cut[slot])
+        y, x, height, width = np.asarray(boxes).T
+        rows, columns = nearest_pixels(y, height, size), nearest_pixels(x, width, size)
+        columns[flip] = columns[flip, ::-1]
+        for slot, mask in enumerate(masks):
+            np.take(mask[rows[slot]], columns[slot], 1, cut[slot])
     if not padding and not mirror.any():
         return torch.from_numpy(cut)
     # Shifting pads with zeros: one more, classes begin at 1 and IGNORE, 255, wraps round to 0.

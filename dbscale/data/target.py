@@ -164,9 +164,11 @@ def resize_target(target: Target, size: tuple[int, int]) -> Target:
     return target[rows].take(columns, axis=1)
 
 
-def nearest_pixels(start: int, length: int, size: int) -> NDArray[np.int64]:
-    """int64 [size]: which of `length` pixels from `start` on lies under the centre of each of `size` pixels."""
-    return start + ((np.arange(size) + 0.5) * (length / size)).astype(np.int64)
+def nearest_pixels(start: int | NDArray[np.int64], length: int | NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """int64 [size], or [b, size] for arrays [b]: which of `length` pixels from `start` on lies under the centre of each of
+    `size` pixels."""
+    scale = np.asarray(length) / size
+    return np.asarray(start)[..., None] + ((np.arange(size) + 0.5) * scale[..., None]).astype(np.int64)
 
 
 def clip_boxes(target: Boxes) -> Boxes:
