@@ -156,7 +156,7 @@ def test_laws_never_claim_a_root() -> None:
     assert (undecided.kind, undecided.law_root, undecided.law_name) == ("undecided", None, None)
     pairs = pairs_of([0.1, 0.0, -0.1], 0.01)
     outside = judge(pairs, law_curves=law(np.geomspace(500, 900, 20)))
-    assert outside.law_root is None and "laws_do_not_cross" in outside.notes
+    assert outside.law_root is None and "laws_do_not_cross" in outside.notes and "laws_disagree" not in outside.notes
     upward = judge(pairs, law_curves=law(roots, slope=-0.02))
     assert upward.law_root is None and "laws_do_not_cross" in upward.notes
     elsewhere = judge(pairs_of([0.1, 0.0, -0.1], 1e-4), law_curves=law(np.geomspace(2500, 2600, 20)))

@@ -122,6 +122,8 @@ def test_the_test_set_is_taken_out_of_the_last_address() -> None:
     model = fit_noise(known)
     assert sds(model)["test_set"] ** 2 == pytest.approx(0.004) and sds(model)["finetune"] ** 2 == pytest.approx(0.006)
     assert model is not None and model.sd == pytest.approx(0.1**0.5) and "test_set_in_finetune" not in model.confounded
+    (known_sd,) = [each for each in model.components if each.name == "test_set"]
+    assert known_sd.low == known_sd.high == known_sd.sd, "what is known has no interval"
     # samples say that both seeds err on the same images: then no seed averages that out, and finetunes hold all of theirs
     images = {row: np.array([1, 0, 0, -1]) for row in range(16)}
     shared = fit_noise(

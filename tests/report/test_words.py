@@ -83,6 +83,15 @@ def test_a_verdict_is_said_as_it_is(points, expected):
     assert list(words.answers([record])) == [f"On digits: {expected}"]
 
 
+def test_the_range_runs_from_the_first_point_to_the_last():
+    record = make_contrast(make_verdict([(1000, 0.0, 0.001), (2000, 0.0, 0.001), (4000, 0.0, 0.001)]))
+    assert words.answer(record).endswith("at every measured point from 1,000 to 4,000 upstream images.")
+
+
+def test_a_sentence_begins_with_a_capital_and_keeps_the_rest():
+    assert [words.cap(text) for text in ("", "on MNIST", "Δ of E")] == ["", "On MNIST", "Δ of E"]
+
+
 BRIEF = [
     (HELPS_THEN_HURTS, "distillation lower up to 4,000 (2,700 to 6,000), then plain pretraining"),
     (HELPS, "distillation lower"),
