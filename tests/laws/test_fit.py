@@ -507,3 +507,9 @@ def test_fuzzed_tables_of_the_curved_laws(name: str) -> None:
         fitted += 1
         assert np.isfinite(fit.objective) and fit.name in fit.report()
     assert fitted > 0
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1, 1, np.nan], [1, 1, 1, 1, 1, -1], [0] * 6, [np.inf, 1, 1, 1, 1, 1]])
+def test_weights_that_weigh_nothing_or_less_are_refused(weights) -> None:
+    with pytest.raises(LawError, match="weights must be finite, not negative, and not all 0"):
+        fit_law("power", X6, Y6, weights=np.array(weights, float))

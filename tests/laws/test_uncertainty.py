@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from dbscale.laws import LawError, Loss, bootstrap, fit_law, parameter_intervals, premise, profile_interval
-from dbscale.laws.uncertainty import Bootstrap, Resampling, refit, restarts, says_nothing
+from dbscale.laws.uncertainty import Bootstrap, Resampling, central_quantile, refit, restarts, says_nothing
 
 X = np.geomspace(1e3, 1e6, 20)
 TRUTH = {"E": 0.1, "b": 8.0, "c": -0.4}
@@ -250,6 +250,12 @@ def test_huber_profiles_resemble_huber_curvature() -> None:
     assert curved is not None
     assert profiled[1] - profiled[0] == pytest.approx(curved[1] - curved[0], rel=0.2)
     assert sum(profiled) / 2 == pytest.approx(fit.params["c"], abs=0.1 * (profiled[1] - profiled[0]))
+
+
+def test_the_central_quantile_is_students_of_at_least_one_degree() -> None:
+    """t(.95): 6.314 with one degree, 2.920 with two; 1.645 of the normal."""
+    assert [central_quantile(0.9, df) for df in (0.2, 1.0, 2.0)] == pytest.approx([6.3138, 6.3138, 2.9200], rel=1e-4)
+    assert central_quantile(0.9) == pytest.approx(1.6449, rel=1e-4)
 
 
 # The premise of Theorem 1.
