@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from dbscale.laws import LawError, Prices, Selection, allocate, exchange_rates, fit_law, select_law, transfer_gap
+from dbscale.laws.allocation import affordable
 
 CASES = ("free", "inference", "training", "training_and_inference")
 D_P, D_F = (c.ravel() for c in np.meshgrid(np.geomspace(1e3, 1e6, 6), np.geomspace(1e2, 1e5, 6)))
@@ -197,3 +198,13 @@ def test_a_gap_is_read_at_one_model_size_only(grid, arms) -> None:
         transfer_gap(fit_law("transfer_gap", grid, arms["plain"]))
     with pytest.raises(LawError, match="got E = E_inf"):
         transfer_gap(fit_law("product", PAIR, D_P**-0.3))
+
+
+def test_no_point_is_bought_with_fewer_labels_than_the_limits_ask() -> None:
+    """At 1 a label and .01 an image, 100 buys 10 to 90 labels beside 1,000 to 9,000 images, and none beside 9,500."""
+    prices = Prices(upstream_image=0.01, downstream_label=1.0)
+    limits = {"upstream_samples": (1000.0, 20_000.0), "num_params": (1e4, 1e5), "downstream_samples": (10.0, 1000.0)}
+    found = affordable("plain", prices, 100.0, limits)
+    assert found["downstream_samples"].min() >= 10 * (1 - 1e-9)
+    assert found["downstream_samples"].max() == pytest.approx(90)
+    assert found["upstream_samples"].max() <= 9000 * (1 + 1e-9)

@@ -513,3 +513,9 @@ def test_fuzzed_tables_of_the_curved_laws(name: str) -> None:
 def test_weights_that_weigh_nothing_or_less_are_refused(weights) -> None:
     with pytest.raises(LawError, match="weights must be finite, not negative, and not all 0"):
         fit_law("power", X6, Y6, weights=np.array(weights, float))
+
+
+def test_a_law_that_cannot_lose_a_variable_needs_it_to_vary() -> None:
+    table = {"num_params": np.full(6, 1e6), "num_samples": np.geomspace(1e3, 1e6, 6)}
+    with pytest.raises(LawError, match="needs its variables to vary; one distinct value of num_params"):
+        fit_law("chinchilla", table, np.geomspace(0.5, 0.1, 6))

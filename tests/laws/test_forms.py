@@ -151,3 +151,9 @@ def test_unknown_laws_and_columns_name_the_nearest() -> None:
 def test_importing_the_laws_needs_neither_scipy_nor_torch() -> None:
     code = "import sys, dbscale.laws as l; l.fit_law; sys.exit(any(m in sys.modules for m in ('scipy', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_column_is_not_enough_for_a_law_of_two_variables() -> None:
+    for table in ({"upstream_samples": [1.0, 2.0]}, {"accuracy": [1.0, 2.0]}):
+        with pytest.raises(LawError, match="is missing"):
+            find_form("chinchilla").columns(table)
