@@ -63,7 +63,8 @@ def log_to_stderr(verbose: int | None = None) -> None:
     it: theirs is the choice of what to show.
     """
     if verbose is None:
-        verbose = int(os.environ.get(VERBOSITY, "0"))
+        told = os.environ.get(VERBOSITY, "")
+        verbose = int(told) if told.isdigit() else 0  # a site's own value is no reason to fail
     elif verbose:
         os.environ[VERBOSITY] = str(verbose)
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]

@@ -34,7 +34,7 @@ from dbscale.launch.study import (
 )
 from dbscale.study.cost import STAGES, duration
 from dbscale.study.grid import load_grid
-from dbscale.study.hunt import STOPS, Finding, HuntLog, read_log
+from dbscale.study.hunt import STOPS, Finding, HuntLog, log_path, read_log
 from dbscale.study.plan import PlanRecord, read_plan, record
 from dbscale.study.recipe import Stage
 from dbscale.study.store import CellState, Standing, Store
@@ -336,8 +336,8 @@ def headline(status: Status, store: Store) -> list[str]:
         finish = time.time() + status.left_s / status.num_devices
         text += f"; at the present pace it ends about {time.strftime('%a %H:%M', time.localtime(finish))}"
     other = holder(store.root)
-    hunted = (store.grid_dir(status.grid) / "hunt.json").exists()
-    driver = f"nobody works on it (`dbscale {'hunt' if hunted else 'submit'}` resumes it)"
+    command = "hunt" if log_path(store, status.grid).exists() else "submit"
+    driver = f"nobody works on it (`dbscale {command}` resumes it)"
     if other is not None and other.grid == status.grid and is_held(store.root):
         driver = f"driven by pid {other.process.pid} on {other.process.host}"
     elif status.running:

@@ -173,11 +173,14 @@ def intervals_of(fit: LawFit, ends: np.ndarray, level: float, pressed: np.ndarra
     was resampled (`pressed` [p]), lies at a bound."""
     found: dict[str, Interval] = {}
     is_log, own = fit.form.is_log, np.diag(fit.form.unscaling(fit.units)[0])
-    box = np.array([np.where(is_log, side * np.inf, own * end) for side, end in ((-1, fit.lower), (1, fit.upper))])
+    # Of an amplitude that vanished, what a first guess would take at least.
     grown = fit.to_plain(np.maximum(fit.theta, np.where(is_log, smallest_starts(fit), -np.inf)))
     with np.errstate(over="ignore"):
-        ends = np.where(is_log, np.exp(ends), np.clip(ends, *box))
-        grown = np.where(is_log, np.exp(grown), grown)
+        low_edge, high_edge = (
+            np.where(is_log, np.exp(grown), own * fit.lower),
+            np.where(is_log, np.inf, own * fit.upper),
+        )
+        ends = np.where(is_log, np.exp(ends), np.clip(ends, low_edge, high_edge))
     for k, name in enumerate(fit.form.param_names):
         if name in fit.fixed:
             found[name] = (fit.params[name], fit.params[name])
@@ -187,8 +190,7 @@ def intervals_of(fit: LawFit, ends: np.ndarray, level: float, pressed: np.ndarra
             low, high = (
                 profile_interval(fit, name, level) if pressed[k] or name in fit.at_bound else ends[:, k].tolist()
             )
-            edges = (grown[k], np.inf) if is_log[k] else (box[0, k], box[1, k])
-            empty = says_nothing((low, high), is_log=bool(is_log[k]), box=edges)
+            empty = says_nothing((low, high), is_log=bool(is_log[k]), box=(low_edge[k], high_edge[k]))
             found[name] = None if empty else (low, high)
     return found
 

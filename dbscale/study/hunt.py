@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from dbscale.errors import ConfigError
@@ -68,7 +69,7 @@ def hunt_of(grid: Grid) -> Hunt:
 
 def is_hunted(store: Store, grid: Grid) -> bool:
     """Whether a hunt of the grid was begun in this store; its plan.json is then the hunt's."""
-    return grid.hunt is not None and (store.grid_dir(grid.name) / "hunt.json").exists()
+    return grid.hunt is not None and log_path(store, grid.name).exists()
 
 
 def axis_values(grid: Grid) -> tuple[int, ...]:
@@ -281,16 +282,20 @@ class HuntLog(Strict):
     waves: tuple[WaveRecord, ...] = ()
 
 
+def log_path(store: Store, grid: str) -> Path:
+    return store.grid_dir(grid) / "hunt.json"
+
+
 def read_log(store: Store, grid: str) -> HuntLog | None:
     """The log, None where the grid was never hunted. Raises FileError where it is damaged."""
     try:
-        return read_model(HuntLog, store.grid_dir(grid) / "hunt.json")
+        return read_model(HuntLog, log_path(store, grid))
     except FileNotFoundError:
         return None
 
 
 def write_log(store: Store, log: HuntLog) -> None:
-    write_model(store.grid_dir(log.grid) / "hunt.json", log)
+    write_model(log_path(store, log.grid), log)
 
 
 def with_wave(log: HuntLog, wave: WaveRecord) -> HuntLog:
