@@ -113,6 +113,26 @@ def draw(wing: str, count: int, seed: int) -> list[Mutant]:
     return found
 
 
+def survivors_of(log: Path) -> list[Mutant]:
+    """The mutants that an earlier run printed, planted in the code of today; what is gone from it is passed over."""
+    found = []
+    for told in (line for line in log.read_text().splitlines() if line.startswith("| ")):
+        (path, line), name, changed = told.split(" | ")[0][2:].split(":"), *told.removesuffix(" |").split(" | ", 2)[1:]
+        code, near = (ROOT / path).read_text(), []
+        for start, operator, k in mutants_of(ROOT / path):
+            if operator.removeprefix("core/") == name:
+                with contextlib.suppress(SyntaxError, AttributeError):
+                    source = mutate_code(code, plugins.get_operator(operator)(), k)
+                    if source is not None and source != code:
+                        near.append(Mutant(path, start[0], name, source, code))
+        alike = [mutant for mutant in near if mutant.changed() == changed]
+        if alike:
+            found.append(min(alike, key=lambda mutant: abs(mutant.line - int(line))))
+        else:
+            print(f"gone: {told}", file=sys.stderr)
+    return found
+
+
 @dataclass
 class Record:
     """What the tests do without any fault."""
@@ -274,9 +294,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.0, help="seconds of the wing's tests that a mutant meets "
                         "at most; 0: all of its own room")  # fmt: skip
     parser.add_argument("--only", default="", help="rooms to run of those drawn: fit,solver")
+    parser.add_argument("--again", type=Path, help="a log of an earlier run, whose survivors are planted once more")
     options = parser.parse_args()
     wanted = set(filter(None, options.only.split(",")))
-    drawn = [m for m in draw(options.wing, options.count, options.seed) if not wanted or Path(m.path).stem in wanted]
+    drawn = survivors_of(options.again) if options.again else draw(options.wing, options.count, options.seed)
+    drawn = [mutant for mutant in drawn if not wanted or Path(mutant.path).stem in wanted]
     killed, start = 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("dbscale", "launch", "shards", "configs", "docs", "tests", "pyproject.toml"):
