@@ -253,6 +253,7 @@ def test_the_premise_is_asked_of_the_law_that_serves_both_arms_best(monkeypatch:
 
 def test_options_begin_as_a_table_does():
     assert (Options().level, Options().min_effect) == (RunTable(()).level, RunTable(()).min_effect) == (0.9, 0.005)
+    assert (Options().num_draws, Options().num_resamples, Options().seed) == (1000, 200, 0)
 
 
 def test_laws_that_foretell_poorly_are_not_read_further_along_upstream_data():

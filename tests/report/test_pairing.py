@@ -361,6 +361,7 @@ def test_compare_judges_any_two_values_of_any_column(tmp_path: Path, capsys: pyt
     record = json.loads(capsys.readouterr().out)
     verdict = record["verdict"]
     assert (record["a"], record["b"], record["along"], record["metric"]) == ("x", "y", "flops", "loss")
+    assert record["main"] is False, "it is no study's one question"
     assert verdict["kind"] == "crossing" and verdict["direction"] == "a_to_b"
     assert 400 < verdict["root"] < 2500
     assert verdict["level"] == 0.9 and verdict["min_effect"] == 0.005
