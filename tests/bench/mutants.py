@@ -38,10 +38,19 @@ from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {
-    "laws/form": "forms", "laws/table": "fit", "report/reader": "table", "report/sheet": "table",
-    "report/schema": "schemas findings", "study/recipe": "grid cell task", "training/evaluation": "results",
+    "laws/form": "laws/forms", "laws/table": "laws/fit",
+    "report/reader": "report/table", "report/sheet": "report/table", "report/schema": "report/schemas report/findings",
+    "study/recipe": "study/grid study/cell study/task",
+    "training/evaluation": "training/results", "training/dense": "training/segmentation training/detection",
+    "training/tasks": "training/segmentation training/detection", "training/loop": "training/run",
+    "launch/api": "api", "launch/sbatch_options": "launch/cluster", "launch/smoke": "launch/preflight",
+    "launch/study": "launch/cli launch/plan launch/preflight",
+    "launch/submitit_names": "launch/slurm_queue launch/slurm_submit",
+    "launch/commands/cells": "launch/cli", "launch/commands/laws": "launch/fit launch/cli",
+    "launch/commands/plan": "launch/plan launch/cli", "launch/commands/results": "launch/cli launch/slurm_reducer",
+    "launch/commands/shards": "shards/command", "launch/commands/submit": "launch/cli launch/slurm_submit",
 }  # fmt: skip
-"""Rooms whose tests stand in other files: the middle of their names."""
+"""Rooms whose tests stand in other files: the names of those, without `tests` and `test_`."""
 HEAVY = ("numpy", "scipy.optimize", "scipy.sparse", "scipy.special", "scipy.stats", "pandas", "pyarrow.parquet", "altair",
          "pydantic", "torch", "torchvision", "timm", "accelerate", "PIL.Image")  # fmt: skip
 """Loaded once for all forks, where the tests of the wing need them."""
@@ -240,8 +249,11 @@ def statement_at(source: str, line: int) -> tuple[range, bool]:
 def room_of(mutant: Mutant) -> list[str]:
     """Test files of the mutant's room, those that exist."""
     wing, *parts = Path(mutant.path).with_suffix("").parts[mutant.path.startswith("dbscale/") :]
-    stems = ROOMS.get(f"{wing}/{'/'.join(parts)}", "_".join(parts)).split()
-    return [f for f in (f"tests/{wing}/test_{stem}.py" for stem in stems) if (ROOT / f).exists()]
+    names = ROOMS.get(f"{wing}/{'/'.join(parts)}", f"{wing}/{'_'.join(parts)}").split()
+    files = [
+        f"tests/{folder}{'/' * bool(folder)}test_{stem}.py" for folder, _, stem in (n.rpartition("/") for n in names)
+    ]
+    return [file for file in files if (ROOT / file).exists()]
 
 
 def tests_for(mutant: Mutant, record: Record, budget: float) -> list[str]:
@@ -260,6 +272,8 @@ def tests_for(mutant: Mutant, record: Record, budget: float) -> list[str]:
 
 def survives(folder: str, mutant: Mutant, tests: Sequence[str], record: Record) -> bool:
     """Whether every one of these tests passes with the fault in place."""
+    if not tests:
+        return True
     target, files = Path(folder) / mutant.path, sorted({test.split("::")[0] for test in tests})
     before = target.stat()
     target.write_text(mutant.source)

@@ -217,6 +217,7 @@ def test_the_files_own_lines_are_named():
         ("samples,error\n1000,0.5,\n2000,0.4\n", "line 2: 3 cells"),
         ("samples,error\n1000,0.5\n2000\n", "line 3: 1 cells under a header of 2 .*fill in what is missing"),
         ("samples,error,\n1000,0.5,7\n", "line 1: column 3 has no name, and holds '7' on line 2; name it"),
+        ("samples,,error\n1000,7,0.5\n", "line 1: column 2 has no name, and holds '7' on line 2; name it"),
         ("error,samples,error\n1,2,3\n", "line 1: column 'error' stands twice in the header; rename one"),
         ("x,y\n1,2\nx,y\n3,4\n", "line 3: the header again; were two files joined"),
         ("1000,0.5\n2000,0.4\n", "line 1: the first row holds numbers .'1000' ….; put the names"),
