@@ -196,6 +196,7 @@ def test_halves_are_every_other_seed_and_are_held_against_each_other():
     x, seeds = np.repeat([1.0, 2.0], 4), np.tile([0, 1, 2, 3], 2)
     delta = np.array([0.101, -0.1, 0.099, -0.102, 0.01, -0.01, -0.012, 0.011])
     record = contrast(make_pairs(x, delta, seed=seeds), {"dataset": "digits"}, "error_rate", FAST)
+    assert record.main is False, "a contrast by itself is no study's one question"
     assert [half.seeds for half in record.halves] == [("0", "2"), ("1", "3")]
     assert [half.verdict.points[0].delta for half in record.halves] == pytest.approx([0.1, -0.101])
     assert [half.verdict.num_seeds for half in record.halves] == [2, 2]
@@ -359,6 +360,8 @@ def test_a_teacher_still_on_its_slope_is_named():
     longer = flat | {8000: 0.2}
     assert len(regime(longer, {1000: 0.75, 2000: 0.7, 4000: 0.6, 8000: 0.3})) == 1
     assert regime(longer, {1000: 0.75, 2000: 0.45, 4000: 0.4, 8000: 0.3}) == []
+    assert ["falls fastest" in text for text in regime(longer, {1000: 0.75, 2000: 0.7, 4000: 0.71, 8000: 0.3})] == [
+        False, True]  # fmt: skip
     rising = regime(flat, {1000: 0.5, 2000: 0.6, 4000: 0.65})
     assert len(rising) == 2 and not any("falls fastest" in text for text in rising)
     # .1 in one octave is faster than .15 in two.
