@@ -40,7 +40,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {
     "laws/form": "laws/forms", "laws/table": "laws/fit",
     "report/reader": "report/table", "report/sheet": "report/table", "report/schema": "report/schemas report/findings",
-    "study/recipe": "study/grid study/cell study/task",
+    "study/recipe": "study/recipe study/cell study/task", "study/grid": "study/grid study/hunt study/task study/weights",
+    "study/cost": "study/cost study/grid",
     "training/evaluation": "training/results", "training/dense": "training/segmentation training/detection",
     "training/tasks": "training/segmentation training/detection", "training/loop": "training/run",
     "launch/api": "api", "launch/sbatch_options": "launch/cluster", "launch/smoke": "launch/preflight",

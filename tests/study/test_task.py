@@ -10,9 +10,8 @@ import pytest
 from dbscale.errors import ConfigError
 from dbscale.strict import validate
 from dbscale.study.cell import cell_id
-from dbscale.study.cost import train_flops
 from dbscale.study.grid import Grid, expand, load_grid, misfit
-from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Recipe, TimmModel, Training
+from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Recipe, Training
 from dbscale.study.task import Detection, Segmentation
 
 GRIDS = Path(__file__).parents[2] / "configs" / "grids"
@@ -121,27 +120,6 @@ def test_a_packed_dataset_must_have_what_its_task_needs() -> None:
         (segmented, "up", "mask", "classification needs a label beside each image, and dataset 'up' has a mask"),
     ):
         assert sentence in str(misfit(grid, name, target))
-
-
-def test_the_cost_of_a_head_by_hand() -> None:
-    """A linear head is free beside its backbone. 3 × 3 convolutions on 14 × 14 patches, three forwards a sample:
-    of a pyramid 16 + 4 + 1 + ¼ maps and 16 once more; of FCOS 4 + 1 + ¼ + 1/16 maps, once and in two towers of four."""
-    training = Training(budget=Budget(steps=1), optim=Optim(lr=1e-3), global_batch=1)
-    data = Data(dataset="d", num_samples=8, image_size=224)
-    coarse, resnet = DeiT(heads=3), TimmModel(kind="timm", name="resnet18")
-
-    def cost(task: Any, model: Any = coarse) -> float:
-        return train_flops(Recipe(stage="finetune", model=model, data=data, training=training, seed=0, task=task))
-
-    plain, a_map = cost(None), 2 * 9 * 14**2  # pixels of patch 16, where timm models count as such
-    assert cost(Segmentation()) == plain
-    assert cost(Segmentation(head="pyramid")) - plain == pytest.approx(3 * a_map * 128**2 * 37.25)
-    assert cost(Segmentation(head="pyramid", width=64)) - plain == pytest.approx(3 * a_map * 64**2 * 37.25)
-    assert cost(Detection()) - plain == pytest.approx(3 * a_map * 128**2 * 5.3125 * 9)
-    assert cost(Detection(width=64, num_convs=1)) - plain == pytest.approx(3 * a_map * 64**2 * 5.3125 * 3)
-    finer = DeiT(heads=3, patch_size=8)
-    assert cost(Detection(), finer) - cost(None, finer) == pytest.approx(4 * 3 * a_map * 128**2 * 5.3125 * 9)
-    assert cost(Detection(), resnet) - cost(None, resnet) == pytest.approx(3 * a_map * 128**2 * 5.3125 * 9)
 
 
 def test_shipped_grids_with_tasks() -> None:
