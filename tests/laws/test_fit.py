@@ -519,10 +519,3 @@ def test_a_law_that_cannot_lose_a_variable_needs_it_to_vary() -> None:
     table = {"num_params": np.full(6, 1e6), "num_samples": np.geomspace(1e3, 1e6, 6)}
     with pytest.raises(LawError, match="needs its variables to vary; one distinct value of num_params"):
         fit_law("chinchilla", table, np.geomspace(0.5, 0.1, 6))
-
-
-def test_an_exponent_ends_at_two() -> None:
-    """y = .1 + x^-4 over two decades: beyond 2 an exponent only says that its term vanished after the first level."""
-    x = np.geomspace(1, 100, 9)
-    fit = fit_law("additive", {"upstream_samples": x}, 0.1 + x**-4.0)
-    assert fit.params["alpha"] == pytest.approx(2.0, abs=1e-6) and "alpha" in fit.at_bound

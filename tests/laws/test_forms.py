@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from dbscale.laws import FORMS, Form, LawError, find_form
+from dbscale.laws import FORMS, Form, LawError, find_form, fit_law
 
 EVERY_FORM = pytest.mark.parametrize("name", FORMS)
 
@@ -193,3 +193,10 @@ def test_effective_data_and_distillation_by_hand() -> None:
          "supervised_loss": np.array([4.0])}  # fmt: skip
     # L_T/(L_S·d1) is 1, so the bend is 2^(−1.5); 8/16 + 4/8 is 1.
     assert form.evaluate(x, form.coordinates(p))[0] == pytest.approx(2 + 0.5 * 2**-1.5)
+
+
+def test_an_exponent_ends_at_two() -> None:
+    """y = .1 + x^-4 over two decades: beyond 2 an exponent only says that its term vanished after the first level."""
+    x = np.geomspace(1, 100, 9)
+    fit = fit_law("additive", {"upstream_samples": x}, 0.1 + x**-4.0)
+    assert fit.params["alpha"] == pytest.approx(2.0, abs=1e-6) and "alpha" in fit.at_bound
