@@ -22,8 +22,10 @@ from PIL import Image
 from dbscale.errors import VERBOSITY, log_to_stderr
 from dbscale.launch.cli import main, make_parser
 from dbscale.launch.cluster import CONFIGS
+from dbscale.launch.commands.laws import mixed
 from dbscale.launch.commands.plan import design_of
 from dbscale.launch.study import DEFAULT_GRID, plan_study, study_of
+from dbscale.report.reader import parse_sheet
 
 
 @pytest.fixture
@@ -232,6 +234,14 @@ def test_fit_keeps_to_bounds_and_says_what_it_pooled(tmp_path: Path, capsys: pyt
     assert "although arm differs (distilled, plain)" in capsys.readouterr().out
     assert main([*words, "--where", "arm=plain"]) == 0
     assert "although" not in capsys.readouterr().out
+
+
+def test_words_that_sort_rows_into_groups_are_pointed_at() -> None:
+    """Three rows a group at least; numbers, one word for all and columns that the law uses are no groups."""
+    text = "x,half,third,one,size\n" + "".join(f"{k},{'ab'[k % 2]},{'abc'[k % 3]},w,{k % 2}\n" for k in range(6))
+    sheet = parse_sheet(text.encode(), "t.csv")
+    assert mixed(sheet, {"x"}) == {"half": ["a", "b"]}
+    assert mixed(sheet, {"x", "half"}) == {}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -87,10 +89,23 @@ def test_a_signal_asks_and_the_handlers_before_come_back(number: signal.Signals)
     assert signal.getsignal(number) is before
 
 
-def test_the_death_of_a_watched_process_asks_to_stop(wait_until: Callable[..., None]) -> None:
-    import subprocess
-    import sys
+def test_only_a_second_interrupt_kills() -> None:
+    """Of any other signal a scheduler may send as many as it likes."""
+    code = (
+        "import os, signal, sys\n"
+        "from dbscale.launch.worker import stop_on_signals\n"
+        "from dbscale.study.resources import StopRequest\n"
+        "with stop_on_signals(StopRequest()):\n"
+        "    for name in sys.argv[1:]:\n"
+        "        os.kill(os.getpid(), getattr(signal, name))\n"
+        "print('alive')\n"
+    )
+    for names, code_of_end in ((["SIGTERM"] * 3 + ["SIGINT"], 0), (["SIGUSR2", "SIGINT", "SIGINT"], -signal.SIGINT)):
+        run = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stdout) == (code_of_end, "" if code_of_end else "alive\n")
 
+
+def test_the_death_of_a_watched_process_asks_to_stop(wait_until: Callable[..., None]) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     stop = StopRequest()
     watch(stop_without(stop, ProcessMark.of(), ProcessMark.of(child.pid)), interval_s=0.01)
