@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dbscale.errors import ConfigError
+from dbscale.launch import sbatch_options
 from dbscale.launch.cluster import CONFIGS, Cluster, load_cluster, tasks_of
 from dbscale.strict import validate
 from dbscale.study.cost import CostModel
@@ -171,6 +172,15 @@ def test_what_a_cluster_file_leaves_out() -> None:
     assert cluster.slurm is not None and asked.items() <= cluster.slurm.model_dump().items()
     assert [cluster.model_copy(update={"slurm": cluster.slurm.model_copy(update={"array": array})}).slurm.array_limit
             for array in (True, False, 1, 500)] == [None, 1, 1, 500]  # fmt: skip
+
+
+def test_the_first_option_that_sbatch_lacks_is_named_with_the_nearest() -> None:
+    known = sbatch_options.names_in("  --mail-type=type   notify\n  -A, --account=name\n  --comment=name\n")
+    assert known == {"mail-type", "account", "comment"}
+    sbatch_options.check_names(["mail-type", "comment"], known, where="sbatch here")
+    for name, told in (("mail-typ", "did you mean 'mail-type'"), ("account", "known: comment, mail-type|did you mean")):
+        with pytest.raises(ConfigError, match=f"slurm.sbatch.{name}: sbatch here has no option --{name}; .*{told}"):
+            sbatch_options.check_names(["comment", name], known, where="sbatch here")
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:

@@ -27,6 +27,7 @@ from dbscale.launch.slurm.job import (
     master_address,
     record_of,
     requeue_lines,
+    run_element,
 )
 from dbscale.launch.slurm.queue import SubmitRecord, make_uid, write_record
 from dbscale.launch.worker import LOST_EXIT, Rank, Result, record_death
@@ -212,6 +213,29 @@ def test_what_rank_0_recorded_meanwhile_stands_and_while_it_hangs_is_waited_for(
         with pytest.raises(SystemExit):
             runs(Rank(rank, rank, 2, 2)).run(lambda key: answer, inline_cell)
         assert store.last_attempt(inline_cell).reason == "rank 0 says so"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_blocked_cell_gets_a_second_turn_where_no_other_rank_looks_at_another_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("dbscale.launch.slurm.job.worker.run_bundle", lambda keys, *_, **options: given.update(
+        options, keys=keys))  # fmt: skip
+    monkeypatch.setattr("dbscale.launch.slurm.job.worker.watch", lambda *_: None)
+    monkeypatch.setattr("dbscale.launch.slurm.job.log_of_job", lambda folder: str(folder / "log"))
+    monkeypatch.setattr("dbscale.launch.slurm.job.Rank.of_job", lambda: Rank(0, 0, world_size, world_size))
+    monkeypatch.setattr("dbscale.launch.slurm.job.JobIdentity.of_job", lambda: JOB)
+    monkeypatch.setattr("dbscale.launch.slurm.job.master_address", lambda: "n1")
+    monkeypatch.setattr("os.environ", {"SLURM_ARRAY_TASK_ID": "1"})
+    store, uid = Store(tmp_path / "out"), make_uid()
+    work = Work(store=str(store.root), grid="tiny", uid=uid, data="data", resources=Resources(), requeue_limit=1)
+    elements = (("a",), ("b", "c"))
+    record = SubmitRecord(uid=uid, grid="tiny", kind="bundles", wave=1, created=0.0, elements=elements)
+    record.folder(store).mkdir(parents=True)
+    run_element(work, record, StopRequest())
+    assert (given["keys"], given["job"], given["second_turns"]) == (["b", "c"], "12_3.1", world_size == 1)
+    assert (record.folder(store) / "1.fence").read_text() == "1\n"
 
 
 def test_ranks_meet_at_the_first_node_by_name_or_at_the_address_that_started_them(

@@ -20,6 +20,7 @@ from dbscale.launch.status import (
     hunt_as_data,
     hunt_lines,
     read_status,
+    render,
     state_of,
     table,
 )
@@ -133,6 +134,20 @@ def test_troubles_name_reason_and_log(store: Store) -> None:
     assert len(found) == 3
 
 
+def test_of_many_troubles_the_first_are_listed_and_the_rest_counted(store: Store) -> None:
+    for key in ("t", "p", "d"):
+        store.write_attempt(key, attempt(status="failed", reason=f"why {key}", log=f"/log/{key}", ended=time.time()))
+    status = read_status(store, PLAN, store.standings(PLAN.cells), None)
+
+    def listed(limit: int | None) -> list[str]:
+        lines = render(status, store, limit=limit).splitlines()
+        return lines[lines.index("failed:") + 1 :]
+
+    of = {key: [f"  {key}", f"    why {key}", f"    log: /log/{key}"] for key in "tpd"}
+    assert listed(None) == listed(3) == [*of["t"], *of["p"], *of["d"]]
+    assert listed(2) == [*of["t"], *of["p"], "  … and 1 more (--all lists them)"]
+
+
 def element(state: str) -> Element:
     return Element(101, 0, state)
 
@@ -192,6 +207,8 @@ def test_a_hunt_says_what_is_known_what_it_cost_and_what_comes_next() -> None:
         "fits its budget (each verdict at level 95.0%, so that all hold at 90%)"
     )
     assert rest == ["  birds: one sign; 1 pair measured", "  fish: nothing can be judged yet; 0 pairs measured"]
+    unsure = Finding(target="down", kind="crossing", root=4000.0)  # with no interval
+    assert hunt_lines(hunt_log(wave(unsure)))[1] == "  down: crossing; 0 pairs measured"
 
 
 def test_of_a_hunt_a_program_gets_the_last_wave(store: Store) -> None:
