@@ -41,7 +41,7 @@ ROOMS = {
     "laws/form": "laws/forms", "laws/table": "laws/fit",
     "report/reader": "report/table", "report/sheet": "report/table", "report/schema": "report/schemas report/findings",
     "study/recipe": "study/recipe study/cell study/task", "study/grid": "study/grid study/hunt study/task study/weights",
-    "study/cost": "study/cost study/grid",
+    "study/cost": "study/cost study/grid", "study/resources": "study/resources study/recipe",
     "training/evaluation": "training/results", "training/dense": "training/segmentation training/detection",
     "training/tasks": "training/segmentation training/detection", "training/loop": "training/run",
     "launch/api": "api", "launch/sbatch_options": "launch/cluster", "launch/smoke": "launch/preflight",

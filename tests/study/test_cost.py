@@ -131,7 +131,7 @@ def test_the_cost_of_a_head_by_hand() -> None:
         return train_flops(Recipe(stage="finetune", model=model, data=data, training=training, seed=0, task=task))
 
     plain, a_map = cost(None), 2 * 9 * 14**2  # pixels of patch 16, where timm models count as such
-    assert cost(Segmentation()) == plain
+    assert cost(Segmentation()) == plain == 3 * forward_flops(coarse, 224)
     assert cost(Segmentation(head="pyramid")) - plain == pytest.approx(3 * a_map * 128**2 * 37.25)
     assert cost(Segmentation(head="pyramid", width=64)) - plain == pytest.approx(3 * a_map * 64**2 * 37.25)
     assert cost(Detection()) - plain == pytest.approx(3 * a_map * 128**2 * 5.3125 * 9)
@@ -248,6 +248,11 @@ def test_rows_scale_each_stage_by_its_own_median(grid: Grid) -> None:
     again = found.calibrated([*slow, *quick])
     assert all(again.seconds(cell) == pytest.approx(found.seconds(cell)) for cell in (*of["pretrain"], *of["finetune"]))
     assert base.calibrated([]) is base
+    # Twice as slow, then three times as slow as that: of a stage without rows, six times.
+    twice = base.calibrated(rows_of(of["finetune"][:1], base, [2.0]))
+    thrice = twice.calibrated(rows_of(of["finetune"][:1], twice, [3.0]))
+    assert thrice.scale == pytest.approx(6.0)
+    assert thrice.hours(of["distill"][:2]) == pytest.approx(12 * base.seconds(of["distill"][0]) / 3600)
 
 
 def test_seconds_are_steps_and_overheads(grid: Grid) -> None:

@@ -208,6 +208,12 @@ def test_a_wave_that_is_planned_again_replaces_its_first_plan(tmp_path: Path) ->
     log = with_wave(log, wave(5.0))
     log = with_wave(log, wave(5.0, "undecided"))
     assert [each.number for each in log.waves] == [1, 2, 3]
+    log = with_wave(log, wave(5.0, "undecided", pairs=2))
+    assert [(each.number, each.spent_s, len(each.bought)) for each in log.waves] == [
+        (1, 0.0, 1),
+        (2, 5.0, 0),
+        (3, 5.0, 1),
+    ]
     assert [each.failed_pairs for each in log.waves] == [0, 0, 0]
     store = Store(tmp_path)
     assert read_log(store, "g") is None

@@ -73,6 +73,10 @@ def test_old_grids_keep_their_ids(grid_data: dict[str, Any]) -> None:
         ({"teachers": {"h2": {**TEACHER, "mean": [0.5, 0.5, 0.5]}}}, "mean and std go together"),
         ({"init": {"h9": TEACHER}}, "unknown model in init 'h9'; did you mean"),
         ({"teachers": {"h2": TEACHER}, "arms": ["plain", "plain_matched"]}, "nobody knows it for the teacher of 'h2'"),
+        (
+            {"teachers": {"h1": TEACHER, "h2": TEACHER}, "arms": ["plain_matched"]},
+            "nobody knows it for the teacher of 'h1'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(grid_data: dict[str, Any], changes: dict[str, Any], message: str) -> None:
