@@ -55,6 +55,8 @@ ROOMS = {
 HEAVY = ("numpy", "scipy.optimize", "scipy.sparse", "scipy.special", "scipy.stats", "pandas", "pyarrow.parquet", "altair",
          "pydantic", "torch", "torchvision", "timm", "accelerate", "PIL.Image")  # fmt: skip
 """Loaded once for all forks, where the tests of the wing need them."""
+MOVED = 60
+"""Lines that code may have moved by since the log of an earlier run was written."""
 PATIENCE = 4.0
 """A mutant that takes so many times as long as its tests without a fault never ends: it counts as killed."""
 
@@ -130,7 +132,7 @@ def survivors_of(log: Path) -> list[Mutant]:
         (path, line), name, changed = told.split(" | ")[0][2:].split(":"), *told.removesuffix(" |").split(" | ", 2)[1:]
         code, near = (ROOT / path).read_text(), []
         for start, operator, k in mutants_of(ROOT / path):
-            if operator.removeprefix("core/") == name:
+            if operator.removeprefix("core/") == name and abs(start[0] - int(line)) <= MOVED:
                 with contextlib.suppress(SyntaxError, AttributeError):
                     source = mutate_code(code, plugins.get_operator(operator)(), k)
                     if source is not None and source != code:
