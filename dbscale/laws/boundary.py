@@ -24,6 +24,10 @@ Direction = Literal["b_to_a", "a_to_b"]
 WANTED_POWER = 0.8
 MOST_SEEDS = 1000
 """More seeds than these are nobody's plan."""
+EARLY_TAIL = 0.6
+"""Share of its tail that an interval of a root leaves out below where the bracket starts at the first x: with the whole tail
+intervals hold .82 of the roots in the first step of seven x, so .87 (docs/calibration.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def judge(
     }
     found: dict[str, Any] = {}
     if kind == "crossing":
-        found, more = _crossing(curves, law_curves, _bracket([p.x for p in points], positive, negative), band, level)
+        found, more = _crossing(curves, law_curves, _bracket([p.x for p in points], positive, negative), level)
         notes |= more
     return Verdict(
         kind=cast(Kind, kind),
@@ -143,18 +147,13 @@ def _crossing(
     curves: DeltaCurves,
     laws: DeltaCurves | None,
     where: tuple[Direction, tuple[float, float], bool],
-    band: dict[str, list[float]],
     level: float,
 ) -> tuple[dict[str, Any], dict[str, bool]]:
     """Fields of a crossing's verdict, and notes."""
     direction, bracket, several = where
-    root, interval = _root(curves, bracket, direction, level)
-    if bracket[0] == band["x"][0]:
-        # Such a crossing is seen only where luck adds to the sign at the first x, so its root is placed too high and
-        # intervals would hold .84 of them: they begin where the simultaneous band meets 0 (docs/calibration.md).
-        inside = zip(band["x"], band["low"], band["high"], strict=True)
-        meets = next((x for x, low, high in inside if low <= 0 <= high), interval[0])
-        interval = min(interval[0], meets), interval[1]
+    # Between the first two x Δ may fall faster than any curve through the points: less is left out below there.
+    below = EARLY_TAIL if bracket[0] == curves.grid[0] else 1.0
+    root, interval = _root(curves, bracket, direction, level, below)
     found: dict[str, Any] = {"direction": direction, "bracket": bracket, "root": root, "interval": interval}
     notes = {"several_crossings": several}
     if laws is None:
@@ -198,17 +197,18 @@ def _signed(curves: DeltaCurves, bracket: tuple[float, float], direction: Direct
 
 
 def _root(
-    curves: DeltaCurves, bracket: tuple[float, float], direction: Direction, level: float
+    curves: DeltaCurves, bracket: tuple[float, float], direction: Direction, level: float, below: float = 1.0
 ) -> tuple[float, tuple[float, float]]:
     """Median and interval of the drawn curves' roots within the bracket: of each, how far the first sign reaches in all.
 
-    For a curve that crosses once that is its root; one that wanders through 0 gives the middle of its wandering.
+    For a curve that crosses once that is its root; one that wanders through 0 gives the middle of its wandering. Each end
+    leaves (1 - level) / 2 of the roots out, the lower one `below` of that.
     """
     at, drawn = _signed(curves, bracket, direction)
     ahead, size = np.maximum(drawn, 0.0), np.abs(drawn)
     share = (ahead[:, :-1] + ahead[:, 1:]) / np.maximum(size[:, :-1] + size[:, 1:], 1e-300)  # of each piece, linear
     roots = at[0] + (at[1] - at[0]) * share.sum(axis=1)
-    low, root, high = np.exp(np.quantile(roots, [0.5 - level / 2, 0.5, 0.5 + level / 2])).tolist()
+    low, root, high = np.exp(np.quantile(roots, [below * (0.5 - level / 2), 0.5, 0.5 + level / 2])).tolist()
     return root, (low, high)
 
 

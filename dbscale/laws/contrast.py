@@ -25,6 +25,10 @@ LENGTHS, BENDS, CORRELATIONS = (0.1, 0.2, 0.4, 0.8), (0.1, 0.3, 1.0), (0.0, 0.3,
 """Hyperparameters of the smooth curve: the bend's length in units of the measured log range, its size, and how much of
 a seed's noise its x have in common.
 """
+SHORTEST = 0.55
+"""Least length of a bend, in units of the median step between neighbouring x. What bends within a step cannot be seen; with
+shorter ones intervals of roots hold .98 of humps measured at four x and more than .95 of others, with .7 they hold .76.
+"""
 NODES, SCALES = 16, 16
 """Nodes of the bend's basis; quantiles at which the noise's unknown scale is drawn."""
 
@@ -354,16 +358,17 @@ def _bases(table: SeedTable, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     t, t_grid = (np.log(table.x) - low) / (high - low), (np.log(grid) - low) / (high - low)
     nodes = np.linspace(min(0.0, t_grid[0]), max(1.0, t_grid[-1]), NODES)
     size = np.sqrt(max(np.mean(table.mean**2), np.median(table.mean_variance))) or 1.0
+    lengths = np.maximum(LENGTHS, SHORTEST * np.median(np.diff(t)))
 
     def columns(at: np.ndarray) -> np.ndarray:
         found = []
-        for length, root in zip(LENGTHS, roots, strict=True):
+        for length, root in zip(lengths, roots, strict=True):
             smooth = np.exp(-0.5 * ((at[:, None] - nodes) / length) ** 2) @ root
             line = [np.full(len(at), 2.0), 2.0 * (at - 0.5)]
             found += [size * np.column_stack([*line, bend * smooth]) for bend in BENDS]
         return np.array(found)
 
-    kernels = [np.exp(-0.5 * ((nodes[:, None] - nodes) / length) ** 2) + 1e-6 * np.eye(NODES) for length in LENGTHS]
+    kernels = [np.exp(-0.5 * ((nodes[:, None] - nodes) / length) ** 2) + 1e-6 * np.eye(NODES) for length in lengths]
     roots = [np.linalg.inv(np.linalg.cholesky(kernel)).T for kernel in kernels]
     return columns(t), columns(t_grid)
 

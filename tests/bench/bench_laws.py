@@ -107,16 +107,19 @@ def fresh_curves() -> Iterator[Curve]:
     made on the first family, the trimming on the second as well, none on the third."""
     from sklearn.datasets import (
         load_digits,
+        make_circles,
         make_classification,
         make_gaussian_quantiles,
         make_hastie_10_2,
         make_moons,
     )
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
-    from sklearn.linear_model import LogisticRegression, Perceptron, RidgeClassifier
+    from sklearn.ensemble import AdaBoostClassifier, ExtraTreesClassifier, RandomForestClassifier
+    from sklearn.kernel_approximation import Nystroem
+    from sklearn.linear_model import LogisticRegression, Perceptron, RidgeClassifier, SGDClassifier
     from sklearn.naive_bayes import BernoulliNB, GaussianNB
     from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+    from sklearn.pipeline import make_pipeline
     from sklearn.svm import SVC, LinearSVC
     from sklearn.tree import DecisionTreeClassifier
 
@@ -148,6 +151,15 @@ def fresh_curves() -> Iterator[Curve]:
     thirds = (lambda: ExtraTreesClassifier(20, random_state=0), lambda: LogisticRegression(C=0.03), LinearSVC,
               lambda: KNeighborsClassifier(11), BernoulliNB)  # fmt: skip
     yield from learning_curves("third ", thirds, third, 2, 300, 3, 40)
+    halves = np.hstack([pixels[:, :32], 0.3 * np.random.default_rng(1).standard_normal((len(pixels), 32))])
+    fourth = [
+        (halves, digits), made(9_000, 31, 25, 10, 5, 8, 1, 1.0, 0.02), made(9_000, 32, 80, 12, 0, 2, 6, 1.3, 0.0),
+        make_circles(9_000, noise=0.15, factor=0.6, random_state=33),
+    ]  # fmt: skip
+    fourths = (lambda: AdaBoostClassifier(n_estimators=20, random_state=0), lambda: SGDClassifier(random_state=0),
+               lambda: make_pipeline(Nystroem(n_components=30, random_state=0), LogisticRegression()),
+               lambda: DecisionTreeClassifier(max_depth=5, random_state=0), lambda: KNeighborsClassifier(1))  # fmt: skip
+    yield from learning_curves("fourth ", fourths, fourth, 3, 500, 3, 40)
 
 
 def learning_curves(
