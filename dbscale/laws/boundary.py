@@ -24,9 +24,9 @@ Direction = Literal["b_to_a", "a_to_b"]
 WANTED_POWER = 0.8
 MOST_SEEDS = 1000
 """More seeds than these are nobody's plan."""
-EARLY_TAIL = 0.6
-"""Share of its tail that an interval of a root leaves out below where the bracket starts at the first x: with the whole tail
-intervals hold .82 of the roots in the first step of seven x, so .87 (docs/calibration.md).
+EARLY_TAIL = 0.5
+"""Share of its tail that the interval of a root leaves out below, where the bracket starts at the first x and goes beyond the
+second. With the whole tail such intervals hold .62 to .83 of the roots in the first step (docs/calibration.md).
 """
 
 
@@ -57,7 +57,7 @@ class Verdict:
     """Crossing only: `b_to_a` is Δ positive, then negative (the distillation boundary)."""
     root: float | None = None
     interval: tuple[float, float] | None = None
-    """Crossing only, at `level`; within the bracket. Reaches further down where the bracket starts at the first x."""
+    """Crossing only, at `level`; within the bracket. Reaches further down where signs are missing right after the first x."""
     bracket: tuple[float, float] | None = None
     """Crossing only: last x with the one sign established, first x with the other."""
     law_root: float | None = None
@@ -105,7 +105,7 @@ def judge(
     }
     found: dict[str, Any] = {}
     if kind == "crossing":
-        found, more = _crossing(curves, law_curves, _bracket([p.x for p in points], positive, negative), level)
+        found, more = _crossing(curves, law_curves, [p.x for p in points], positive, negative, level)
         notes |= more
     return Verdict(
         kind=cast(Kind, kind),
@@ -146,13 +146,15 @@ def decide(low: np.ndarray, high: np.ndarray, min_effect: float) -> np.ndarray:
 def _crossing(
     curves: DeltaCurves,
     laws: DeltaCurves | None,
-    where: tuple[Direction, tuple[float, float], bool],
+    x: Sequence[float],
+    positive: np.ndarray,
+    negative: np.ndarray,
     level: float,
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Fields of a crossing's verdict, and notes."""
-    direction, bracket, several = where
-    # Between the first two x Δ may fall faster than any curve through the points: less is left out below there.
-    below = EARLY_TAIL if bracket[0] == curves.grid[0] else 1.0
+    """Fields of a crossing's verdict, and notes, from the signs established at x."""
+    direction, bracket, several = _bracket(x, positive, negative)
+    # A root in the first step leaves no sign at the second x only where luck was against it; so did it lift the curve.
+    below = EARLY_TAIL if bracket[0] == x[0] and bracket[1] > x[1] else 1.0
     root, interval = _root(curves, bracket, direction, level, below)
     found: dict[str, Any] = {"direction": direction, "bracket": bracket, "root": root, "interval": interval}
     notes = {"several_crossings": several}

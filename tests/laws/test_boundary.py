@@ -122,20 +122,22 @@ def test_the_root_lies_on_the_curve_between_the_points() -> None:
 @pytest.mark.parametrize(
     ("means", "bracket", "tails"),
     [
-        ([0.06, -0.1, -0.1], (1000, 2000), (0.03, 0.05)),  # no x lies below that could show a steeper fall
-        ([0.08, 0.06, -0.1, -0.1], (2000, 4000), (0.05, 0.05)),
-        ([0.1, 0.1, -0.06], (2000, 4000), (0.05, 0.05)),
+        ([0.08, 0.01, -0.06, -0.13], (1000, 4000), (0.025, 0.05)),
+        ([0.06, -0.06, -0.18], (1000, 2000), (0.05, 0.05)),
+        ([0.15, 0.08, 0.01, -0.06], (2000, 8000), (0.05, 0.05)),
     ],
 )
-def test_an_interval_leaves_out_less_below_a_root_in_the_first_step(side, means, bracket, tails) -> None:
+def test_an_interval_leaves_out_less_below_where_no_sign_follows_that_at_the_first_x(
+    side, means, bracket, tails
+) -> None:
     pairs = pairs_of(side * np.array(means), 0.01)
     verdict, curves = judge(pairs), delta_curves(pairs)
     assert verdict.bracket == bracket and verdict.interval is not None
     inside = (curves.grid >= bracket[0]) & (curves.grid <= bracket[1])
     drawn = side * curves.drawn[:, inside]
     roots = np.array([np.interp(0, -each, np.log(curves.grid[inside])) for each in drawn])  # of curves that cross once
-    assert np.mean(roots < np.log(verdict.interval[0])) == pytest.approx(tails[0], abs=0.004)
-    assert np.mean(roots > np.log(verdict.interval[1])) == pytest.approx(tails[1], abs=0.004)
+    assert np.mean(roots < np.log(verdict.interval[0])) == pytest.approx(tails[0], abs=0.01)
+    assert np.mean(roots > np.log(verdict.interval[1])) == pytest.approx(tails[1], abs=0.01)
 
 
 def law(roots, slope: float = 0.02, grid=None) -> DeltaCurves:
