@@ -25,8 +25,8 @@ WANTED_POWER = 0.8
 MOST_SEEDS = 1000
 """More seeds than these are nobody's plan."""
 EARLY_TAIL = 0.5
-"""Share of its tail that the interval of a root leaves out below, where the bracket starts at the first x and goes beyond the
-second. With the whole tail such intervals hold .62 to .83 of the roots in the first step (docs/calibration.md).
+"""Share of its tail that the interval of a root leaves out below, where the bracket starts at the first x and goes beyond
+the second. With the whole tail such intervals hold .65 to .83 of the roots in the first step (docs/calibration.md).
 """
 
 
@@ -57,7 +57,7 @@ class Verdict:
     """Crossing only: `b_to_a` is Δ positive, then negative (the distillation boundary)."""
     root: float | None = None
     interval: tuple[float, float] | None = None
-    """Crossing only, at `level`; within the bracket. Reaches further down where signs are missing right after the first x."""
+    """Crossing only, at `level`; within the bracket. Reaches further down where no sign follows that at the first x."""
     bracket: tuple[float, float] | None = None
     """Crossing only: last x with the one sign established, first x with the other."""
     law_root: float | None = None

@@ -26,8 +26,8 @@ LENGTHS, BENDS, CORRELATIONS = (0.1, 0.2, 0.4, 0.8), (0.1, 0.3, 1.0), (0.0, 0.3,
 a seed's noise its x have in common.
 """
 SHORTEST = 0.6
-"""Least length of a bend, in units of the median step between neighbouring x: what bends within a step cannot be seen. At four
-x, intervals of the roots of humps hold .98 with half a step, .89 with this and .76 with .7 (docs/calibration.md).
+"""Least length of a bend, in units of the median step between neighbouring x: what bends within a step cannot be seen.
+At four x, intervals of humps' roots hold .98 with half a step, .89 with this and .76 with .7 (docs/calibration.md).
 """
 NODES, SCALES = 16, 16
 """Nodes of the bend's basis; quantiles at which the noise's unknown scale is drawn."""
