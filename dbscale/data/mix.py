@@ -21,8 +21,8 @@ class MixTarget(NamedTuple):
     """int64 [b]."""
     y_b: Tensor
     """int64 [b]."""
-    lam: float
-    """1.0 where the batch was left alone."""
+    lam: float | Tensor
+    """1.0 where the batch was left alone; float64 [] on the device inside a recorded step."""
 
     def dense(self, num_classes: int, smoothing: float = 0.0) -> Tensor:
         """float32 [b, num_classes] target distribution, with label smoothing (Szegedy et al. 2016)."""
