@@ -316,9 +316,11 @@ def power(
     if num_seeds < 2 or num_x < 2:
         raise LawError(f"power of {num_seeds} seed(s) at {num_x} x: a verdict needs two of each or more")
 
+    def stderr(seeds: int, draws: int) -> float:
+        return noise.variance_of_mean(seeds, draws, num_students=num_students, num_labels=num_labels) ** 0.5
+
     def effect(seeds: int, draws: int) -> float:
-        variance = noise.variance_of_mean(seeds, draws, num_students=num_students, num_labels=num_labels)
-        return detectable(variance**0.5, complete_degrees(num_x, seeds), num_x, level, family)
+        return detectable(stderr(seeds, draws), complete_degrees(num_x, seeds), num_x, level, family)
 
     now = effect(num_seeds, finetunes)
     more = range(num_seeds, MOST_SEEDS + 1)
@@ -331,10 +333,9 @@ def power(
         if draws is not None:
             dearer = (cost_upstream + draws * cost_finetune) / (cost_upstream + finetunes * cost_finetune)
     if slope is not None:
-        variance = noise.variance_of_mean(num_seeds, finetunes, num_students=num_students, num_labels=num_labels)
-        # share of the noise that all x of a seed share
-        along = noise.variance("seed") / num_seeds / max(variance, 1e-300)
-        design = (variance**0.5, complete_degrees(num_x, num_seeds), num_x, along, level)
+        own = stderr(num_seeds, finetunes)
+        along = noise.variance("seed") / num_seeds / max(own**2, 1e-300)  # share of the noise that all x of a seed share
+        design = (own, complete_degrees(num_x, num_seeds), num_x, along, level)
         width = width_at_root(*design, slope)
         chance = _chance(*design, family, abs(slope) * step_octaves)
     return Power(now, width, chance, seeds, draws, seeds / num_seeds if seeds else None, dearer, best)
@@ -342,10 +343,8 @@ def power(
 
 def width_at_root(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
     """Octaves: the curve's interval at the root, read off along its slope. The root leans on the four x about it."""
-    from scipy.special import stdtrit
-
     at_root = stderr * np.sqrt(along + (1 - along) / min(num_x, 4))
-    return float(2 * stdtrit(degrees, 0.5 + level / 2) * at_root / abs(slope))
+    return float(2 * critical(degrees, 1, level, 1) * at_root / abs(slope))
 
 
 def _chance(stderr: float, degrees: float, num_x: int, along: float, level: float, family: int, step: float) -> float:
