@@ -26,7 +26,7 @@ MOST_SEEDS = 1000
 """More seeds than these are nobody's plan."""
 EARLY_TAIL = 0.5
 """Share of its tail that the interval of a root leaves out below, where the bracket starts at the first x and goes beyond
-the second. With the whole tail such intervals hold .65 to .83 of the roots in the first step (docs/calibration.md).
+the second. With the whole tail such intervals hold .67 to .83 of the roots in the first step (docs/calibration.md).
 """
 
 
@@ -334,7 +334,9 @@ def power(
             dearer = (cost_upstream + draws * cost_finetune) / (cost_upstream + finetunes * cost_finetune)
     if slope is not None:
         own = stderr(num_seeds, finetunes)
-        along = noise.variance("seed") / num_seeds / max(own**2, 1e-300)  # share of the noise that all x of a seed share
+        along = (
+            noise.variance("seed") / num_seeds / max(own**2, 1e-300)
+        )  # share of the noise that all x of a seed share
         design = (own, complete_degrees(num_x, num_seeds), num_x, along, level)
         width = width_at_root(*design, slope)
         chance = _chance(*design, family, abs(slope) * step_octaves)
