@@ -128,20 +128,15 @@ def total_loss(loss: Loss, residual: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 class State(NamedTuple):
-    """The problems still running, one row each."""
+    """The problems still running, one row each: theta [S, p], jacobian [S, p, n], objective [S], the others [S, n]."""
 
     theta: np.ndarray
-    """[S, p]"""
     residual: np.ndarray
-    """[S, n]"""
     jacobian: np.ndarray
-    """[S, p, n]"""
     objective: np.ndarray
-    """[S]"""
     weights: np.ndarray
-    """[S, n]"""
     shift: np.ndarray
-    """[S, n] what each problem's target adds to the shared one."""
+    """What each problem's target adds to the shared one."""
 
     @classmethod
     def at(cls, problem: Problem, theta: np.ndarray, weights: np.ndarray, shift: np.ndarray) -> State:
