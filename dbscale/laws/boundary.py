@@ -359,11 +359,11 @@ def _chance(stderr: float, degrees: float, num_x: int, along: float, level: floa
     return float(np.mean((mean > half).any(axis=1) & (mean < -half).any(axis=1)))
 
 
-def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: int = 1000) -> int | None:
+def equal_grid(verdict: Verdict, sd: float, x: Sequence[float]) -> int | None:
     """Seeds with which a fixed grid at `x` [K] would be expected to end in the same verdict, its root as sharp.
 
     The curve that was found is taken for the truth and `sd` for the noise of one seed's Δ. None for an undecided
-    verdict, for a grid that lies on one side of the root, and beyond `most_seeds`.
+    verdict, for a grid that lies on one side of the root, and beyond 1,000.
     """
     at, known = np.log(np.asarray(x, float)), np.log(verdict.curve["x"])
     delta = np.interp(at, known, verdict.curve["delta"])
@@ -383,5 +383,4 @@ def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: i
             return False
         return not slope or width_at_root(stderr, degrees, len(at), 0.0, verdict.level, slope) <= wanted
 
-    counts = range(2, most_seeds + 1)
-    return next((seeds for seeds in counts if ends_alike(seeds)), None)
+    return next((seeds for seeds in range(2, MOST_SEEDS + 1) if ends_alike(seeds)), None)

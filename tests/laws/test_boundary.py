@@ -421,7 +421,7 @@ def test_an_equal_fixed_grid_needs_more_seeds_for_more_noise_and_none_for_no_ver
     assert few is not None and many is not None
     assert 2 <= few <= 8
     assert few * 5 <= many <= few * 12  # nine times the variance, and fewer degrees of freedom for few
-    assert equal_grid(verdict, 0.03, xs, most_seeds=many) == many
-    assert equal_grid(verdict, 0.03, xs, most_seeds=many - 1) is None
+    assert equal_grid(verdict, 0.2, xs) == pytest.approx(many * (0.2 / 0.03) ** 2, rel=0.2)
+    assert equal_grid(verdict, 0.22, xs) is None  # more than 1,000
     assert equal_grid(verdict, 0.01, [1000.0, 2000.0]) is None  # all on one side of the root
     assert equal_grid(replace(verdict, kind="undecided"), 0.01, xs) is None
