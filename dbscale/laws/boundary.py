@@ -371,10 +371,9 @@ def equal_grid(verdict: Verdict, sd: float, x: Sequence[float]) -> int | None:
         return None
     slope, wanted = 0.0, np.inf
     if verdict.root is not None and verdict.interval is not None:
-        before, after = np.interp(
-            np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5]), known, verdict.curve["delta"]
-        )
-        slope, wanted = float(after - before), np.log2(verdict.interval[1] / verdict.interval[0])
+        octave = np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5])
+        slope = float(np.diff(np.interp(octave, known, verdict.curve["delta"]))[0])
+        wanted = np.log2(verdict.interval[1] / verdict.interval[0])
 
     def ends_alike(seeds: int) -> bool:
         degrees, stderr = complete_degrees(len(at), seeds), sd / seeds**0.5

@@ -308,13 +308,7 @@ class DeltaCurves:
     """The law that drew them; empty for the law-free curve."""
 
 
-def delta_curves(
-    pairs: Pairs,
-    *,
-    grid: np.ndarray | None = None,
-    num_draws: int = 1000,
-    seed: int = 0,
-) -> DeltaCurves:
+def delta_curves(pairs: Pairs, *, grid: np.ndarray | None = None, num_draws: int = 1000, seed: int = 0) -> DeltaCurves:
     """Posterior draws of the smooth curve of Δ along log x; several strata or draws are pooled first.
 
     A Gaussian process with constant, slope and bend. Its hyperparameters, the scale of the noise and the noise that the
