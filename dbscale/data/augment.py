@@ -32,6 +32,7 @@ from dbscale.data.geometry import (
     center_boxes,
     resize,
     resized_crop_boxes,
+    sent,
     shift_flip,
 )
 from dbscale.errors import DataError, nearest
@@ -285,8 +286,8 @@ def color_jitter(images_BCHW: Tensor, strength: float, seed: int, epoch_B: Ints,
     for turn in range(3):
         for number, operation in enumerate(_JITTERED):
             slots = np.flatnonzero(order_B3[:, turn] == number)
-            where = torch.from_numpy(slots).to(images.device)
-            factor = torch.from_numpy(factors[slots, number].astype(np.float32)).to(images.device)
+            where = sent(slots, images.device)
+            factor = sent(factors[slots, number].astype(np.float32), images.device)
             images[where] = operation(images[where], factor)
     return images
 
@@ -365,17 +366,17 @@ def _apply_layer(images: Tensor, policy: Policy, fill: tuple[int, ...], draws_BD
     for number, (operation, scale) in enumerate(COLOR_OPERATIONS.values()):
         slots = np.flatnonzero(chosen == number)
         if len(slots):
-            where = torch.from_numpy(slots).to(images.device)
-            strength = () if scale is None else (torch.from_numpy(scale(share[slots], signs[slots])).to(images.device),)
+            where = sent(slots, images.device)
+            strength = () if scale is None else (sent(scale(share[slots], signs[slots]), images.device),)
             images[where] = operation(images[where], *strength)
     slots = np.flatnonzero(chosen >= len(COLOR_OPERATIONS))
     if len(slots):
-        where = torch.from_numpy(slots).to(images.device)
+        where = sent(slots, images.device)
         size = (images.shape[2], images.shape[3])
         signed = (levels[slots] * signs[slots] / _MAX_LEVEL).tolist()
         drawn = zip(chosen[slots].tolist(), signed, strict=True)
         matrices = np.stack([warp_matrix(OPERATIONS[number], level, size) for number, level in drawn])
-        images[where] = warp_affine(images[where], torch.from_numpy(matrices), fill)
+        images[where] = warp_affine(images[where], sent(matrices.astype(np.float32), images.device), fill)
 
 
 def draw_operations(policy: Policy, draws_BD: Floats) -> tuple[Ints, Floats, Floats]:

@@ -25,9 +25,16 @@ from dbscale.kernels.kd_loss_triton import LOG2_E
 MISSING: tl.constexpr = tl.constexpr(-1e30)  # the score of no key: no mass, and finite, so that two of them differ by 0
 TINY: tl.constexpr = tl.constexpr(1e-37)
 VECTOR: tl.constexpr = tl.constexpr(16)  # entries of a stored map begin their rows at multiples of it
-MANY_HEADS = 256
-"""From so many (image, head) pairs on, one program per pair fills an H100 twice over."""
-SHORT_SEQUENCE = 1024
+
+
+FASTEST = {
+    "alone": (64, 32, 4, 3),
+    "paired": (64, 32, 4, 3),
+    "grouped": (64, 32, 4, 2),
+    "backward": (64, 64, 4, 1),
+    "backward_grouped": (64, 32, 4, 1),
+}
+"""Rows, keys, warps and stages."""
 
 
 def kl_rows_triton(pair: MapPair) -> Tensor:
@@ -63,14 +70,17 @@ def padded(width):
     return max(triton.next_power_of_2(width), 16)
 
 
-def tile_shape(
-    dtype: torch.dtype, width_s: int, width_v: int, width_t: int, *, backward: bool = False, grouped: bool = False
-) -> dict[str, int]:
-    """Rows and keys per tile and the warps that hold them: the largest found that fit a Hopper's registers unspilled.
+def tile_shape(kind: str, dtype: torch.dtype, width_s: int, width_v: int, width_t: int) -> dict[str, int]:
+    """Rows and keys per tile and the warps that hold them, unspilled in a Hopper's registers.
 
+    `kind`: forward of one model `alone` or `paired` with its teacher, of `grouped` maps; `backward`, `backward_grouped`.
+    For 16-bit heads of 64 the fastest of those tried on an H200 (docs/benchmarks/kernels.md), else the largest that fit.
     `tests/kernels/test_compile_gate.py` compiles them for sm_90 and holds them to it (float32 up to width 64).
     """
     narrow, widest = padded(min(width_s, width_v)), padded(max(width_s, width_v, width_t))
+    if dtype != torch.float32 and narrow == widest == 64:
+        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), FASTEST[kind], strict=True))
+    backward = kind.startswith("backward")
     rows, keys, warps, stages = 64, 64, 4, 2
     if dtype == torch.float32:  # no tensor cores at full precision: every thread holds whole rows
         rows, keys, warps, stages = 32 if backward and widest <= 64 else 16, 16, 4 if widest == 64 else 8, 1
@@ -78,7 +88,7 @@ def tile_shape(
         rows, keys, warps = (32, 64, 8) if widest > 64 else (32, 64, 4) if narrow >= 64 else (32, 32, 4)
     elif widest > 64:
         warps = 8
-    if grouped and not backward:  # the maps of the group stand beside one another
+    if kind == "grouped":  # the maps of the group stand beside one another
         rows, warps, stages = (16, 4, 1) if dtype == torch.float32 else (rows, 8, 1)
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
@@ -125,7 +135,7 @@ def _forward(
     _launch_forward(q_s, k_s, v, out, numbers, scale_s)
     numbers_t = q_t.new_empty((2, *q_t.shape[:3]), dtype=torch.float32)
     _launch_forward(q_t, k_t, None, out, numbers_t, scale_t)
-    shape = tile_shape(q_s.dtype, q_s.shape[3], q_s.shape[3], q_t.shape[3], grouped=True)
+    shape = tile_shape("grouped", q_s.dtype, q_s.shape[3], q_s.shape[3], q_t.shape[3])
     batch, num_maps, num_tokens = rows.shape
     grouped_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_maps,)](
         *map(_strided, (q_s, k_s, q_t, k_t)), rows, numbers, numbers_t, log_ratio, num_maps, num_tokens, scale_s, scale_t,
@@ -142,7 +152,7 @@ def _launch_forward(
     batch, num_heads, num_tokens, _ = q.shape
     q_t, k_t, rows, scale_t, repeats = (q, k, numbers, scale, 1) if taught is None else taught
     values, out = (q, q) if v is None else (v, out)
-    shape = tile_shape(q.dtype, q.shape[3], values.shape[3], q_t.shape[3])
+    shape = tile_shape("paired" if taught else "alone", q.dtype, q.shape[3], values.shape[3], q_t.shape[3])
     # One axis, blocks of a head side by side: the others end at 65,535, and neighbours share keys in the cache.
     forward_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_heads,)](
         *map(_strided, (q, k, values, q_t, k_t, out)), rows, numbers, num_heads, num_tokens, repeats, scale, scale_t,
@@ -190,25 +200,20 @@ def _gradients(
 
 
 def _launch_backward(grads: tuple[Tensor, ...], operands: tuple, numbers: tuple, fixed: dict[str, int]) -> None:
-    """Two plans with the same tiles. Where there are many heads, one program per head computes everything from one set
-    of tiles; where there are few long sequences, keys and queries are spread over programs, once for grad_k and grad_v
-    and once for grad_q."""
+    """grad_k and grad_v by blocks of keys, grad_q by blocks of rows, with the same tiles.
+
+    One walk for all three would have to add to grad_q in memory: on an H200 that was slower, also for many short sequences.
+    """
     grad_q, grad_k, grad_v = grads
     batch, num_heads, num_tokens, _ = grad_q.shape
-    shape = tile_shape(
-        grad_q.dtype, fixed["D_S"], fixed["D_V"], fixed["D_T"], backward=True, grouped=bool(fixed["GROUPED"])
+    kind = "backward_grouped" if fixed["GROUPED"] else "backward"
+    shape = tile_shape(kind, grad_q.dtype, fixed["D_S"], fixed["D_V"], fixed["D_T"])
+    keys_kernel[(batch * num_heads, triton.cdiv(num_tokens, shape["BLOCK_N"]))](
+        *operands, *map(_strided, (grad_k, grad_v if grad_v.numel() else grad_k)), *numbers, **fixed, **shape
     )
-    whole_head = batch * num_heads >= MANY_HEADS and num_tokens <= SHORT_SEQUENCE
-    one_block = num_tokens <= shape["BLOCK_N"]
-    partial_q = grad_q if one_block or not whole_head else torch.empty_like(grad_q, dtype=torch.float32)
-    written = map(_strided, (grad_q, grad_k, grad_v if grad_v.numel() else grad_k, partial_q))
-    keys_kernel[(batch * num_heads, 1 if whole_head else triton.cdiv(num_tokens, shape["BLOCK_N"]))](
-        *operands, *written, *numbers, WHOLE_HEAD=whole_head, **fixed, **shape
+    queries_kernel[(batch * num_heads, triton.cdiv(num_tokens, shape["BLOCK_M"]))](
+        *operands, _strided(grad_q), *numbers, **fixed, **shape
     )
-    if not whole_head:
-        queries_kernel[(batch * num_heads, triton.cdiv(num_tokens, shape["BLOCK_M"]))](
-            *operands, _strided(grad_q), *numbers, **fixed, **shape
-        )
 
 
 @_gradients.register_fake
@@ -520,64 +525,33 @@ def _place(num_heads, repeats, GROUP_S: tl.constexpr):
 
 
 @triton.jit
-def _key_block(
-    queries, keys_of, sums, grad_q, grad_k, grad_v, partial_q, place, plane, start, num_tokens, scales,
-    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUPED: tl.constexpr, WITH_Q: tl.constexpr,
+def keys_kernel(
+    q_s, grad_out, q_t, k_s, v, k_t, sums, grad_k, grad_v, num_heads, num_tokens, repeats, scale_s, scale_t,
+    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUPED: tl.constexpr,
     D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad_k and grad_v of one block of keys; WITH_Q also adds the block's part to grad_q of every row."""
-    batch, head = place[0], place[1]
+    """grad_k and grad_v of one block of keys."""
     PAIRED: tl.constexpr = HAS_KL and not GROUPED
-    keys = start + tl.arange(0, BLOCK_N)
+    queries, keys_of, scales = (q_s, grad_out, q_t), (k_s, v, k_t), (scale_s, scale_t)
+    place = _place(num_heads, repeats, GROUP_S)
+    plane = tl.num_programs(0).to(tl.int64) * num_tokens
+    keys = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     at_keys = _load(keys_of, place, keys, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
     total_k = tl.zeros((BLOCK_N, padded(D_S)), tl.float32)
     total_v = tl.zeros((BLOCK_N, padded(D_V)), tl.float32)
-    for first_row in range(0, num_tokens, BLOCK_M):
-        rows = first_row + tl.arange(0, BLOCK_M)
+    for start in range(0, num_tokens, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
         row = _row_numbers(sums, place, rows, num_tokens, plane, HAS_OUT, HAS_KL, GROUPED)
         at_rows = _load(queries, place, rows, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
         p, slope = _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
                          HAS_OUT, HAS_KL, GROUP_S, GROUPED)  # fmt: skip
-        slope = slope.to(at_rows[0].dtype)
-        total_k += _dot(tl.trans(slope), at_rows[0])
+        total_k += _dot(tl.trans(slope.to(at_rows[0].dtype)), at_rows[0])
         if HAS_OUT:
             total_v += _dot(tl.trans(p.to(at_rows[1].dtype)), at_rows[1])
-        if WITH_Q:
-            part = tl.zeros((BLOCK_M, padded(D_S)), tl.float32)
-            if start > 0:
-                part = _load_rows(partial_q, batch, head, rows, num_tokens, D_S)
-            part = tl.dot(slope, at_keys[0], part, input_precision="ieee")
-            if start + BLOCK_N < num_tokens:
-                _store_rows(partial_q, batch, head, rows, num_tokens, part, D_S)
-            else:
-                _store_rows(grad_q, batch, head, rows, num_tokens, part * scales[0], D_S)
-    _store_rows(grad_k, batch, head, keys, num_tokens, total_k * scales[0], D_S)
+    _store_rows(grad_k, place[0], place[1], keys, num_tokens, total_k * scale_s, D_S)
     if HAS_OUT:
-        _store_rows(grad_v, batch, head, keys, num_tokens, total_v, D_V)
-
-
-@triton.jit
-def keys_kernel(
-    q_s, grad_out, q_t, k_s, v, k_t, sums, grad_q, grad_k, grad_v, partial_q,
-    num_heads, num_tokens, repeats, scale_s, scale_t,
-    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUPED: tl.constexpr,
-    D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_HEAD: tl.constexpr,
-):  # fmt: skip
-    """One block of keys per program, or with WHOLE_HEAD all blocks of a head in turn, and grad_q with them."""
-    place = _place(num_heads, repeats, GROUP_S)
-    plane = tl.num_programs(0).to(tl.int64) * num_tokens
-    first = tl.program_id(1) * BLOCK_N
-    last = num_tokens if WHOLE_HEAD else first + 1
-    for start in range(first, last, BLOCK_N):
-        _key_block(
-            (q_s, grad_out, q_t), (k_s, v, k_t), sums, grad_q, grad_k, grad_v, partial_q, place, plane, start,
-            num_tokens, (scale_s, scale_t), HAS_OUT, HAS_KL, GROUP_S, GROUPED, WHOLE_HEAD,
-            D_S, D_V, D_T, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        if WHOLE_HEAD:
-            tl.debug_barrier()  # the next block adds to what other threads have just written
+        _store_rows(grad_v, place[0], place[1], keys, num_tokens, total_v, D_V)
 
 
 @triton.jit

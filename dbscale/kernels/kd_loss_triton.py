@@ -20,11 +20,14 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 ONE_LABEL: tl.constexpr = tl.constexpr(0)
 TWO_LABELS: tl.constexpr = tl.constexpr(1)
 SOFT: tl.constexpr = tl.constexpr(2)
+KEEP: tl.constexpr = tl.constexpr("evict_last")  # what the first walk reads, the second reads again
+DROP: tl.constexpr = tl.constexpr("evict_first")
 WIDE: tl.constexpr = tl.constexpr(8)
 """Neighbouring columns of one thread, which sums them without an exchange."""
-MAX_BLOCK = 2048
-"""Columns a program holds at a time: 8 per thread with 8 warps, of which an H200 makes 1.2 times the speed of 16 with twice
-as many columns."""
+WIDE_BLOCK, NARROW_BLOCK = 2048, 256
+"""Columns a program holds at a time, 8 per thread. A narrow row is one warp's, which waits for no other and is 1.5 times as
+fast at C = 1,000 as four; of a wide row 8 warps are 1.2 times as fast as 16 (H200, docs/benchmarks/kernels.md)."""
+NARROW_ROW = 2048
 SCALERS = 1056
 """Programs that scale a gradient: eight per processor of an H100, for what mostly finds nothing to do."""
 
@@ -84,8 +87,8 @@ def _launch(
 
 
 def launch_shape(num_classes: int) -> tuple[int, int]:
-    """(columns per step, warps) of a program: 8 columns per thread."""
-    block = min(max(triton.next_power_of_2(num_classes), 256), MAX_BLOCK)
+    """(columns per step, warps) of a program."""
+    block = NARROW_BLOCK if num_classes <= NARROW_ROW else WIDE_BLOCK
     return block, block // 256
 
 
@@ -168,7 +171,8 @@ def _is_whole(start, skew, num_classes, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _tile(matrix, row, start, skew, num_classes, other, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+def _tile(matrix, row, start, skew, num_classes, other, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+          POLICY: tl.constexpr):  # fmt: skip
     """float32 columns start − skew … of a row, `other` outside it; matrix = (pointer, row stride, column stride).
 
     The skew puts every tile on a 16-byte boundary, so that memory is read in vectors also where C is odd.
@@ -176,10 +180,12 @@ def _tile(matrix, row, start, skew, num_classes, other, GROUPS: tl.constexpr, VE
     lanes = _columns(start, GROUPS)
     address = matrix[0] + tl.multiple_of(row * matrix[1] - skew, VECTOR) + lanes.to(tl.int64) * matrix[2]
     if _is_whole(start, skew, num_classes, GROUPS):
-        values = tl.load(address).to(tl.float32)
+        values = tl.load(address, eviction_policy=POLICY).to(tl.float32)
     else:
         inside = (lanes >= skew) & (lanes - skew < num_classes)
-        values = tl.where(inside, tl.load(address, mask=inside, other=0.0).to(tl.float32), other)
+        values = tl.where(
+            inside, tl.load(address, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32), other
+        )
     return values
 
 
@@ -230,8 +236,8 @@ def _statistics(student, teacher, row, skew, num_classes, rate, usual_gap, SMOOT
     sum_s = tl.zeros((GROUPS,), tl.float32)
     max_t, sum_t, sum_1, gaps, spread = max_s, sum_s, sum_s, sum_s, sum_s
     for start in range(0, num_classes + skew, GROUPS * WIDE):
-        z_s = _tile(student, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR)
-        z_t = _tile(teacher, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR)
+        z_s = _tile(student, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, KEEP)
+        z_t = _tile(teacher, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, KEEP)
         lowered, gap = _gap(z_s, z_t, usual_gap, start, skew, num_classes, GROUPS)
         if SMOOTH:
             spread += tl.sum(lowered, 1)
@@ -263,8 +269,8 @@ def _soft_sums(
     mass = tl.zeros((GROUPS,), tl.float32)
     expected = mass
     for start in range(0, num_classes + skew, GROUPS * WIDE):
-        z = _tile(student, row, start, skew, num_classes, 0.0, GROUPS, VECTOR) - max_s
-        y = _tile(soft, row, start, skew, num_classes, 0.0, GROUPS, SOFT_VECTOR)
+        z = _tile(student, row, start, skew, num_classes, 0.0, GROUPS, VECTOR, KEEP) - max_s
+        y = _tile(soft, row, start, skew, num_classes, 0.0, GROUPS, SOFT_VECTOR, KEEP)
         mass += tl.sum(y, 1)
         expected += tl.sum(tl.where(y != 0.0, y * z, 0.0), 1)
     return tl.sum(mass, 0), tl.sum(expected, 0)
@@ -291,18 +297,18 @@ def _write_slopes(student, teacher, soft, grad, row, skew, num_classes, rate, sh
                   GROUPS: tl.constexpr, VECTOR: tl.constexpr, SOFT_VECTOR: tl.constexpr):  # fmt: skip
     """Last walk: the gradient, but for what hard labels add at theirs."""
     for start in range(0, num_classes + skew, GROUPS * WIDE):
-        z_s = _tile(student, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR)
-        z_t = _tile(teacher, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR)
+        z_s = _tile(student, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, DROP)
+        z_t = _tile(teacher, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, DROP)
         y = 0.0
         if HAS_SOFT:
-            y = _tile(soft, row, start, skew, num_classes, 0.0, GROUPS, SOFT_VECTOR)
+            y = _tile(soft, row, start, skew, num_classes, 0.0, GROUPS, SOFT_VECTOR, DROP)
         slope = _slope(z_s, z_t, y, rate, shifts, slopes, SQUARINGS)
         lanes = _columns(start, GROUPS)
         address = grad + tl.multiple_of(row * num_classes - skew, VECTOR) + lanes
         if _is_whole(start, skew, num_classes, GROUPS):
-            tl.store(address, slope)
+            tl.store(address, slope, eviction_policy=DROP)
         else:
-            tl.store(address, slope, mask=(lanes >= skew) & (lanes - skew < num_classes))
+            tl.store(address, slope, mask=(lanes >= skew) & (lanes - skew < num_classes), eviction_policy=DROP)
 
 
 @triton.jit

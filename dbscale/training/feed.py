@@ -59,8 +59,11 @@ def _ahead(made: Iterator[Fed], device: torch.device) -> Iterator[Fed]:
     stream = torch.cuda.Stream(device)
 
     def fetch() -> tuple[Fed | None, torch.cuda.Event]:
+        is_there = torch.cuda.Event()
         with torch.cuda.stream(stream):
-            return next(made, None), stream.record_event()
+            fed = next(made, None)
+            is_there.record()
+        return fed, is_there
 
     with ThreadPoolExecutor(1, "feed") as thread:
         coming = deque(thread.submit(fetch) for _ in range(AHEAD))
@@ -89,9 +92,10 @@ def _on_device(
     batch: Batch, step: int, recipe: Recipe, num_classes: int, transform: Transform | None, device: torch.device
 ) -> Fed:
     assert isinstance(batch.images, Tensor), "lists of pixels are transformed in the loader"
-    # uint8 where the device augments, a quarter of the bytes; only pinned memory is copied while the host goes on.
-    images = batch.images.pin_memory() if device.type == "cuda" else batch.images
-    images, target = images.to(device, non_blocking=True), targets_of(batch, device)
+    if device.type == "cuda":  # only pinned memory is copied while the host goes on
+        batch = batch._replace(images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
+    # uint8 where the device augments, a quarter of the bytes
+    images, target = batch.images.to(device, non_blocking=True), targets_of(batch, device)  # type: ignore[union-attr]
     if transform is not None:
         images = transform(images, epoch=batch.epoch, sample_ids=batch.sample_ids)
     augment = recipe.training.augment

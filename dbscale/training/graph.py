@@ -65,7 +65,9 @@ class CapturedStep:
         for kept, given in zip(self._batch, _parts(images, target), strict=True):
             kept.copy_(given, non_blocking=True) if isinstance(given, Tensor) else kept.fill_(given)
         self._graph.replay()
-        self._queued.append(torch.cuda.current_stream().record_event())
+        taken = torch.cuda.Event()
+        taken.record()
+        self._queued.append(taken)
         if len(self._queued) > MOST_QUEUED:
             self._queued.popleft().synchronize()
         return self._losses

@@ -287,13 +287,7 @@ def test_repeats_are_bitwise_equal(backend, device) -> None:
 
 @pytest.mark.parametrize("wants", ["both", "kl", "out"])
 @pytest.mark.parametrize(("tokens", "head_map"), [(16, "repeat"), (70, "repeat"), (34, "mean")])
-def test_backward_of_whole_heads(backend, device, tolerance, monkeypatch, tokens, head_map, wants) -> None:
-    """What large batches take: all blocks of a head in one program, the gradient of q added up between them."""
-    if backend != "triton":
-        pytest.skip("only the kernels cut their work by the number of heads")
-    from dbscale.kernels import attention_kl_triton
-
-    monkeypatch.setattr(attention_kl_triton, "MANY_HEADS", 1)
+def test_the_gradient_of_one_result_alone(backend, device, tolerance, tokens, head_map, wants) -> None:
     given_ = draw(device, 2, (2, 1), tokens, (24, 16))
     options = {"wants": wants, "head_map": head_map, "backend": backend}
     check(run(given_, **options), reference(given_, **options), tolerance)

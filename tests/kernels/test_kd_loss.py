@@ -129,6 +129,19 @@ def test_drawn_shapes(backend, device, tolerance, rows, classes, alpha, temperat
     check(run(student, teacher, target, **options), reference(student, teacher, target, **options), 2 * tolerance)
 
 
+def test_a_gradient_of_many_rows_is_scaled_whole(backend, device, tolerance, monkeypatch) -> None:
+    if backend != "triton":
+        pytest.skip("only the kernels scale a finished gradient")
+    from dbscale.kernels import kd_loss_triton
+
+    monkeypatch.setattr(kd_loss_triton, "SCALERS", 2)
+    student, teacher = torch.randn(2, 5, 11, device=device)
+    target = make_target("hard", 5, 11, device)
+    for reduction in ("sum", "none"):
+        options = {"reduction": reduction, "backend": backend, "upstream": 3.0}
+        check(run(student, teacher, target, **options), reference(student, teacher, target, **options), tolerance)
+
+
 @pytest.mark.parametrize("delta", [0.1, 1.0])
 @pytest.mark.parametrize("shift", [96.0, 1000.0])
 def test_a_large_common_shift_costs_no_digits(backend, device, delta, shift) -> None:
