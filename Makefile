@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fix docs test test-slow test-slurm chaos shards plan grid hunt status cancel reduce report export clean \
-        bench bench-accuracy bench-data bench-dense bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch replicate mutants
+        bench bench-accuracy bench-data bench-dense bench-train bench-cells bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch replicate mutants
 
 help: ## List the targets
 	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
@@ -94,13 +94,14 @@ bench-accuracy: ## CIFAR-10 by our loop and by timm's (ARGS="--cifar cifar-10-ba
 bench-data: ## Loader and decoding beside their peers
 bench-dense: ## Segmentation and its loader beside classification
 bench-train: ## The loop beside a hand-written one
+bench-cells: ## Many small cells on one GPU, alone and side by side (needs one)
 bench-kernels: ## Distillation losses beside eager and torch.compile
 bench-laws: ## Fits of public tables, with time per fit
 bench-verdicts: ## Verdicts of simulated studies with real noise (ARGS="rows.parquet --worlds 600")
 bench-hunt: ## Hunts in simulated worlds beside fixed grids (ARGS="--worlds 600 --cache hunts.jsonl")
 bench-pages: ## The same through whole pages, with the demo's noise (hours; type it again to go on)
 bench-launch: ## Planning, submitting and reducing large grids
-bench-accuracy bench-data bench-dense bench-train bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch: $(STAMP)
+bench-accuracy bench-data bench-dense bench-train bench-cells bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch: $(STAMP)
 	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
 
 replicate: $(STAMP) ## Run the grid ten times with other seeds and compare the verdicts (hours; type it again to resume)

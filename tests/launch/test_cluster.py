@@ -140,6 +140,16 @@ def test_overrides_come_before_validation(tmp_path: Path) -> None:
         load_cluster("local", ["worker=3"])
 
 
+def test_cells_share_a_gpu(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    shared = load_cluster("shared_gpu")
+    assert shared.num_workers() == 2 * shared.cells_per_device > 2
+    assert load_cluster("shared_gpu", ["cells_per_device=3", "resources.num_processes=2"]).num_workers() == 3
+    assert load_cluster("local").num_workers() == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert load_cluster("shared_gpu").num_workers() == load_cluster("local").num_workers()  # no GPU: cores, as ever
+
+
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="did you mean 'local'"):
         load_cluster("locla")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dbscale.study.recipe import Budget, Data, DeiT, Optim, Recipe, TimmModel, Training
+from dbscale.study.resources import Resources
+from dbscale.training.graph import can_capture
 from dbscale.training.models import freeze_backbone, make_model
-from dbscale.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from dbscale.training.optimizer import keep_rates_on, learning_rate, make_optimizer, set_learning_rate
 
 MODEL = DeiT(heads=2, head_width=8, depth=3, patch_size=4)
 
@@ -69,3 +74,38 @@ def test_linear_probe_optimizes_the_head_alone():
     freeze_backbone(model)
     groups = make_optimizer(model, Optim(lr=1e-3)).param_groups
     assert sum(each.numel() for group in groups for each in group["params"]) == 5 * 512 + 5
+
+
+def test_rates_on_the_device_are_those_of_the_groups():
+    numbers, tensors = (
+        make_optimizer(make_model(MODEL, num_classes=3, image_size=16), Optim(lr=1e-3, layer_decay=0.5)) for _ in "12"
+    )
+    keep_rates_on(torch.device("cpu"), tensors)
+    places = [group["lr"].data_ptr() for group in tensors.param_groups]
+    for rate in (0.25, 0.1):
+        set_learning_rate(numbers, rate)
+        set_learning_rate(tensors, rate)
+        rates = [group["lr"] for group in tensors.param_groups]
+        assert [float(each) for each in rates] == pytest.approx(
+            [group["lr"] for group in numbers.param_groups], rel=1e-6
+        )
+    assert [each.data_ptr() for each in rates] == places  # a recorded step reads where it was recorded
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, True), ({"cuda_graph": False}, False), ({"zero_stage": 0}, False), ({"compile": True}, False),
+        ({"teacher_cache": True}, False), ({"device": "cpu"}, False), ({"ranks": 2}, False), ({"precision": "fp16"}, False),
+        ({"precision": "bf16"}, True), ({"loss_terms": {"mine": 1.0}}, False),
+    ],
+)  # fmt: skip
+def test_only_steps_that_repeat_themselves_are_recorded(changes, wanted):
+    how = {name: changes[name] for name in ("cuda_graph", "zero_stage", "compile", "teacher_cache") if name in changes}
+    of_training = {name: changes[name] for name in ("precision", "loss_terms") if name in changes}
+    cell = recipe()
+    cell = cell.model_copy(update={"training": cell.training.model_copy(update=of_training)})
+    accelerator = SimpleNamespace(
+        device=torch.device(changes.get("device", "cuda")), num_processes=changes.get("ranks", 1)
+    )
+    assert can_capture(cell, Resources(**{"zero_stage": None, **how}), accelerator) == wanted
