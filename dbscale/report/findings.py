@@ -30,7 +30,7 @@ from dbscale.report.words import answers, count, listed, note, notes_of, where
 from dbscale.study.cell import canonical_json
 from dbscale.study.store import Store
 
-METHOD_VERSION = 10
+METHOD_VERSION = 11
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
 """Of a table that comes without a grid."""
