@@ -228,11 +228,11 @@ def exchange_rates(laws: Selection, point: Mapping[str, float], level: float = 0
 
 
 def _slopes(laws: Selection, point: Mapping[str, float], name: str) -> np.ndarray:
-    """∂E/∂lever at the point, for the average and then for each draw [1 + S]."""
+    """∂E/∂lever at the point, but for one factor that all levers share, for the average and then for each draw [1 + S]."""
     factors = np.array([0.99, 1.01])
     ends = {n: v * (factors if n == name else np.ones(2)) for n, v in point.items()}
     errors = np.concatenate([laws.predict(ends)[None], laws.draws(ends)])
-    return (errors[:, 1] - errors[:, 0]) / np.log(1.01 / 0.99) / point[name]
+    return (errors[:, 1] - errors[:, 0]) / point[name]
 
 
 def _ends(values: np.ndarray, level: float) -> tuple[float, float]:

@@ -74,7 +74,7 @@ def log_ticks(values: Iterable[float]) -> list[float]:
     known = [value for value in values if value > 0]
     low, high = min(known) * 0.97, max(known) * 1.03
     fine = [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8] if high < 4 * low else [1, 2, 5]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     return [digit * 10.0**decade for decade in decades for digit in fine if low <= digit * 10.0**decade <= high]
 
 
@@ -217,9 +217,9 @@ def error_figure(
     own = _worth_drawing(runs.pretrained.where(setting=setting), axis)
     rows = [_run_row(PANELS[axis].format(run), run, getattr(run, axis), getattr(run, metric)) for run in own]
     panels = {row["panel"] for row in rows}
-    if axis == "upstream_samples":  # a run without upstream data has no place on a log axis: a level
-        levels = (_run_row(PANELS[axis].format(run), run, None, getattr(run, metric)) for run in runs.scratch)
-        rows += [row | {"part": "level"} for row in levels]
+    # A run without upstream data has no place on a log axis of D_p: a level, and over another axis no panel.
+    levels = (_run_row(PANELS[axis].format(run), run, None, getattr(run, metric)) for run in runs.scratch)
+    rows += [row | {"part": "level"} for row in levels]
     for curve in laws.curves:
         if (curve.setting, curve.metric, curve.axis) == (setting, metric, axis):
             names = {"panel": PANELS[axis].format(curve), "part": "law", "arm": curve.arm}

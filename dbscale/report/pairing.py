@@ -139,12 +139,13 @@ def _left_over(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequenc
         f"{len(left)} of {len(side)} {what} of {name}"
         for left, side, name in zip(lone, sides, names, strict=True) if left
     ]  # fmt: skip
-    why = _why([left or side for left, side in zip(lone, sides, strict=True)], columns, names) if counts else ""
+    why = _why([left or side for left, side in zip(lone, sides, strict=True)], columns, names, lone) if counts else ""
     return [f"{' and '.join(counts)} have no partner; {why}"] if counts else []
 
 
-def _why(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequence[str]) -> str:
-    """The columns in which the sides share no value; without such a column an example of what only one side has."""
+def _why(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequence[str], lone: Sequence[set[Key]] = ()) -> str:
+    """The columns in which the sides share no value; without such a column an example of what only one side has: one of
+    `lone`, by default any of the sides, which have nothing in common then."""
     values = [[{key[place] for key in side} for side in sides] for place in range(len(columns))]
     hints = ["".join(f" ({hint})" for hint in near_spellings(one ^ other)) for one, other in values]
     apart = [
@@ -153,9 +154,10 @@ def _why(sides: Sequence[set[Key]], columns: Sequence[str], names: Sequence[str]
     ]  # fmt: skip
     if apart:
         return "; ".join(apart)
-    lone = min(sides[0] - sides[1] or sides[1] - sides[0], key=_rank)
-    has, lacks = names if lone in sides[0] else names[::-1]
-    row = ", ".join(f"{column} {_few([value])}" for column, value in zip(columns, lone, strict=True))
+    first, second = lone or sides
+    has, lacks = names if first else names[::-1]
+    example = min(first or second, key=_rank)
+    row = ", ".join(f"{column} {_few([value])}" for column, value in zip(columns, example, strict=True))
     return f"{has} has a row with {row}, {lacks} has none" + "".join(hints)
 
 

@@ -73,7 +73,7 @@ def limit_of(work: ReduceWork) -> int:
     return min(MAX_HAND_INS, work.cluster.requeue_limit)
 
 
-def lost_tasks(store: Store, queued: Queued, found: Mapping[str, Standing], *, unrecorded: bool = False) -> list[Task]:
+def lost_tasks(store: Store, queued: Queued, found: Mapping[str, Standing], *, unrecorded: bool) -> list[Task]:
     """What is left of the newest submission of each cell: not what is done, waits, runs or was cancelled, nor what failed
     or lacks a parent that did. `unrecorded`: also what no record names, as where one was damaged."""
     endings = queued.endings({record.job for record in queued.records if record.job is not None})

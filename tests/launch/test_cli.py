@@ -19,11 +19,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dbscale.errors import VERBOSITY, log_to_stderr
+from dbscale.errors import VERBOSITY, ConfigError, log_to_stderr
 from dbscale.launch.cli import main, make_parser
 from dbscale.launch.cluster import CONFIGS
+from dbscale.launch.commands.cells import as_launched
+from dbscale.launch.commands.laws import mixed
 from dbscale.launch.commands.plan import design_of
 from dbscale.launch.study import DEFAULT_GRID, plan_study, study_of
+from dbscale.report.reader import parse_sheet
+from dbscale.study.resources import Resources
 
 
 @pytest.fixture
@@ -234,6 +238,14 @@ def test_fit_keeps_to_bounds_and_says_what_it_pooled(tmp_path: Path, capsys: pyt
     assert "although" not in capsys.readouterr().out
 
 
+def test_words_that_sort_rows_into_groups_are_pointed_at() -> None:
+    """Three rows a group at least; numbers, one word for all and columns that the law uses are no groups."""
+    text = "x,half,third,one,size\n" + "".join(f"{k},{'ab'[k % 2]},{'abc'[k % 3]},w,{k % 2}\n" for k in range(6))
+    sheet = parse_sheet(text.encode(), "t.csv")
+    assert mixed(sheet, {"x"}) == {"half": ["a", "b"]}
+    assert mixed(sheet, {"x", "half"}) == {}
+
+
 @pytest.mark.parametrize(
     ("words", "grid"),
     [
@@ -267,8 +279,6 @@ def test_the_script_for_accelerate_runs_a_cell_as_the_command_does(tmp_path: Pat
 
 
 def test_shipped_deepspeed_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dbscale.errors import ConfigError
-    from dbscale.launch.cluster import CONFIGS
     from dbscale.launch.commands.cells import _deepspeed_config
 
     monkeypatch.chdir(tmp_path)
@@ -277,6 +287,46 @@ def test_shipped_deepspeed_configs_are_found_from_any_folder(tmp_path: Path, mon
     assert _deepspeed_config("own.json") == tmp_path / "own.json"
     with pytest.raises(ConfigError, match=r"names nowhere\.json, which is neither here nor in"):
         _deepspeed_config("nowhere.json")
+
+
+def test_accelerate_says_which_engine_and_how_many_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Resources(num_processes=4, zero_stage=3, threads=2)
+    for name in ("MIXED_PRECISION", "USE_DEEPSPEED", "DEEPSPEED_ZERO_STAGE", "DEEPSPEED_CONFIG_FILE"):
+        monkeypatch.delenv(f"ACCELERATE_{name}", raising=False)
+    assert as_launched(own) == own, "not under accelerate launch"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert as_launched(own) == Resources(num_processes=1, zero_stage=None, threads=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert as_launched(own) == Resources(num_processes=2, zero_stage=2, threads=2), "Accelerate's own default"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+    assert as_launched(own).zero_stage == 0
+    path = tmp_path / "own.json"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    path.write_text('{"zero_optimization": {"stage": 1}}')
+    assert as_launched(own).zero_stage == 1
+    for content in ("{}", '{"zero_optimization": {}}', '{"zero_optimization": {"stage": "two"}}', "[]"):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=r"own\.json names no zero_optimization\.stage"):
+            as_launched(own)
+
+
+def test_a_damaged_plan_is_written_anew_by_submit(dbscale: Any, workplace: Any) -> None:
+    assert dbscale("submit", "--cluster", "inline")[0] == 0
+    path = workplace.store.grid_dir("tiny") / "plan.json"
+    whole = path.read_text()
+    path.write_text("{")
+    assert dbscale("submit", "--cluster", "inline")[0] == 0
+    assert json.loads(path.read_text())["points"] == json.loads(whole)["points"]
+
+
+@pytest.mark.parametrize("missing", ["--dp", "--df", "--params"])
+def test_advice_needs_a_place_on_every_axis(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for option in ("--dp", "--df", "--params") if option != missing for word in (option, "1k")]
+    with pytest.raises(SystemExit) as ended:
+        main(["advise", "--table", "rows.csv", *words])
+    assert ended.value.code == 2 and missing in capsys.readouterr().err
 
 
 def test_a_dataset_without_test_split_is_refused_by_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dbscale.errors import ConfigError
+from dbscale.launch import sbatch_options
 from dbscale.launch.cluster import CONFIGS, Cluster, load_cluster, tasks_of
 from dbscale.strict import validate
 from dbscale.study.cost import CostModel
@@ -138,6 +139,48 @@ def test_overrides_come_before_validation(tmp_path: Path) -> None:
     assert load_cluster("local", ["workers=3"]).num_workers() == 3
     with pytest.raises(ConfigError, match="did you mean 'workers'"):
         load_cluster("local", ["worker=3"])
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "taken", "refused"),
+    [("cluster", "workers", 1, 0), ("cluster", "cells_per_device", 1, 0), ("cluster", "target_min", 1e-9, 0.0),
+     ("cluster", "requeue_limit", 0, -1), ("slurm", "nodes", 1, 0), ("slurm", "cpus_per_task", 1, 0),
+     ("slurm", "memory_gb", 1e-9, 0.0), ("slurm", "memory_per_cpu_gb", 1e-9, 0.0), ("slurm", "time_limit_min", 1, 0),
+     ("slurm", "signal_delay_s", 1, 0), ("slurm", "array_parallelism", 1, 0), ("slurm", "array", 1, 0),
+     ("slurm", "gpus_per_node", 0, -1), ("slurm", "setup", ("x" * 4096,), ("x" * 4097,)),
+     ("slurm", "partition", "p" * 256, "p" * 257)],
+)  # fmt: skip
+def test_every_field_of_a_cluster_ends_where_it_says(section: str, name: str, taken: Any, refused: Any) -> None:
+    def made(value: Any) -> Any:
+        data = {"executor": "slurm", "slurm": {}} | (
+            {name: value} if section == "cluster" else {"slurm": {name: value}}
+        )
+        cluster = Cluster.model_validate(data)
+        return getattr(cluster if section == "cluster" else cluster.slurm, name)
+
+    assert made(taken) == taken
+    with pytest.raises(ValueError, match=name):
+        made(refused)
+
+
+def test_what_a_cluster_file_leaves_out() -> None:
+    cluster = Cluster.model_validate({"executor": "slurm", "slurm": {}})
+    known = {"workers": "auto", "cells_per_device": 1, "target_min": 5.0, "requeue_limit": 3, "device": "cpu"}
+    assert known.items() <= cluster.model_dump().items()
+    asked = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "memory_gb": None, "time_limit_min": 240,
+             "signal_delay_s": 120, "array_parallelism": 64, "array": True, "sbatch": {}, "setup": ()}  # fmt: skip
+    assert cluster.slurm is not None and asked.items() <= cluster.slurm.model_dump().items()
+    assert [cluster.model_copy(update={"slurm": cluster.slurm.model_copy(update={"array": array})}).slurm.array_limit
+            for array in (True, False, 1, 500)] == [None, 1, 1, 500]  # fmt: skip
+
+
+def test_the_first_option_that_sbatch_lacks_is_named_with_the_nearest() -> None:
+    known = sbatch_options.names_in("  --mail-type=type   notify\n  -A, --account=name\n  --comment=name\n")
+    assert known == {"mail-type", "account", "comment"}
+    sbatch_options.check_names(["mail-type", "comment"], known, where="sbatch here")
+    for name, told in (("mail-typ", "did you mean 'mail-type'"), ("account", "known: comment, mail-type|did you mean")):
+        with pytest.raises(ConfigError, match=f"slurm.sbatch.{name}: sbatch here has no option --{name}; .*{told}"):
+            sbatch_options.check_names(["comment", name], known, where="sbatch here")
 
 
 def test_cells_share_a_gpu(monkeypatch) -> None:

@@ -122,6 +122,9 @@ def test_a_budget_is_split_by_the_laws_of_both_arms(tmp_path: Path, capsys) -> N
     assert main([*words, "--budget", "500"]) == 0
     out = capsys.readouterr().out
     assert "digits: distilled (better in 100% of the draws)" in out
+    own, other = re.search(r"expected error ([\d.]+) \([\d.]+ to [\d.]+\); the other arm ([\d.]+)\n", out).groups()
+    assert float(own) == pytest.approx(0.9 * float(other), rel=0.02)
+    assert "0.00\n" not in out, "what costs nothing has no line"
     spent = {name: float(re.search(rf"{name} +([\d.,]+)\n", out)[1].replace(",", "")) for name in
              ("upstream_images", "downstream_labels")}  # fmt: skip
     # Exponents .3 : .2 spend 3 : 2.

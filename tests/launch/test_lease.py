@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -138,3 +139,36 @@ def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
     path.symlink_to(tmp_path / "precious")
     assert Leases().take(path) is None
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_a_lease_is_renewed_six_times_within_its_limit_by_a_thread_that_nothing_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, leases, waits = tmp_path / ".lease", Leases(limit_s=12.0), []
+    descriptor = leases.take(path)
+    assert descriptor is not None
+    os.utime(path, (1, 1))
+
+    class Released(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            return len(waits) > 2
+
+    leases._renew(path, descriptor, Released(), never)
+    assert waits == [2.0, 2.0, 2.0] and path.stat().st_mtime > 1
+    os.close(descriptor)
+    path.unlink()
+    before = set(threading.enumerate())
+    with leases.hold(path, never):
+        (renewer,) = set(threading.enumerate()) - before
+        assert renewer.daemon
+
+
+def test_others_may_read_who_holds_a_lease(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        descriptor = Leases().take(tmp_path / ".lease")
+    finally:
+        os.umask(before)
+    assert descriptor is not None and (tmp_path / ".lease").stat().st_mode & 0o777 == 0o644
+    os.close(descriptor)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +24,10 @@ from dbscale.launch.slurm.job import (
     Work,
     decide_when_stopped,
     failed_in_this_job,
+    master_address,
     record_of,
     requeue_lines,
+    run_element,
 )
 from dbscale.launch.slurm.queue import SubmitRecord, make_uid, write_record
 from dbscale.launch.worker import LOST_EXIT, Rank, Result, record_death
@@ -191,6 +193,66 @@ def test_what_failed_in_an_earlier_start_of_the_job_is_not_tried_again(workplace
         store.write_attempt(inline_cell, attempt.model_copy(update={"job": job}))
         assert failed_in_this_job(store, inline_cell, JOB) is expected
         assert not failed_in_this_job(store, inline_cell, JobIdentity("12_3", "17", 0))
+
+
+def test_what_rank_0_recorded_meanwhile_stands_and_while_it_hangs_is_waited_for(
+    workplace: Any, inline_cell: str, runs: Callable[..., CellRuns], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, slept = workplace.store, []
+    monkeypatch.setattr("dbscale.launch.slurm.job.RECORD_WAIT_S", 0.05)
+    monkeypatch.setattr("dbscale.launch.slurm.job.time.sleep", slept.append)
+    record_death(store, inline_cell, "before", "log")
+    last = store.last_attempt(inline_cell)
+    store.write_attempt(inline_cell, last.model_copy(update={"number": 2, "status": "running", "ended": None}))
+    answer = Result(inline_cell, "failed", "no memory", Failure.MEMORY)
+    with pytest.raises(SystemExit):
+        runs(Rank(1, 1, 2, 2)).run(lambda key: answer, inline_cell)
+    assert slept and store.last_attempt(inline_cell).reason == "rank 1: no memory", "rank 0 left it open"
+    store.write_attempt(inline_cell, last.model_copy(update={"number": 3, "reason": "rank 0 says so"}))
+    for rank in (0, 1):
+        with pytest.raises(SystemExit):
+            runs(Rank(rank, rank, 2, 2)).run(lambda key: answer, inline_cell)
+        assert store.last_attempt(inline_cell).reason == "rank 0 says so"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_blocked_cell_gets_a_second_turn_where_no_other_rank_looks_at_another_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("dbscale.launch.slurm.job.worker.run_bundle", lambda keys, *_, **options: given.update(
+        options, keys=keys))  # fmt: skip
+    monkeypatch.setattr("dbscale.launch.slurm.job.worker.watch", lambda *_: None)
+    monkeypatch.setattr("dbscale.launch.slurm.job.log_of_job", lambda folder: str(folder / "log"))
+    monkeypatch.setattr("dbscale.launch.slurm.job.Rank.of_job", lambda: Rank(0, 0, world_size, world_size))
+    monkeypatch.setattr("dbscale.launch.slurm.job.JobIdentity.of_job", lambda: JOB)
+    monkeypatch.setattr("dbscale.launch.slurm.job.master_address", lambda: "n1")
+    monkeypatch.setattr("os.environ", {"SLURM_ARRAY_TASK_ID": "1"})
+    store, uid = Store(tmp_path / "out"), make_uid()
+    work = Work(store=str(store.root), grid="tiny", uid=uid, data="data", resources=Resources(), requeue_limit=1)
+    elements = (("a",), ("b", "c"))
+    record = SubmitRecord(uid=uid, grid="tiny", kind="bundles", wave=1, created=0.0, elements=elements)
+    record.folder(store).mkdir(parents=True)
+    run_element(work, record, StopRequest())
+    assert (given["keys"], given["job"], given["second_turns"]) == (["b", "c"], "12_3.1", world_size == 1)
+    assert (record.folder(store) / "1.fence").read_text() == "1\n"
+
+
+def test_ranks_meet_at_the_first_node_by_name_or_at_the_address_that_started_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dbscale.launch.slurm.job.JobEnvironment", lambda: SimpleNamespace(hostnames=["n1", "n2"]))
+    monkeypatch.setattr("socket.gethostbyname", {"n1": "10.0.0.1", "n2": "10.0.0.2"}.__getitem__)
+    assert master_address() == "10.0.0.1"
+
+    def unknown(name: str) -> str:
+        raise OSError(name)
+
+    monkeypatch.setattr("socket.gethostbyname", unknown)
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.9.9.9")
+    assert master_address() == "10.9.9.9"
+    monkeypatch.delenv("SLURM_LAUNCH_NODE_IPADDR")
+    assert master_address() == "127.0.0.1"
 
 
 def test_a_rank_that_fails_alone_records_why_and_ends_the_job(

@@ -65,6 +65,8 @@ def test_what_the_queue_holds_of_a_grid(slurm: Path, tmp_path: Path) -> None:
     assert found.reducers == [99]
     assert found.will_be_reduced(["c", "a"]) and not found.will_be_reduced(["c", "e"])
     assert found.headline == "0 jobs run and 2 wait in SLURM, the reducer is job 99"
+    (slurm / "queue").write_text("12|1|RUNNING\n12|0|RUNNING\n99|N/A|PENDING\n")
+    assert read_queued(store, "tiny").headline == "2 jobs run and 1 wait in SLURM, the reducer is job 99"
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff", b"{}", b"[]"])

@@ -36,7 +36,12 @@ def records(workplace: Any) -> list[dict[str, Any]]:
 
 
 def test_one_array_a_wave_and_a_reducer_after_all(submit: Any, slurm: Path, workplace: Any) -> None:
-    assert submit()[0] == 0
+    code, out = submit()[:2]
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("submitted")] == [
+        "submitted 4 bundles of wave 1 as job 101", "submitted 2 bundles of wave 2 as job 102, after 101",
+        "submitted the reducer as job 103, after 101, 102",
+    ]  # fmt: skip
     first, second, reducer = scripts(slurm)
     assert "#SBATCH --array=0-3%4" in first
     assert "--dependency" not in first

@@ -13,7 +13,18 @@ import pytest
 
 from dbscale.files import ProcessMark
 from dbscale.launch.slurm.queue import Element, Queued, SubmitRecord
-from dbscale.launch.status import Status, device_seconds, headline, read_status, state_of, table
+from dbscale.launch.status import (
+    Status,
+    device_seconds,
+    headline,
+    hunt_as_data,
+    hunt_lines,
+    read_status,
+    render,
+    state_of,
+    table,
+)
+from dbscale.study.hunt import Bought, Finding, HuntLog, WaveRecord, write_log
 from dbscale.study.plan import PlanRecord, PointRecord
 from dbscale.study.store import Attempt, Progress, Row, Standing, Store, Timing
 
@@ -123,6 +134,20 @@ def test_troubles_name_reason_and_log(store: Store) -> None:
     assert len(found) == 3
 
 
+def test_of_many_troubles_the_first_are_listed_and_the_rest_counted(store: Store) -> None:
+    for key in ("t", "p", "d"):
+        store.write_attempt(key, attempt(status="failed", reason=f"why {key}", log=f"/log/{key}", ended=time.time()))
+    status = read_status(store, PLAN, store.standings(PLAN.cells), None)
+
+    def listed(limit: int | None) -> list[str]:
+        lines = render(status, store, limit=limit).splitlines()
+        return lines[lines.index("failed:") + 1 :]
+
+    of = {key: [f"  {key}", f"    why {key}", f"    log: /log/{key}"] for key in "tpd"}
+    assert listed(None) == listed(3) == [*of["t"], *of["p"], *of["d"]]
+    assert listed(2) == [*of["t"], *of["p"], "  … and 1 more (--all lists them)"]
+
+
 def element(state: str) -> Element:
     return Element(101, 0, state)
 
@@ -150,6 +175,49 @@ def test_the_queue_knows_better_than_a_heartbeat(store: Store) -> None:
     silent = Queued(store, error="SLURM does not answer")
     assert state_of("gone", of_job, silent) == "running"
     assert silent.headline.startswith("SLURM does not answer; what follows is from the store alone")
+
+
+def hunt_log(*waves: WaveRecord) -> HuntLog:
+    return HuntLog(grid="tiny", along="upstream_samples", span=(16, 64), target_octaves=1.5, level=0.9, budget_s=7200.0,
+                   waves=waves)  # fmt: skip
+
+
+def wave(*findings: Finding, number: int = 1, **fields: Any) -> WaveRecord:
+    given = {"number": number, "created": 0.0, "spent_s": 1800.0, "verdict_level": 0.95, "bought": ()} | fields
+    return WaveRecord(findings=findings, **given)
+
+
+FOUND = Finding(target="down", kind="crossing", root=4000.0, low=2000.0, high=8000.0, doubt=0.25, num_pairs=7)
+
+
+def test_a_hunt_says_what_is_known_what_it_cost_and_what_comes_next() -> None:
+    bought = Bought(x=16, targets=("down",), num_pairs=2, gain=None, cost_s=100.0, reason="start")
+    one_sign = Finding(target="birds", kind="one_sign", num_pairs=1)
+    assert hunt_lines(hunt_log(wave(FOUND, bought=(bought,)))) == [
+        "hunt, wave 1: 0.50 of 2.00 device-hours used; 2 pairs in about 2 min",
+        "  down: crossing at 4,000 [2,000, 8,000], 2.0 octaves wide (1.5 wanted); 0.25 octaves of wrong advice left; "
+        "7 pairs measured",
+    ]
+    assert hunt_lines(hunt_log(wave(one_sign, number=3, failed_pairs=1)))[:1] == [
+        "hunt, wave 3: 0.50 of 2.00 device-hours used, 1 pair failed and not replaced; it waits for runs that are under way"
+    ]
+    first, *rest = hunt_lines(hunt_log(wave(one_sign, Finding(target="fish"), stopped="one_sign, budget")))
+    assert first == (
+        "hunt, wave 1: 0.50 of 2.00 device-hours used; it is over: one side is better over the whole range; nothing more "
+        "fits its budget (each verdict at level 95.0%, so that all hold at 90%)"
+    )
+    assert rest == ["  birds: one sign; 1 pair measured", "  fish: nothing can be judged yet; 0 pairs measured"]
+    unsure = Finding(target="down", kind="crossing", root=4000.0)  # with no interval
+    assert hunt_lines(hunt_log(wave(unsure)))[1] == "  down: crossing; 0 pairs measured"
+
+
+def test_of_a_hunt_a_program_gets_the_last_wave(store: Store) -> None:
+    assert hunt_as_data(store, "tiny") is None
+    write_log(store, hunt_log(wave(), wave(FOUND, number=2)))
+    found = hunt_as_data(store, "tiny")
+    assert found is not None and [each.number for each in found.waves] == [2] and found.budget_s == 7200
+    (store.grid_dir("tiny") / "hunt.json").write_text("{}")
+    assert hunt_as_data(store, "tiny") is None
 
 
 def test_tables_align_numbers_to_the_right_and_words_to_the_left() -> None:

@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from dbscale.launch.worker import (
     Result,
     end_with_peers,
     port_of_job,
+    record_death,
     staged,
     stop_on_signals,
     stop_without,
@@ -29,7 +32,7 @@ from dbscale.launch.worker import (
     work_through,
 )
 from dbscale.study.resources import Resources, StopRequest
-from dbscale.study.store import Store
+from dbscale.study.store import Failure, Store
 
 TRAINING = {"budget": {"steps": 10}, "optim": {"lr": 1e-3}, "global_batch": 8, "precision": "fp32"}
 GRID = {
@@ -87,10 +90,37 @@ def test_a_signal_asks_and_the_handlers_before_come_back(number: signal.Signals)
     assert signal.getsignal(number) is before
 
 
-def test_the_death_of_a_watched_process_asks_to_stop(wait_until: Callable[..., None]) -> None:
-    import subprocess
-    import sys
+def test_only_a_second_interrupt_kills() -> None:
+    """Of any other signal a scheduler may send as many as it likes."""
+    code = (
+        "import os, signal, sys\n"
+        "from dbscale.launch.worker import stop_on_signals\n"
+        "from dbscale.study.resources import StopRequest\n"
+        "with stop_on_signals(StopRequest()):\n"
+        "    for name in sys.argv[1:]:\n"
+        "        os.kill(os.getpid(), getattr(signal, name))\n"
+        "print('alive')\n"
+    )
+    for names, code_of_end in ((["SIGTERM"] * 3 + ["SIGINT"], 0), (["SIGUSR2", "SIGINT", "SIGINT"], -signal.SIGINT)):
+        run = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stdout) == (code_of_end, "" if code_of_end else "alive\n")
 
+
+def test_a_death_closes_the_attempt_that_was_open_or_is_one_of_its_own(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record_death(store, "c", "killed", "the log")
+    (first,) = store.attempts("c")
+    assert (first.number, first.status, first.reason, first.log) == (1, "failed", "killed", "the log")
+    assert first.failure is Failure.LOST and first.ended is not None
+    store.write_attempt("c", first.model_copy(update={"number": 2, "status": "running", "ended": None, "log": None}))
+    record_death(store, "c", "no memory", "its log", Failure.MEMORY)
+    record_death(store, "c", "again", None)
+    seen = [(each.number, each.reason, each.log, each.failure) for each in store.attempts("c")]
+    assert seen == [(1, "killed", "the log", Failure.LOST), (2, "no memory", "its log", Failure.MEMORY),
+                    (3, "again", None, Failure.LOST)]  # fmt: skip
+
+
+def test_the_death_of_a_watched_process_asks_to_stop(wait_until: Callable[..., None]) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     stop = StopRequest()
     watch(stop_without(stop, ProcessMark.of(), ProcessMark.of(child.pid)), interval_s=0.01)

@@ -425,3 +425,19 @@ def test_an_equal_fixed_grid_needs_more_seeds_for_more_noise_and_none_for_no_ver
     assert equal_grid(verdict, 0.22, xs) is None  # more than 1,000
     assert equal_grid(verdict, 0.01, [1000.0, 2000.0]) is None  # all on one side of the root
     assert equal_grid(replace(verdict, kind="undecided"), 0.01, xs) is None
+
+
+@pytest.mark.parametrize(
+    ("delta", "sd", "level"), [(0.0, 0.01, 0.9), (0.002, 0.01, 0.9), (-0.002, 0.01, 0.9), (0.002, 0.02, 0.8)]
+)
+def test_a_fixed_grid_excludes_an_effect_with_as_many_seeds_as_its_interval_asks(
+    delta: float, sd: float, level: float
+) -> None:
+    """At one x, t·sd/√n < δ + |Δ| with δ = .005 and n − 1 degrees of freedom: then one sign is excluded."""
+    verdict = judge(pairs_of([delta, delta], 1e-5), level=level)
+    verdict = replace(verdict, curve={"x": [1000.0, 2000.0], "delta": [delta, delta]})
+    assert verdict.kind == "excluded" and verdict.root is None
+    wanted = next(n for n in range(2, 999) if stats.t.ppf(0.5 + level / 2, n - 1) * sd / n**0.5 < 0.005 + abs(delta))
+    assert equal_grid(verdict, sd, [1500.0]) == wanted
+    family = replace(verdict, family=5)
+    assert equal_grid(family, sd, [1500.0]) == wanted, "each verdict is compared by itself"

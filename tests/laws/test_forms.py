@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from dbscale.laws import FORMS, Form, LawError, find_form
+from dbscale.laws import FORMS, Form, LawError, find_form, fit_law
 
 EVERY_FORM = pytest.mark.parametrize("name", FORMS)
 
@@ -157,3 +158,45 @@ def test_one_column_is_not_enough_for_a_law_of_two_variables() -> None:
     for table in ({"upstream_samples": [1.0, 2.0]}, {"accuracy": [1.0, 2.0]}):
         with pytest.raises(LawError, match="is missing"):
             find_form("chinchilla").columns(table)
+
+
+@EVERY_FORM
+def test_an_equation_names_every_parameter_and_none_is_missing(name: str) -> None:
+    form = FORMS[name]
+    words = set(re.findall(r"\w+", form.equation))
+    hidden = {"R_D", "R_N"} if name == "data_constrained" else set()  # of its effective N and D
+    assert set(form.param_names) - words == hidden
+
+
+@pytest.mark.parametrize("name", ["m4", "m4_product"])
+def test_at_no_curvature_an_m4_law_has_the_slope_that_it_comes_from(name: str) -> None:
+    """At a = 0 the law is E + right side; the slope in a is that of the implicit equation on its way there."""
+    form, x = FORMS[name], columns(name)
+    at = {p.name: {"E0": 0.9, "a": 0.0, "E": 0.1, "E_inf": 0.1, "b": 0.3, "K": 0.3, "c": -0.1}.get(p.name, 0.05)
+          for p in form.params}  # fmt: skip
+    y, jacobian = form.jacobian(x, form.coordinates(at)[None])
+    near = form.evaluate(x, form.coordinates(at | {"a": 1e-7}))
+    below = y[0] < 0.85
+    assert below.sum() > 10
+    np.testing.assert_allclose(
+        jacobian[0, form.param_names.index("a")][below], ((near - y[0]) / 1e-7)[below], rtol=1e-4
+    )
+
+
+def test_effective_data_and_distillation_by_hand() -> None:
+    form = FORMS["effective_data"]
+    x = {"downstream_samples": np.array([100.0]), "num_params": np.array([16.0])}
+    assert form.evaluate(x, form.coordinates({"k": 3.0, "alpha": 0.5, "beta": 0.25}))[0] == pytest.approx(3 * 10 * 2)
+    form = FORMS["apple_distillation"]
+    p = {"A": 8.0, "B": 4.0, "alpha": 0.5, "beta": 0.5, "gamma": 2.0, "c0": 1.0, "c1": 3.0, "d1": 0.5, "f1": 0.5}
+    x = {"num_params": np.array([256.0]), "num_samples": np.array([64.0]), "teacher_loss": np.array([2.0]),
+         "supervised_loss": np.array([4.0])}  # fmt: skip
+    # L_T/(L_S·d1) is 1, so the bend is 2^(−1.5); 8/16 + 4/8 is 1.
+    assert form.evaluate(x, form.coordinates(p))[0] == pytest.approx(2 + 0.5 * 2**-1.5)
+
+
+def test_an_exponent_ends_at_two() -> None:
+    """y = .1 + x^-4 over two decades: beyond 2 an exponent only says that its term vanished after the first level."""
+    x = np.geomspace(1, 100, 9)
+    fit = fit_law("additive", {"upstream_samples": x}, 0.1 + x**-4.0)
+    assert fit.params["alpha"] == pytest.approx(2.0, abs=1e-6) and "alpha" in fit.at_bound

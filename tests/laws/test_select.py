@@ -114,6 +114,18 @@ def test_a_law_is_moved_to_the_level_of_the_datas_end() -> None:
     assert level_shift(long, r, np.ones((1, 48))) == pytest.approx([np.mean([44, 45, 46, 47])])
 
 
+def test_the_end_that_a_law_is_moved_to_counts_rows_by_their_weight() -> None:
+    """Of the first five points, which the first origin trains on, the last two weigh three and one."""
+    x = np.geomspace(1, 1000, 12)
+    y = x**-0.5 * np.exp(0.01 * np.cos(np.arange(12.0)))
+    weights = np.tile([1.0, 3.0], 6)
+    errors = Origins.of({"x": x}).errors(fit_law("power", x, y, weights=weights, loss="least_squares_log"))
+    refit = fit_law("power", x[:5], y[:5], weights=weights[:5], loss="least_squares_log")
+    residual = np.log(refit.predict(x)) - np.log(y)
+    assert np.isnan(errors[0, :5]).all()
+    assert errors[0, 5:] == pytest.approx(residual[5:] - (3 * residual[3] + residual[4]) / 4, abs=1e-6)
+
+
 def test_laws_of_several_variables_have_no_end(grid, arms) -> None:
     fit = fit_law("additive", grid, arms["plain"], loss="least_squares_log")
     assert level_shift(fit, np.ones((2, 90)), np.ones((2, 90))).tolist() == [0, 0]
@@ -510,6 +522,12 @@ def test_reports_and_json_hold_every_law(curve) -> None:
     assert data["noise"] == curve.calibration.noise and data["coverage"] == curve.calibration.coverage
     short = select_law(X[:4], bent(X[:4]), laws=["power", "bnsl"], num_resamples=5)
     assert short.to_dict()["candidates"][-1]["fit"] is None and "distinct points" in short.report()
+
+
+def test_a_lone_column_may_come_as_an_array(curve) -> None:
+    selection = curve
+    at = np.array([3.0, 30.0])
+    assert selection.predict(at).tolist() == selection.predict({selection.columns[0]: at}).tolist()
 
 
 def test_the_best_laws_parameters_are_resampled_with_the_table(curve) -> None:

@@ -156,3 +156,20 @@ def test_steps_and_tolerance_bound_the_work() -> None:
     few, many = (minimise(problem, start, np.ones((1, len(X))), max_steps=n)[1][0] for n in (2, 200))
     loose = minimise(problem, start, np.ones((1, len(X))), tolerance=0.9)[1][0]
     assert many < few and many < loose
+
+
+@pytest.mark.parametrize(("status", "converged"), [(0, False), (1, True), (4, True)])
+def test_a_search_that_ran_out_of_steps_has_not_converged(
+    monkeypatch: pytest.MonkeyPatch, status: int, converged: bool
+) -> None:
+    """scipy's status 0 says that max_nfev was reached."""
+
+    def ended(*args, **options):
+        found = least_squares(*args, **options)
+        found.status = status
+        return found
+
+    monkeypatch.setattr("scipy.optimize.least_squares", ended)
+    problem = make_problem("power_plus", noisy("power_plus"))
+    theta = FORMS["power_plus"].coordinates(TRUTH["power_plus"])
+    assert polish(problem, theta, np.ones(len(X)))[2] is converged

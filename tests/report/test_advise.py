@@ -38,6 +38,9 @@ def test_advice_rests_on_the_page_s_own_verdict(table):
     assert found.record.verdict is not None and page[1000].verdict is not None
     assert found.record.verdict.points == page[1000].verdict.points
     assert f"verdict (h2, 1,000 labels): {answer(page[1000])}" in found.text()
+    with_loss = replace(table, runs=tuple(replace(r, test_loss=1 - r.error_rate) for r in table))
+    (same,) = advise(with_loss, 1000, 1000, 5000, options=FAST)
+    assert same.record.metric == "error_rate" and same.sentence == found.sentence
 
 
 @pytest.mark.parametrize(

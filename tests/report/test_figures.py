@@ -40,6 +40,12 @@ def run(arm: str, upstream: int, error: float, **fields: Any) -> Run:
     return Run(**(names | {"arm": arm, "upstream_samples": upstream, "error_rate": error} | fields))
 
 
+def prediction(**fields: Any) -> Prediction:
+    names = {"student": "h2", "upstream_samples": 1, "downstream_samples": 1, "seed": 0, "key": "k", "arm": "plain",
+             "metric": "error_rate", "measured": 0.4, "predicted": 0.5, "held_out": False}  # fmt: skip
+    return Prediction(**SETTING._asdict(), **(names | fields))
+
+
 def test_differences_are_drawn_in_points_with_the_sign_that_is_established():
     figure = delta_figure("verdict", [make_contrast(make_verdict(HELPS_THEN_HURTS))])
     points = rows_of(figure, "point")
@@ -141,6 +147,20 @@ def test_arms_can_be_hidden_and_only_those_that_are_there_have_an_entry():
         "condition": [{"test": "indexof(hidden, datum.arm) < 0", "value": 0.85}], "value": 0
     }  # fmt: skip
     assert marks["color"]["scale"]["domain"] == ["plain", "distilled"]
+    # A law's band is pale: line and runs stand out before it.
+    full = RunTable((*table, run("scratch", 0, 0.6)))
+    names = {
+        **SETTING._asdict(),
+        "arm": "plain",
+        "axis": "upstream_samples",
+        "student": "h2",
+        "downstream_samples": 100,
+    }
+    band = Band(x=(1000.0, 2000.0), y=(0.31, 0.2), low=(0.3, 0.1), high=(0.32, 0.3))
+    curve = LawCurve(**names, upstream_samples=None, metric="error_rate", band=band)
+    layers = layers_of(error_figure("error", full, laws_file(curves=(curve,)), SETTING).spec())
+    seen = [(layer["mark"]["type"], layer["encoding"]["opacity"]["condition"][0]["value"]) for layer in layers]
+    assert seen == [("rule", 0.7), ("area", 0.16), ("line", 1), ("point", 0.85)]
 
 
 def test_over_labels_only_the_ends_of_the_other_axis_are_drawn():
@@ -163,22 +183,70 @@ def test_upstream_errors_count_every_run_once_and_show_the_teacher():
 
 
 def test_predictions_stand_against_measurements_seen_and_held_out():
-    names = {
-        **SETTING._asdict(),
-        "student": "h2",
-        "upstream_samples": 1,
-        "downstream_samples": 1,
-        "seed": 0,
-        "key": "k",
-    }
-    made = [Prediction(**names, metric="error_rate", arm="plain", measured=0.4, predicted=value, held_out=out)
-            for value, out in ((0.5, False), (0.2, True), (None, True))]  # fmt: skip
+    made = [prediction(predicted=value, held_out=out) for value, out in ((0.5, False), (0.2, True), (None, True))]
     figure = figures.predicted_figure("predicted", laws_file(predictions=tuple(made)), SETTING)
     assert [(row["panel"], row["x"], row["y"]) for row in rows_of(figure, "run")] == [
         ("laws fitted to all runs", 0.4, 0.5), ("largest D_p held out", 0.4, 0.2)
     ]  # fmt: skip
     assert {(row["x"], row["y"]) for row in rows_of(figure, "guide")} == {(0.2, 0.2), (0.5, 0.5)}
     assert figures.predicted_figure("predicted", laws_file(), SETTING) is None
+
+
+def test_scales_end_where_the_measurements_do():
+    """A quarter beyond the outermost x, which no tool may round further; errors have their log scale as they are."""
+    figure = delta_figure("verdict", [make_contrast(make_verdict(HELPS_THEN_HURTS))])
+    assert figure is not None
+    (mean,) = [layer for layer in layers_of(figure.spec()) if layer["mark"]["type"] == "point"]
+    assert mean["encoding"]["x"]["scale"] == {"type": "log", "domain": [800, 20_000], "nice": False}
+    made = prediction(measured=0.4, predicted=0.5)
+    predicted = figures.predicted_figure("predicted", laws_file(predictions=(made,)), SETTING)
+    assert predicted is not None
+    for layer in layers_of(predicted.spec()):
+        assert {layer["encoding"][axis]["scale"]["nice"] for axis in "xy"} == {False}
+
+
+def test_a_panel_alone_is_twice_as_wide_and_three_stand_in_a_row():
+    verdict = make_verdict(HELPS_THEN_HURTS)
+    records = [make_contrast(verdict, student=name, downstream_samples=100) for name in ("h1", "h2", "h3", "h4")]
+    one, two, four = (delta_figure("delta", records[:number]) for number in (1, 2, 4))
+    assert one is not None and two is not None and four is not None
+    assert (one.spec()["width"], two.spec()["spec"]["width"]) == (420, 210)
+    assert "facet" not in one.spec() and (two.spec()["columns"], four.spec()["columns"]) == (2, 3)
+
+
+def test_the_path_of_a_hunt_has_a_panel_a_target():
+    assert figures.hunt_figure([]) is None
+    rows = [{"part": "path", "panel": panel, "series": "wrong advice left", "x": 1.0, "y": 2.0} for panel in "ab"]
+    figure = figures.hunt_figure(rows)
+    assert figure is not None and figure.name == "hunt" and figure.rows == rows
+    assert figure.spec()["facet"]["sort"] == ["a", "b"]
+
+
+def test_a_study_has_every_figure_that_its_runs_allow():
+    """One student, one label count: nothing to draw over labels or sizes. More of both, and losses: all of them."""
+    record = make_contrast(make_verdict(HELPS_THEN_HURTS), noise=make_noise())
+    laws = laws_file(predictions=(prediction(), prediction(metric="test_loss")))
+    small = RunTable((run("plain", 1000, 0.3), run("distilled", 1000, 0.25)))
+    assert list(figures.study_figures([record], small, laws)) == [
+        "verdict", "noise", "delta-error_rate-digits", "error-digits", "predicted-digits", "predicted_loss-digits",
+    ]  # fmt: skip
+    full = RunTable(tuple(
+        run("plain", 1000, 0.3, test_loss=0.7, upstream_error_rate=0.5, student=student, downstream_samples=labels)
+        for student in ("h2", "h3") for labels in (100, 200)
+    ))  # fmt: skip
+    found = figures.study_figures([record], full, laws)
+    assert list(found) == [
+        "verdict", "noise", "delta-error_rate-digits", "upstream-base-fractals", "error-digits", "loss-digits",
+        "labels-digits", "size-digits", "predicted-digits", "predicted_loss-digits",
+    ]  # fmt: skip
+    heights = {name: (figure.spec().get("spec") or figure.spec())["height"] for name, figure in found.items()}
+    arms = ("upstream-base-fractals", "error-digits", "loss-digits", "labels-digits", "size-digits")
+    assert heights == dict.fromkeys(arms, 190) | {
+        "verdict": 330, "noise": 28, "delta-error_rate-digits": 190, "predicted-digits": 260, "predicted_loss-digits": 260,
+    }  # fmt: skip
+    assert found["noise"].spec()["width"] == 420
+    assert list(figures.study_figures([record], None, laws)) == list(figures.study_figures([record], full)) == [
+        "verdict", "noise"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

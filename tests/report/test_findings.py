@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dbscale.laws import fit_noise, make_pairs, power
+from dbscale.report import findings as findings_module
 from dbscale.report import schema, words
 from dbscale.report.findings import Findings, Options, contrast, digest, find, refresh_table
 from dbscale.report.pairing import pair_arms
@@ -195,6 +196,7 @@ def test_halves_are_every_other_seed_and_are_held_against_each_other():
     x, seeds = np.repeat([1.0, 2.0], 4), np.tile([0, 1, 2, 3], 2)
     delta = np.array([0.101, -0.1, 0.099, -0.102, 0.01, -0.01, -0.012, 0.011])
     record = contrast(make_pairs(x, delta, seed=seeds), {"dataset": "digits"}, "error_rate", FAST)
+    assert record.main is False, "a contrast by itself is no study's one question"
     assert [half.seeds for half in record.halves] == [("0", "2"), ("1", "3")]
     assert [half.verdict.points[0].delta for half in record.halves] == pytest.approx([0.1, -0.101])
     assert [half.verdict.num_seeds for half in record.halves] == [2, 2]
@@ -230,6 +232,34 @@ def test_power_is_that_of_the_design_and_of_the_slope_at_the_root(found: Finding
     assert part is not None and single is not None
     one = power(part, **design | {"num_labels": 1}, level=0.9, family=2)
     assert single.smallest_effect == pytest.approx(one.smallest_effect)
+
+
+def test_the_design_whose_power_is_asked_is_that_of_the_pairs(monkeypatch: pytest.MonkeyPatch):
+    """Five D_p over four octaves; three students, two label counts, two draws of each finetune."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(findings_module, "power", lambda noise, **design: asked.append(design))
+    sizes, seeds = np.array([100.0, 200.0, 400.0, 800.0, 1600.0]), range(4)
+    rows = list(itertools.product(sizes, seeds, ("s", "t", "u"), (10, 20), (0, 1)))
+    x, seed, student, labels, draw = zip(*rows, strict=True)
+    # Δ falls by .04 an octave through 0 at 400; seeds and draws scatter evenly around that.
+    delta = [-0.04 * np.log2(at / 400) + 0.002 * (s - 1.5) + 0.001 * (2 * d - 1) for at, s, _, _, d in rows]
+    pairs = make_pairs(x, delta, seed=seed, student=student, labels=labels, draw=draw)
+    record = contrast(pairs, {"dataset": "digits"}, "error_rate", replace(FAST, level=0.8), family=3)
+    (design,) = asked
+    assert record.power is None and record.verdict is not None and record.verdict.kind == "crossing"
+    assert design.pop("slope") == pytest.approx(-0.04, rel=0.05)
+    assert design == {"num_x": 5, "num_students": 3, "num_labels": 2, "finetunes": 2, "num_seeds": 4, "level": 0.8,
+                      "family": 3, "step_octaves": 1.0}  # fmt: skip
+
+
+def test_parts_of_a_contrast_have_no_halves():
+    """Of the upstream contrast, too, whose parts are students alone."""
+    table = study(students=("h2", "h3"), upstream_error_rate=0.5)
+    contrasts = find(table, options=FAST).boundary.contrasts
+    assert [(each.metric, each.student, len(each.halves)) for each in contrasts] == [
+        ("error_rate", None, 2), ("error_rate", "h2", 0), ("error_rate", "h3", 0),
+        ("upstream_error_rate", None, 2), ("upstream_error_rate", "h2", 0), ("upstream_error_rate", "h3", 0),
+    ]  # fmt: skip
 
 
 def test_three_seeds_have_no_halves_and_four_do():
@@ -326,6 +356,14 @@ def test_a_teacher_still_on_its_slope_is_named():
         "training has not begun to level off, and on such a slope the luck of a seed is largest."
     ]
     assert regime(flat, {1000: 0.7, 2000: 0.4, 4000: 0.3}) == []
+    # The last of three steps counts; and where error rises at every step, nothing falls fastest.
+    longer = flat | {8000: 0.2}
+    assert len(regime(longer, {1000: 0.75, 2000: 0.7, 4000: 0.6, 8000: 0.3})) == 1
+    assert regime(longer, {1000: 0.75, 2000: 0.45, 4000: 0.4, 8000: 0.3}) == []
+    assert ["falls fastest" in text for text in regime(longer, {1000: 0.75, 2000: 0.7, 4000: 0.71, 8000: 0.3})] == [
+        False, True]  # fmt: skip
+    rising = regime(flat, {1000: 0.5, 2000: 0.6, 4000: 0.65})
+    assert len(rising) == 2 and not any("falls fastest" in text for text in rising)
     # .1 in one octave is faster than .15 in two.
     assert regime({1000: 0.5, 2000: 0.4, 8000: 0.3}, {1000: 0.7, 2000: 0.6, 8000: 0.45}) == []
 
@@ -402,14 +440,15 @@ def test_files_say_the_same_when_read_again(found: Findings, tmp_path):
     assert lines < len(found.boundary.contrasts) + len(found.boundary.notes) + 20
 
 
-def test_findings_are_made_anew_only_when_rows_or_options_change(tmp_path):
+def test_findings_are_made_anew_only_when_rows_or_options_change(tmp_path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "rows.csv"
     path.write_text(to_csv(study(seeds=2)))
     _, first = refresh_table(path, tmp_path, FAST)
     assert first.boundary.grid == tmp_path.name
-    stamp = (tmp_path / "laws.json").stat().st_mtime_ns
-    _, again = refresh_table(path, tmp_path, FAST)
-    assert (tmp_path / "laws.json").stat().st_mtime_ns == stamp and again == first
+    with monkeypatch.context() as patched:
+        patched.setattr(findings_module, "find", lambda *_, **__: pytest.fail("judged anew"))
+        _, again = refresh_table(path, tmp_path, FAST)
+    assert again == first
     (tmp_path / "boundary.json").write_text("{}")
     refresh_table(path, tmp_path, FAST)
     assert schema.read(BoundaryFile, tmp_path / "boundary.json") == first.boundary

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from dbscale.errors import LawError
 from dbscale.laws import make_pairs
 from dbscale.report import law_findings
-from dbscale.report.law_findings import Options, law_delta, study_laws
-from dbscale.report.table import Run, RunTable
+from dbscale.report.law_findings import ArmLaw, Options, law_delta, study_laws
+from dbscale.report.table import Run, RunTable, Setting
 
 FAST = Options(num_resamples=20)
 SIZES, LABELS, PARAMS = (500, 1000, 2000, 4000, 8000), (100, 400, 1600), {"h1": 10_000, "h2": 40_000, "h4": 160_000}
@@ -147,6 +150,110 @@ def test_axes_with_two_values_are_not_read_further():
     assert [note.text for note in laws.notes] == [
         "On digits labels were measured at two values only: no law is determined along them."
     ]
+
+
+def test_two_values_of_an_axis_have_curves_too_and_gaps_need_no_third_label_count():
+    _, laws = study_laws(study(labels=(100, 400), students={"h1": 10_000}), FAST, "")
+    assert {each.axis for each in laws.curves} == {"upstream_samples", "downstream_samples"}
+    assert [each.arm for each in laws.transfer] == ["plain", "distilled"]
+
+
+def test_a_test_set_of_unknown_size_counts_as_a_million_images(monkeypatch: pytest.MonkeyPatch):
+    """Then the noise of an error of .2 is √(.2·.8/10⁶) = .0004, and clusters are upstream runs."""
+    asked: dict[str, Any] = {}
+
+    def kept(columns, y, **options):
+        asked.update(options, columns=columns, y=y)
+        raise LawError("enough")
+
+    monkeypatch.setattr(law_findings, "select_law", kept)
+    runs = tuple(
+        Run(variant="base", arm="plain", student="h1", num_params=10, upstream_samples=size, dataset="digits",
+            downstream_samples=labels, seed=0, finetune=draw, error_rate=0.2, test_loss=0.0)
+        for size in (1, 2, 4) for labels in (10, 20) for draw in (0, 1)
+    )  # fmt: skip
+    law_findings.arm_laws(RunTable(runs), FAST, ("error_rate",))
+    assert asked["stderr"] == pytest.approx(np.full(12, 0.0004)) and asked["ceiling"] == 1
+    assert set(asked["columns"]) == {"upstream_samples", "downstream_samples"}, "one model size is no axis"
+    assert asked["clusters"][:5] == ["h1|1|0"] * 4 + ["h1|2|0"] and asked["within"][:3] == ["10|0", "10|1", "20|0"]
+    assert (asked["num_resamples"], asked["seed"]) == (20, 0)
+    law_findings.arm_laws(RunTable(runs), Options(num_resamples=9, seed=3), ("test_loss",))
+    assert (asked["num_resamples"], asked["seed"], asked["y"].tolist()) == (9, 3, [1e-4] * 12), (
+        "a logarithm needs some loss"
+    )
+
+
+def arm_law(*, residual: float, held_out: float, noise: float | None = 0.1) -> ArmLaw:
+    """Laws of one arm that miss by so much, where seeds scatter by `noise`; measured at three values of each axis."""
+    runs = [
+        Run(variant="base", arm="plain", student=f"h{k}", num_params=k, upstream_samples=k, dataset="digits",
+            downstream_samples=k, seed=0, error_rate=0.5) for k in (1, 2, 3)
+    ]  # fmt: skip
+    own = ArmLaw(Setting("base", "", "digits"), "error_rate", "plain", RunTable(tuple(runs)), cast(Any, "some laws"))
+    vars(own).update(noise=noise, misses={"residual": residual, "held_out": held_out})
+    return own
+
+
+@pytest.mark.parametrize(
+    ("residual", "held_out", "noise", "codes", "closed"),
+    [(0.2, 0.3, 0.1, [], []),
+     (0.201, 0.3, 0.1, ["misfit"], ["upstream_samples", "num_params", "downstream_samples"]),
+     (0.2, 0.301, 0.1, ["far_out"], ["upstream_samples"]),
+     (0.1, 0.15, None, [], []),  # of unknown noise a spread of 5 % is supposed,
+     (0.101, 0.1, None, ["misfit"], ["upstream_samples", "num_params", "downstream_samples"]),
+     (0.04, 0.06, 0.001, [], []),  # and of hardly any 2 %
+     (0.04, 0.061, 0.001, ["far_out"], ["upstream_samples"])],
+)  # fmt: skip
+def test_laws_may_miss_by_twice_the_noise_and_unseen_runs_by_three_times(residual, held_out, noise, codes, closed):
+    own = arm_law(residual=residual, held_out=held_out, noise=noise)
+    assert list(law_findings._closed(own, set())) == closed
+    assert [each.code for each in law_findings._notes(own, own.runs)] == codes
+
+
+def test_laws_that_cannot_be_held_against_the_largest_size_are_not_read_beyond_it():
+    own = arm_law(residual=0.1, held_out=0.1)
+    own.misses["held_out"] = None
+    assert list(law_findings._closed(own, {"num_params"})) == ["upstream_samples", "num_params"]
+    assert list(law_findings._notes(own, own.runs)) == []
+
+
+def test_the_premise_is_asked_of_the_law_that_serves_both_arms_best(monkeypatch: pytest.MonkeyPatch):
+    """Scores are misses: power_plus 1·6, product 2·2.5, and additive, which one arm lacks. Arms without laws are passed."""
+
+    def laws(*scores: float) -> Any:
+        names = ("power_plus", "product", "additive")
+        found = [SimpleNamespace(name=name, score=score, fit=f"{name} {score}") for name, score in
+                 zip(names, scores, strict=False)]  # fmt: skip
+        return SimpleNamespace(candidates=[*found, SimpleNamespace(name="m4", score=0.1, fit="another shape")],
+                               resampling="drawn")  # fmt: skip
+
+    monkeypatch.setattr(law_findings, "bootstrap", lambda fit, drawn: (fit, drawn))
+    given = []
+
+    def premise(*resampled: Any) -> Any:
+        given.append(resampled)
+        return SimpleNamespace(
+            verdict="holds", floor=(0.0, -1.0, 1.0), exponent=(0.0, -np.inf, 2.0), log_factor=(3.0, 2.0, 4.0)
+        )
+
+    monkeypatch.setattr(law_findings, "premise", premise)
+    small = study(students={"h1": 1}, seeds=(0,))
+    table = RunTable((*small.where(arm="plain"), *(Run(**{**vars(run), "dataset": "later"}) for run in small)))
+    first, later = table.settings
+    found = {
+        (setting, "error_rate", arm): ArmLaw(setting, "error_rate", arm, table, selection)
+        for setting, arm, selection in ((first, "plain", laws(1, 2)), (later, "plain", laws(1, 2, 0.1)),
+                                        (later, "distilled", laws(6, 2.5)))
+    }  # fmt: skip
+    (record,) = law_findings._premises(law_findings.ArmLaws(table, found), 0.8)
+    assert given == [(("product 2", "drawn"), ("product 2.5", "drawn"), 0.8)]
+    assert (record.dataset, record.law, record.verdict) == ("later", "product", "holds")
+    assert (record.floor.low, record.exponent.low, record.exponent.high, record.log_factor.value) == (-1, None, 2, 3)
+
+
+def test_options_begin_as_a_table_does():
+    assert (Options().level, Options().min_effect) == (RunTable(()).level, RunTable(()).min_effect) == (0.9, 0.005)
+    assert (Options().num_draws, Options().num_resamples, Options().seed) == (1000, 200, 0)
 
 
 def test_laws_that_foretell_poorly_are_not_read_further_along_upstream_data():

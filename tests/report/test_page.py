@@ -19,6 +19,7 @@ from dbscale.report.page import compare_page, export_figures, of_grid, of_table,
 from dbscale.report.reduce import collect, load_plan
 from dbscale.report.schema import BoundaryFile
 from dbscale.report.table import RunTable, read_table, to_csv
+from dbscale.report.words import duration, say
 from dbscale.study.store import Store
 from tests.report.test_findings import study
 
@@ -161,6 +162,40 @@ def test_a_lost_cell_counts_the_points_that_it_costs(reported: Store):
     assert found.cost.startswith(f"{done} of {len(found.cells)} cells took ")
     assert [stage["stage"] for stage in found.stages] == ["pretrain", "distill", "finetune"]
     assert sum(stage["num_cells"] for stage in found.stages) == done
+
+
+def test_a_run_without_a_time_has_no_speed_and_no_cost():
+    first, second = study(seeds=1, sizes=(1000,))
+    runs = (replace(first, device_time_s=4.0, train_time_s=2.0, samples_seen=None), replace(second, samples_seen=300))
+    cells = of_table(Path("rows.csv"), RunTable(runs)).cells
+    assert [(cell["key"], cell["images_per_s"]) for cell in cells] == [(first.key, None)]
+
+
+def test_the_cost_is_set_against_the_plan_of_all_cells_or_of_those_that_ran(reported: Store):
+    """Every cell took 3.6 s of device time."""
+    plan = load_plan(reported, "tiny")
+    some = of_grid(reported, plan, collect(reported, plan))
+    done = [cell["key"] for cell in some.cells if cell["state"] == "done"]
+    finished = plan.model_copy(update={"cells": tuple(done)})
+    whole = of_grid(reported, finished.model_copy(update={"predicted_device_s": 7.2 * len(done)}), RunTable(()))
+    share, so_far = (
+        say(code, share=0.5, predicted=duration(7.2 * len(done))) for code in ("cost_share", "cost_so_far")
+    )
+    assert whole.cost.endswith(f"{share}.") and share != so_far
+    partly = of_grid(reported, plan.model_copy(update={"predicted_device_s": 7.2 * len(done)}), RunTable(()))
+    assert partly.cost.endswith(f"{so_far}.")
+
+
+def test_a_recipe_that_cannot_be_read_is_named_on_the_page(make_store):
+    store = make_store()
+    plan = load_plan(store, "tiny")
+    damaged, missing = list(plan.cells)[:2]
+    (store.cell_dir(damaged) / "recipe.json").write_text("{")
+    (store.cell_dir(missing) / "recipe.json").unlink()
+    found = of_grid(store, plan, collect(store, plan))
+    assert len(found.specs) == len(plan.cells) - 2
+    (note,) = found.notes
+    assert note.code == "table" and damaged in note.text and "recipe.json" in note.text
 
 
 def test_costs_are_summed_by_stage():

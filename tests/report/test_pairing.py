@@ -74,6 +74,9 @@ def test_further_pair_columns_are_strata():
     )  # fmt: skip
     one, _ = compare(text, pair=["seed", "dataset", "labels"])
     assert rows_of(one, "student", "labels", "delta") == [("birds", 100, 1), ("fish", 100, 1), ("fish", 200, 1)]
+    by_labels, _ = compare(text.replace(",100,b", ",300,b").replace("fish,100", "fish,300"), pair=["seed", "labels"])
+    assert rows_of(by_labels, "student", "delta") == [(100, 1), (200, 1), (300, 1)]
+    assert len(set(by_labels.labels.tolist())) == 1
     two, _ = compare(text, pair=["seed", "dataset", "labels", "head"])
     assert rows_of(two, "student", "labels") == [("birds", "100 / a"), ("fish", "100 / a"), ("fish", "200 / b")]
 
@@ -127,6 +130,25 @@ def test_a_gap_is_not_filled_where_most_rows_pair():
     assert rows_of(pairs, "x", "seed") == [(10, 0), (10, 1), (100, 1), (1000, 0)]
     assert notes == (
         "1 of 5 rows of model=x have no partner; model=x has a row with flops 100, seed 0, model=y has none",
+    )
+
+
+def test_half_of_a_side_measured_alike_is_enough_to_compare_measured_values():
+    """Two of the four x of either side are the other's too: nothing is interpolated, and what is left over is told."""
+    text = "model,seed,flops,loss\n" + "".join(f"x,0,{x},{y}\n" for x, y in [(10, 9), (20, 7), (40, 5), (80, 3)])
+    pairs, notes = compare(text + "".join(f"y,0,{x},{y}\n" for x, y in [(10, 8), (30, 6), (40, 4), (60, 2)]))
+    assert rows_of(pairs, "x", "delta") == [(10, 1), (40, 1)]
+    assert notes == (
+        "2 of 4 rows of model=x and 2 of 4 rows of model=y have no partner; what keeps them apart is flops: model=x has "
+        "20, 80, model=y has 30, 60",
+    )
+
+
+def test_what_only_the_second_side_has_is_told_as_its_own():
+    pairs, notes = compare(TWO_MODELS.replace("x,0,birds,10,3.0\n", ""))
+    assert rows_of(pairs, "x", "seed") == [(10, 1), (100, 0), (100, 1)]
+    assert notes == (
+        "1 of 4 rows of model=y have no partner; model=y has a row with flops 10, seed 0, model=x has none",
     )
 
 
@@ -339,6 +361,7 @@ def test_compare_judges_any_two_values_of_any_column(tmp_path: Path, capsys: pyt
     record = json.loads(capsys.readouterr().out)
     verdict = record["verdict"]
     assert (record["a"], record["b"], record["along"], record["metric"]) == ("x", "y", "flops", "loss")
+    assert record["main"] is False, "it is no study's one question"
     assert verdict["kind"] == "crossing" and verdict["direction"] == "a_to_b"
     assert 400 < verdict["root"] < 2500
     assert verdict["level"] == 0.9 and verdict["min_effect"] == 0.005

@@ -161,6 +161,15 @@ def test_mistakes_are_read_from_packed_bits(make_store, tmp_path: Path):
         assert found.tolist() == [False, True, False, False, False, True, False, False, True]
 
 
+def test_every_bit_of_the_last_byte_counts(make_store, tmp_path: Path):
+    full = np.packbits(np.arange(16) != 15)
+    path = bitmap(
+        tmp_path / "correct.npz", num_samples=np.int64(16), correct=full, counted=np.packbits(np.ones(16, bool))
+    )
+    row = a_row(make_store()).model_copy(update={"num_test_samples": 16})
+    assert np.flatnonzero(read_mistakes(path, row)).tolist() == [15]
+
+
 def test_what_samples_add_to_another_tasks_error_is_read_as_it_is(make_store, tmp_path: Path):
     path = tmp_path / "correct.npz"
     errors = np.array([0.5, np.nan, -0.25], np.float32)

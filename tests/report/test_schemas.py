@@ -13,6 +13,7 @@ from dbscale import laws
 from dbscale.report import schema
 from dbscale.report.table import COLUMNS, REQUIRED, kind_of
 from dbscale.study import hunt
+from tests.report.verdicts import HELPS_THEN_HURTS, make_contrast, make_verdict
 
 TEXT = (Path(__file__).parents[2] / "docs" / "schemas.md").read_text(encoding="utf-8")
 SETTING = {"variant", "upstream_dataset", "dataset"}
@@ -54,3 +55,13 @@ def test_every_field_is_described_where_its_record_is(part):
 def test_every_value_of_a_status_is_described(kind):
     values = get_args(kind) or get_args(vars(laws.boundary)[kind])
     assert len(values) > 2 and all(f"`{value}`" in TEXT for value in values)
+
+
+def test_a_file_that_could_not_be_read_elsewhere_is_not_written(tmp_path: Path):
+    """JSON knows no NaN: what has no value is null."""
+    verdict = make_verdict(HELPS_THEN_HURTS, root=float("nan"))
+    record = schema.BoundaryFile(grid="g", source="s", level=0.9, min_effect=0.005, answers=(), notes=(),
+                                 contrasts=(make_contrast(verdict),))  # fmt: skip
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        schema.write(tmp_path / "boundary.json", record)
+    assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,7 @@ from dbscale.errors import TableError
 from dbscale.launch.cli import main
 from dbscale.report.reader import parse_sheet, read_sheet
 from dbscale.report.sheet import Sheet, is_missing, near_spellings, parse_count, parse_numeral
-from dbscale.report.table import COLUMNS, REQUIRED, Run, RunTable, runs_of, to_csv
+from dbscale.report.table import COLUMNS, REQUIRED, Run, RunTable, Setting, runs_of, to_csv
 
 
 def sheet_of(text: str) -> Sheet:
@@ -217,6 +217,7 @@ def test_the_files_own_lines_are_named():
         ("samples,error\n1000,0.5,\n2000,0.4\n", "line 2: 3 cells"),
         ("samples,error\n1000,0.5\n2000\n", "line 3: 1 cells under a header of 2 .*fill in what is missing"),
         ("samples,error,\n1000,0.5,7\n", "line 1: column 3 has no name, and holds '7' on line 2; name it"),
+        ("samples,,error\n1000,7,0.5\n", "line 1: column 2 has no name, and holds '7' on line 2; name it"),
         ("error,samples,error\n1,2,3\n", "line 1: column 'error' stands twice in the header; rename one"),
         ("x,y\n1,2\nx,y\n3,4\n", "line 3: the header again; were two files joined"),
         ("1000,0.5\n2000,0.4\n", "line 1: the first row holds numbers .'1000' ….; put the names"),
@@ -498,11 +499,12 @@ def test_what_looks_odd_is_noted():
     table = runs_from(
         {**MINIMAL, "num_classes": "10", "student": "S"},
         {**MINIMAL, "num_classes": "100", "student": "s", "seed": "1", "error_rate": "0"},
+        {**MINIMAL, "seed": "2", "error_rate": "1", "student": "S"},
     )
     assert table.warnings == (
         "student: 'S' and 's' differ in spelling only; if they are one, write them alike",
         "down appears with several class counts (10, 100): are two studies mixed?",
-        "1 runs on down have an error of exactly 0 or 1: too small a test set to resolve them",
+        "2 runs on down have an error of exactly 0 or 1: too small a test set to resolve them",
     )
 
 
@@ -585,3 +587,15 @@ def test_fit_says_which_column_it_lacks(tmp_path: Path, options: list[str], mess
     path.write_text("x,y\n1,2\n2,1\n")
     assert main(["fit", str(path), *options]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_setting_is_named_by_what_tells_it_from_the_others():
+    own, photos, wide = (
+        Setting("base", "up", "birds"),
+        Setting("base", "photos", "fish"),
+        Setting("wide", "up", "birds"),
+    )
+    assert own.among([own, own]) == own.among([]) == "birds"
+    assert own.among([photos]) == "birds from up" and own.among([wide]) == "birds (base)"
+    assert wide.among([own, photos]) == "birds from up (wide)"
+    assert Setting("base", "fish", "fish").among([own]) == "fish", "its own upstream set is not said"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dbscale.laws import boundary as laws_boundary
 from dbscale.report import words
 from dbscale.report.schema import BoundaryFile, HalfRecord, LawRecord, LawsFile, Note, ParamRecord
+from dbscale.report.table import Run, RunTable
 from tests.report.verdicts import HELPS_THEN_HURTS, make_contrast, make_noise, make_power, make_verdict
 
 REVERSED = tuple((x, -delta, half) for x, delta, half in HELPS_THEN_HURTS)
@@ -161,7 +162,8 @@ def test_a_sign_that_turns_twice_is_no_boundary_to_advise_by():
 @pytest.mark.parametrize(
     ("ends", "expected"),
     [((2666.7, 6000), "2,700 to 6,000"), ((4010, 4040), "4,010 to 4,040"), ((50_000, 50_000), "50,000"),
-     ((0.5, 0.504), "0.5 to 0.504"), ((1e15, 4e15), "1e15 to 4e15")],
+     ((0.5, 0.504), "0.5 to 0.504"), ((1e15, 4e15), "1e15 to 4e15"),
+     ((0.1, 0.1 + 2**-56), "0.10000000000000001 to 0.10000000000000002")],
 )  # fmt: skip
 def test_the_ends_of_a_range_are_told_apart(ends, expected):
     assert words.span(*ends) == expected
@@ -325,9 +327,29 @@ def test_parameters_that_the_table_leaves_open_have_no_value(param, expected):
     assert words.param_text(param) == expected
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(None, "–"), (89, "89.0 s"), (90, "1.5 min"), (7200, "2.0 h")])
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (None, "–"),
+        (89, "89.0 s"),
+        (90, "1.5 min"),
+        (5399, "90.0 min"),
+        (5400, "1.5 h"),
+        (7200, "2.0 h"),
+        (129_599, "36.0 h"),
+        (129_600, "1.5 days"),
+    ],
+)
 def test_times_are_said_in_their_unit(seconds, expected):
     assert words.duration(seconds) == expected
+
+
+def test_what_an_error_is_is_said_where_it_is_not_top_1():
+    runs = [Run(variant="base", arm="plain", student="h2", num_params=1, upstream_samples=1, dataset=task, seed=0, task=task,
+                downstream_samples=1, error_rate=0.5) for task in ("detection", "classification", "detection")]  # fmt: skip
+    (told,) = words.task_notes(RunTable(tuple(runs)))
+    assert told.startswith("On detection the error is 1 − mAP")
+    assert words.predicted(RunTable(tuple(runs))).endswith(" and top-1 error rate")
 
 
 @pytest.mark.parametrize(("items", "expected"), [([], ""), (["a"], "a"), (["a", "b", "c"], "a, b and c")])

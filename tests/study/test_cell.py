@@ -13,6 +13,7 @@ from dbscale.study.recipe import (
     DeiT,
     Distill,
     Optim,
+    Pretrained,
     Recipe,
     TimmModel,
     Training,
@@ -60,3 +61,11 @@ def test_keys_are_safe_folder_names() -> None:
     for cell in merged_cells(expand(load_grid(grids / "demo.yaml"), {})):
         assert cell.key.replace("-", "").replace("_", "").isalnum()
         assert len(cell.key) < 120
+
+
+def test_what_guides_a_cell_is_its_teachers_model() -> None:
+    teacher, student, finetune, _ = golden_cells()
+    assert (teacher.teacher_model, student.teacher_model, finetune.teacher_model) == (None, DeiT(heads=1), None)
+    foreign = Pretrained(sha256="ab", model=DeiT(heads=7))
+    assert Cell(student.recipe.model_copy(update={"teacher": foreign}), "f00d").teacher_model == DeiT(heads=7)
+    assert finetune.lineage == (teacher, student, finetune)

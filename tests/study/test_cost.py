@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dbscale.errors import FileError
 from dbscale.study.cell import Cell
 from dbscale.study.cost import (
+    DEVICES,
     Calibration,
     CostModel,
     Device,
@@ -26,12 +27,14 @@ from dbscale.study.cost import (
     num_params,
     read_calibration,
     step_flops,
+    train_flops,
     write_calibration,
 )
 from dbscale.study.grid import Grid, expand, merged_cells
 from dbscale.study.recipe import Budget, Data, DeiT, Distill, Optim, Recipe, TimmModel, Training
 from dbscale.study.resources import Resources
 from dbscale.study.store import Store
+from dbscale.study.task import Detection, Segmentation
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,11 @@ from dbscale.study.store import Store
 def test_parameters_of_the_published_family(heads: int, millions: float) -> None:
     # Published with the head left out at 2 heads (2.52M) and rounded: a 100-class head is within one per cent.
     assert num_params(DeiT(heads=heads), 224, 100) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_parameters_are_those_that_timm_counts() -> None:
+    """deit_tiny, deit_small and deit_base, patch 16, 224 px, 1,000 classes."""
+    assert [num_params(DeiT(heads=heads), 224, 1000) for heads in (3, 6, 12)] == [5_717_416, 22_050_664, 86_567_656]
 
 
 VIT_G = DeiT(heads=16, head_width=88, depth=40, patch_size=14, mlp_ratio=48 / 11)
@@ -112,6 +120,53 @@ def test_flops_of_deit_small() -> None:
     assert forward_flops(DeiT(heads=6), 224) == pytest.approx(9.2e9, rel=0.02)
 
 
+def test_the_cost_of_a_head_by_hand() -> None:
+    """A linear head is free beside its backbone. 3 × 3 convolutions on 14 × 14 patches, three forwards a sample:
+    of a pyramid 16 + 4 + 1 + ¼ maps and 16 once more; of FCOS 4 + 1 + ¼ + 1/16 maps, once and in two towers of four."""
+    training = Training(budget=Budget(steps=1), optim=Optim(lr=1e-3), global_batch=1)
+    data = Data(dataset="d", num_samples=8, image_size=224)
+    coarse, resnet = DeiT(heads=3), TimmModel(kind="timm", name="resnet18")
+
+    def cost(task: Any, model: Any = coarse) -> float:
+        return train_flops(Recipe(stage="finetune", model=model, data=data, training=training, seed=0, task=task))
+
+    plain, a_map = cost(None), 2 * 9 * 14**2  # pixels of patch 16, where timm models count as such
+    assert cost(Segmentation()) == plain == 3 * forward_flops(coarse, 224)
+    assert cost(Segmentation(head="pyramid")) - plain == pytest.approx(3 * a_map * 128**2 * 37.25)
+    assert cost(Segmentation(head="pyramid", width=64)) - plain == pytest.approx(3 * a_map * 64**2 * 37.25)
+    assert cost(Detection()) - plain == pytest.approx(3 * a_map * 128**2 * 5.3125 * 9)
+    assert cost(Detection(width=64, num_convs=1)) - plain == pytest.approx(3 * a_map * 64**2 * 5.3125 * 3)
+    finer = DeiT(heads=3, patch_size=8)
+    assert cost(Detection(), finer) - cost(None, finer) == pytest.approx(4 * 3 * a_map * 128**2 * 5.3125 * 9)
+    assert cost(Detection(), resnet) - cost(None, resnet) == pytest.approx(3 * a_map * 128**2 * 5.3125 * 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "multiply_adds"), [("resnet18", 1.82e9), ("resnet34", 3.67e9), ("resnet50", 4.11e9), ("resnet101", 7.84e9)]
+)
+def test_flops_of_residual_networks(name: str, multiply_adds: float) -> None:
+    """Published multiply-adds at 224 px, counted twice; a quarter of them at half the size, tags of weights aside."""
+    model = TimmModel(kind="timm", name=f"{name}.a1_in1k")
+    assert forward_flops(model, 224) == pytest.approx(2 * multiply_adds, rel=0.005)
+    assert forward_flops(model, 112) == pytest.approx(forward_flops(model, 224) / 4)
+
+
+def test_an_unknown_model_counts_as_deit_small() -> None:
+    assert forward_flops(TimmModel(kind="timm", name="swin_tiny_patch4_window7_224"), 224) == 9.2e9
+
+
+def test_what_is_assumed_of_devices() -> None:
+    """Peaks and memory as the vendors' data sheets have them, dense bf16; the rest are estimates that every plan without
+    a calibration rests on."""
+    about = {name: (d.name, d.peak_flops, d.utilisation, d.step_overhead_s, d.cell_overhead_s, d.memory_bytes)
+             for name, d in DEVICES.items()}  # fmt: skip
+    assert about == {
+        "cpu": ("cpu", 1e11, 0.30, 0.012, 0.3, None), "a100": ("a100", 312e12, 0.35, 0.004, 20.0, 80e9),
+        "h100": ("h100", 989e12, 0.25, 0.004, 20.0, 80e9), "h200": ("h200", 989e12, 0.25, 0.004, 20.0, 141e9),
+    }  # fmt: skip
+    assert DEVICES["a100"].flops_per_s == pytest.approx(109.2e12) and CostModel().device == DEVICES["cpu"]
+
+
 POSITIVE = st.floats(0.1, 10.0)
 on_any_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -135,6 +190,15 @@ def test_whatever_was_measured_predicts_positive_finite_times(measured: list[tup
 def test_one_size_is_met_exactly() -> None:
     speed, overhead = fit_step_times([(2e9, 0.5)])
     assert 2e9 / speed + overhead == pytest.approx(0.5)
+
+
+def test_speed_and_overhead_that_would_be_negative_are_none() -> None:
+    """Larger models that were quicker: overhead is all there is, Σ1/t over Σ1/t². A time that more than doubles with
+    twice the operations: they alone, Σ(f/t)² over Σf/t."""
+    speed, overhead = fit_step_times([(1e9, 0.6), (2e9, 0.5)])
+    assert speed == pytest.approx(1e3 * 4e9) and overhead == pytest.approx((1 / 0.6 + 2) / (1 / 0.36 + 4))
+    speed, overhead = fit_step_times([(1e9, 0.1), (2e9, 0.4)])
+    assert speed == pytest.approx((1e20 + 0.25e20) / (1e10 + 0.5e10)) and overhead == 0
 
 
 def calibration(**changes: Any) -> Calibration:
@@ -184,6 +248,11 @@ def test_rows_scale_each_stage_by_its_own_median(grid: Grid) -> None:
     again = found.calibrated([*slow, *quick])
     assert all(again.seconds(cell) == pytest.approx(found.seconds(cell)) for cell in (*of["pretrain"], *of["finetune"]))
     assert base.calibrated([]) is base
+    # Twice as slow, then three times as slow as that: of a stage without rows, six times.
+    twice = base.calibrated(rows_of(of["finetune"][:1], base, [2.0]))
+    thrice = twice.calibrated(rows_of(of["finetune"][:1], twice, [3.0]))
+    assert thrice.scale == pytest.approx(6.0)
+    assert thrice.hours(of["distill"][:2]) == pytest.approx(12 * base.seconds(of["distill"][0]) / 3600)
 
 
 def test_seconds_are_steps_and_overheads(grid: Grid) -> None:

@@ -279,6 +279,39 @@ def test_a_new_axis_value_keeps_every_old_cell(grid_data: dict[str, Any]) -> Non
     assert old < new
 
 
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({"name": "a" * 64}, True), ({"name": "a" * 65}, False), ({"name": "Tiny.v2_-"}, True), ({"name": ".tiny"}, False),
+        ({"name": "a/b"}, False), ({"name": ""}, False), ({"seeds": [0]}, True), ({"seeds": [-1]}, False),
+        ({"seeds": [2**32 - 1]}, True), ({"seeds": [2**32]}, False), ({"seeds": []}, False), ({"seeds": [1, 1]}, False),
+        ({"finetunes": 1}, True), ({"finetunes": 0}, False), ({"min_effect": 1e-9}, True), ({"min_effect": 0.0}, False),
+        ({"min_effect": 0.999}, True), ({"min_effect": 1.0}, False), ({"students": []}, False), ({"downstream": []}, False),
+        ({"upstream": {"dataset": "up", "num_samples": []}}, False),
+    ],
+)  # fmt: skip
+def test_what_a_grid_may_say_at_its_edges(grid_data: dict[str, Any], changes: dict[str, Any], taken: bool) -> None:
+    if taken:
+        assert validate(Grid, grid_data | changes, where="t")
+    else:
+        with pytest.raises(ConfigError):
+            validate(Grid, grid_data | changes, where="t")
+
+
+def test_a_grid_that_says_no_more_than_it_must(grid_data: dict[str, Any]) -> None:
+    needed = ("name", "question", "datasets", "upstream", "downstream", "image_size", "models", "students", "seeds",
+              "pretrain", "finetune")  # fmt: skip
+    grid = validate(Grid, {name: grid_data[name] for name in needed} | {"arms": ["plain"]}, where="t")
+    assert (grid.scratch, grid.finetunes, grid.min_effect, grid.tier, grid.block_size) == (
+        False,
+        1,
+        0.005,
+        "resident",
+        None,
+    )
+    assert {p.arm for p in expand(grid, {})} == {"plain"}
+
+
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 10**9), lr=st.floats(1e-6, 1.0))
 @settings(max_examples=50, deadline=None)
 def test_ids_follow_the_recipe_and_the_data(seed: int, size: int, lr: float) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from dbscale.errors import ConfigError, FileError
 from dbscale.strict import validate
-from dbscale.study.grid import Grid, expand, load_grid
+from dbscale.study.grid import Grid, Hunt, expand, load_grid
 from dbscale.study.hunt import (
     Bought,
     Finding,
@@ -67,6 +68,7 @@ def test_the_axis_may_be_labels_or_parameters(grid_data: dict[str, Any]) -> None
 def test_the_grids_seeds_come_first(grid_data: dict[str, Any]) -> None:
     assert seeds_of(hunted(grid_data, {"most_seeds": 5}, seeds=[7, 3])) == (7, 3, 8, 9, 10)
     assert seeds_of(hunted(grid_data, {"most_seeds": 1}, seeds=[7, 3])) == (7,)
+    assert seeds_of(hunted(grid_data, {"most_seeds": 5}, seeds=[0])) == (0, 1, 2, 3, 4)
     assert seeds_of(hunted(grid_data, {"most_seeds": 3}, seeds=[2**32 - 2])) == (2**32 - 2, 2**32 - 1)
 
 
@@ -149,6 +151,28 @@ def test_what_a_hunt_refuses(grid_data: dict[str, Any], hunt: dict[str, Any], sa
         hunted(grid_data, hunt)
 
 
+def test_a_hunt_that_names_its_budget_alone_asks_for_what_the_documents_say() -> None:
+    assert Hunt(budget_hours=2.0).model_dump() == {
+        "along": "upstream_samples", "range": None, "per_octave": 2.0, "a": {"arm": "plain"}, "b": {"arm": "distilled"},
+        "students": None, "downstream": None, "num_labels": None, "pooled": True, "metric": "error_rate",
+        "target_octaves": 1.0, "min_effect": None, "level": 0.9, "least_doubt": None, "wave": 8, "waves_ahead": 0,
+        "finetunes": "auto", "budget_hours": 2.0, "most_seeds": 32,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "refused"),
+    [("per_octave", 1e-9, 0.0), ("per_octave", 8.0, 8.1), ("target_octaves", 1e-9, 0.0), ("min_effect", 1e-9, 0.0),
+     ("level", 0.5001, 0.5), ("level", 0.9999, 1.0), ("least_doubt", 1e-9, 0.0), ("wave", 1, 0), ("waves_ahead", 0, -1),
+     ("waves_ahead", 8, 9), ("finetunes", 1, 0), ("budget_hours", 1e-9, 0.0), ("most_seeds", 1, 0),
+     ("range", (1, 2), (0, 2)), ("range", (1, 2), (2, 2)), ("num_labels", (1,), ())],
+)  # fmt: skip
+def test_every_field_of_a_hunt_ends_where_it_says(name: str, taken: Any, refused: Any) -> None:
+    assert getattr(Hunt.model_validate({"budget_hours": 1.0, name: taken}), name) == taken
+    with pytest.raises(ValidationError):
+        Hunt.model_validate({"budget_hours": 1.0, name: refused})
+
+
 def test_sides_without_a_partner_are_refused(grid_data: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"no run with .*plain.* has a partner"):
         pairs_of(hunted(grid_data, arms=["plain"], teachers={}), {}, (0,), 1)
@@ -184,6 +208,13 @@ def test_a_wave_that_is_planned_again_replaces_its_first_plan(tmp_path: Path) ->
     log = with_wave(log, wave(5.0))
     log = with_wave(log, wave(5.0, "undecided"))
     assert [each.number for each in log.waves] == [1, 2, 3]
+    log = with_wave(log, wave(5.0, "undecided", pairs=2))
+    assert [(each.number, each.spent_s, len(each.bought)) for each in log.waves] == [
+        (1, 0.0, 1),
+        (2, 5.0, 0),
+        (3, 5.0, 1),
+    ]
+    assert [each.failed_pairs for each in log.waves] == [0, 0, 0]
     store = Store(tmp_path)
     assert read_log(store, "g") is None
     write_log(store, log)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbscale.errors import FileError
+from dbscale.strict import validate
 from dbscale.study.cell import Cell
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Grid, expand, load_grid, merged_cells
@@ -115,6 +117,29 @@ def test_the_record_names_each_point_by_the_grids_seed_and_its_draw(grid: Grid) 
     written = record(plan_of(drawn, {}), CostModel())
     assert {(point.seed, point.finetune) for point in written.points} == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert written.min_effect == 0.01
+
+
+def test_the_record_says_what_each_point_rests_on(grid_data: dict[str, Any]) -> None:
+    grid = validate(Grid, grid_data | {"scratch": True}, where="t")
+    points = expand(grid, {})
+    written = record(plan_of(grid, {}), Priced(), level=0.95, targets=["down"])
+    by_cell = {point.cell: point for point in written.points}
+    for point in points:
+        told, upstream = by_cell[point.cell.key], point.cell.init
+        assert (told.arm, told.student, told.variant, told.dataset) == (point.arm, point.student, "base", "down")
+        assert (told.num_samples, told.upstream_num_samples) == (point.cell.recipe.data.num_samples,
+                                                                 point.upstream_num_samples)  # fmt: skip
+        assert told.upstream_cell == (upstream.key if upstream else None)
+        assert told.upstream_dataset == ("up" if upstream else None)
+        assert told.teacher_cell == (upstream.teacher.key if upstream and upstream.teacher else None)
+        assert told.model == {"h1": "deit_h1w16d2", "h2": "deit_h2w16d2"}[point.student]
+    assert {point.arm for point in written.points} == {"plain", "distilled", "scratch"}
+    stages = [cell.recipe.stage for cell in merged_cells(points)]
+    assert list(written.predicted_s) == [
+        {"pretrain": 10.0, "distill": 20.0, "finetune": 1.0}[stage] for stage in stages
+    ]
+    assert written.predicted_device_s == sum(written.predicted_s)
+    assert (written.level, written.targets) == (0.95, ("down",))
 
 
 def test_the_record_survives_the_disk_and_shows_what_went_stale(grid: Grid, tmp_path: Path) -> None:

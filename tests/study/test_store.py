@@ -248,6 +248,7 @@ def test_a_damaged_row_costs_its_cell_and_is_named(store: Store, damage: str) ->
 @pytest.mark.parametrize(
     ("field", "value"),
     [("error_rate", 1.5), ("error_rate", -0.1), ("num_samples", -1), ("test_loss", float("nan")), ("key", "d"),
+     ("train_loss", float("nan")), ("train_loss", float("inf")),
      ("num_steps", "10")],
 )  # fmt: skip
 def test_a_row_with_a_number_that_cannot_be_is_damaged(store: Store, field: str, value: Any) -> None:

@@ -10,7 +10,6 @@ import pytest
 from dbscale.errors import ConfigError
 from dbscale.strict import validate
 from dbscale.study.cell import cell_id
-from dbscale.study.cost import train_flops
 from dbscale.study.grid import Grid, expand, load_grid, misfit
 from dbscale.study.recipe import Augment, Budget, Data, DeiT, Optim, Recipe, Training
 from dbscale.study.task import Detection, Segmentation
@@ -121,17 +120,6 @@ def test_a_packed_dataset_must_have_what_its_task_needs() -> None:
         (segmented, "up", "mask", "classification needs a label beside each image, and dataset 'up' has a mask"),
     ):
         assert sentence in str(misfit(grid, name, target))
-
-
-def test_the_cost_of_a_head_is_predicted() -> None:
-    """A linear head is free beside its backbone, a pyramid and FCOS are not."""
-    training = Training(budget=Budget(steps=1), optim=Optim(lr=1e-3), global_batch=1)
-    data = Data(dataset="d", num_samples=8, image_size=224)
-    plain, linear, pyramid, boxes = (
-        train_flops(Recipe(stage="finetune", model=DeiT(heads=3), data=data, training=training, seed=0, task=task))
-        for task in (None, Segmentation(), Segmentation(head="pyramid"), Detection())
-    )
-    assert plain == linear < pyramid < boxes
 
 
 def test_shipped_grids_with_tasks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from dbscale.strict import validate
 from dbscale.study.cost import step_flops
 from dbscale.study.grid import Grid, expand, merged_cells, weights_in_use
 from dbscale.study.recipe import DeiT, TimmModel
+from dbscale.study.store import Store
+from dbscale.study.weights import name_path
 
 TEACHER = {"checkpoint": "deit.safetensors", "model": {"kind": "deit", "heads": 3}}
 PRINTS = {"up": "u", "down": "d"}
@@ -70,8 +73,17 @@ def test_old_grids_keep_their_ids(grid_data: dict[str, Any]) -> None:
         ({"teachers": {"h2": {**TEACHER, "mean": [0.5, 0.5, 0.5]}}}, "mean and std go together"),
         ({"init": {"h9": TEACHER}}, "unknown model in init 'h9'; did you mean"),
         ({"teachers": {"h2": TEACHER}, "arms": ["plain", "plain_matched"]}, "nobody knows it for the teacher of 'h2'"),
+        (
+            {"teachers": {"h1": TEACHER, "h2": TEACHER}, "arms": ["plain_matched"]},
+            "nobody knows it for the teacher of 'h1'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(grid_data: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         grid(grid_data, **changes)
+
+
+def test_a_name_that_was_imported_is_found_where_it_was_written(tmp_path: Path) -> None:
+    """By a hash of the name: stores have such files."""
+    assert name_path(Store(tmp_path), "deit.safetensors") == f"{tmp_path}/weights/names/6739161713423cc3.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +13,17 @@ from dbscale.study.cell import Cell
 from dbscale.study.cost import device_memory
 from dbscale.study.recipe import Budget, Data, DeiT, Optim, Recipe, TimmModel, Training
 from dbscale.study.resources import Resources
-from dbscale.training.device import count_train_flops, measure, peak_flops, peak_memory_bytes, reset_peak_memory
+from dbscale.study.task import Segmentation
+from dbscale.training import device
+from dbscale.training.device import (
+    count_train_flops,
+    device_name,
+    energy_j,
+    measure,
+    peak_flops,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from dbscale.training.models import make_model
 
 
@@ -55,6 +67,29 @@ def test_peaks_are_known_by_name_and_only_for_16_bits():
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp16") == cost.DEVICES["a100"].peak_flops
     assert peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
     assert peak_flops("cpu", "bf16") is None
+
+
+def test_of_a_cpu_neither_name_nor_energy_is_known():
+    cpu = torch.device("cpu")
+    assert device_name(cpu) == "cpu" and energy_j(cpu) is None
+
+
+def test_peak_memory_without_proc_is_that_of_the_process(monkeypatch, tmp_path):
+    """In kibibytes where /proc says it, and as the system counts it where there is no /proc."""
+    monkeypatch.setattr(device, "PROC", tmp_path)
+    whole = peak_memory_bytes(torch.device("cpu"))
+    assert whole == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (tmp_path / "status").write_text("Name:\tx\nVmPeak:\t   900 kB\nVmHWM:\t   700 kB\nVmRSS:\t 10 kB\n")
+    assert peak_memory_bytes(torch.device("cpu")) == 700 * 1024
+
+
+def test_what_a_dense_head_adds_is_counted_too():
+    model = DeiT(heads=2, head_width=16, depth=2, patch_size=8)
+    plain = measure(model, num_classes=4, image_size=32)
+    linear = measure(model, num_classes=4, image_size=32, task=Segmentation())
+    # One linear layer on each of 16 patches instead of on the class token, of 32 channels and 4 classes.
+    assert linear.forward_flops - plain.forward_flops == 2 * 32 * 4 * 15
+    assert linear.num_params >= plain.num_params
 
 
 def test_peak_memory_starts_anew_with_each_cell():

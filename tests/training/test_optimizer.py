@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from dbscale.study.recipe import Budget, Data, DeiT, Optim, Recipe, TimmModel, T
 from dbscale.study.resources import Resources
 from dbscale.training.graph import can_capture
 from dbscale.training.models import freeze_backbone, make_model
-from dbscale.training.optimizer import keep_rates_on, learning_rate, make_optimizer, set_learning_rate
+from dbscale.training.optimizer import EMA, keep_rates_on, learning_rate, make_optimizer, set_learning_rate
 
 MODEL = DeiT(heads=2, head_width=8, depth=3, patch_size=4)
 
@@ -46,6 +47,49 @@ def test_rate_rises_to_the_peak_and_falls_to_the_floor(steps, share):
 def test_rate_scales_with_the_batch():
     small, large = recipe(batch=64, lr_reference_batch=64), recipe(batch=256, lr_reference_batch=64)
     assert learning_rate(50, large) == pytest.approx(4 * learning_rate(50, small))
+
+
+def test_the_rate_by_hand():
+    """Two of ten steps of warm-up, then half a cosine over the other eight: .1 + .9·(1 + cos(π·k/8))/2."""
+    cell = recipe(10, lr=1.0, min_lr=0.1, warmup_share=0.2)
+    falling = [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
+    assert [learning_rate(step, cell) for step in range(10)] == pytest.approx([0.5, 1.0, *falling])
+    assert falling[4] == pytest.approx(0.55)
+    alone = recipe(1, lr=1.0, min_lr=0.1, warmup_share=0.0)
+    assert learning_rate(0, alone) == 1.0
+    # Only the peak scales with the batch: 3 times as large a batch, 3 times the rate at the top.
+    large = recipe(10, batch=192, lr=1.0, lr_reference_batch=64, min_lr=0.1, warmup_share=0.2)
+    assert learning_rate(1, large) == pytest.approx(3.0) and learning_rate(6, large) == pytest.approx(0.1 + 2.9 / 2)
+
+
+def test_what_the_recipe_says_of_adamw_reaches_it():
+    model = make_model(MODEL, num_classes=5, image_size=16)
+    optim = Optim(lr=2e-3, weight_decay=0.07, betas=(0.8, 0.95), eps=1e-6)
+    groups = make_optimizer(model, optim).param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.07}
+    assert {(group["lr"], group["betas"], group["eps"], group["lr_scale"]) for group in groups} == {
+        (2e-3, (0.8, 0.95), 1e-6, 1.0)}  # fmt: skip
+    assert {group["weight_decay"] for group in make_optimizer(model, optim.model_copy(update={"layer_decay": 0.5}))
+            .param_groups} == {0.0, 0.07}  # fmt: skip
+
+
+def test_an_average_by_hand():
+    """1, then 3 with d = 1/10, then 5 with d = 1/2, which is the least of .5 and 81/90."""
+    layer = torch.nn.Linear(1, 2, bias=False)
+    layer.register_parameter("frozen", torch.nn.Parameter(torch.zeros(1), requires_grad=False))
+    torch.nn.init.constant_(layer.weight, 1.0)
+    average = EMA(layer, 0.5)
+    assert len(average.average) == 1, "what does not learn has no average"
+    for value, step, expected in ((3.0, 0, 2.8), (5.0, 80, 3.9)):
+        torch.nn.init.constant_(layer.weight, value)
+        average.update(step)
+        assert average.average[0].flatten().tolist() == pytest.approx([expected] * 2)
+    with average.swapped_in():
+        assert layer.weight.flatten().tolist() == pytest.approx([3.9] * 2)
+    assert layer.weight.flatten().tolist() == [5.0] * 2
+    with pytest.raises(KeyError), average.swapped_in():
+        raise KeyError
+    assert layer.weight.flatten().tolist() == [5.0] * 2
 
 
 def test_biases_norms_positions_and_class_tokens_do_not_decay():
