@@ -38,7 +38,6 @@ from dbscale.study.weights import imported_hash
 
 DEFAULT_GRID = CONFIGS / "grids" / "demo.yaml"
 CLUSTER_PREFIX = "cluster."
-RESOURCES_PREFIX = f"{CLUSTER_PREFIX}resources."
 MAX_CALIBRATION_ROWS = 200
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 """How a family adds a command: name, function, one line of help."""
@@ -97,16 +96,10 @@ def print_json(value: object) -> None:
 
 def add_tracker(parser: argparse.ArgumentParser) -> None:
     """`--tracker NAME`, short for a `--set`."""
-    parser.add_argument("--tracker", choices=get_args(Tracker), action=_Tracker, dest="overrides",
-                        default=argparse.SUPPRESS,
-                        help="also log to it, through Accelerate; a resumed cell continues its run there")  # fmt: skip
-
-
-class _Tracker(argparse.Action):
-    """Joins the overrides."""
-
-    def __call__(self, _parser: object, namespace: argparse.Namespace, values: Any, _option: object = None) -> None:
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest), f"{RESOURCES_PREFIX}tracker={values}"])
+    parser.add_argument("--tracker", metavar="NAME", type=f"{CLUSTER_PREFIX}resources.tracker={{}}".format,
+                        action="append", dest="overrides", default=argparse.SUPPRESS,
+                        help=f"also log to it, through Accelerate: {', '.join(get_args(Tracker))}; a resumed cell "
+                        "continues its run there")  # fmt: skip
 
 
 def add_run(parser: argparse.ArgumentParser, *, smoke: bool = True) -> None:
