@@ -19,29 +19,10 @@ from pydantic import BeforeValidator
 from dbscale.errors import DataError, nearest
 from dbscale.shards.source import FileSource, Listing, Local, TestFolder, Unused, class_names, printable, split_off
 
-IMAGE_SUFFIXES = frozenset(
-    (
-        *(
-            "jpg",
-            "jpeg",
-            "jpe",
-            "jfif",
-            "png",
-            "ppm",
-            "pgm",
-            "pbm",
-            "pnm",
-            "pfm",
-            "webp",
-            "bmp",
-            "dib",
-            "gif",
-            "tif",
-            "tiff",
-        ),
-        *("avif", "jp2", "j2k", "jpf", "jpx", "ico", "cur", "icns", "tga", "qoi", "pcx", "sgi", "psd", "dds"),
-    )
-)
+_SUFFIXES = """
+jpg jpeg jpe jfif png ppm pgm pbm pnm pfm webp bmp dib gif tif tiff avif jp2 j2k jpf jpx ico cur icns tga qoi pcx sgi psd dds
+"""
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 """By which names are taken for images; what a file holds is told from its bytes."""
 _LITTER = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 

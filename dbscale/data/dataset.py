@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, center_square, decode_image, resize_short
 from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
-from dbscale.data.read import TARGET, EncodedReader, Files, RawReader, Reader, ShardFiles, file_checksum, open_index
+from dbscale.data.read import TARGET, EncodedReader, RawReader, ShardFiles, file_checksum, open_index
 from dbscale.data.remote import RemoteRawReader, RemoteShards, is_url, mirror, origin
 from dbscale.data.target import IGNORE, TargetReader, decode_mask, square_target
 from dbscale.errors import DataError, FileError
@@ -68,39 +68,34 @@ class Dataset:
         """Memory-mapped records (see `read.index_dtype`)."""
         return open_index(self.folder, self.split)
 
-    @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        """int64 [num_samples]; reads the whole index."""
-        return self.index["label"].astype(np.int64)
-
     def labels_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64 [b]: labels of these positions of the split; touches no other record."""
         return self.index["label"][positions].astype(np.int64)
 
     @cached_property
-    def files(self) -> ShardFiles | RemoteShards:
+    def files(self) -> ShardFiles:
         """The split's tars."""
         kind = ShardFiles if origin(self.folder) is None else RemoteShards
         return kind(self.folder, self.split, self.index)
 
     @cached_property
-    def reader(self) -> Reader:
+    def reader(self) -> "ResidentReader | RawReader | RemoteRawReader | EncodedReader":
         """Fetches pixels by position in the split."""
         if self.tier == "resident":
             assert self.image_size is not None
             return ResidentReader(self.folder, self.split, self.files, self.image_size, self.cache_dir)
         if self.tier == "raw":
-            return RawReader(self.files) if isinstance(self.files, ShardFiles) else RemoteRawReader(self.files)
+            return RemoteRawReader(self.files) if isinstance(self.files, RemoteShards) else RawReader(self.files)
         return EncodedReader(self.files)
 
     @cached_property
-    def targets(self) -> "TargetReader | ResidentMasks | None":
+    def targets(self) -> "TargetReader | ResidentReader | None":
         """Fetches masks or boxes by position in the split, fitting the pixels of `reader`; None where images have labels."""
         kind = self.manifest.target
         if kind is None:
             return None
         if kind == "mask" and self.image_size is not None:
-            return ResidentMasks(self.folder, self.split, self.files, self.image_size, self.cache_dir)
+            return ResidentReader(self.folder, self.split, self.files, self.image_size, self.cache_dir, masks=True)
         return TargetReader(self.files, kind, self.image_size)
 
     def subset(self, num_samples: int | None = None, subset_seed: int = 0) -> "Subset":
@@ -252,43 +247,27 @@ def _resident_size(manifest: Manifest, image_size: int | None) -> int:
 
 
 class ResidentReader:
-    """Tier `resident`: fetches by one gather from the split's decoded array, which all processes of a node share.
+    """Tier `resident`: fetches by one gather from the split's decoded array, which all processes of a node share; of
+    images or, with `masks`, of a dense dataset's masks.
 
     Built by whoever comes first; several may race, each writes a file of its own and the last rename wins. A damaged,
     foreign or half-written file is rebuilt; where nothing can be written the array stays in RAM.
     """
 
-    def __init__(self, folder: Path, split: SplitInfo, files: Files, image_size: int, cache_dir: Path | None) -> None:
-        shape, path = (len(files.index), 3, image_size, image_size), _cache_path(folder, split, image_size, cache_dir)
-        self.images, self.bad = _resident(path, shape, files, partial(_pixels, files, image_size), fill=0)
+    def __init__(
+        self, folder: Path, split: SplitInfo, files: ShardFiles, image_size: int, cache_dir: Path | None, *,
+        masks: bool = False,
+    ) -> None:  # fmt: skip
+        decode, fill, mark = (_mask, IGNORE, "-mask") if masks else (_pixels, 0, "")
+        name = f"{split.index.split('.')[0]}-{split.fingerprint[:12]}-{image_size}px{mark}.npy"
+        shape = (len(files.index), *(() if masks else (3,)), image_size, image_size)
+        path, decode_one = (cache_dir or folder / "cache") / name, partial(decode, files, image_size)
+        self.values, self.bad = _resident(path, shape, files, decode_one, fill)
 
     def fetch(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int]]:
-        """uint8 [b, 3, S, S]; bad slots are black."""
-        return np.take(self.images, positions, axis=0), _bad_slots(self.bad, positions)
-
-
-class ResidentMasks:
-    """The same for the masks of a dense dataset."""
-
-    def __init__(self, folder: Path, split: SplitInfo, files: Files, image_size: int, cache_dir: Path | None) -> None:
-        shape, path = (
-            (len(files.index), image_size, image_size),
-            _cache_path(folder, split, image_size, cache_dir, "-mask"),
-        )
-        self.masks, self.bad = _resident(path, shape, files, partial(_mask, files, image_size), fill=IGNORE)
-
-    def fetch(self, positions: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], list[int]]:
-        """uint8 [S, S] each; bad slots are all IGNORE."""
-        return list(np.take(self.masks, positions, axis=0)), _bad_slots(self.bad, positions)
-
-
-def _bad_slots(bad: frozenset[int], positions: NDArray[np.int64]) -> list[int]:
-    return [slot for slot, position in enumerate(positions.tolist()) if position in bad] if bad else []
-
-
-def _cache_path(folder: Path, split: SplitInfo, image_size: int, cache_dir: Path | None, what: str = "") -> Path:
-    name = f"{split.index.split('.')[0]}-{split.fingerprint[:12]}-{image_size}px{what}"
-    return (cache_dir or folder / "cache") / f"{name}.npy"
+        """uint8 [b, 3, S, S], or masks [b, S, S], and the slots that are bad: black, or all IGNORE."""
+        bad = [slot for slot, position in enumerate(positions.tolist()) if position in self.bad] if self.bad else []
+        return np.take(self.values, positions, axis=0), bad
 
 
 Decode = Callable[[int], NDArray[np.uint8] | None]
@@ -296,7 +275,7 @@ Decode = Callable[[int], NDArray[np.uint8] | None]
 
 
 def _resident(
-    path: Path, shape: tuple[int, ...], files: Files, decode: Decode, fill: int
+    path: Path, shape: tuple[int, ...], files: ShardFiles, decode: Decode, fill: int
 ) -> tuple[NDArray[np.uint8], frozenset[int]]:
     """The split's decoded array and its bad positions, from the cache in `path` or built anew."""
     known = _opened(path, shape)
@@ -306,7 +285,9 @@ def _resident(
     return known
 
 
-def _build(decode: Decode, shape: tuple[int, ...], files: Files, fill: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
+def _build(
+    decode: Decode, shape: tuple[int, ...], files: ShardFiles, fill: int
+) -> tuple[NDArray[np.uint8], frozenset[int]]:
     values = np.full(shape, fill, np.uint8)
     bad = set()
     for position in range(len(values)):
@@ -320,7 +301,7 @@ def _build(decode: Decode, shape: tuple[int, ...], files: Files, fill: int) -> t
     return values, frozenset(bad)
 
 
-def _pixels(files: Files, image_size: int, position: int) -> NDArray[np.uint8] | None:
+def _pixels(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uint8] | None:
     """[3, S, S]."""
     try:
         pixels = decode_image(files.read(position))
@@ -329,7 +310,7 @@ def _pixels(files: Files, image_size: int, position: int) -> NDArray[np.uint8] |
     return center_square(resize_short(pixels, image_size), image_size).transpose(2, 0, 1)
 
 
-def _mask(files: Files, image_size: int, position: int) -> NDArray[np.uint8] | None:
+def _mask(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uint8] | None:
     """[S, S]."""
     try:
         mask = square_target(decode_mask(files.read(position, TARGET)), image_size)

@@ -24,13 +24,6 @@ class MixTarget(NamedTuple):
     lam: float
     """1.0 where the batch was left alone."""
 
-    def dense(self, num_classes: int, smoothing: float = 0.0) -> Tensor:
-        """float32 [b, num_classes] target distribution, with label smoothing (Szegedy et al. 2016)."""
-        base = torch.full((len(self.y_a), num_classes), smoothing / num_classes, device=self.y_a.device)
-        base.scatter_add_(1, self.y_a[:, None], torch.full_like(base[:, :1], (1 - smoothing) * self.lam).expand(-1, 1))
-        base.scatter_add_(1, self.y_b[:, None], torch.full_like(base[:, :1], (1 - smoothing) * (1 - self.lam)))
-        return base
-
 
 def mix_batch(
     images_BCHW: Tensor,

@@ -141,8 +141,8 @@ def _stage_file(
     with _only_one(local / f".{name}.lock"):
         if _holds(is_sound):  # another process may have copied it while this one waited
             return
-        if shard is not None:
-            _check_at_source(source, shard)
+        if shard is not None and origin(source) is None:  # one behind a URL is found to be damaged when it is copied
+            check_shard_size(source, shard)
         log.info("copying %s to %s", source / name, local)
         _copy(source / name, local / name)
         if not _holds(is_sound):
@@ -150,12 +150,6 @@ def _stage_file(
                 f"{local / name}: the copy is not what was packed; look at this node's disk, and let "
                 f"`dbscale shards verify {source}` look at the original"
             )
-
-
-def _check_at_source(source: Path, shard: ShardInfo) -> None:
-    """Raise DataError when a local shard is damaged; one behind a URL is found to be when it is copied."""
-    if origin(source) is None:
-        check_shard_size(source, shard)
 
 
 def _holds(is_sound: Callable[[], bool]) -> bool:
