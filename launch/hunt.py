@@ -61,6 +61,17 @@ class Survey:
     def hunt(self) -> Hunt:
         return hunt_of(self.study.grid)
 
+    @property
+    def level(self) -> float:
+        """Level of each verdict: looking after every wave and the number of targets are paid for."""
+        from dbscale.laws.design import looking_level
+
+        return looking_level(self.hunt.level, len(self.targets))
+
+    @property
+    def min_effect(self) -> float:
+        return self.hunt.min_effect or self.study.grid.min_effect
+
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         return tuple(dict.fromkeys(pair.target for pair in self.pairs))
@@ -158,10 +169,6 @@ class NextWave:
         return tuple({(p.variant, p.cell.key): p for p in asked}.values())
 
     @property
-    def level(self) -> float:
-        return level_of(self.survey)
-
-    @property
     def page_targets(self) -> tuple[str, ...]:
         """Its targets, where the report judges the same contrasts."""
         from dbscale.report.hunt import on_page
@@ -171,7 +178,7 @@ class NextWave:
     def plan(self) -> Plan:
         """The wave as jobs, with what was begun before it; runs that failed are not tried again."""
         found, cluster = self.survey, self.survey.study.cluster
-        grid = found.study.grid.model_copy(update={"min_effect": min_effect_of(found)})  # the report's, too
+        grid = found.study.grid.model_copy(update={"min_effect": found.min_effect})  # the report's, too
         plan = make_plan(
             grid, self.points, states={key: each.state for key, each in found.standings.items()},
             cost=found.cost, target_s=cluster.target_min * 60, workers=cluster.num_workers(),
@@ -184,7 +191,7 @@ def wave_record(wave: NextWave) -> WaveRecord:
     found = wave.survey
     return WaveRecord(
         number=0, created=time.time(), spent_s=round(found.spent_s, 1), failed_pairs=len(found.having("failed")),
-        verdict_level=level_of(found), findings=wave.findings, bought=wave.bought, stopped=wave.stopped,
+        verdict_level=found.level, findings=wave.findings, bought=wave.bought, stopped=wave.stopped,
     )  # fmt: skip
 
 
@@ -221,7 +228,7 @@ def next_wave(study: Study, active: Collection[str] | None = None) -> NextWave:
     left_s = hunt.budget_hours * 3600 - found.spent_s - found.pending_s
     choices = choose_wave(
         [each for target, pairs in measured.items() if (each := as_target(found, target, pairs)).name in open_targets],
-        [place.candidate for place in places], num_pairs=max(min(hunt.wave, room), 0), level=level_of(found),
+        [place.candidate for place in places], num_pairs=max(min(hunt.wave, room), 0), level=found.level,
         pending=Counter((str(pair.target), float(pair.x)) for pair in under_way),
         most_cost=left_s,
     )  # fmt: skip
@@ -287,21 +294,10 @@ def measured_pairs(found: Survey) -> dict[Target, Pairs | None]:
     return {target: target_pairs(table, found.hunt, target, wrong, sizes) for target in found.targets}
 
 
-def level_of(found: Survey) -> float:
-    """Level of each verdict: looking after every wave and the number of targets are paid for."""
-    from dbscale.laws.design import looking_level
-
-    return looking_level(found.hunt.level, len(found.targets))
-
-
-def min_effect_of(found: Survey) -> float:
-    return found.hunt.min_effect or found.study.grid.min_effect
-
-
 def as_target(found: Survey, target: Target, pairs: Pairs | None) -> design.Target:
     from dbscale.laws import design
 
-    return design.Target(str(target), pairs, min_effect_of(found))
+    return design.Target(str(target), pairs, found.min_effect)
 
 
 def finding_of(found: Survey, target: Target, pairs: Pairs | None) -> Finding:
@@ -328,7 +324,7 @@ def verdict_of(found: Survey, pairs: Pairs) -> Verdict | None:
     from dbscale.laws import NotEnoughData, judge
 
     try:
-        return judge(pairs, min_effect=min_effect_of(found), level=level_of(found))
+        return judge(pairs, min_effect=found.min_effect, level=found.level)
     except NotEnoughData:
         return None
 

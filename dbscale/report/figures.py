@@ -155,12 +155,8 @@ def _delta_rows(panel: str, verdict: Verdict, scale: float, signs: Sequence[str]
         low, high = verdict.interval
         yield {"panel": panel, "part": "root", "x": verdict.root, "low": low, "high": high}
     for x, *ends in zip(*verdict.curve.values(), strict=True):
-        yield {
-            "panel": panel,
-            "part": "curve",
-            "x": x,
-            **_scaled(dict(zip(("y", "low", "high"), ends, strict=True)), scale),
-        }
+        values = dict(zip(("y", "low", "high"), ends, strict=True))
+        yield {"panel": panel, "part": "curve", "x": x, **_scaled(values, scale)}
     for point in verdict.points:
         ends = {name: getattr(point, name) for name in ("low", "high", "low_all", "high_all")} | {"y": point.delta}
         sign = signs[1 if point.low_all > 0 else 0 if point.high_all < 0 else 2]

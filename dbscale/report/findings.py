@@ -154,14 +154,8 @@ class Question:
 
     def record(self, arms: ArmLaws, options: Options, family: int) -> ContrastRecord:
         """Judged, with the laws' ΔE where both arms have laws; `family` counts the verdicts that share one."""
-        names = {
-            **self.setting._asdict(),
-            "student": self.student,
-            "downstream_samples": self.labels,
-            "main": self.main,
-            "a": self.arms[0],
-            "b": self.arms[1],
-        }
+        names = {**self.setting._asdict(), "student": self.student, "downstream_samples": self.labels,
+                 "main": self.main, "a": self.arms[0], "b": self.arms[1]}  # fmt: skip
         if self.metric.startswith("upstream_"):
             names["dataset"] = self.setting.upstream_dataset
         if self.pairs is None:
@@ -290,15 +284,8 @@ def _without_infinity(noise: NoiseModel) -> NoiseModel:
 
 def _power(pairs: Pairs, noise: NoiseModel, verdict: Verdict) -> Power | None:
     """What more runs of the same design would buy; None for designs that have none."""
-    sizes = {
-        count: len(set(getattr(pairs, name).tolist()))
-        for name, count in (
-            ("x", "num_x"),
-            ("student", "num_students"),
-            ("labels", "num_labels"),
-            ("draw", "finetunes"),
-        )
-    }
+    axes = {"num_x": pairs.x, "num_students": pairs.student, "num_labels": pairs.labels, "finetunes": pairs.draw}
+    sizes = {name: len(set(values.tolist())) for name, values in axes.items()}
     octaves, slope = np.log2(pairs.x.max() / pairs.x.min()), None
     if verdict.root is not None:  # the change of Δ per octave there
         near = np.log2(verdict.root) + np.array([-0.5, 0.5])

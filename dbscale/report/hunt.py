@@ -18,7 +18,8 @@ from dbscale.laws.boundary import equal_grid
 from dbscale.report.pairing import pair_arms
 from dbscale.report.schema import ContrastRecord
 from dbscale.report.table import Run, RunTable
-from dbscale.report.words import count, duration, listed
+from dbscale.report.words import count, listed
+from dbscale.study.cost import duration
 from dbscale.study.grid import Hunt
 from dbscale.study.hunt import STOPS, WHY, HuntLog, Target, read_log
 from dbscale.study.store import Store
@@ -125,13 +126,8 @@ def _waves(log: HuntLog) -> Iterator[dict[str, str]]:
             for found in wave.findings
         )
         bought = "; ".join(f"{each.num_pairs} at {count(each.x)}: {WHY[each.reason]}" for each in wave.bought)
-        stopped = f"over: {_stop(wave.stopped)}" if wave.stopped else ""
-        yield {
-            "wave": str(wave.number),
-            "time": duration(wave.spent_s),
-            "findings": findings,
-            "bought": bought or stopped,
-        }
+        told = bought or (f"over: {_stop(wave.stopped)}" if wave.stopped else "")
+        yield {"wave": str(wave.number), "time": duration(wave.spent_s), "findings": findings, "bought": told}
 
 
 def _stop(stopped: str) -> str:

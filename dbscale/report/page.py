@@ -28,8 +28,9 @@ from dbscale.report.hunt import HuntStory, hunt_story
 from dbscale.report.reduce import load_plan
 from dbscale.report.schema import ContrastRecord, Note
 from dbscale.report.table import MissingPoint, Run, RunTable
-from dbscale.report.words import duration, say
+from dbscale.report.words import say
 from dbscale.study.cell import CellSpec
+from dbscale.study.cost import duration
 from dbscale.study.plan import PlanRecord
 from dbscale.study.store import Row, Store
 
@@ -233,7 +234,8 @@ def _write(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {name: value for name, value in vars(words).items() if callable(value)}
-    environment.filters |= {"slug": slug, "epochs": lambda run: run.upstream_samples_seen / run.upstream_samples}
+    environment.filters |= {"slug": slug, "duration": duration,
+                            "epochs": lambda run: run.upstream_samples_seen / run.upstream_samples}  # fmt: skip
     environment.globals["span"] = words.span
     parts = {name: Markup((TEMPLATES / f"report.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
     html = environment.get_template("report.html.j2").render(

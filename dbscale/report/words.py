@@ -104,16 +104,6 @@ def param_text(param: ParamRecord) -> str:
     return f"{param.value:.3g} [{', '.join(ends)}]" + (" (at its bound)" if param.status == "at_bound" else "")
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
-    if seconds is None:
-        return "–"
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
 def cap(text: str) -> str:
     """The same as the beginning of a sentence."""
     return text[:1].upper() + text[1:]

@@ -133,7 +133,7 @@ def record(study: Study, wave: NextWave, plan: Plan, arguments: argparse.Namespa
     if is_new:
         write_log(study.store, log)
     show(log, arguments)
-    write_records(study, plan, wave.survey.cost, level=wave.level, targets=wave.page_targets)
+    write_records(study, plan, wave.survey.cost, level=wave.survey.level, targets=wave.page_targets)
 
 
 def show(log: HuntLog, arguments: argparse.Namespace) -> None:

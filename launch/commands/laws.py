@@ -30,9 +30,7 @@ def add_commands(add: AddCommand) -> None:
     parser.add_argument("--x", action="append", default=[], metavar="COLUMN | VARIABLE=COLUMN",
                         help="where the law's variable stands; repeat for laws of several")  # fmt: skip
     parser.add_argument("--y", required=True, metavar="COLUMN", help="what the law predicts")
-    parser.add_argument(
-        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
-    )
+    add_where(parser)
     parser.add_argument("--weights", metavar="COLUMN", help="relative inverse variances of the rows")
     parser.add_argument("--cluster", metavar="COLUMN", help="rows that are drawn together, such as one run's: "
                         "intervals come from resampling them, not from the curvature")  # fmt: skip
@@ -62,6 +60,12 @@ def add_commands(add: AddCommand) -> None:
     add_source(parser)
 
 
+def add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
+    )
+
+
 def add_source(parser: argparse.ArgumentParser) -> None:
     add_table(parser)
     add_grid(parser)
@@ -79,9 +83,7 @@ def add_compare(add: AddCommand) -> None:
     parser.add_argument("--metric", required=True, metavar="COLUMN", help="what is compared; lower is better")
     parser.add_argument("--pair", default="seed", metavar="COLUMN[,COLUMN…]",
                         help="columns in which pairs agree: the repetition, then strata (default: seed)")  # fmt: skip
-    parser.add_argument(
-        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
-    )
+    add_where(parser)
     parser.add_argument("--level", type=float, default=0.9, help="of all intervals (default: 0.9)")
     parser.add_argument(
         "--min-effect", type=float, default=0.005, help="smallest difference that matters (default: 0.005)"
@@ -302,11 +304,8 @@ def allocate(arguments: argparse.Namespace) -> int:
         if not arms:
             raise ConfigError(f"{setting.label(table)}: no arm has a law; `dbscale report` says why")
         first = laws.runs(setting, "error_rate", next(iter(arms))).runs[0]
-        held = {
-            name: float(getattr(first, name))
-            for name in AXIS_NAMES
-            if not any(name in a.columns for a in arms.values())
-        }
+        free = {name for law in arms.values() for name in law.columns}
+        held = {name: float(getattr(first, name)) for name in AXIS_NAMES if name not in free}
         print("\n".join(allocation_lines(setting.label(table), split(arms, prices, arguments.budget, at=held))))
     return 0
 

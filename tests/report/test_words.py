@@ -325,11 +325,6 @@ def test_parameters_that_the_table_leaves_open_have_no_value(param, expected):
     assert words.param_text(param) == expected
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(None, "–"), (89, "89.0 s"), (90, "1.5 min"), (7200, "2.0 h")])
-def test_times_are_said_in_their_unit(seconds, expected):
-    assert words.duration(seconds) == expected
-
-
 @pytest.mark.parametrize(("items", "expected"), [([], ""), (["a"], "a"), (["a", "b", "c"], "a, b and c")])
 def test_lists_end_with_and(items, expected):
     assert words.listed(items) == expected
