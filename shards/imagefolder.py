@@ -107,10 +107,8 @@ class ImageFolder(FileSource):
         return self.root / name
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[bytes]:
-        return map(self._read_file, names)  # unlike a generator, it goes on after a file that cannot be read
-
-    def _read_file(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+        # Unlike a generator, `map` goes on after a file that cannot be read.
+        return map(lambda name: (self.root / name).read_bytes(), names)
 
     def listings(self) -> dict[str, Listing]:
         listings = {name: self._listing(folder) for name, folder in self._splits.items()}

@@ -63,28 +63,21 @@ def mirror(url: str, folder: str | Path | None = None, *, keep: bool = False) ->
     tars there, up to their whole size. Raises DataError where nothing is packed at the URL, or it cannot be reached.
     """
     url = url.rstrip("/")
-    local = Path(folder) if folder is not None else default_folder(url)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dbscale"
+    local = Path(folder or caches / hashlib.sha256(url.encode()).hexdigest()[:16])
     make_folder(local)
     with tempfile.TemporaryDirectory(dir=local, prefix=".fetch-") as fetched:
         place = Path(fetched)
         write_atomic(place / MANIFEST_NAME, fetch_file(url, MANIFEST_NAME))
         manifest = load_manifest(place)
         for split in manifest.splits.values():
-            if not _is_sound(local / split.index, split):
-                write_atomic(local / split.index, fetch_file(url, split.index))
+            path = local / split.index
+            if not path.exists() or file_checksum(path) != split.index_checksum:
+                write_atomic(path, fetch_file(url, split.index))
         write_json(local / ORIGIN_NAME, {"url": url, "keep": keep})
         os.replace(place / MANIFEST_NAME, local / MANIFEST_NAME)  # last: its existence says that the rest is there
     log.info("the manifest and index of %s are in %s", url, local)
     return local
-
-
-def default_folder(url: str) -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "dbscale" / hashlib.sha256(url.encode()).hexdigest()[:16]
-
-
-def _is_sound(path: Path, split: SplitInfo) -> bool:
-    return path.exists() and file_checksum(path) == split.index_checksum
 
 
 def fetch_file(url: str, name: str) -> bytes:

@@ -248,7 +248,10 @@ def contrast(
     if halves and len(seeds) >= FEWEST_FOR_HALVES:
         with suppress(LawError):  # a half may lack what a verdict needs: then there is no repetition
             parts = tuple(
-                HalfRecord(seeds=tuple(map(str, half)), verdict=verdict_of(_of_seeds(pairs, half), curve=False))
+                HalfRecord(
+                    seeds=tuple(map(str, half)),
+                    verdict=verdict_of(pairs.rows(np.flatnonzero(np.isin(pairs.seed, np.array(half)))), curve=False),
+                )
                 for half in (seeds[::2], seeds[1::2])
             )
     noise = fit_noise(pairs)
@@ -260,10 +263,6 @@ def contrast(
 
 def _record(names: Mapping[str, Any], metric: str, **found: Any) -> ContrastRecord:
     return ContrastRecord(**({"a": "plain", "b": "distilled", "along": ALONG, "metric": metric} | dict(names)), **found)
-
-
-def _of_seeds(pairs: Pairs, seeds: Sequence[Any]) -> Pairs:
-    return pairs.rows(np.flatnonzero(np.isin(pairs.seed, np.array(seeds))))
 
 
 def _held(halves: Sequence[HalfRecord]) -> float | None:

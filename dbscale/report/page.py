@@ -32,7 +32,7 @@ from dbscale.report.words import say
 from dbscale.study.cell import CellSpec
 from dbscale.study.cost import duration
 from dbscale.study.plan import PlanRecord
-from dbscale.study.store import Row, Store
+from dbscale.study.store import Store
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_NOTES = 5
@@ -106,7 +106,10 @@ def _sums(cells: Sequence[Cell]) -> dict[str, Any]:
 def of_grid(store: Store, plan: PlanRecord, table: RunTable) -> Background:
     """All that the store holds of a planned grid."""
     rows = {key: store.read_row(key) for key in plan.cells}
-    cells = [_of_row(row) if row else {"key": key, "state": store.state(key)} for key, row in rows.items()]
+    cells = [
+        {"state": "done"} | row.model_dump(exclude={"timing"}) | row.timing.model_dump() if row else
+        {"key": key, "state": store.state(key)} for key, row in rows.items()
+    ]  # fmt: skip
     specs, notes = _specs(store, plan)
     return Background(
         f"Planned {day(plan.created)}", tuple(sorted(cells, key=lambda cell: cell["state"] == "done")),
@@ -125,10 +128,6 @@ def _specs(store: Store, plan: PlanRecord) -> tuple[list[CellSpec], list[Note]]:
         except FileError as error:
             notes.append(Note(code="table", text=str(error)))
     return specs, notes
-
-
-def _of_row(row: Row) -> Cell:
-    return {"state": "done"} | row.model_dump(exclude={"timing"}) | row.timing.model_dump()
 
 
 def of_table(path: Path, table: RunTable) -> Background:

@@ -113,7 +113,10 @@ def fit(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({**shown.to_dict(), "intervals": intervals, "predictions": predicted, "table_warnings": warnings})
     else:
-        print("\n".join([shown.report(intervals), *map(prediction_line, predicted)]))
+        print(shown.report(intervals))
+        for at in predicted:
+            outside = "; outside what was measured" if at["extrapolated"] else ""
+            print(f"  at {at['at']}: {at['value']:.6g} (90 %: {at['low']:.6g} to {at['high']:.6g}){outside}")
         print("".join(f"  warning: {each}\n" for each in warnings), end="")
     if arguments.out:
         with atomic_open(arguments.out, "w") as file:
@@ -154,11 +157,6 @@ def prediction(found: Selection, text: str, names: Mapping[str, str]) -> dict[st
     (low,), (high,) = found.interval(point)
     return {"at": text, "value": float(found.predict(point)[0]), "low": float(low), "high": float(high),
             "extrapolated": found.extrapolated(point)}  # fmt: skip
-
-
-def prediction_line(found: Mapping[str, Any]) -> str:
-    outside = "; outside what was measured" if found["extrapolated"] else ""
-    return f"  at {found['at']}: {found['value']:.6g} (90 %: {found['low']:.6g} to {found['high']:.6g}){outside}"
 
 
 def auto_variables(grid: Sequence[tuple[Variable, str, str]], given: Sequence[str], sheet: Sheet) -> list[Variable]:

@@ -198,10 +198,6 @@ def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
     return tuple(found)
 
 
-def forget(store: Store, record: SubmitRecord) -> None:
-    (records_dir(store, record.grid) / f"{record.uid}.json").unlink(missing_ok=True)
-
-
 def cancel_cut_off(store: Store, records: Iterable[SubmitRecord]) -> None:
     """Cancel by name the arrays whose submission was cut off, or its record damaged, which is said: nobody would find
     them by their number."""
@@ -210,7 +206,7 @@ def cancel_cut_off(store: Store, records: Iterable[SubmitRecord]) -> None:
             call(["scancel", f"--name={record.job_name}"])
             if record.damage is not None:
                 print(f"{record.damage}; its jobs are cancelled", file=sys.stderr, flush=True)
-            forget(store, record)
+            (records_dir(store, record.grid) / f"{record.uid}.json").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
