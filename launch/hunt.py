@@ -155,7 +155,7 @@ class NextWave:
     chosen: tuple[Pair, ...]
     """The pairs of `bought`."""
     finetunes: int
-    """Of each upstream run of the chosen pairs."""
+    """How many finetunes each upstream run of the chosen pairs gets."""
     stopped: str | None
     """Why the hunt is over; None while it is not, even where nothing can be chosen before what is under way ends."""
 
@@ -320,7 +320,7 @@ def finding_of(found: Survey, target: Target, pairs: Pairs | None) -> Finding:
 
 
 def verdict_of(found: Survey, pairs: Pairs) -> Verdict | None:
-    """None while there is too little to judge."""
+    """The verdict on the pairs of a target; None while there is too little to judge."""
     from dbscale.laws import NotEnoughData, judge
 
     try:

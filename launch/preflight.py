@@ -31,7 +31,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found."""
+    """What a look before training found."""
 
     problems: tuple[str, ...]
     """Training would fail of these."""

@@ -309,7 +309,7 @@ def hunt_lines(log: HuntLog) -> list[str]:
 
 
 def pairs_text(number: int) -> str:
-    """1 pair, 2 pairs."""
+    """A number of pairs in words: 1 pair, 2 pairs."""
     return f"{number:,} {'pair' if number == 1 else 'pairs'}"
 
 

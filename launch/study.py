@@ -167,7 +167,7 @@ class Study:
 
     @cached_property
     def num_classes(self) -> dict[str, int]:
-        """Of each dataset in use; 0 for one that is not packed."""
+        """Number of classes of each dataset in use; 0 for one that is not packed."""
         from dbscale.data.manifest import load_manifest
 
         packed = {name: load_manifest(self.dataset_dir(name)).num_classes for name in self.manifests}

@@ -34,7 +34,7 @@ from dbscale.shards.source import (
 
 
 class _Annotations(NamedTuple):
-    """Of one JSON file, its images in order of their file names."""
+    """What one JSON file says, its images in order of their file names."""
 
     names: list[str]
     sizes_N2: NDArray[np.int64]
@@ -90,7 +90,7 @@ class Coco(FileSource):
 
     @cached_property
     def _categories(self) -> dict[str, dict[int, str]]:
-        """Of each split, the name of each category by its number there. Raises DataError for one that training lacks."""
+        """The name of each category by its number, for each split. Raises DataError for one that training lacks."""
         found = {split: _categories(content, self._json_of(split)) for split, content in self._contents.items()}
         for split, categories in found.items():
             unknown = [(number, name) for number, name in categories.items() if name not in found["train"].values()]

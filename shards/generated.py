@@ -139,7 +139,7 @@ class Fractals(Families):
             yield from self._render(part % self.families, part // self.families + shift)
 
     def _render(self, family_B: NDArray[np.int64], sample_B: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """uint8 [b, S, S, 3]."""
+        """Images of these samples of their families, uint8 [b, S, S, 3]."""
         draws = keyed_uniform(
             self.seed, "fractal sample", family_B + self.first_family, sample_B, num_draws=6 * NUM_MAPS + 7
         )

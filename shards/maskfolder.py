@@ -72,7 +72,7 @@ class MaskFolder(FileSource):
 
     @cached_property
     def _own_names(self) -> dict[str, tuple[str, ...]]:
-        """Of each split, the classes in its files' numbering. Raises DataError for a class that training lacks."""
+        """The classes of each split, in its files' numbering. Raises DataError for a class that training lacks."""
         if isinstance(self.class_names, tuple) or "{split}" not in self.class_names:
             return dict.fromkeys(self._splits.values(), self.classes)
         own = {split: self._names_of(self.class_names, split) for split in self._splits.values()}
@@ -155,7 +155,7 @@ class MaskFolder(FileSource):
         return found
 
     def _mask_path(self, split: str, name: str) -> Path:
-        """Of the image `name` of a split's folder; `.PNG` is a suffix too."""
+        """Where the mask of a split's image `name` lies; `.PNG` is a suffix too."""
         inside = name.removeprefix(f"{self.images.format(split=split)}/")
         path = (self.root / self.masks.format(split=split) / inside).with_suffix(".png")
         if path.exists():

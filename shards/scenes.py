@@ -96,7 +96,7 @@ class FractalScenes(Families):
         ]
 
     def _paint(self, scene: int, objects: Sequence[_Object]) -> NDArray[np.uint8]:
-        """uint8 [S, S, 3]."""
+        """The scene's image, uint8 [S, S, 3]."""
         size = self.image_size
         noise = keyed_uniform(self.seed, "scene ground", scene, num_draws=size * size + 3)[0]
         ground = (noise[-3:] * 64)[None, None] + (noise[:-3] * 32).reshape(size, size, 1)

@@ -302,7 +302,7 @@ def _build(
 
 
 def _pixels(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uint8] | None:
-    """[3, S, S]."""
+    """An image as the resident tier keeps it, uint8 [3, S, S]; None where it does not decode."""
     try:
         pixels = decode_image(files.read(position))
     except DecodeError:
@@ -311,7 +311,7 @@ def _pixels(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uin
 
 
 def _mask(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uint8] | None:
-    """[S, S]."""
+    """A mask as the resident tier keeps it, uint8 [S, S]; None where it does not decode."""
     try:
         mask = square_target(decode_mask(files.read(position, TARGET)), image_size)
     except DecodeError:

@@ -94,7 +94,7 @@ def encode_boxes(target: Boxes) -> bytes:
 
 
 def decode_boxes(data: bytes) -> Boxes:
-    """Raises DecodeError."""
+    """Boxes from the bytes that `encode_boxes` made. Raises DecodeError."""
     try:
         content = json.loads(data)
         boxes = np.array(content["boxes"], np.float32).reshape(-1, 4)

@@ -32,7 +32,7 @@ HIDDEN = alt.param(name="hidden", value=[])
 ARMS = ("plain", "distilled", "plain_matched", "self_distilled", "teacher", "scratch")
 """In the order of the theme's colours."""
 PAPER_WIDTH = 210
-"""Of a panel on paper, in pixels; a single panel is twice as wide."""
+"""Width of a panel on paper, in pixels; a single panel is twice as wide."""
 ASIDE = 1.06
 """Single seeds stand a little to the right of their mean."""
 

@@ -33,7 +33,7 @@ from dbscale.study.store import Store
 METHOD_VERSION = 10
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
-"""Of a table that comes without a grid."""
+"""What is asked of a table that comes without a grid."""
 ALONG = "upstream_samples"
 FEWEST_FOR_HALVES = 4
 MOST_DEGREES = 1e9
@@ -276,7 +276,7 @@ def _held(halves: Sequence[HalfRecord]) -> float | None:
 
 
 def _without_infinity(noise: NoiseModel) -> NoiseModel:
-    """JSON knows no infinite degrees of freedom."""
+    """The noise with its infinite degrees of freedom capped, for JSON knows none."""
     capped = tuple(replace(each, degrees=min(each.degrees, MOST_DEGREES)) for each in noise.components)
     return replace(noise, components=capped, degrees=min(noise.degrees, MOST_DEGREES))
 

@@ -92,9 +92,9 @@ class HuntStory:
 
     sentences: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]
-    """Of the figure: panel, series, hours, octaves."""
+    """Points of the figure: panel, series, hours, octaves."""
     waves: tuple[dict[str, str], ...]
-    """Of the table: wave, time, findings, bought."""
+    """Lines of the table: wave, time, findings, bought."""
 
 
 def hunt_story(store: Store, grid: str, contrasts: Sequence[ContrastRecord]) -> HuntStory | None:

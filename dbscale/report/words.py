@@ -27,7 +27,7 @@ SYMBOLS = (
 NAMELESS = 1e11
 """Counts from here on have no name that people use."""
 MOST_SEEDS_NAMED = 8
-"""Of longer lists only the ends are said."""
+"""Longer lists are named by their ends alone."""
 
 
 # Numbers and names as people say them.
@@ -64,7 +64,7 @@ def chance(share: float) -> str:
 
 
 def listed(items: Iterable[str]) -> str:
-    """a, b and c."""
+    """The items joined as people list them: a, b and c."""
     *most, last = list(items) or [""]
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -135,7 +135,7 @@ def metric_of(metric: str) -> str:
 
 
 def stratum(record: ContrastRecord) -> str:
-    """Of which student and D_f a contrast is."""
+    """Which student and D_f a contrast is about."""
     if record.pooled:
         return "pooled" if record.column == "arm" else "all pairs"
     labels = [] if record.downstream_samples is None else [f"{record.downstream_samples:,} labels"]

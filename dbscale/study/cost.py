@@ -39,7 +39,7 @@ class Device:
     cell_overhead_s: float
     """Building the model, reading parents, evaluating and writing results."""
     memory_bytes: float | None = None
-    """Of its largest kind; None: the host's."""
+    """Memory of the largest kind on sale; None: the host's."""
 
     @property
     def flops_per_s(self) -> float:
@@ -140,7 +140,7 @@ class CostModel:
 
 
 def duration(seconds: float | None) -> str:
-    """4.5 s, 45 s, 12 min, 3.5 h, 2.1 days; a dash for what nobody measured."""
+    """Seconds as people say them: 4.5 s, 45 s, 12 min, 3.5 h, 2.1 days; a dash for what nobody measured."""
     if seconds is None:
         return "–"
     if seconds < 90:

@@ -213,7 +213,7 @@ class Finding(Strict):
     root: float | None = None
     low: float | None = None
     high: float | None = None
-    """Of a crossing: where it is, and its interval."""
+    """Where a crossing is, and its interval."""
     doubt: float | None = None
     """Octaves of wrong advice over the range of the hunt."""
     num_pairs: int = 0
@@ -244,7 +244,7 @@ class WaveRecord(Strict):
     """Device-seconds of everything finished before."""
     failed_pairs: int = 0
     verdict_level: float
-    """Of each target's intervals: stricter than the hunt's, for it looks after every wave and may have several targets."""
+    """Level of each target's intervals: stricter than the hunt's, which looks after every wave and may have several targets."""
     findings: tuple[Finding, ...]
     bought: tuple[Bought, ...]
     """Empty for the entry that ends the hunt."""

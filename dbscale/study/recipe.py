@@ -224,13 +224,13 @@ class Recipe(Strict):
     """Keys initialisation (of a finetune: its head), order and augmentation."""
     distill: Distill | None = None
     teacher: Pretrained | None = None
-    """Of a distill cell whose teacher no cell trained."""
+    """The teacher of a distill cell, where no cell trained it."""
     plugins: dict[str, str] | None = None
     """Hash of each plugin, by module."""
     metrics: tuple[str, ...] | None = None
     """Further means over the test split, of plugins."""
     start: Pretrained | None = None
-    """Of an upstream run that does not begin with random weights; the head does."""
+    """What an upstream run begins with instead of random weights; its head is random all the same."""
     draw: Positive | None = None
     """Which further finetune of one upstream run this is; None for the first. `draw_seed` then gives `seed` and
     `data.subset_seed`."""

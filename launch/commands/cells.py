@@ -152,7 +152,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 
 def stop_driver(store: Store, grid: str) -> list[str]:
-    """Nothing is said to a driver of another grid."""
+    """Ask the grid's driver on this machine to save and stop; another grid's driver is left alone."""
     other = holder(store.root)
     if other is None or other.grid != grid or not is_held(store.root):
         return []

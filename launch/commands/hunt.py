@@ -164,7 +164,7 @@ class Step(Strict):
     """What the job behind a wave knows of how it came about, beside the words of the command."""
 
     uid: Uid
-    """Of its record."""
+    """Name of its record."""
     done: int
     """Pairs that were finished, or had failed, when it was submitted."""
     tries: int
