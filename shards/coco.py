@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -126,7 +127,12 @@ class Coco(FileSource):
                 each["id"]: (f"{folder}/{each['file_name']}", int(each["height"]), int(each["width"]))
                 for each in content["images"]
             }
-            _check_listed_once(images, path)
+            if (twice := _twice(name for name, _, _ in images.values())) is not None:
+                *_, last = (number for number, (name, _, _) in images.items() if name == twice)
+                # The boxes of one of them would be lost.
+                raise DataError(
+                    f"{path}: image {last} has the file {printable(twice)}, as another one has; list it once"
+                )
             boxes: dict[int, list[_Box]] = {number: [] for number in images}
             for each in content["annotations"]:
                 if each["image_id"] not in images:
@@ -167,12 +173,9 @@ class Coco(FileSource):
         make_folder(prepared._boxes_folder)
         write_atomic(prepared._boxes_folder / "classes.json", json.dumps(self.classes).encode())
         for split, found in self._read.items():
+            arrays = {**found._asdict(), "names": np.array(found.names), "unused": np.zeros(0)}
             with atomic_open(prepared._boxes_folder / f"{split}.npz") as file:
-                np.savez(
-                    file,
-                    allow_pickle=False,
-                    **{**found._asdict(), "names": np.array(found.names), "unused": np.zeros(0)},
-                )
+                np.savez(file, allow_pickle=False, **arrays)
         return prepared
 
     @cached_property
@@ -203,14 +206,10 @@ def _load(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such file; set `path`, `annotations`, `train` and `test` of the source") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: its JSON cannot be read ({one_line(error)}); fetch it again") from error
-    missing = [name for name in ("images", "annotations", "categories") if not isinstance(_entry(content, name), list)]
-    if missing:
-        raise DataError(f"{path}: not in COCO's form, it has no list {missing[0]!r}")
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise DataError(f"{path}: not in COCO's form, it has no list {name!r}")
     return content
-
-
-def _entry(content: Any, name: str) -> Any:
-    return content.get(name) if isinstance(content, dict) else None
 
 
 def _categories(content: dict[str, Any], path: Path) -> dict[int, str]:
@@ -218,21 +217,16 @@ def _categories(content: dict[str, Any], path: Path) -> dict[int, str]:
         found = {int(each["id"]): printable(str(each["name"])) for each in content["categories"]}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f'{path}: a category lacks its id or name; write {{"id": 1, "name": "cat"}}') from error
-    twice = sorted({name for name in found.values() if list(found.values()).count(name) > 1})
-    if twice or not found:
-        raise DataError(
-            f"{path}: {f'names the category {twice[0]!r} twice' if twice else 'names no category'}; mend it"
-        )
+    twice = _twice(found.values())
+    if twice is not None or not found:
+        what = "names no category" if twice is None else f"names the category {twice!r} twice"
+        raise DataError(f"{path}: {what}; mend it")
     return found
 
 
-def _check_listed_once(images: dict[int, tuple[str, int, int]], path: Path) -> None:
-    """Raise DataError where two entries name one file: the boxes of one of them would be lost."""
-    seen: set[str] = set()
-    for number, (name, _, _) in images.items():
-        if name in seen:
-            raise DataError(f"{path}: image {number} has the file {printable(name)}, as another one has; list it once")
-        seen.add(name)
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that occurs again, in alphabetical order."""
+    return next((before for before, after in pairwise(sorted(names)) if before == after), None)
 
 
 def _box(annotation: dict[str, Any], labels: dict[int, int], path: Path) -> _Box:
@@ -250,13 +244,8 @@ def _box(annotation: dict[str, Any], labels: dict[int, int], path: Path) -> _Box
 
 
 def _in_order(
-    images: dict[int, tuple[str, int, int]],
-    boxes: dict[int, list[_Box]],
-    unused: Unused,
-    *,
-    keep: bool,
-    where: Path,
-) -> _Annotations:
+    images: dict[int, tuple[str, int, int]], boxes: dict[int, list[_Box]], unused: Unused, *, keep: bool, where: Path,
+) -> _Annotations:  # fmt: skip
     """The arrays of all images that have a box, or of all that are there."""
     for number, (name, _, _) in images.items():
         if not boxes[number] and not keep:

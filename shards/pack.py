@@ -42,9 +42,8 @@ from dbscale.data.read import file_checksum, has_targets, index_dtype, open_inde
 from dbscale.data.target import decode_target
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder, write_atomic
-from dbscale.shards.remote import ensure_mirrored, remote_of
 from dbscale.shards.source import Content, Listing, Source, WithTarget, listing_digest, stratified_order
-from dbscale.shards.sources import source_of
+from dbscale.shards.sources import ensure_mirrored, remote_of, source_of
 from dbscale.shards.tar import Sample, encode, write_shard
 from dbscale.shards.target import classes_seen, pack_target
 from dbscale.strict import Strict

@@ -31,6 +31,11 @@ TOGETHER = 1024
 """Samples that are asked for at once when a whole split is decoded."""
 
 
+def _fields_alone(value: Any) -> dict[str, Any]:
+    """State of a frozen dataclass to pickle, caches left out: another process maps index and pixels for itself."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One split of a packed dataset, opened with one decode tier."""
@@ -42,9 +47,7 @@ class Dataset:
     image_size: int | None
     """Side in px of the resident array; None for the other tiers."""
     cache_dir: Path | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _without_cache(self)
+    __getstate__ = _fields_alone
 
     @property
     def split(self) -> SplitInfo:
@@ -139,8 +142,7 @@ class Subset:
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getstate__(self) -> dict[str, Any]:
-        return _without_cache(self)
+    __getstate__ = _fields_alone
 
     @property
     def num_classes(self) -> int:
@@ -166,11 +168,6 @@ class Subset:
     def labels(self) -> NDArray[np.int64]:
         """int64 [num_samples]."""
         return self.dataset.labels_of(self.indices)
-
-
-def _without_cache(value: Any) -> dict[str, Any]:
-    """State of a frozen dataclass to pickle: the fields alone. Another process maps index and pixels for itself."""
-    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def open_dataset(

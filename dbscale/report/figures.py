@@ -61,10 +61,10 @@ def themes() -> dict[str, dict[str, Any]]:
     return {name: json.loads(config.substitute(colors)) for name, colors in table["palettes"].items()}
 
 
-def log_x(title: str, values: Iterable[float], margin: float = 1.25) -> alt.X:
+def log_x(title: str, values: Iterable[float]) -> alt.X:
     """A log axis with a tick at every measured value."""
     ticks = sorted(set(values))
-    domain = [ticks[0] / margin, ticks[-1] * margin]
+    domain = [ticks[0] / 1.25, ticks[-1] * 1.25]
     axis = alt.Axis(values=ticks, format=".3~s", labelOverlap="parity")
     return alt.X("x:Q", title=title, axis=axis, scale=alt.Scale(type="log", domain=domain, nice=False))
 

@@ -244,7 +244,7 @@ class WaveRecord(Strict):
     """Device-seconds of everything finished before."""
     failed_pairs: int = 0
     verdict_level: float
-    """Level of each target's intervals: stricter than the hunt's, which looks after every wave and may have several targets."""
+    """Level of each target's intervals: stricter than the hunt's, which looks after every wave and may have several."""
     findings: tuple[Finding, ...]
     bought: tuple[Bought, ...]
     """Empty for the entry that ends the hunt."""
