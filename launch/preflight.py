@@ -84,10 +84,7 @@ def source_notes(study: Study) -> Iterator[str]:
 
 def dataset_problems(study: Study) -> Iterator[str]:
     """Classes that a packed dataset cannot teach or test."""
-    from dbscale.data.manifest import load_manifest
-
-    for name in study.manifests:
-        manifest = load_manifest(study.dataset_dir(name))
+    for name, manifest in study.manifests.items():
         for split, info in manifest.splits.items():
             if len(info.class_counts) != manifest.num_strata or sum(info.class_counts) != info.num_samples:
                 yield (
@@ -152,7 +149,9 @@ def _size_of(cell: Cell) -> tuple[object, ...]:
 
 def _params(study: Study, cell: Cell) -> int:
     model, data = cell.recipe.model, cell.recipe.data
-    return num_params(model, data.image_size, study.num_classes[data.dataset]) if isinstance(model, DeiT) else 0
+    manifest = study.manifests.get(data.dataset)
+    num_classes = manifest.num_classes if manifest is not None else 0
+    return num_params(model, data.image_size, num_classes) if isinstance(model, DeiT) else 0
 
 
 def disk_problems(study: Study, plan: Plan) -> Iterator[str]:

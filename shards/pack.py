@@ -120,7 +120,9 @@ def pack(
     claim(folder, plan)
     try:
         prepared = source.prepare(folder / WORK_FOLDER)
-        run_jobs(prepared, [job for job in shard_jobs if not job.is_done()], jobs, progress)
+        # A shard's rows are written after its tar.
+        left = [job for job in shard_jobs if not (job.rows_path.exists() and job.tar_path.exists())]
+        run_jobs(prepared, left, jobs, progress)
         unused: dict[str, JsonValue] = {s: dict(x.unused.counts) for s, x in listings.items() if x.unused.counts}
         lone = _lone_classes(source, shard_jobs) if source.target else {}
         described = make_manifest(folder, plan, shard_jobs, source.classes, unused, source.target, lone)
@@ -239,10 +241,6 @@ class ShardJob:
     @property
     def rows_path(self) -> Path:
         return self.folder / WORK_FOLDER / f"{self.split}-{self.shard:06d}.npy"
-
-    def is_done(self) -> bool:
-        """Whether an earlier run finished this shard: its rows are written after its tar."""
-        return self.rows_path.exists() and self.tar_path.exists()
 
     def rows(self) -> NDArray[np.void]:
         """The finished shard's index rows."""

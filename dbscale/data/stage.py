@@ -24,7 +24,7 @@ from uuid import uuid4
 import numpy as np
 
 from dbscale.data.dataset import Dataset, Subset
-from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
+from dbscale.data.manifest import MANIFEST_NAME, ShardInfo, load_manifest
 from dbscale.data.read import TARGET, check_shard_size, checksum, file_checksum, has_targets
 from dbscale.data.remote import copy_shard, origin
 from dbscale.errors import DataError, FileError
@@ -44,7 +44,10 @@ def stage_subset(subset: Subset, staging: str | Path) -> Subset:
         DataError: the disk is full even without unused folders, or a shard at the source is damaged.
     """
     dataset = subset.dataset
-    local = Path(staging) / _folder_name(dataset.manifest)
+    # By the whole manifest: the same samples cut into other shards share a fingerprint, but not their tars.
+    digest = hashlib.sha256(dataset.manifest.model_dump_json().encode()).hexdigest()[:12]
+    # A manifest may come from anywhere: its name must not lead out of the staging folder.
+    local = Path(staging) / f"{re.sub(r'[^A-Za-z0-9_-]', '_', dataset.manifest.name)}-{digest}"
     hold(local)
     try:
         _stage_file(dataset.folder, local, MANIFEST_NAME, lambda: load_manifest(local) == dataset.manifest)
@@ -59,13 +62,6 @@ def stage_subset(subset: Subset, staging: str | Path) -> Subset:
     cache = dataset.cache_dir or local / "cache"
     staged = Dataset(local, dataset.manifest, dataset.split_name, dataset.tier, dataset.image_size, cache)
     return replace(subset, dataset=staged)
-
-
-def _folder_name(manifest: Manifest) -> str:
-    """Keyed by the whole manifest: the same samples cut into other shards share a fingerprint, but not their tars."""
-    digest = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:12]
-    # A manifest may come from anywhere: its name must not lead out of the staging folder.
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', manifest.name)}-{digest}"
 
 
 def needed_shards(subset: Subset) -> list[int]:

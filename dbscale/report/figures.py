@@ -337,7 +337,10 @@ def study_figures(
     found.append(noise_figure("noise", contrasts))
     if table is not None and laws is not None:
         found += [delta_figure(name, group, height=190) for name, group in grouped(contrasts).items()]
-        found += [*_upstream_figures(table), *_setting_figures(table, laws)]
+        for setting in {(s.variant, s.upstream_dataset): s for s in table.settings}.values():
+            name = f"upstream-{slug(setting.variant, setting.upstream_dataset)}"
+            found.append(upstream_figure(name, table, setting))
+        found += _setting_figures(table, laws)
     return {figure.name: figure for figure in found if figure is not None}
 
 
@@ -347,11 +350,6 @@ def grouped(contrasts: Sequence[ContrastRecord]) -> dict[str, list[ContrastRecor
     for record in contrasts:
         groups.setdefault(f"delta-{slug(record.metric, where(record, contrasts))}", []).append(record)
     return groups
-
-
-def _upstream_figures(table: RunTable) -> Iterator[Figure | None]:
-    for setting in {(s.variant, s.upstream_dataset): s for s in table.settings}.values():
-        yield upstream_figure(f"upstream-{slug(setting.variant, setting.upstream_dataset)}", table, setting)
 
 
 def _setting_figures(table: RunTable, laws: LawsFile) -> Iterator[Figure | None]:

@@ -27,13 +27,9 @@ from dbscale.study.store import Store
 ARMS = ({"arm": "plain"}, {"arm": "distilled"})
 
 
-def on_page(hunt: Hunt) -> bool:
-    """Whether a report judges what this hunt judges: errors of plain against distilled along D_p."""
-    return _has_report_arms(hunt) and hunt.metric == "error_rate"
-
-
-def _has_report_arms(hunt: Hunt) -> bool:
-    return (hunt.a, hunt.b) == ARMS and hunt.along == "upstream_samples"
+def on_page(hunt: Hunt, metric: str = "error_rate") -> bool:
+    """Whether a report judges what this hunt judges, plain against distilled along D_p, by the `metric`."""
+    return (hunt.a, hunt.b, hunt.along, hunt.metric) == (*ARMS, "upstream_samples", metric)
 
 
 def target_pairs(
@@ -48,7 +44,7 @@ def target_pairs(
     runs = table.pretrained.where(dataset=target.dataset)
     if not len(runs):
         return None
-    if _has_report_arms(hunt):
+    if on_page(hunt, hunt.metric):
         pairs, _ = pair_arms(runs, runs.settings[0], metric=hunt.metric, wrong=wrong)
     else:
         pairs = _pair_sides(runs, hunt, sizes or {})

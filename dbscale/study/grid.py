@@ -5,6 +5,7 @@ Pure apart from `load_grid`.  Knows nothing of states, schedulers or files of re
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -276,14 +277,11 @@ def variants_of(grid: Grid) -> list[tuple[str, Grid]]:
     if not grid.variants:
         return [("base", grid)]
     base = grid.model_copy(update={"variants": ()}).model_dump(mode="json")
-    return [(variant.name, _apply(base, variant, grid.name)) for variant in grid.variants]
-
-
-def _apply(base: dict[str, Any], variant: Variant, grid_name: str) -> Grid:
-    data = base
-    for path, value in variant.set.items():
-        data = set_path(data, path, value)
-    return validate(Grid, data, where=f"grid {grid_name}, variant {variant.name}")
+    found = []
+    for variant in grid.variants:
+        data = functools.reduce(lambda data, change: set_path(data, *change), variant.set.items(), base)
+        found.append((variant.name, validate(Grid, data, where=f"grid {grid.name}, variant {variant.name}")))
+    return found
 
 
 def check_sizes(grid: Grid, available: Mapping[str, int]) -> None:

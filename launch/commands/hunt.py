@@ -16,20 +16,8 @@ from typing import TYPE_CHECKING
 from dbscale.errors import FileError
 from dbscale.files import driver_lock
 from dbscale.launch.cluster import cluster_path
+from dbscale.launch.commands import submit
 from dbscale.launch.commands.results import report_is_current, write_results
-from dbscale.launch.commands.submit import (
-    check_cluster,
-    execute,
-    finish,
-    hand_in,
-    pack_missing,
-    queue_seen,
-    refuse_what_would_fail,
-    report_path,
-    say_stopped,
-    settled,
-    write_records,
-)
 from dbscale.launch.hunt import NextWave, next_wave, wave_record
 from dbscale.launch.slurm.queue import Uid
 from dbscale.launch.status import hunt_lines, pairs_text
@@ -61,24 +49,24 @@ def add_commands(add: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     study = study_of(arguments)
     hunt_of(study.grid)
-    check_cluster(study)
+    submit.check_cluster(study)
     if arguments.dry_run:
         return dry_run(study, arguments)
     if arguments.step is not None:
         return next_step(study, arguments, Step.model_validate_json(arguments.step))
     with driver_lock(study.store.root, "dbscale hunt", study.grid.name):
-        study = pack_missing(study)
+        study = submit.pack_missing(study)
         return (hunt_on_slurm if study.cluster.executor == "slurm" else hunt_here)(study, arguments)
 
 
 def dry_run(study: Study, arguments: argparse.Namespace) -> int:
     """The next wave as the rows call for it, and on SLURM the scripts that would be submitted; writes nothing."""
-    queued, max_size = queue_seen(study)
+    queued, max_size = submit.queue_seen(study)
     wave = next_wave(study, queued and queued.cells)
     show(log_with(study, wave)[0], arguments)
     if queued is not None and wave.chosen and not arguments.json:
         last = command_behind(arguments, wave, 0)
-        hand_in(study, wave.plan(), wave.survey.cost, queued, max_size=max_size, last=last)
+        submit.hand_in(study, wave.plan(), wave.survey.cost, queued, max_size=max_size, last=last)
     return 0
 
 
@@ -86,25 +74,21 @@ def hunt_here(study: Study, arguments: argparse.Namespace) -> int:
     """Run wave after wave on this machine until the hunt is over; says why it is."""
     before = None
     while True:
-        wave = settled(lambda: next_wave(study), num_running)
+        wave = submit.settled(lambda: next_wave(study), lambda found: found.survey.num_running)
         plan = wave.plan()
-        refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
+        submit.refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
         record(study, wave, plan, arguments)
         if wave.stopped:
-            return finish(study, plan, report=not arguments.no_report)
+            return submit.finish(study, plan, report=not arguments.no_report)
         now = [(key, each.state) for key, each in sorted(wave.survey.standings.items()) if each.state != "new"]
         if now == before:
             print("the last wave finished no run; `dbscale status` says why. The same command tries again",
                   file=sys.stderr)  # fmt: skip
             return NO_PROGRESS
         before = now
-        stop = execute(study, plan, wave.survey.cost)
+        stop = submit.execute(study, plan, wave.survey.cost)
         if stop.requested:
-            return say_stopped(study, plan, stop)
-
-
-def num_running(wave: NextWave) -> int:
-    return sum(standing.state == "running" for standing in wave.survey.standings.values())
+            return submit.say_stopped(study, plan, stop)
 
 
 # The log, and what people read of it.
@@ -133,7 +117,7 @@ def record(study: Study, wave: NextWave, plan: Plan, arguments: argparse.Namespa
     if is_new:
         write_log(study.store, log)
     show(log, arguments)
-    write_records(study, plan, wave.survey.cost, level=wave.survey.level, targets=wave.page_targets)
+    submit.write_records(study, plan, wave.survey.cost, level=wave.survey.level, targets=wave.page_targets)
 
 
 def show(log: HuntLog, arguments: argparse.Namespace) -> None:
@@ -219,7 +203,7 @@ def hunt_on_slurm(
         check()
         plan = wave.plan()
         if step is None:
-            refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
+            submit.refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
         record(study, wave, plan, arguments)
         in_flight = frozenset(cell.key for cell in plan.cells if cell.key in queued.cells)
         if wave.stopped and step is not None and not in_flight:
@@ -238,7 +222,7 @@ def hunt_on_slurm(
         # With waves ahead the job behind a wave waits for the earlier wave alone.
         behind = in_flight if hunt_of(study.grid).waves_ahead and in_flight else None
         last = command_behind(arguments, wave, tries)
-        hand_in(study, plan, wave.survey.cost, queued, last=last, behind=behind, check=check)
+        submit.hand_in(study, plan, wave.survey.cost, queued, last=last, behind=behind, check=check)
         if not wave.chosen:
             return 0
     return 0
@@ -251,6 +235,6 @@ def says_nothing_to_do(study: Study, plan: Plan, queued: Queued, in_flight: froz
     if planned:
         print(f"nothing to submit: {len(in_flight)} runs wait or run in SLURM; the job behind them plans what is next")
     elif not in_flight and report_is_current(study.store, study.grid.name, keys):
-        print(f"the report is up to date: {report_path(study)}")
+        print(f"the report is up to date: {submit.report_path(study)}")
         return True
     return planned

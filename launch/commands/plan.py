@@ -118,7 +118,7 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
     if study.missing_weights:
         lines.append(f"not imported yet: {', '.join(study.missing_weights)} (`dbscale submit` imports them; ids of cells "
                      "that use them are provisional until then)")  # fmt: skip
-    lines += overlapping_draws(grid, {name: size for name, (_, size) in study.manifests.items()})
+    lines += overlapping_draws(grid, study.sizes)
     lines += plan.notes
     lines += check(study, plan).lines
     if plan.stale:
