@@ -69,11 +69,8 @@ def ensure_packed(
     """Pack `<data_dir>/shards/<name>` from a grid's dataset entry unless that is done; returns the folder.
 
     A packed dataset with missing, cut or resized files is mended from its source. `jobs` is the number of processes;
-    None takes one per core where that pays. `progress` shows a bar with the rate.
-
-    Raises:
-        ConfigError: see `source_of`.
-        DataError: see `pack`; also when what was packed under this name came from another entry.
+    None takes one per core where that pays. `progress` shows a bar with the rate. Raises ConfigError as `source_of` does,
+    and DataError as `pack` does, also when what was packed under this name came from another entry.
     """
     folder = Path(data_dir) / "shards" / name
     remote = remote_of(name, entry)

@@ -47,10 +47,8 @@ REMOTE = "remote"
 def source_of(name: str, entry: Mapping[str, Any], data_dir: str | Path = ".") -> Source:
     """The source that a grid's dataset entry `{source: <kind>, <option>: …}` describes; nothing is read yet.
 
-    Relative paths of the entry are below `data_dir`.
-
-    Raises:
-        ConfigError: unknown kind or option, or an option that is missing, of the wrong type or impossible.
+    Relative paths of the entry are below `data_dir`. Raises ConfigError for an unknown kind or option, and for an option
+    that is missing, of the wrong type or impossible.
     """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in entry.items() if key != "source"}
     kind = entry.get("source")

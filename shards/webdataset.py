@@ -249,10 +249,8 @@ class _Header(tarfile.TarInfo):
 def walk_tar(path: Path, remedy: str = "fetch it again") -> Iterator[Member]:
     """Regular files in stored order, then links with the place of what they point at; from the headers alone.
 
-    `remedy` ends the messages about a damaged tar.
-
-    Raises:
-        DataError: truncated, a corrupt header, a missing end mark, a pickle, or a name that leaves the archive.
+    `remedy` ends the messages about a damaged tar. Raises DataError for one that is cut short or without its end mark, a
+    corrupt header, a pickle, or a name that leaves the archive.
     """
     places: dict[str, Member] = {}
     links: list[tuple[str, str]] = []

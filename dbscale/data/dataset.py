@@ -104,10 +104,8 @@ class Dataset:
     def subset(self, num_samples: int | None = None, subset_seed: int = 0) -> "Subset":
         """`num_samples` samples, class-balanced within one while that is possible; None takes all.
 
-        Subsets of one `subset_seed` nest; another seed gives another window of the same order. Nothing is copied.
-
-        Raises:
-            DataError: the size does not fit; the message names the largest that does.
+        Subsets of one `subset_seed` nest; another seed gives another window of the same order. Nothing is copied. Raises
+        DataError for a size that does not fit, naming the largest that does.
         """
         total = self.num_samples
         if num_samples is not None and not 1 <= num_samples <= total:
@@ -191,8 +189,7 @@ def open_dataset(
             for manifest and index; None takes one below the user's cache.
         keep: of a URL, also keep there what is read of the tars, so that a second epoch asks for nothing.
 
-    Raises:
-        DataError: nothing is packed there, no such split, a damaged index, or a tier the encoding cannot serve.
+    Raises DataError where nothing is packed, for an unknown split, a damaged index, or a tier the encoding cannot serve.
 
     >>> import dbscale, tempfile
     >>> from dbscale.shards.pack import ensure_packed

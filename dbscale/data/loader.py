@@ -224,8 +224,7 @@ def make_loader(
         repeats: copies of each sample in its global batch, each augmented on its own.
         max_bad_share: share of the subset that may be unreadable (and is replaced) before the run stops.
 
-    Raises:
-        DataError: a world size that does not divide the global batch, `repeats` above it, a `consumed` off a boundary.
+    Raises DataError for a world size that does not divide the global batch, `repeats` above it, a `consumed` between two.
 
     >>> import dbscale, tempfile
     >>> from dbscale.shards.pack import ensure_packed

@@ -48,8 +48,7 @@ def mix_batch(
         switch_prob: share of mixed steps that take CutMix when both are on.
         seed, step: key of the draws.
 
-    Raises:
-        DataError: an odd batch.
+    Raises DataError for an odd batch.
     """
     plain = images_BCHW, MixTarget(labels_B, labels_B, 1.0)
     if mixup <= 0 and cutmix <= 0:

@@ -82,8 +82,7 @@ def file_checksum(path: Path) -> str:
 def open_index(folder: Path, split: SplitInfo) -> NDArray[np.void]:
     """Memory-map a split's index, after checking every byte of it against the manifest, once per process.
 
-    Raises:
-        DataError: the file is missing, damaged, or does not belong to the manifest, or its labels are out of range.
+    Raises DataError where it is missing, damaged or of another manifest, or its labels are out of range.
     """
     path = folder / split.index
     try:

@@ -40,8 +40,7 @@ _held: dict[Path, int] = {}
 def stage_subset(subset: Subset, staging: str | Path) -> Subset:
     """The same subset, read from a folder of its own under `staging`, with just its shards copied there.
 
-    Raises:
-        DataError: the disk is full even without unused folders, or a shard at the source is damaged.
+    Raises DataError where the disk is full even without unused folders, or a shard at the source is damaged.
     """
     dataset = subset.dataset
     # By the whole manifest: the same samples cut into other shards share a fingerprint, but not their tars.
@@ -127,11 +126,8 @@ def hold(local: Path) -> None:
 def _stage_file(
     source: Path, local: Path, name: str, is_sound: Callable[[], bool], shard: ShardInfo | None = None
 ) -> None:
-    """Copy a file that is missing or not sound; one process at a time.
-
-    Raises:
-        DataError: the `shard` is damaged at its source, or the copy is not sound either.
-    """
+    """Copy a file that is missing or not sound; one process at a time. Raises DataError where the `shard` is damaged at
+    its source, or the copy is not sound either."""
     if _holds(is_sound):
         return
     with _only_one(local / f".{name}.lock"):
