@@ -102,12 +102,8 @@ class Coco(FileSource):
                 )
         return found
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._names
-
     @cached_property
-    def _names(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         if self._boxes_folder is not None:
             return tuple(json.loads((self._boxes_folder / "classes.json").read_text()))
         return tuple(name for _, name in sorted(self._categories["train"].items()))

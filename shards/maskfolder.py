@@ -55,12 +55,8 @@ class MaskFolder(FileSource):
     target: ClassVar[TargetKind | None] = "mask"
     remedy: ClassVar[str] = "mend or remove such files"
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._names
-
     @cached_property
-    def _names(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.class_names if isinstance(self.class_names, tuple) else self._names_of(self.class_names, self.train)
 
     def _names_of(self, pattern: str, split: str) -> tuple[str, ...]:
@@ -195,9 +191,9 @@ class ADE20K(MaskFolder):
     first_label: Annotated[int, Field(ge=0)] = 1
 
     @cached_property
-    def _names(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         if self.class_names != "objectInfo150.txt":
-            return super()._names
+            return super().classes
         path = self.root / "objectInfo150.txt"
         rows = [line.split("\t") for line in lines_of(path, "; point `path` at ADEChallengeData2016")[1:] if line]
         names = tuple(row[-1].strip() for row in rows)

@@ -48,7 +48,9 @@ from dbscale.shards.tar import Sample, encode, write_shard
 from dbscale.shards.target import classes_seen, pack_target
 from dbscale.strict import Strict
 
-Shared, Task, Result = TypeVar("Shared"), TypeVar("Task"), TypeVar("Result")
+Shared = TypeVar("Shared")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 WORK_FOLDER = ".pack"
 """Inside the dataset's folder: the plan and the finished shards' rows, until the manifest is written."""
 SHARD_SAMPLES: dict[Encoding, int] = {"original": 2048, "jpeg256": 8192, "raw": 8192}

@@ -31,9 +31,9 @@ TOGETHER = 1024
 """Samples that are asked for at once when a whole split is decoded."""
 
 
-def _fields_alone(value: Any) -> dict[str, Any]:
+def _fields_alone(self: Any) -> dict[str, Any]:
     """State of a frozen dataclass to pickle, caches left out: another process maps index and pixels for itself."""
-    return {field.name: getattr(value, field.name) for field in fields(value)}
+    return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def _delta_rows(panel: str, verdict: Verdict, scale: float, signs: Sequence[str]
         low, high = verdict.interval
         yield {"panel": panel, "part": "root", "x": verdict.root, "low": low, "high": high}
     for x, *ends in zip(*verdict.curve.values(), strict=True):
-        values = dict(zip(("y", "low", "high"), ends, strict=True))
+        values: dict[str, float] = dict(zip(("y", "low", "high"), ends, strict=True))
         yield {"panel": panel, "part": "curve", "x": x, **_scaled(values, scale)}
     for point in verdict.points:
         ends = {name: getattr(point, name) for name in ("low", "high", "low_all", "high_all")} | {"y": point.delta}

@@ -185,16 +185,13 @@ def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
     folder, found = records_dir(store, grid), []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
-            record = read_record(store, grid, path.stem)
+            found.append(read_record(store, grid, path.stem))
         except FileNotFoundError:  # another process has just forgotten it
             continue
         except FileError as error:
-            try:
-                record = SubmitRecord(uid=path.stem, grid=grid, kind="bundles", wave=0, created=0.0, elements=(),
-                                      damage=str(error))  # fmt: skip
-            except ValidationError:  # not a name of ours, so nothing was submitted under it
-                continue
-        found.append(record)
+            with contextlib.suppress(ValidationError):  # not a name of ours, so nothing was submitted under it
+                found.append(SubmitRecord(uid=path.stem, grid=grid, kind="bundles", wave=0, created=0.0, elements=(),
+                                          damage=str(error)))  # fmt: skip
     return tuple(found)
 
 
