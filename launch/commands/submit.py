@@ -140,8 +140,10 @@ def hand_in(
     check()
     for made in submission.run(tasks_of(plan, cost, study.cluster), [cell.key for cell in plan.cells]):
         if max_size is None:
-            job = "the reducer" if last is None else "the job that plans the next wave"
-            what = f"{len(made.elements)} bundles of wave {made.wave}" if made.kind == "bundles" else job
+            part, job = (
+                (f" of wave {made.wave}", "the reducer") if last is None else ("", "the job that plans the next wave")
+            )
+            what = f"{len(made.elements)} bundles{part}" if made.kind == "bundles" else job
             after = f", after {', '.join(map(str, made.after))}" if made.after else ""
             print(f"submitted {what} as job {made.job}{after}", flush=True)
             check()
@@ -187,7 +189,7 @@ def settled(look: Callable[[], Look], num_running: Callable[[Look], int]) -> Loo
     deadline, told = time.monotonic() + WAIT_FOR_OTHERS_S, False
     while (busy := num_running(found := look())) and time.monotonic() <= deadline:
         if not told:
-            print(f"waiting for {busy} running cells of an earlier command to save and stop", flush=True)
+            print(f"waiting for {busy} running cells of an earlier command to save and stop", file=sys.stderr)
         told = True
         time.sleep(1)
     return found
