@@ -232,7 +232,7 @@ def samples(place: Place, path: Path) -> Any:
         pixels, bad = dataset.reader.fetch(np.arange(len(dataset.index)))
         if bad:
             raise DataError(f"{path}: samples {bad} of {split}")
-        found.append((np.asarray(pixels).tobytes(), dataset.index["label"].tobytes()))
+        found.append((np.asarray(pixels).tobytes(), dataset.labels.tobytes()))
     return found
 
 
@@ -241,7 +241,7 @@ def staged(place: Place, _: Path) -> Any:
     dataset = open_dataset(place.study.data_dir / "shards" / "up", "train", tier="raw", image_size=16)
     copy = stage_subset(dataset.subset(), place.staging)
     pixels, bad = copy.dataset.reader.fetch(np.arange(len(copy)))
-    return np.asarray(pixels).tobytes(), bad, copy.dataset.index["label"].tobytes()
+    return np.asarray(pixels).tobytes(), bad, copy.dataset.labels.tobytes()
 
 
 def submit_record(place: Place, path: Path) -> Any:

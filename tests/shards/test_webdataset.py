@@ -42,7 +42,7 @@ def stored(folder: Path, split: str = "train") -> dict[bytes, int]:
     """Label of each image of a packed dataset, by its bytes."""
     dataset = open_dataset(folder, split, tier="jpeg")
     files = dataset.reader.files  # type: ignore[attr-defined]
-    return {files.read(position): int(dataset.index["label"][position]) for position in range(dataset.num_samples)}
+    return {files.read(position): int(dataset.labels[position]) for position in range(dataset.num_samples)}
 
 
 @pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
