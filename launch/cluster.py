@@ -136,7 +136,11 @@ class Cluster(Strict):
 
     executor: Literal["local", "slurm", "inline"]
     workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """Bundles that run at once on this machine (local executor); auto: one per physical core or GPU set."""
+    """Bundles that run at once on this machine (local executor); auto: one per physical core, or `cells_per_device` per GPU
+    set."""
+    cells_per_device: int = Field(default=1, gt=0)
+    """Cells that share a GPU, or a set of them, each in a process of its own (local executor): small models leave most of one
+    idle."""
     target_min: float = Field(default=5.0, gt=0)
     """Predicted minutes of one bundle; start-up is paid once per bundle."""
     requeue_limit: int = Field(default=3, ge=0)
@@ -190,7 +194,9 @@ class Cluster(Strict):
         """Bundles at once on this machine; 1 where a scheduler decides."""
         if self.executor != "local":
             return 1
-        return self.workers if isinstance(self.workers, int) else available_workers(self.resources)
+        return (
+            self.workers if isinstance(self.workers, int) else available_workers(self.resources, self.cells_per_device)
+        )
 
 
 class Shape(Strict):
@@ -262,11 +268,11 @@ def _task(cells: Sequence[Cell], wave: int, cost: CostModel) -> Task:
     )
 
 
-def available_workers(resources: Resources) -> int:
-    """One bundle per GPU set when there are GPUs, otherwise one per physical core and 1.5 GB of free memory."""
+def available_workers(resources: Resources, cells_per_device: int = 1) -> int:
+    """So many bundles per GPU set when there are GPUs, otherwise one per physical core and 1.5 GB of free memory."""
     gpus = visible_gpus() if resources.device != "cpu" else ()
     if gpus:
-        return max(1, len(gpus) // resources.num_processes)
+        return max(1, len(gpus) // resources.num_processes) * cells_per_device
     cores_per_bundle = resources.num_processes * (resources.threads or 1)
     by_memory = int(psutil.virtual_memory().available / (MEMORY_PER_WORKER_BYTES * resources.num_processes))
     return max(1, min(physical_cores() // cores_per_bundle, by_memory))

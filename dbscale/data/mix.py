@@ -21,8 +21,8 @@ class MixTarget(NamedTuple):
     """int64 [b]."""
     y_b: Tensor
     """int64 [b]."""
-    lam: float
-    """1.0 where the batch was left alone."""
+    lam: float | Tensor
+    """1.0 where the batch was left alone; float64 [] on the device inside a recorded step."""
 
 
 def mix_batch(

@@ -196,7 +196,9 @@ def _check_pair(name: str, owner: str, q: Tensor, k: Tensor) -> None:
 
 
 def _resolve(name: str, tokens: slice | None, num_tokens: int) -> slice:
-    start, stop, step = (tokens or slice(None)).indices(num_tokens)
+    if tokens is None:
+        return slice(0, num_tokens)
+    start, stop, step = tokens.indices(num_tokens)
     if step != 1:
         raise ValueError(f"{name}: token_slice={tokens} has step {step}; only contiguous tokens are compared")
     return slice(start, max(start, stop))

@@ -1,13 +1,14 @@
 """Attention output and KL of maps by fused Triton kernels, as torch operators with their gradients.
 
 Flash-style: a program holds a block of query rows (forward) or keys (backward), and the maps exist a tile at a time. A
-softmax is kept as (maximum, sum) of raw scores; for backward only inputs, output and a few numbers per row are kept.
-Every sum has one owner and one order: no atomics, so results repeat bitwise.
+softmax is kept as (maximum, sum) of raw scores; for backward only inputs, output and a few numbers per row are kept, and of
+averaged heads one number per entry of a map. Every sum has one owner and one order: no atomics, so results repeat bitwise.
 
 *Paired* heads (`head_map="repeat"`, or equal counts) compare each student head with one teacher head, output and KL in
 one walk over the keys. *Grouped* heads (`"mean"` of unequal counts) compare the mean of a group's student maps with the
 mean of its teacher maps p_t, in a second walk, as the mean needs every head's sum. With share_h = p_h / Σ p_h of the
-group, the gradient in a head's scores is p_h·Σ_j p_t share_h − p_t share_h. Mixing matrices run eager.
+group, the gradient in a head's scores is p_h·Σ_j p_t share_h − p_t share_h; log₂ (p_t / Σ p_h) is what the second walk
+leaves for backward, where making it anew for each head took five times as long as all else. Mixing matrices run eager.
 """
 
 import math
@@ -23,6 +24,7 @@ from dbscale.kernels.kd_loss_triton import LOG2_E
 
 MISSING: tl.constexpr = tl.constexpr(-1e30)  # the score of no key: no mass, and finite, so that two of them differ by 0
 TINY: tl.constexpr = tl.constexpr(1e-37)
+VECTOR: tl.constexpr = tl.constexpr(16)  # entries of a stored map begin their rows at multiples of it
 MANY_HEADS = 256
 """From so many (image, head) pairs on, one program per pair fills an H100 twice over."""
 SHORT_SEQUENCE = 1024
@@ -62,7 +64,7 @@ def padded(width):
 
 
 def tile_shape(
-    dtype: torch.dtype, width_s: int, width_v: int, width_t: int, *, backward: bool, grouped: bool = False
+    dtype: torch.dtype, width_s: int, width_v: int, width_t: int, *, backward: bool = False, grouped: bool = False
 ) -> dict[str, int]:
     """Rows and keys per tile and the warps that hold them: the largest found that fit a Hopper's registers unspilled.
 
@@ -76,10 +78,8 @@ def tile_shape(
         rows, keys, warps = (32, 64, 8) if widest > 64 else (32, 64, 4) if narrow >= 64 else (32, 32, 4)
     elif widest > 64:
         warps = 8
-    if grouped and dtype == torch.float32:
-        rows, warps = 16, 4
-    elif grouped:  # the maps of the group stand beside the head's own tile
-        keys, warps, stages = 32 if backward and widest > 64 else keys, 8, 1
+    if grouped and not backward:  # the maps of the group stand beside one another
+        rows, warps, stages = (16, 4, 1) if dtype == torch.float32 else (rows, 8, 1)
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -97,16 +97,17 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _forward_outputs(q_s: Tensor, v: Tensor | None, q_t: Tensor, heads: list[int]) -> tuple[Tensor, ...]:
-    """out, KL rows, the student's row numbers (paired: the teacher's, too), and the teacher's where heads are grouped."""
+def _forward_outputs(q_s: Tensor, v: Tensor | None, heads: list[int]) -> tuple[Tensor, ...]:
+    """out, KL rows, the student's row numbers (paired: the teacher's, too), and where heads are grouped log₂ (p_t / Σ p_h),
+    [B, M, N, N rounded up to whole vectors]."""
     group_s, group_t, _ = heads
     batch, num_heads, num_tokens, _ = q_s.shape
     grouped = group_s * group_t > 1
     out = q_s.new_empty(0) if v is None else _empty_like(v)
     rows = q_s.new_empty((batch, num_heads // group_s, num_tokens), dtype=torch.float32)
     numbers = q_s.new_empty((3 if grouped else 4, batch, num_heads, num_tokens), dtype=torch.float32)
-    shape_t = (2, *q_t.shape[:3]) if grouped else (0,)
-    return out, rows, numbers, q_s.new_empty(shape_t, dtype=torch.float32)
+    shape = (*rows.shape, -(-num_tokens // VECTOR.value) * VECTOR.value) if grouped else (0,)
+    return out, rows, numbers, q_s.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("dbscale::attention_kl_triton", mutates_args=())
@@ -114,7 +115,7 @@ def _forward(
     q_s: Tensor, k_s: Tensor, v: Tensor | None, q_t: Tensor, k_t: Tensor, scale_s: float, scale_t: float,
     heads: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out, rows, numbers, numbers_t = outputs = _forward_outputs(q_s, v, q_t, heads)
+    out, rows, numbers, log_ratio = outputs = _forward_outputs(q_s, v, heads)
     if not rows.numel():
         return outputs
     group_s, group_t, repeats = heads
@@ -122,11 +123,12 @@ def _forward(
         _launch_forward(q_s, k_s, v, out, numbers, scale_s, (q_t, k_t, rows, scale_t, repeats))
         return outputs
     _launch_forward(q_s, k_s, v, out, numbers, scale_s)
+    numbers_t = q_t.new_empty((2, *q_t.shape[:3]), dtype=torch.float32)
     _launch_forward(q_t, k_t, None, out, numbers_t, scale_t)
-    shape = tile_shape(q_s.dtype, q_s.shape[3], q_s.shape[3], q_t.shape[3], backward=False, grouped=True)
+    shape = tile_shape(q_s.dtype, q_s.shape[3], q_s.shape[3], q_t.shape[3], grouped=True)
     batch, num_maps, num_tokens = rows.shape
     grouped_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_maps,)](
-        *map(_strided, (q_s, k_s, q_t, k_t)), rows, numbers, numbers_t, num_maps, num_tokens, scale_s, scale_t,
+        *map(_strided, (q_s, k_s, q_t, k_t)), rows, numbers, numbers_t, log_ratio, num_maps, num_tokens, scale_s, scale_t,
         GROUP_S=group_s, GROUP_T=group_t, SLOTS=triton.next_power_of_2(group_s),
         LOG_GROUP=math.log(group_s), **_widths(q_s, q_s, q_t), **shape,
     )  # fmt: skip
@@ -140,17 +142,18 @@ def _launch_forward(
     batch, num_heads, num_tokens, _ = q.shape
     q_t, k_t, rows, scale_t, repeats = (q, k, numbers, scale, 1) if taught is None else taught
     values, out = (q, q) if v is None else (v, out)
-    shape = tile_shape(q.dtype, q.shape[3], values.shape[3], q_t.shape[3], backward=False)
+    shape = tile_shape(q.dtype, q.shape[3], values.shape[3], q_t.shape[3])
     # One axis, blocks of a head side by side: the others end at 65,535, and neighbours share keys in the cache.
     forward_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_heads,)](
         *map(_strided, (q, k, values, q_t, k_t, out)), rows, numbers, num_heads, num_tokens, repeats, scale, scale_t,
+        scale_t / scale,  # exactly 1 for equal scales, which the hardware's division does not promise
         HAS_OUT=v is not None, HAS_KL=taught is not None, **_widths(q, values, q_t), **shape,
     )  # fmt: skip
 
 
 @_forward.register_fake
 def _(q_s, k_s, v, q_t, k_t, scale_s, scale_t, heads):
-    return _forward_outputs(q_s, v, q_t, heads)
+    return _forward_outputs(q_s, v, heads)
 
 
 def _gradient_outputs(q_s: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +163,7 @@ def _gradient_outputs(q_s: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Te
 @torch.library.custom_op("dbscale::attention_kl_triton_backward", mutates_args=())
 def _gradients(
     grad_out: Tensor | None, upstream: Tensor | None, q_s: Tensor, k_s: Tensor, v: Tensor | None, q_t: Tensor,
-    k_t: Tensor, out: Tensor, numbers: Tensor, numbers_t: Tensor, scale_s: float, scale_t: float, heads: list[int],
+    k_t: Tensor, out: Tensor, numbers: Tensor, log_ratio: Tensor, scale_s: float, scale_t: float, heads: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grads = _gradient_outputs(q_s, v)
     if not numbers.numel():
@@ -177,10 +180,11 @@ def _gradients(
         )  # fmt: skip
     weights = numbers[0] if upstream is None else upstream
     operands = (
-        *map(_strided, (q_s, grad_rows, q_t, k_s, values, k_t)), (numbers, numbers_t, pulls, weights, *weights.stride()),
+        *map(_strided, (q_s, grad_rows, q_t, k_s, values, k_t)), (numbers, log_ratio, pulls, weights, *weights.stride()),
     )  # fmt: skip
     _launch_backward(grads, operands, (num_heads, num_tokens, repeats, scale_s, scale_t), {
-        "HAS_OUT": has_out, "HAS_KL": has_kl, "GROUP_S": group_s, "GROUP_T": group_t, **_widths(q_s, values, q_t),
+        "HAS_OUT": has_out, "HAS_KL": has_kl, "GROUP_S": group_s, "GROUPED": group_s * group_t > 1,
+        **_widths(q_s, values, q_t),
     })  # fmt: skip
     return grads
 
@@ -192,9 +196,8 @@ def _launch_backward(grads: tuple[Tensor, ...], operands: tuple, numbers: tuple,
     grad_q, grad_k, grad_v = grads
     batch, num_heads, num_tokens, _ = grad_q.shape
     shape = tile_shape(
-        grad_q.dtype, fixed["D_S"], fixed["D_V"], fixed["D_T"], backward=True,
-        grouped=fixed["GROUP_S"] * fixed["GROUP_T"] > 1,
-    )  # fmt: skip
+        grad_q.dtype, fixed["D_S"], fixed["D_V"], fixed["D_T"], backward=True, grouped=bool(fixed["GROUPED"])
+    )
     whole_head = batch * num_heads >= MANY_HEADS and num_tokens <= SHORT_SEQUENCE
     one_block = num_tokens <= shape["BLOCK_N"]
     partial_q = grad_q if one_block or not whole_head else torch.empty_like(grad_q, dtype=torch.float32)
@@ -209,16 +212,16 @@ def _launch_backward(grads: tuple[Tensor, ...], operands: tuple, numbers: tuple,
 
 
 @_gradients.register_fake
-def _(grad_out, upstream, q_s, k_s, v, q_t, k_t, out, numbers, numbers_t, scale_s, scale_t, heads):
+def _(grad_out, upstream, q_s, k_s, v, q_t, k_t, out, numbers, log_ratio, scale_s, scale_t, heads):
     return _gradient_outputs(q_s, v)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     q_s, k_s, v, q_t, k_t, *ctx.settings = inputs
-    out, _, numbers, numbers_t = output
-    ctx.mark_non_differentiable(numbers, numbers_t)
+    out, _, numbers, log_ratio = output
+    ctx.mark_non_differentiable(numbers, log_ratio)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q_s, k_s, v, q_t, k_t, out, numbers, numbers_t)
+    ctx.save_for_backward(q_s, k_s, v, q_t, k_t, out, numbers, log_ratio)
 
 
 def _backward(ctx, grad_out, upstream, *_numbers):
@@ -288,7 +291,7 @@ def _absorb(scores, maximum, total, rate):
 
 @triton.jit
 def forward_kernel(
-    q_s, k_s, v, q_t, k_t, out, kl_rows, numbers, num_heads, num_tokens, repeats, scale_s, scale_t,
+    q_s, k_s, v, q_t, k_t, out, kl_rows, numbers, num_heads, num_tokens, repeats, scale_s, scale_t, scale_ratio,
     HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr,
     D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -304,7 +307,6 @@ def forward_kernel(
     max_t, sum_t, gaps, usual_gap = max_s, sum_s, sum_s, sum_s
     total = tl.zeros((BLOCK_M, padded(D_V)), tl.float32)
     q_t_rows = q_rows
-    scale_ratio = scale_t / scale_s
     if HAS_KL:
         q_t_rows = _load_rows(q_t, batch, head_t, rows, num_tokens, D_T)
     for start in range(0, num_tokens, BLOCK_N):
@@ -377,13 +379,22 @@ def _group_maps(q_s, k_s, q_t, k_t, numbers, numbers_t, batch, group, num_maps, 
 
 
 @triton.jit
+def _entries(log_ratio, batch_map, rows, keys, num_tokens):
+    """Addresses of a tile of a map in [B, M, N, N rounded up], and which exist."""
+    stride = (num_tokens + VECTOR - 1) // VECTOR * VECTOR
+    first = log_ratio + batch_map.to(tl.int64) * num_tokens * stride
+    inside = (rows < num_tokens)[:, None] & (keys < num_tokens)[None, :]
+    return first + (rows[:, None] * stride + keys[None, :]), inside  # within one map 32 bits are enough
+
+
+@triton.jit
 def grouped_kernel(
-    q_s, k_s, q_t, k_t, kl_rows, numbers, numbers_t, num_maps, num_tokens, scale_s, scale_t,
+    q_s, k_s, q_t, k_t, kl_rows, numbers, numbers_t, log_ratio, num_maps, num_tokens, scale_s, scale_t,
     GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, SLOTS: tl.constexpr, LOG_GROUP: tl.constexpr,
     D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """kl_rows [B, M, N] of averaged maps, and numbers[2] [B, H_s, N] = Σ_j p_t share_h, which backward needs."""
+    """kl_rows [B, M, N] of averaged maps; for backward numbers[2] [B, H_s, N] = Σ_j p_t share_h, and log_ratio."""
     num_blocks = tl.cdiv(num_tokens, BLOCK_M)
     batch_map = (tl.program_id(0) // num_blocks).to(tl.int64)
     batch, group = batch_map // num_maps, batch_map % num_maps
@@ -400,7 +411,10 @@ def grouped_kernel(
             q_s, k_s, q_t, k_t, numbers, numbers_t, batch, group, num_maps, rows, keys, num_tokens, planes, rates,
             GROUP_S, GROUP_T, D_S, D_T,
         )  # fmt: skip
-        kl += tl.sum(p_t * (tl.log2(tl.maximum(p_t, TINY)) - log_sum), 1)
+        ratio = tl.log2(tl.maximum(p_t, TINY)) - log_sum
+        kl += tl.sum(p_t * ratio, 1)
+        address, inside = _entries(log_ratio, batch_map, rows, keys, num_tokens)
+        tl.store(address, ratio, mask=inside)
         for index in range(GROUP_S):
             head, heads = group * GROUP_S + index, num_maps * GROUP_S
             log_p = _log_map(q_s, k_s, numbers, batch, head, heads, rows, keys, num_tokens, planes[0], rates[0], D_S)
@@ -430,7 +444,7 @@ def _row_numbers(sums, place, rows, num_tokens, plane, HAS_OUT: tl.constexpr, HA
                  GROUPED: tl.constexpr):  # fmt: skip
     """Per query row, as columns: maximum, 1/sum, pull; weight; paired only: teacher's maximum and the ratio of sums.
 
-    0 weights where no row is. sums = (numbers, numbers_t, pulls, upstream gradient, its strides).
+    0 weights where no row is. sums = (numbers, log_ratio, pulls, upstream gradient, its strides).
     """
     numbers, upstream = sums[0], sums[3]
     exists = rows < num_tokens
@@ -468,36 +482,30 @@ def _load(matrices, place, tokens, num_tokens, HAS_OUT: tl.constexpr, PAIRED: tl
 
 
 @triton.jit
-def _tile(at_rows, at_keys, queries, keys_of, sums, place, row, rows, keys, plane, num_tokens, scales,
-          HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
-          D_S: tl.constexpr, D_T: tl.constexpr):  # fmt: skip
+def _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
+          HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
     """The student's map p on a tile and the gradient in its scores, from what `_load` gave at its rows and keys.
 
     Paired: p (grad_p − pull) + weight (p_s − p_t), the last as (exp_s − exp_t·ratio) · weight/sum: a product less a product
     would be contracted to a fused multiply-add, and equal maps would leave its rounding behind instead of zero.
-    Grouped: p (grad_p − pull) − weight p_t share, where the pull holds weight · Σ p_t share already.
+    Grouped: p (grad_p − pull) − weight p_t share, where the pull holds weight · Σ p_t share already. Logarithms are added
+    before the exponential: where every head's share underflows, the teacher's may not.
     """
     max_s, inverse, pull, weight, max_t, sum_ratio = row
-    rate = scales[0] * LOG2_E
     exists = (keys < num_tokens)[None, :]
     z_s = tl.where(exists, _dot(at_rows[0], tl.trans(at_keys[0])), MISSING)
     z_t, grad_p = z_s, z_s
-    if HAS_KL and GROUP_S * GROUP_T == 1:
+    if HAS_KL and not GROUPED:
         z_t = tl.where(exists, _dot(at_rows[2], tl.trans(at_keys[2])), MISSING)
     if HAS_OUT:
         grad_p = _dot(at_rows[1], tl.trans(at_keys[1]))
-    log_exp = (z_s - max_s) * rate
+    log_exp = (z_s - max_s) * (scales[0] * LOG2_E)
     exp_s = tl.exp2(log_exp)
     p = exp_s * inverse
     slope = p * (grad_p - pull) if HAS_OUT else p * -pull
-    if GROUP_S * GROUP_T > 1:
-        log_sum, p_t = _group_maps(
-            queries[0], keys_of[0], queries[2], keys_of[2], sums[0], sums[1], place[0], place[2], place[4] // GROUP_S,
-            rows, keys, num_tokens, (plane, plane // GROUP_S * GROUP_T), (rate, scales[1] * LOG2_E),
-            GROUP_S, GROUP_T, D_S, D_T,
-        )  # fmt: skip
-        log_share = tl.where(exists, log_exp + tl.log2(inverse) - log_sum, MISSING)
-        slope -= weight * p_t * tl.exp2(log_share)
+    if GROUPED:
+        address, inside = _entries(sums[1], place[0] * (place[4] // GROUP_S) + place[2], rows, keys, num_tokens)
+        slope -= weight * tl.exp2(log_exp + tl.log2(inverse) + tl.load(address, mask=inside, other=MISSING))
     elif HAS_KL:
         slope += weight * (exp_s - tl.exp2((z_t - max_t) * (scales[1] * LOG2_E)) * sum_ratio)
     return p, slope
@@ -514,14 +522,13 @@ def _place(num_heads, repeats, GROUP_S: tl.constexpr):
 @triton.jit
 def _key_block(
     queries, keys_of, sums, grad_q, grad_k, grad_v, partial_q, place, plane, start, num_tokens, scales,
-    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, WITH_Q: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUPED: tl.constexpr, WITH_Q: tl.constexpr,
     D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of one block of keys; WITH_Q also adds the block's part to grad_q of every row."""
     batch, head = place[0], place[1]
-    GROUPED: tl.constexpr = GROUP_S * GROUP_T > 1
-    PAIRED: tl.constexpr = HAS_KL and GROUP_S * GROUP_T == 1
+    PAIRED: tl.constexpr = HAS_KL and not GROUPED
     keys = start + tl.arange(0, BLOCK_N)
     at_keys = _load(keys_of, place, keys, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
     total_k = tl.zeros((BLOCK_N, padded(D_S)), tl.float32)
@@ -530,8 +537,8 @@ def _key_block(
         rows = first_row + tl.arange(0, BLOCK_M)
         row = _row_numbers(sums, place, rows, num_tokens, plane, HAS_OUT, HAS_KL, GROUPED)
         at_rows = _load(queries, place, rows, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
-        p, slope = _tile(at_rows, at_keys, queries, keys_of, sums, place, row, rows, keys, plane, num_tokens, scales,
-                         HAS_OUT, HAS_KL, GROUP_S, GROUP_T, D_S, D_T)  # fmt: skip
+        p, slope = _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
+                         HAS_OUT, HAS_KL, GROUP_S, GROUPED)  # fmt: skip
         slope = slope.to(at_rows[0].dtype)
         total_k += _dot(tl.trans(slope), at_rows[0])
         if HAS_OUT:
@@ -554,7 +561,7 @@ def _key_block(
 def keys_kernel(
     q_s, grad_out, q_t, k_s, v, k_t, sums, grad_q, grad_k, grad_v, partial_q,
     num_heads, num_tokens, repeats, scale_s, scale_t,
-    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUPED: tl.constexpr,
     D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_HEAD: tl.constexpr,
 ):  # fmt: skip
@@ -566,7 +573,7 @@ def keys_kernel(
     for start in range(first, last, BLOCK_N):
         _key_block(
             (q_s, grad_out, q_t), (k_s, v, k_t), sums, grad_q, grad_k, grad_v, partial_q, place, plane, start,
-            num_tokens, (scale_s, scale_t), HAS_OUT, HAS_KL, GROUP_S, GROUP_T, WHOLE_HEAD,
+            num_tokens, (scale_s, scale_t), HAS_OUT, HAS_KL, GROUP_S, GROUPED, WHOLE_HEAD,
             D_S, D_V, D_T, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if WHOLE_HEAD:
@@ -576,13 +583,12 @@ def keys_kernel(
 @triton.jit
 def queries_kernel(
     q_s, grad_out, q_t, k_s, v, k_t, sums, grad_q, num_heads, num_tokens, repeats, scale_s, scale_t,
-    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUPED: tl.constexpr,
     D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad_q of one block of rows."""
-    GROUPED: tl.constexpr = GROUP_S * GROUP_T > 1
-    PAIRED: tl.constexpr = HAS_KL and GROUP_S * GROUP_T == 1
+    PAIRED: tl.constexpr = HAS_KL and not GROUPED
     queries, keys_of, scales = (q_s, grad_out, q_t), (k_s, v, k_t), (scale_s, scale_t)
     place = _place(num_heads, repeats, GROUP_S)
     plane = tl.num_programs(0).to(tl.int64) * num_tokens
@@ -593,7 +599,7 @@ def queries_kernel(
     for start in range(0, num_tokens, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         at_keys = _load(keys_of, place, keys, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
-        _, slope = _tile(at_rows, at_keys, queries, keys_of, sums, place, row, rows, keys, plane, num_tokens, scales,
-                         HAS_OUT, HAS_KL, GROUP_S, GROUP_T, D_S, D_T)  # fmt: skip
+        _, slope = _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
+                         HAS_OUT, HAS_KL, GROUP_S, GROUPED)  # fmt: skip
         total += _dot(slope.to(at_keys[0].dtype), at_keys[0])
     _store_rows(grad_q, place[0], place[1], rows, num_tokens, total * scale_s, D_S)

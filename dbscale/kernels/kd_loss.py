@@ -25,6 +25,7 @@ BACKENDS = ("auto", "triton", "eager", "compile")
 """
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: torch.compile cannot trace the search
 
 
 class KDLoss(NamedTuple):
@@ -95,7 +96,7 @@ def resolve_backend(backend: str, function: str, device_type: str) -> str:
         raise ValueError(f"{function}: unknown backend {backend!r}; use one of {', '.join(BACKENDS)}")
     if backend == "auto":
         # On a CPU nothing was faster than eager in a whole training step: docs/benchmarks/kernels.md.
-        return "triton" if device_type == "cuda" and _has_triton() else "eager"
+        return "triton" if device_type == "cuda" and HAS_TRITON else "eager"
     if backend == "triton":
         _require_triton(function, device_type)
     return backend
@@ -107,18 +108,13 @@ def is_interpreted() -> bool:
 
 
 def _require_triton(function: str, device_type: str) -> None:
-    if not _has_triton():
+    if not HAS_TRITON:
         raise ValueError(f"{function}: backend='triton', but triton is not installed; use backend='auto'")
     if device_type != "cuda" and not is_interpreted():
         raise ValueError(
             f"{function}: backend='triton' needs CUDA tensors, got {device_type}; use backend='auto' "
             "(TRITON_INTERPRET=1 runs the kernels on CPU, slowly, for tests)"
         )
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @cache

@@ -47,6 +47,8 @@ class Resources(Strict):
     checkpoint_stall_share: float = Field(default=0.01, gt=0)
     deterministic: bool = True
     compile: bool = False
+    cuda_graph: bool = True
+    """Record the step of a plain engine on one GPU and replay it, where it can be recorded: the same weights, sooner."""
     kd_backend: Literal["auto", "triton", "eager", "compile"] = "auto"
     teacher_cache: bool = False
     """Keep a teacher's logits in `<store>/teacher_logits`, by the pixels it saw: for students that share a stream and

@@ -23,17 +23,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import accelerate.optimizer
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 
-from dbscale.data import Batch
 from dbscale.errors import TrainingError
 from dbscale.files import read_json
 from dbscale.study.recipe import Training
@@ -43,6 +42,7 @@ DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed
 LONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 LOMO = cache(accelerate.optimizer.is_lomo_available)
 AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+Item = TypeVar("Item")
 ENGINE_TAG = "pytorch_model"
 """The folder Accelerate gives DeepSpeed's part of a checkpoint."""
 
@@ -170,7 +170,9 @@ def _make_accelerator(
     plain_on_cpu = on_cpu and resources.zero_stage is None
     # Accelerate keeps its state for the life of a process and would give every cell the engine of the first. The process
     # group stays; only a process that changes between plain and DeepSpeed cells needs a fresh PartialState.
-    changed = PartialState._shared_state.get("_cpu", plain_on_cpu) != plain_on_cpu
+    known = PartialState._shared_state
+    was_deepspeed = known.get("distributed_type") == DistributedType.DEEPSPEED
+    changed = known.get("_cpu", plain_on_cpu) != plain_on_cpu or was_deepspeed != (resources.zero_stage is not None)
     AcceleratorState._reset_state(reset_partial_state=changed)
     plugin = None if resources.zero_stage is None else _deepspeed_plugin(resources.zero_stage, training, batching)
     return Accelerator(
@@ -334,7 +336,7 @@ def from_main(value: Any, accelerator: Accelerator) -> Any:
     return box[0]
 
 
-def lockstep(batches: Iterator[Batch], accelerator: Accelerator) -> Iterator[Batch]:
+def lockstep(batches: Iterator[Item], accelerator: Accelerator) -> Iterator[Item]:
     """`batches`, of which every rank has equally many; where one rank cannot get its next, all raise that error.
 
     A rank that left alone would let the others wait in their next collective for ever. Raises this rank's own error, or

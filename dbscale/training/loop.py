@@ -9,23 +9,25 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from dbscale.data import Batch, TrainLoader, Transform, mix_batch
+from dbscale.data import TrainLoader, Transform
 from dbscale.keyed import derive_seed
 from dbscale.study.recipe import Recipe
 from dbscale.study.resources import StopRequest
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import energy_j
 from dbscale.training.engine import highest_of_ranks, lockstep, reduce_over_ranks
+from dbscale.training.feed import feed
+from dbscale.training.graph import CapturedStep
 from dbscale.training.losses import TERMS, Losses, Objective, Target
 from dbscale.training.optimizer import EMA, learning_rate, set_learning_rate
 from dbscale.training.progress import Reporter
-from dbscale.training.tasks import targets_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Run:
     """Augmentation on the device, for pixels the loader hands out untouched."""
     num_classes: int
     accumulation: int
+    captures: bool
+    """Whether the step is recorded as a CUDA graph."""
     ema: EMA | None
     checkpointer: Checkpointer
     reporter: Reporter
@@ -74,15 +78,18 @@ def train(run: Run) -> bool:
     saved_at = mark = time.perf_counter()
     interval_s = run.checkpoint_interval_s
     steps = range(state.step, recipe.num_steps)
-    for step, batch in zip(steps, lockstep(run.loader, run.accelerator), strict=False):
+    fed = feed(run.loader, steps, recipe, run.num_classes, run.device_transform, run.accelerator.device)
+    take_step = partial(_optimizer_step, run)
+    if run.captures:
+        take_step = CapturedStep(take_step, run.optimizer)
+    for step, batch in zip(steps, lockstep(fed, run.accelerator), strict=False):
         state.data_wait_s += time.perf_counter() - mark
         if len(batch.bad_ids):
             state.bad_ids = sorted({*state.bad_ids, *batch.bad_ids.tolist()})
 
         seed_step(recipe.seed, step, run.accelerator.process_index, run.accelerator.device)
         set_learning_rate(run.optimizer, learning_rate(step, recipe))
-        images, target = _to_device(run, batch, step)
-        losses = _optimizer_step(run, images, target)
+        losses = take_step(batch.images, batch.target)
         if run.ema is not None:
             run.ema.update(step)
 
@@ -107,30 +114,6 @@ def train(run: Run) -> bool:
             interval_s = max(run.checkpoint_interval_s, (saved_at - now) / run.checkpoint_stall_share)
     _add_energy(run, energy)
     return True
-
-
-def _to_device(run: Run, batch: Batch, step: int) -> tuple[Tensor, Target]:
-    """This rank's images, float32 [b, 3, S, S], augmented and mixed, and what they should be classified as."""
-    device, augment = run.accelerator.device, run.recipe.training.augment
-    assert isinstance(batch.images, Tensor), "lists of pixels are transformed in the loader"
-    images = batch.images.to(device, non_blocking=True)  # uint8 where the device augments, a quarter of the bytes
-    target = targets_of(batch, device)
-    if run.device_transform is not None:
-        images = run.device_transform(images, epoch=batch.epoch, sample_ids=batch.sample_ids)
-    if not (augment.mixup or augment.cutmix):
-        return images, target
-    assert isinstance(target, Tensor), "only labels are mixed"
-    return mix_batch(
-        images,
-        target,
-        num_classes=run.num_classes,
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        prob=augment.mix_share,
-        switch_prob=augment.mix_switch_share,
-        seed=derive_seed(run.recipe.seed, "mix"),
-        step=step,
-    )
 
 
 def _optimizer_step(run: Run, images: Tensor, target: Target) -> Losses:

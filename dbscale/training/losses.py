@@ -191,9 +191,12 @@ def _cross_entropy(logits_BC: Tensor, target: Target, smoothing: float) -> Tenso
         assert isinstance(target, Tensor), "boxes have losses of their own"
         return cross_entropy(logits_BC, target, label_smoothing=smoothing)
     first = cross_entropy(logits_BC, target.y_a, label_smoothing=smoothing)
-    if target.lam == 1.0:
+    if isinstance(target.lam, float) and target.lam == 1.0:
         return first
-    return target.lam * first + (1 - target.lam) * cross_entropy(logits_BC, target.y_b, label_smoothing=smoothing)
+    share, rest = target.lam, 1 - target.lam
+    if isinstance(share, Tensor) and isinstance(rest, Tensor):  # float64, rounded once, as a number would be
+        share, rest = share.float(), rest.float()
+    return share * first + rest * cross_entropy(logits_BC, target.y_b, label_smoothing=smoothing)
 
 
 def make_tap(student: nn.Module, teacher: nn.Module, settings: Attention, backend: str) -> AttentionTap:

@@ -49,10 +49,20 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def keep_rates_on(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
+    """Keep the groups' learning rates as tensors [] on the device, where a recorded step reads them at each replay."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Write the step's rate into every group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        own = rate * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(own)
+        else:
+            group["lr"] = own
 
 
 def local_piece(parameter: nn.Parameter) -> Tensor:

@@ -19,10 +19,11 @@ from dbscale.study.store import Store
 from dbscale.training.checkpoint import Checkpointer, LoopState
 from dbscale.training.device import device_name
 from dbscale.training.engine import AMP_DTYPE, Batching, engine_name
+from dbscale.training.graph import can_capture
 from dbscale.training.loop import Run
 from dbscale.training.losses import CachedTeacher, Objective, make_objective, open_cache, wants_maps, wants_teacher
 from dbscale.training.models import load_teacher
-from dbscale.training.optimizer import EMA, make_optimizer
+from dbscale.training.optimizer import EMA, keep_rates_on, make_optimizer
 from dbscale.training.pretrained import make_teacher
 from dbscale.training.progress import Reporter, truncate_metrics
 from dbscale.training.tasks import check_dataset, make_dense_objective, make_student, with_targets
@@ -58,6 +59,8 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     ema = EMA(student, recipe.training.ema_decay) if recipe.training.ema_decay is not None else None
     checkpointer = _make_checkpointer(spec, context, model, ema)
     state = checkpointer.load_latest() or LoopState()
+    if accelerator.device.type == "cuda" and context.resources.zero_stage is None:
+        keep_rates_on(accelerator.device, optimizer)  # after loading, which brings rates of its own
     loader, device_transform = make_batches(recipe, dataset, context, state.step)
     if state.step:
         loader.refuse_foreign(state.stream)
@@ -76,6 +79,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         device_transform=device_transform,
         num_classes=dataset.num_classes,
         accumulation=context.batching.accumulation,
+        captures=can_capture(recipe, context.resources, accelerator),
         ema=ema,
         checkpointer=checkpointer,
         reporter=Reporter(accelerator, recipe, context.store, spec.key, state.record, num_done=state.step),

@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="turns that every variant takes (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=tuple(LOSSES), default=tuple(LOSSES), help="losses to measure")
     parser.add_argument("--skip", nargs="+", default=(), metavar="VARIANT", help="variants to leave out")
-    parser.add_argument("--case", help="only the cases whose description contains this text")
+    parser.add_argument(
+        "--case", nargs="+", default=("",), help="only the cases whose description contains such a text"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is visible; --device cpu measures the CPU's backends")
@@ -46,7 +48,7 @@ def main() -> None:
     print("|" + "---|" * HEADER.count("| "))
     for loss in arguments.only:
         for case in LOSSES[loss].CASES[device.type]:
-            if (arguments.case or "") not in str(case):
+            if not any(text in str(case) for text in arguments.case):
                 continue
             torch.manual_seed(0)
             makers = {k: each for k, each in LOSSES[loss].makers(case, device).items() if k not in arguments.skip}

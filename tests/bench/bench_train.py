@@ -145,6 +145,7 @@ def variants(setting: Setting) -> dict[str, Callable[[Setting], Pace]]:
         "bare": bare,
         "timm": timm_manner,
         "ours, plain": ours(Resources(zero_stage=None, **common)),
+        "ours, eager": ours(Resources(zero_stage=None, cuda_graph=False, **common)),
         "ours, zero1": ours(Resources(zero_stage=1, **common)),
         "ours, plain, not deterministic": ours(Resources(zero_stage=None, deterministic=False, **common)),
         "ours, plain, compiled": ours(Resources(zero_stage=None, compile=True, **common)),
@@ -162,7 +163,8 @@ def main() -> None:
         arguments.warmup,
     )  # fmt: skip
     known = variants(setting)
-    usual = [name for name in known if "compiled" not in name]
+    left_out = ("compiled",) if arguments.device == "cuda" else ("compiled", "eager")  # a CPU records nothing
+    usual = [name for name in known if not any(part in name for part in left_out)]
     chosen = {name: known[name] for name in (usual if arguments.variants is None else arguments.variants)}
     times: dict[str, list[Pace]] = {name: [] for name in chosen}
     for number in range(arguments.rounds):

@@ -21,6 +21,8 @@ pytestmark = [
 ]
 
 ENGINES = [None, 0, 1, 2, 3]
+MIXED_IN_HALF = Augment(cutmix=1.0, mixup=0.5, mix_share=0.5)
+RECORDED: list[dict[str, Any]] = [{}, {"augment": MIXED_IN_HALF}, {"augment": Augment()}, {"micro_batch": 16}]
 
 
 class StopAfter(StopRequest):
@@ -51,6 +53,7 @@ def make(data_dir, tmp_path):
     """`make(store name, stage, …)` writes a cell and gives its store, itself, and a function that runs it."""
 
     def build(name: str, stage: str = "pretrain", *, teacher: Cell | None = None, heads: int = 2, **training):
+        augment = training.pop("augment", Augment(crop_padding=2, mixup=0.2))
         recipe = Recipe(
             stage=stage,  # type: ignore[arg-type]
             model=DeiT(heads=heads, head_width=32, depth=4, patch_size=4),
@@ -59,7 +62,7 @@ def make(data_dir, tmp_path):
                 budget=Budget(steps=60),
                 optim=Optim(lr=1e-3, clip_norm=1.0),
                 global_batch=64,
-                augment=Augment(crop_padding=2, mixup=0.2),
+                augment=augment,
                 drop_path=0.1,
                 ema_decay=0.9,
                 **{"precision": "bf16", **training},
@@ -103,6 +106,52 @@ def test_resume_is_bitwise(stage, make, data_dir):
     assert run(cut, cell, data_dir, zero_stage=stage).status == "done"
     expected, found = (each.read_row(cell.key).model_dump(exclude={"timing"}) for each in (whole, cut))
     assert found == expected
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+@pytest.mark.parametrize("how", RECORDED, ids=str)
+def test_a_recorded_step_gives_the_weights_of_the_eager_one(how, stage, make, data_dir):
+    how = dict(how)
+    micro_batch = how.pop("micro_batch", None)
+    rows = []
+    for name in ("eager", "recorded"):
+        store, teacher = make(name, heads=1)
+        if stage == "distill":
+            run(store, teacher, data_dir)
+        store, cell = make(name, stage, teacher=teacher if stage == "distill" else None, **how)
+        outcome = run(store, cell, data_dir, cuda_graph=name == "recorded", micro_batch=micro_batch)
+        assert outcome.status == "done", outcome.reason
+        rows.append(outcome.row.model_dump(exclude={"timing"}))
+    assert rows[0] == rows[1]
+
+
+def test_a_recorded_step_is_recorded(make, data_dir, monkeypatch):
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    store, cell = make("store")
+    run(store, cell, data_dir)
+    assert len(replays) == 60 - 3
+    other, _ = make("other", precision="fp16")
+    run(other, cell, data_dir, cuda_graph=False)
+    assert len(replays) == 60 - 3
+
+
+def test_the_feed_gives_on_the_device_what_it_gives_on_the_host(make, data_dir):
+    from dbscale.data import make_loader, make_transform, open_dataset
+    from dbscale.training.feed import feed
+
+    _, cell = make("store", augment=Augment(crop_padding=2, hflip=0.5, cutmix=1.0))
+    recipe, found = cell.recipe, {}
+    for device in ("cpu", "cuda"):
+        dataset = open_dataset(Path(data_dir) / "shards/up", "train", tier="resident", image_size=32)
+        loader = make_loader(dataset.subset(512, 0), global_batch=64, seed=3)
+        transform = make_transform(image_size=32, train=True, augment=recipe.training.augment.model_dump(), seed=5)
+        found[device] = list(feed(loader, range(7), recipe, 8, transform, torch.device(device)))
+    assert len(found["cpu"]) == len(found["cuda"]) == 7
+    for host, device in zip(found["cpu"], found["cuda"], strict=True):
+        torch.testing.assert_close(device.images.cpu(), host.images, atol=1e-6, rtol=1e-6)
+        assert torch.equal(device.target.y_a.cpu(), host.target.y_a) and device.target.lam == host.target.lam
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

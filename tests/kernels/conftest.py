@@ -31,8 +31,11 @@ def device(backend: str) -> torch.device:
 
 @pytest.fixture(scope="session")
 def tolerance(backend: str) -> float:
-    """The largest ‖out − ref‖ / ‖ref‖ in float32; the textbook form subtracts logarithms."""
-    return 1e-6 if backend == "triton" else 1e-5
+    """The largest ‖out − ref‖ / ‖ref‖ in float32; the textbook form subtracts logarithms.
+
+    A GPU's own exponential is wrong by two units in the last place: 2.4e-6 was seen on an H200, against a bound of 2e-6.
+    """
+    return 1e-5 if backend == "eager" else 1e-6 if is_interpreted() else 2e-6
 
 
 @pytest.fixture(autouse=True)
