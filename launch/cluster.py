@@ -139,8 +139,8 @@ class Cluster(Strict):
     """Bundles that run at once on this machine (local executor); auto: one per physical core, or `cells_per_device` per GPU
     set."""
     cells_per_device: int = Field(default=1, gt=0)
-    """Cells that share a GPU, or a set of them, each in a process of its own (local executor): small models leave most of one
-    idle."""
+    """Cells that share a GPU, or a set of them, each in a process of its own (local executor): small models leave most of
+    one idle."""
     target_min: float = Field(default=5.0, gt=0)
     """Predicted minutes of one bundle; start-up is paid once per bundle."""
     requeue_limit: int = Field(default=3, ge=0)
