@@ -32,6 +32,7 @@ from dbscale.errors import FileError
 
 Model = TypeVar("Model", bound=BaseModel)
 LOCK_NAME = ".driver.lock"
+LOCK_INTERVAL_S = 5.0
 SEAL = b',\n "seal": "'
 ZOMBIE = -1
 MOST_PROCESSES = 2**31
@@ -301,15 +302,19 @@ class Holder:
 
 
 @contextlib.contextmanager
-def driver_lock(store_root: Path, command: str, grid: str) -> Iterator[None]:
-    """Hold the store for one submit of `grid`; raises FileError naming command, pid and host of another holder.
+def driver_lock(store_root: Path, command: str, grid: str, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the store for one submit of `grid`; raises FileError naming command, pid and host of another holder, which
+    has `wait_s` to finish.
 
     Where the file system has no locks, the command continues without one: each cell has its own lock as well.
     """
+    deadline = time.monotonic() + wait_s
     with _open_lock(store_root / LOCK_NAME) as file:
-        if not _acquire(file):
-            raise FileError(f"{store_root} is in use by {holder(store_root) or 'another dbscale command'}; wait for it, "
-                            "stop it with Ctrl-C or `dbscale cancel`, or choose another STORE")  # fmt: skip
+        while not _acquire(file):
+            if time.monotonic() >= deadline:
+                raise FileError(f"{store_root} is in use by {holder(store_root) or 'another dbscale command'}; wait for it, "
+                                "stop it with Ctrl-C or `dbscale cancel`, or choose another STORE")  # fmt: skip
+            time.sleep(LOCK_INTERVAL_S)
         _sign(file, store_root, Holder(ProcessMark.of(), command, grid, time.time()))
         try:
             yield

@@ -87,11 +87,6 @@ def load(places: Iterable[str], folder: Path = Path()) -> dict[str, str]:
     return {name: loaded[name] for name in [_load(place, folder) for place in places]}
 
 
-def load_from_environment() -> None:
-    """Import what the process that started this one had imported."""
-    load(filter(None, os.environ.get(ENVIRONMENT, "").split(os.pathsep)))
-
-
 def _load(place: str, folder: Path) -> str:
     path = (folder / place).resolve() if place.endswith(".py") else None
     name = path.stem if path is not None else place
@@ -138,8 +133,9 @@ def source_hash(origin: Path) -> str:
 
 
 def require(wanted: dict[str, str]) -> None:
-    """Raise ConfigError unless these plugins, module -> hash, are imported in this process as they were planned."""
-    load_from_environment()
+    """Import what the process that started this one had imported; raise ConfigError unless these plugins, module -> hash,
+    are among it as they were planned."""
+    load(filter(None, os.environ.get(ENVIRONMENT, "").split(os.pathsep)))
     for name, digest in wanted.items():
         found = loaded.get(name)
         if found is None:

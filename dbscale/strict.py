@@ -27,7 +27,7 @@ class Strict(BaseModel):
 
 Config = TypeVar("Config", bound=Strict)
 MOST_VALUES, DEEPEST = 100_000, 60
-"""Of one YAML file."""
+"""The most values, and levels of nesting, of one YAML file."""
 LONGEST = 300
 """Characters of a found value that a message repeats."""
 

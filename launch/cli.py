@@ -10,7 +10,8 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+
+import shtab
 
 from dbscale import __version__, plugins
 from dbscale.errors import log_to_stderr
@@ -54,18 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-class _PrintCompletion(argparse.Action):
-    """Print a shell's completion and exit, as `--help` does."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, _namespace: object, values: Any, _option: object = None
-    ) -> None:
-        import shtab
-
-        print(shtab.complete(parser, values))
-        parser.exit()
-
-
 def is_users(error: Exception) -> bool:
     """Whether the message is for the user: an error type of ours, or the operating system's; the rest are bugs."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in OUR_PACKAGES
@@ -78,8 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dbscale {__version__}")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log what is done; -vv logs everything")
-    parser.add_argument("--completion", action=_PrintCompletion, choices=("bash", "zsh", "tcsh"), metavar="SHELL",
-                        help="print completion for bash, zsh or tcsh: eval \"$(dbscale --completion bash)\"")  # fmt: skip
+    shtab.add_argument_to(parser, "--completion", 'print a shell\'s completion: eval "$(dbscale --completion bash)"')
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE|FILE.py",
                         help="import parts of your own first, as `plugins:` of a grid does; repeatable")  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of user errors")

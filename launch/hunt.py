@@ -15,23 +15,11 @@ from typing import TYPE_CHECKING, Literal
 
 from dbscale.launch.status import device_seconds
 from dbscale.launch.study import Study, base_cost, finished_sample, standings_of
+from dbscale.study import hunt as hunts
 from dbscale.study.cell import Cell
 from dbscale.study.cost import CostModel
 from dbscale.study.grid import Hunt, Point, check_sizes, merged_cells
-from dbscale.study.hunt import (
-    MOST_DRAWS,
-    Bought,
-    Finding,
-    Pair,
-    Target,
-    WaveRecord,
-    axis_values,
-    hunt_of,
-    pairs_of,
-    seeds_of,
-    student_sizes,
-    widest,
-)
+from dbscale.study.hunt import Pair, Target, hunt_of
 from dbscale.study.plan import Plan, Wave, make_plan, record
 from dbscale.study.store import Standing
 
@@ -61,6 +49,17 @@ class Survey:
     def hunt(self) -> Hunt:
         return hunt_of(self.study.grid)
 
+    @property
+    def level(self) -> float:
+        """Level of each verdict: looking after every wave and the number of targets are paid for."""
+        from dbscale.laws.design import looking_level
+
+        return looking_level(self.hunt.level, len(self.targets))
+
+    @property
+    def min_effect(self) -> float:
+        return self.hunt.min_effect or self.study.grid.min_effect
+
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         return tuple(dict.fromkeys(pair.target for pair in self.pairs))
@@ -81,6 +80,10 @@ class Survey:
 
     def having(self, *states: PairState) -> list[Pair]:
         return [pair for pair in self.pairs if self._states[pair] in states]
+
+    @property
+    def num_running(self) -> int:
+        return sum(standing.state == "running" for standing in self.standings.values())
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -117,14 +120,13 @@ def has_failed(standing: Standing) -> bool:
 def survey(study: Study, active: Collection[str] | None = None) -> Survey:
     """Read how the hunt's pairs stand; `active` are the cells that a scheduler holds. Raises ConfigError."""
     grid, hunt = study.grid, hunt_of(study.grid)
-    check_sizes(widest(grid), {name: size for name, (_, size) in study.manifests.items()})
-    fingerprints = {name: fingerprint for name, (fingerprint, _) in study.manifests.items()}
-    draws = MOST_DRAWS if hunt.finetunes == "auto" else hunt.finetunes
+    check_sizes(hunts.widest(grid), study.sizes)
+    draws = hunts.MOST_DRAWS if hunt.finetunes == "auto" else hunt.finetunes
     pairs: list[Pair] = []
     standings: dict[str, Standing] = {}
-    seeds, step = seeds_of(grid), max(hunt.wave, 8)
+    seeds, step = hunts.seeds_of(grid), max(hunt.wave, 8)
     for first in range(0, len(seeds), step):
-        pairs += (more := pairs_of(grid, fingerprints, seeds[first : first + step], draws))
+        pairs += (more := hunts.pairs_of(grid, study.fingerprints, seeds[first : first + step], draws))
         keys = [cell.key for cell in merged_cells([point for pair in more for point in pair.points])]
         found = standings_of(study.store, keys, active)
         standings |= found
@@ -139,12 +141,12 @@ class NextWave:
     """What is known, and what should be run next."""
 
     survey: Survey
-    findings: tuple[Finding, ...]
-    bought: tuple[Bought, ...]
+    findings: tuple[hunts.Finding, ...]
+    bought: tuple[hunts.Bought, ...]
     chosen: tuple[Pair, ...]
     """The pairs of `bought`."""
     finetunes: int
-    """Of each upstream run of the chosen pairs."""
+    """How many finetunes each upstream run of the chosen pairs gets."""
     stopped: str | None
     """Why the hunt is over; None while it is not, even where nothing can be chosen before what is under way ends."""
 
@@ -158,10 +160,6 @@ class NextWave:
         return tuple({(p.variant, p.cell.key): p for p in asked}.values())
 
     @property
-    def level(self) -> float:
-        return level_of(self.survey)
-
-    @property
     def page_targets(self) -> tuple[str, ...]:
         """Its targets, where the report judges the same contrasts."""
         from dbscale.report.hunt import on_page
@@ -171,7 +169,7 @@ class NextWave:
     def plan(self) -> Plan:
         """The wave as jobs, with what was begun before it; runs that failed are not tried again."""
         found, cluster = self.survey, self.survey.study.cluster
-        grid = found.study.grid.model_copy(update={"min_effect": min_effect_of(found)})  # the report's, too
+        grid = found.study.grid.model_copy(update={"min_effect": found.min_effect})  # the report's, too
         plan = make_plan(
             grid, self.points, states={key: each.state for key, each in found.standings.items()},
             cost=found.cost, target_s=cluster.target_min * 60, workers=cluster.num_workers(),
@@ -179,12 +177,12 @@ class NextWave:
         return without_failed(plan, {key for key, each in found.standings.items() if has_failed(each)})
 
 
-def wave_record(wave: NextWave) -> WaveRecord:
+def wave_record(wave: NextWave) -> hunts.WaveRecord:
     """The wave for the log, which numbers it."""
     found = wave.survey
-    return WaveRecord(
+    return hunts.WaveRecord(
         number=0, created=time.time(), spent_s=round(found.spent_s, 1), failed_pairs=len(found.having("failed")),
-        verdict_level=level_of(found), findings=wave.findings, bought=wave.bought, stopped=wave.stopped,
+        verdict_level=found.level, findings=wave.findings, bought=wave.bought, stopped=wave.stopped,
     )  # fmt: skip
 
 
@@ -217,11 +215,13 @@ def next_wave(study: Study, active: Collection[str] | None = None) -> NextWave:
     open_targets = {each.target for each in findings if each.stop is None}
     places = [] if stopped else list(places_of(found, open_targets, draws))
     under_way = found.having("running", "begun")
-    room = hunt.wave * (1 + hunt.waves_ahead) - num_repetitions(under_way)
+    # Pairs of several targets that share their upstream runs are one for the machines.
+    repetitions = {(pair.x, pair.seed, pair.target.student) for pair in under_way}
+    room = hunt.wave * (1 + hunt.waves_ahead) - len(repetitions)
     left_s = hunt.budget_hours * 3600 - found.spent_s - found.pending_s
     choices = choose_wave(
         [each for target, pairs in measured.items() if (each := as_target(found, target, pairs)).name in open_targets],
-        [place.candidate for place in places], num_pairs=max(min(hunt.wave, room), 0), level=level_of(found),
+        [place.candidate for place in places], num_pairs=max(min(hunt.wave, room), 0), level=found.level,
         pending=Counter((str(pair.target), float(pair.x)) for pair in under_way),
         most_cost=left_s,
     )  # fmt: skip
@@ -231,25 +231,20 @@ def next_wave(study: Study, active: Collection[str] | None = None) -> NextWave:
     return NextWave(found, findings, *bought_by(choices, places), draws, stopped)
 
 
-def bought_by(choices: Sequence[Choice], places: Sequence[Place]) -> tuple[tuple[Bought, ...], tuple[Pair, ...]]:
+def bought_by(choices: Sequence[Choice], places: Sequence[Place]) -> tuple[tuple[hunts.Bought, ...], tuple[Pair, ...]]:
     """The choices as the log has them, those at one place together, and their pairs."""
     chosen: list[Pair] = []
-    bought: dict[int, Bought] = {}
+    bought: dict[int, hunts.Bought] = {}
     for choice in choices:
         place, earlier = places[choice.candidate], bought.get(choice.candidate)
         first, gain, cost_s = (earlier.num_pairs, earlier.gain, earlier.cost_s) if earlier else (0, None, 0.0)
         chosen += [pair for pairs in place.repetitions[first : first + choice.num_pairs] for pair in pairs]
-        bought[choice.candidate] = Bought(
+        bought[choice.candidate] = hunts.Bought(
             x=int(place.candidate.x), targets=place.candidate.targets, num_pairs=first + choice.num_pairs,
             gain=choice.gain if gain is None else gain + (choice.gain or 0.0), cost_s=cost_s + choice.cost,
             reason=earlier.reason if earlier else choice.reason,
         )  # fmt: skip
     return tuple(bought.values()), tuple(chosen)
-
-
-def num_repetitions(pairs: Sequence[Pair]) -> int:
-    """How many pairs these are for a machine: those of several targets that share their upstream runs count once."""
-    return len({(pair.x, pair.seed, pair.target.student) for pair in pairs})
 
 
 def places_of(found: Survey, targets: Collection[str], draws: int) -> Iterator[Place]:
@@ -283,52 +278,41 @@ def measured_pairs(found: Survey) -> dict[Target, Pairs | None]:
     plan = make_plan(found.study.grid, done, states={}, cost=found.cost, target_s=1.0)
     table = collect(found.study.store, record(plan, found.cost))
     wrong, _ = load_mistakes(found.study.store, {point.cell.key for point in done})  # the report names damaged files
-    sizes = student_sizes(found.study.grid) if found.hunt.along == "num_params" else None
+    sizes = hunts.student_sizes(found.study.grid) if found.hunt.along == "num_params" else None
     return {target: target_pairs(table, found.hunt, target, wrong, sizes) for target in found.targets}
-
-
-def level_of(found: Survey) -> float:
-    """Level of each verdict: looking after every wave and the number of targets are paid for."""
-    from dbscale.laws.design import looking_level
-
-    return looking_level(found.hunt.level, len(found.targets))
-
-
-def min_effect_of(found: Survey) -> float:
-    return found.hunt.min_effect or found.study.grid.min_effect
 
 
 def as_target(found: Survey, target: Target, pairs: Pairs | None) -> design.Target:
     from dbscale.laws import design
 
-    return design.Target(str(target), pairs, min_effect_of(found))
+    return design.Target(str(target), pairs, found.min_effect)
 
 
-def finding_of(found: Survey, target: Target, pairs: Pairs | None) -> Finding:
+def finding_of(found: Survey, target: Target, pairs: Pairs | None) -> hunts.Finding:
     """What is known of a target; its verdict is the engine's."""
     from dbscale.laws.design import doubt_left, why_stop
 
-    hunt, values = found.hunt, axis_values(found.study.grid)
+    hunt, values = found.hunt, hunts.axis_values(found.study.grid)
     if pairs is None:
-        return Finding(target=str(target))
+        return hunts.Finding(target=str(target))
     count = len(set(zip(pairs.x.tolist(), pairs.seed.tolist(), strict=True)))
     verdict = verdict_of(found, pairs)
     if verdict is None:
-        return Finding(target=str(target), num_pairs=count)
+        return hunts.Finding(target=str(target), num_pairs=count)
     low, high = verdict.interval or (None, None)
     stop = why_stop(verdict, (values[0], values[-1]), target_octaves=hunt.target_octaves, least_doubt=hunt.least_doubt)
-    return Finding(
+    return hunts.Finding(
         target=str(target), kind=verdict.kind, better=verdict.better, root=verdict.root, low=low, high=high,
         doubt=doubt_left(as_target(found, target, pairs), values), num_pairs=count, stop=stop,
     )  # fmt: skip
 
 
 def verdict_of(found: Survey, pairs: Pairs) -> Verdict | None:
-    """None while there is too little to judge."""
+    """The verdict on the pairs of a target; None while there is too little to judge."""
     from dbscale.laws import NotEnoughData, judge
 
     try:
-        return judge(pairs, min_effect=min_effect_of(found), level=level_of(found))
+        return judge(pairs, min_effect=found.min_effect, level=found.level)
     except NotEnoughData:
         return None
 
@@ -353,11 +337,11 @@ def finetunes_of(found: Survey, measured: Mapping[Target, Pairs | None]) -> int:
             cells = next(pair for pair in found.pairs if pair.target == target).cells
             upstream = sum(found.cost.seconds(cell) for cell in cells if cell.recipe.stage != "finetune")
             finetune = sum(found.cost.seconds(cell) for cell in cells if cell.recipe.stage == "finetune")
-            wanted.append(min(noise.best_finetunes(upstream, finetune), MOST_DRAWS))
+            wanted.append(min(noise.best_finetunes(upstream, finetune), hunts.MOST_DRAWS))
     return max(wanted, default=AUTO_START)
 
 
-def why_stopped(found: Survey, findings: Sequence[Finding]) -> str | None:
+def why_stopped(found: Survey, findings: Sequence[hunts.Finding]) -> str | None:
     """Why the hunt as a whole is over, as far as results tell."""
     failed, done = len(found.having("failed")), len(found.having("done"))
     if failed >= FEWEST_FAILED and failed > MOST_FAILED * (failed + done):

@@ -6,6 +6,8 @@ note. What only a step on real data shows is `smoke`'s.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found."""
+    """What a look before training found."""
 
     problems: tuple[str, ...]
     """Training would fail of these."""
@@ -47,14 +49,14 @@ class Preflight:
 
 def check(study: Study, plan: Plan) -> Preflight:
     """Look at everything that the cells still to run need. Raises ConfigError for a dataset entry that is not valid."""
-    cells = plan.todo
-    problems = [
-        *dataset_problems(study),
-        *pair_problems(cells),
-        *memory_problems(study, cells),
-        *disk_problems(study, plan),
+    found = [
+        dataset_problems(study),
+        pair_problems(plan.todo),
+        memory_problems(study, plan.todo),
+        disk_problems(study, plan),
     ]
-    return Preflight(tuple(dict.fromkeys(problems)), tuple([*source_notes(study), *store_notes(study.store.root)]))
+    problems = dict.fromkeys(itertools.chain.from_iterable(found))
+    return Preflight(tuple(problems), (*source_notes(study), *store_notes(study.store.root)))
 
 
 def store_notes(root: Path) -> Iterator[str]:
@@ -82,10 +84,7 @@ def source_notes(study: Study) -> Iterator[str]:
 
 def dataset_problems(study: Study) -> Iterator[str]:
     """Classes that a packed dataset cannot teach or test."""
-    from dbscale.data.manifest import load_manifest
-
-    for name in study.manifests:
-        manifest = load_manifest(study.dataset_dir(name))
+    for name, manifest in study.manifests.items():
         for split, info in manifest.splits.items():
             if len(info.class_counts) != manifest.num_strata or sum(info.class_counts) != info.num_samples:
                 yield (
@@ -144,22 +143,15 @@ def memory_problems(study: Study, cells: Iterable[Cell]) -> Iterator[str]:
 def _size_of(cell: Cell) -> tuple[object, ...]:
     """Equal for cells whose states are equally large."""
     recipe, training = cell.recipe, cell.recipe.training
-    teacher = None if cell.teacher_model is None else cell.teacher_model.model_dump_json()
-    return (
-        recipe.stage,
-        recipe.model.model_dump_json(),
-        teacher,
-        recipe.data.dataset,
-        training.ema_decay,
-        training.precision,
-    )
+    models = [model and model.model_dump_json() for model in (recipe.model, cell.teacher_model)]
+    return recipe.stage, *models, recipe.data.dataset, training.ema_decay, training.precision
 
 
-def _params(study: Study, cell: Cell) -> float:
-    model, size = cell.recipe.model, cell.recipe.data.image_size
-    return (
-        float(num_params(model, size, study.num_classes[cell.recipe.data.dataset])) if isinstance(model, DeiT) else 0.0
-    )
+def _params(study: Study, cell: Cell) -> int:
+    model, data = cell.recipe.model, cell.recipe.data
+    manifest = study.manifests.get(data.dataset)
+    num_classes = manifest.num_classes if manifest is not None else 0
+    return num_params(model, data.image_size, num_classes) if isinstance(model, DeiT) else 0
 
 
 def disk_problems(study: Study, plan: Plan) -> Iterator[str]:
@@ -176,13 +168,9 @@ def disk_problems(study: Study, plan: Plan) -> Iterator[str]:
 
 def disk_bytes(study: Study, cells: Sequence[Cell], *, at_once: int) -> float:
     """Weights of all `cells`, and checkpoints of the largest `at_once` (of fewer, where the cluster runs fewer)."""
-    if study.cluster.executor == "slurm":
-        slots = study.cluster.slurm.array_parallelism if study.cluster.slurm is not None else 1
-    else:
-        slots = study.cluster.num_workers()
-    states = []
-    for cell in cells:
-        params, has_average = _params(study, cell), cell.recipe.training.ema_decay is not None
-        states.append(FLOAT_BYTES * params * (4 if has_average else 3))
-    largest = sorted(states, reverse=True)[: min(slots, max(at_once, 1))]
-    return sum(FLOAT_BYTES * _params(study, cell) for cell in cells) + KEPT_CHECKPOINTS * sum(largest)
+    slurm = study.cluster.slurm if study.cluster.executor == "slurm" else None
+    slots = slurm.array_parallelism if slurm is not None else study.cluster.num_workers()
+    weights = [FLOAT_BYTES * _params(study, cell) for cell in cells]
+    copies = (3 if cell.recipe.training.ema_decay is None else 4 for cell in cells)
+    states = sorted(map(operator.mul, weights, copies), reverse=True)
+    return sum(weights) + KEPT_CHECKPOINTS * sum(states[: min(slots, max(at_once, 1))])

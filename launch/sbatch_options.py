@@ -27,10 +27,7 @@ kill-on-invalid-dep no-kill no-requeue open-mode output parsable quiet requeue t
 """
 OWNED = frozenset(_OWNED.split())
 """Another value would lose jobs, their logs or the way to find and cancel them."""
-OWNED_VARIABLES = {f"SBATCH_{name.upper().replace('-', '_')}" for name in OWNED | RANKS} | {
-    "SBATCH_ARRAY_INX",
-    "SBATCH_SIGNAL",
-}
+OWNED_VARIABLES = {f"SBATCH_{name.upper().replace('-', '_')}" for name in OWNED | RANKS | {"array-inx", "signal"}}
 """sbatch lets these have the last word over a script."""
 _KNOWN = """
 acctg-freq batch bb bbf begin cluster-constraint comment container contiguous core-spec cores-per-socket cpu-freq

@@ -36,7 +36,7 @@ class Job(Strict):
     lineages: tuple[tuple[CellSpec, ...], ...]
     """Each a cell, cut to one step, after all it builds on."""
     resources: tuple[Resources, ...]
-    """Of each lineage's last cell."""
+    """What the last cell of each lineage runs with."""
 
 
 def smoke(study: Study, plan: Plan) -> int:

@@ -19,19 +19,9 @@ from typing import Any, Literal
 
 from dbscale.errors import ConfigError, FileError
 from dbscale.files import holder, is_held
+from dbscale.launch import study as studies
 from dbscale.launch.slurm.queue import Queued, SlurmError, read_queued, read_records
-from dbscale.launch.study import (
-    AddCommand,
-    add_data,
-    add_grid,
-    add_json,
-    add_store,
-    corrected,
-    plan_study,
-    print_json,
-    store_of,
-    study_of,
-)
+from dbscale.launch.study import AddCommand
 from dbscale.study.cost import STAGES, duration
 from dbscale.study.grid import load_grid
 from dbscale.study.hunt import STOPS, Finding, HuntLog, log_path, read_log
@@ -97,10 +87,10 @@ class Status:
 
 def add_commands(add: AddCommand) -> None:
     parser = add("status", run, "show what runs, waits and failed, and when the grid will be done")
-    add_grid(parser)
-    add_store(parser)
-    add_data(parser)
-    add_json(parser)
+    studies.add_grid(parser)
+    studies.add_store(parser)
+    studies.add_data(parser)
+    studies.add_json(parser)
     parser.add_argument("--watch", action="store_true", help="show it again every few seconds until interrupted")
     parser.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="of --watch (default: 5)")
     parser.add_argument("--wait", type=float, default=WAIT_S, metavar="SECONDS",
@@ -109,10 +99,10 @@ def add_commands(add: AddCommand) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    store, limit = store_of(arguments), None if arguments.all else MAX_SHOWN
+    store, limit = studies.store_of(arguments), None if arguments.all else MAX_SHOWN
     if arguments.json:
         status = look_once(store, planned(arguments), arguments.wait)
-        print_json(as_data(status) | {"hunt": hunt_as_data(store, status.grid)})
+        studies.print_json(as_data(status) | {"hunt": hunt_as_data(store, status.grid)})
         return 0
     while True:
         status = look_once(store, planned(arguments), arguments.wait)
@@ -127,11 +117,11 @@ def planned(arguments: argparse.Namespace) -> PlanRecord:
     """The grid's plan as last submitted, or made anew where its file is damaged. Raises ConfigError."""
     grid = load_grid(arguments.grid, arguments.overrides)
     try:
-        plan = read_plan(store_of(arguments), grid.name)
+        plan = read_plan(studies.store_of(arguments), grid.name)
     except FileError as error:
         shown = "the grid as it would be run whole" if grid.hunt is not None else "what the grid asks for now"
         print(f"{error}; shown is {shown}", file=sys.stderr)
-        return record(*plan_study(study_of(arguments)))
+        return record(*studies.plan_study(studies.study_of(arguments)))
     if plan is None:
         what = "submitted to" if grid.hunt is None else "hunted in"
         command = "grid" if grid.hunt is None else "hunt"
@@ -180,7 +170,7 @@ def state_of(key: str, standing: Standing, queued: Queued | None) -> State:
     element = queued.cells.get(key)
     if element is not None:
         return "running" if standing.state == "running" and element.running else "queued"
-    return corrected(standing, is_active=False).state
+    return studies.corrected(standing, is_active=False).state
 
 
 def places_of(plan: PlanRecord) -> dict[str, Place]:
@@ -309,7 +299,7 @@ def hunt_lines(log: HuntLog) -> list[str]:
 
 
 def pairs_text(number: int) -> str:
-    """1 pair, 2 pairs."""
+    """A number of pairs in words: 1 pair, 2 pairs."""
     return f"{number:,} {'pair' if number == 1 else 'pairs'}"
 
 

@@ -11,34 +11,27 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic_core import to_json
 
 from dbscale.errors import ConfigError, FileError
 from dbscale.launch.cluster import CONFIGS, Cluster, load_cluster
+from dbscale.study import grid as grids
 from dbscale.study.cell import Cell
 from dbscale.study.cost import CostModel, read_calibration
-from dbscale.study.grid import (
-    Grid,
-    Point,
-    check_sizes,
-    datasets_in_use,
-    expand,
-    load_grid,
-    merged_cells,
-    misfit,
-    weights_in_use,
-)
+from dbscale.study.grid import Grid, Point
 from dbscale.study.hunt import is_hunted
 from dbscale.study.plan import Plan, make_plan, read_plan
 from dbscale.study.resources import Tracker
 from dbscale.study.store import Row, Standing, Store
 from dbscale.study.weights import imported_hash
 
+if TYPE_CHECKING:
+    from dbscale.data.manifest import Manifest
+
 DEFAULT_GRID = CONFIGS / "grids" / "demo.yaml"
 CLUSTER_PREFIX = "cluster."
-RESOURCES_PREFIX = f"{CLUSTER_PREFIX}resources."
 MAX_CALIBRATION_ROWS = 200
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 """How a family adds a command: name, function, one line of help."""
@@ -97,16 +90,10 @@ def print_json(value: object) -> None:
 
 def add_tracker(parser: argparse.ArgumentParser) -> None:
     """`--tracker NAME`, short for a `--set`."""
-    parser.add_argument("--tracker", choices=get_args(Tracker), action=_Tracker, dest="overrides",
-                        default=argparse.SUPPRESS,
-                        help="also log to it, through Accelerate; a resumed cell continues its run there")  # fmt: skip
-
-
-class _Tracker(argparse.Action):
-    """Joins the overrides."""
-
-    def __call__(self, _parser: object, namespace: argparse.Namespace, values: Any, _option: object = None) -> None:
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest), f"{RESOURCES_PREFIX}tracker={values}"])
+    parser.add_argument("--tracker", metavar="NAME", type=f"{CLUSTER_PREFIX}resources.tracker={{}}".format,
+                        action="append", dest="overrides", default=argparse.SUPPRESS,
+                        help=f"also log to it, through Accelerate: {', '.join(get_args(Tracker))}; a resumed cell "
+                        "continues its run there")  # fmt: skip
 
 
 def add_run(parser: argparse.ArgumentParser, *, smoke: bool = True) -> None:
@@ -149,8 +136,8 @@ class Study:
     data_dir: Path
 
     @cached_property
-    def manifests(self) -> dict[str, tuple[str, int]]:
-        """Fingerprint and number of training samples of each dataset in use that is packed.
+    def manifests(self) -> dict[str, Manifest]:
+        """The manifest of each dataset in use that is packed.
 
         Raises ConfigError for one without a test split, which no error can be measured on, and for one that lacks the
         masks or boxes that its task needs.
@@ -166,36 +153,39 @@ class Study:
                         f"dataset {name!r} has no test split, on which errors are measured; add one to its source, or "
                         f"`test: 0.2` to its entry in the grid, then remove {self.dataset_dir(name)} to pack it anew"
                     )
-                problem = misfit(self.grid, name, manifest.target)
+                problem = grids.misfit(self.grid, name, manifest.target)
                 if problem is not None:
                     raise ConfigError(problem)
-                found[name] = (manifest.fingerprint, manifest.split("train").num_samples)
+                found[name] = manifest
         return found
 
-    @cached_property
-    def num_classes(self) -> dict[str, int]:
-        """Of each dataset in use; 0 for one that is not packed."""
-        from dbscale.data.manifest import load_manifest
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of training samples of each packed dataset."""
+        return {name: manifest.split("train").num_samples for name, manifest in self.manifests.items()}
 
-        packed = {name: load_manifest(self.dataset_dir(name)).num_classes for name in self.manifests}
-        return dict.fromkeys(self.used_datasets, 0) | packed
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {name: manifest.fingerprint for name, manifest in self.manifests.items()}
 
     def dataset_dir(self, name: str) -> Path:
         return self.data_dir / "shards" / name
 
     @property
     def used_datasets(self) -> tuple[str, ...]:
-        return datasets_in_use(self.grid)
+        return grids.datasets_in_use(self.grid)
 
     @cached_property
     def weights(self) -> dict[str, str]:
         """Hash of each checkpoint in use that was imported into the store."""
-        found = {each.checkpoint: imported_hash(self.store, each.checkpoint) for each in weights_in_use(self.grid)}
-        return {checkpoint: digest for checkpoint, digest in found.items() if digest is not None}
+        found = (
+            (each.checkpoint, imported_hash(self.store, each.checkpoint)) for each in grids.weights_in_use(self.grid)
+        )
+        return {checkpoint: digest for checkpoint, digest in found if digest is not None}
 
     @property
     def missing_weights(self) -> tuple[str, ...]:
-        return tuple(each.checkpoint for each in weights_in_use(self.grid) if each.checkpoint not in self.weights)
+        return tuple(each.checkpoint for each in grids.weights_in_use(self.grid) if each.checkpoint not in self.weights)
 
     @property
     def missing_datasets(self) -> tuple[str, ...]:
@@ -211,15 +201,15 @@ class Study:
 
     def points(self) -> tuple[Point, ...]:
         """Raises ConfigError when an axis asks for more than a packed dataset holds."""
-        check_sizes(self.grid, {name: size for name, (_, size) in self.manifests.items()})
-        return expand(self.grid, {name: fingerprint for name, (fingerprint, _) in self.manifests.items()}, self.weights)
+        grids.check_sizes(self.grid, self.sizes)
+        return grids.expand(self.grid, self.fingerprints, self.weights)
 
 
 def load_study(*, grid: Path, cluster: str, store: Path, data: Path, overrides: Sequence[str] = ()) -> Study:
     """Overrides that begin with `cluster.` change the cluster, all others the grid. Raises ConfigError."""
     for_cluster = [each.removeprefix(CLUSTER_PREFIX) for each in overrides if each.startswith(CLUSTER_PREFIX)]
     for_grid = [each for each in overrides if not each.startswith(CLUSTER_PREFIX)]
-    return Study(load_grid(grid, for_grid), grid, load_cluster(cluster, for_cluster), Store(store), data)
+    return Study(grids.load_grid(grid, for_grid), grid, load_cluster(cluster, for_cluster), Store(store), data)
 
 
 def record_cell(study: Study, name: str) -> str:
@@ -228,7 +218,7 @@ def record_cell(study: Study, name: str) -> str:
     Raises ConfigError when the grid has no cell of this key or id, or its data is not packed.
     """
     study.require_datasets()
-    cells = {cell.key: cell for cell in merged_cells(study.points())}
+    cells = {cell.key: cell for cell in grids.merged_cells(study.points())}
     key = match_key(name, sorted(cells), where=f"grid {study.grid.name}")
     for cell in cells[key].lineage:
         study.store.write_spec(cell.spec())
@@ -269,7 +259,7 @@ def plan_study(study: Study, active: Collection[str] | None = None) -> tuple[Pla
     `active` are the cells that a scheduler has waiting or running; None where there is no scheduler to ask.
     """
     points = study.points()
-    cells = merged_cells(points)
+    cells = grids.merged_cells(points)
     found = standings_of(study.store, [cell.key for cell in cells], active)
     notes = [standing.note for standing in found.values() if standing.note]
     earlier, cost = None, study.cluster.cost_model()

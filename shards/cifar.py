@@ -35,6 +35,10 @@ class Layout:
     label_key: str = "labels"
     names_key: str = "label_names"
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*self.train, self.test, self.classes)
+
 
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 LAYOUTS = (
@@ -56,14 +60,13 @@ class Cifar(FileSource):
         if self.root.is_file():
             return _from_archive(self.root)
         layout, folder = self._folder
-        names = (*layout.train, layout.test, layout.classes)
-        return layout, {name: (folder / name).read_bytes() for name in names}
+        return layout, {name: (folder / name).read_bytes() for name in layout.files}
 
     @cached_property
     def _folder(self) -> tuple[Layout, Path]:
         for layout in LAYOUTS:
             for folder in (self.root, self.root / layout.folder):
-                if all((folder / name).is_file() for name in (*layout.train, layout.test, layout.classes)):
+                if all((folder / name).is_file() for name in layout.files):
                     return layout, folder
         expected = ", ".join(layout.folder for layout in LAYOUTS)
         raise DataError(f"{self.root}: no complete CIFAR folder or archive; expected one of {expected} in or at it")
@@ -73,7 +76,7 @@ class Cifar(FileSource):
         if self.root.is_file():
             return (self.root,)
         layout, folder = self._folder
-        return tuple(folder / name for name in (*layout.train, layout.test, layout.classes))
+        return tuple(folder / name for name in layout.files)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -106,9 +109,8 @@ def _from_archive(path: Path) -> tuple[Layout, dict[str, bytes]]:
         with tarfile.open(path) as archive:
             members = {Path(info.name).name: info for info in archive.getmembers() if info.isfile()}
             for layout in LAYOUTS:
-                names = (*layout.train, layout.test, layout.classes)
-                if all(name in members for name in names):
-                    return layout, {name: archive.extractfile(members[name]).read() for name in names}  # type: ignore[union-attr]
+                if all(name in members for name in layout.files):
+                    return layout, {name: archive.extractfile(members[name]).read() for name in layout.files}  # type: ignore[union-attr]
     except Exception as error:  # tarfile and each kind of compression raise their own
         raise DataError(f"{path}: damaged archive ({one_line(error)}); fetch it again") from error
     raise DataError(f"{path}: not one of CIFAR's archives: a layout's files are missing")
@@ -139,18 +141,13 @@ def _entry(content: dict[str, Any], name: str, kind: type, path: Path) -> Any:
 class _ArraysOnly(pickle.Unpickler):
     """Knows what a pickled NumPy array needs; anything else could run code."""
 
-    _ALLOWED = (
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("_codecs", "encode"),
-    )
+    _ALLOWED = frozenset({"numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "_codecs.encode"})
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) not in self._ALLOWED:
+        module = module_name.replace("numpy.core", "numpy._core")
+        if f"{module}.{global_name}" not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which no CIFAR file does")
-        return super().find_class(module_name.replace("numpy.core", "numpy._core"), global_name)
+        return super().find_class(module, global_name)
 
 
 def _unpickle(data: bytes, path: Path) -> dict[str, Any]:

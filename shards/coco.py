@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -34,7 +35,7 @@ from dbscale.shards.source import (
 
 
 class _Annotations(NamedTuple):
-    """Of one JSON file, its images in order of their file names."""
+    """What one JSON file says, its images in order of their file names."""
 
     names: list[str]
     sizes_N2: NDArray[np.int64]
@@ -90,7 +91,7 @@ class Coco(FileSource):
 
     @cached_property
     def _categories(self) -> dict[str, dict[int, str]]:
-        """Of each split, the name of each category by its number there. Raises DataError for one that training lacks."""
+        """The name of each category by its number, for each split. Raises DataError for one that training lacks."""
         found = {split: _categories(content, self._json_of(split)) for split, content in self._contents.items()}
         for split, categories in found.items():
             unknown = [(number, name) for number, name in categories.items() if name not in found["train"].values()]
@@ -101,12 +102,8 @@ class Coco(FileSource):
                 )
         return found
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._names
-
     @cached_property
-    def _names(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         if self._boxes_folder is not None:
             return tuple(json.loads((self._boxes_folder / "classes.json").read_text()))
         return tuple(name for _, name in sorted(self._categories["train"].items()))
@@ -126,7 +123,12 @@ class Coco(FileSource):
                 each["id"]: (f"{folder}/{each['file_name']}", int(each["height"]), int(each["width"]))
                 for each in content["images"]
             }
-            _check_listed_once(images, path)
+            if (twice := _twice(name for name, _, _ in images.values())) is not None:
+                *_, last = (number for number, (name, _, _) in images.items() if name == twice)
+                # The boxes of one of them would be lost.
+                raise DataError(
+                    f"{path}: image {last} has the file {printable(twice)}, as another one has; list it once"
+                )
             boxes: dict[int, list[_Box]] = {number: [] for number in images}
             for each in content["annotations"]:
                 if each["image_id"] not in images:
@@ -167,12 +169,9 @@ class Coco(FileSource):
         make_folder(prepared._boxes_folder)
         write_atomic(prepared._boxes_folder / "classes.json", json.dumps(self.classes).encode())
         for split, found in self._read.items():
+            arrays = {**found._asdict(), "names": np.array(found.names), "unused": np.zeros(0)}
             with atomic_open(prepared._boxes_folder / f"{split}.npz") as file:
-                np.savez(
-                    file,
-                    allow_pickle=False,
-                    **{**found._asdict(), "names": np.array(found.names), "unused": np.zeros(0)},
-                )
+                np.savez(file, allow_pickle=False, **arrays)
         return prepared
 
     @cached_property
@@ -203,14 +202,10 @@ def _load(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such file; set `path`, `annotations`, `train` and `test` of the source") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: its JSON cannot be read ({one_line(error)}); fetch it again") from error
-    missing = [name for name in ("images", "annotations", "categories") if not isinstance(_entry(content, name), list)]
-    if missing:
-        raise DataError(f"{path}: not in COCO's form, it has no list {missing[0]!r}")
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise DataError(f"{path}: not in COCO's form, it has no list {name!r}")
     return content
-
-
-def _entry(content: Any, name: str) -> Any:
-    return content.get(name) if isinstance(content, dict) else None
 
 
 def _categories(content: dict[str, Any], path: Path) -> dict[int, str]:
@@ -218,21 +213,16 @@ def _categories(content: dict[str, Any], path: Path) -> dict[int, str]:
         found = {int(each["id"]): printable(str(each["name"])) for each in content["categories"]}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f'{path}: a category lacks its id or name; write {{"id": 1, "name": "cat"}}') from error
-    twice = sorted({name for name in found.values() if list(found.values()).count(name) > 1})
-    if twice or not found:
-        raise DataError(
-            f"{path}: {f'names the category {twice[0]!r} twice' if twice else 'names no category'}; mend it"
-        )
+    twice = _twice(found.values())
+    if twice is not None or not found:
+        what = "names no category" if twice is None else f"names the category {twice!r} twice"
+        raise DataError(f"{path}: {what}; mend it")
     return found
 
 
-def _check_listed_once(images: dict[int, tuple[str, int, int]], path: Path) -> None:
-    """Raise DataError where two entries name one file: the boxes of one of them would be lost."""
-    seen: set[str] = set()
-    for number, (name, _, _) in images.items():
-        if name in seen:
-            raise DataError(f"{path}: image {number} has the file {printable(name)}, as another one has; list it once")
-        seen.add(name)
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that occurs again, in alphabetical order."""
+    return next((before for before, after in pairwise(sorted(names)) if before == after), None)
 
 
 def _box(annotation: dict[str, Any], labels: dict[int, int], path: Path) -> _Box:
@@ -250,13 +240,8 @@ def _box(annotation: dict[str, Any], labels: dict[int, int], path: Path) -> _Box
 
 
 def _in_order(
-    images: dict[int, tuple[str, int, int]],
-    boxes: dict[int, list[_Box]],
-    unused: Unused,
-    *,
-    keep: bool,
-    where: Path,
-) -> _Annotations:
+    images: dict[int, tuple[str, int, int]], boxes: dict[int, list[_Box]], unused: Unused, *, keep: bool, where: Path,
+) -> _Annotations:  # fmt: skip
     """The arrays of all images that have a box, or of all that are there."""
     for number, (name, _, _) in images.items():
         if not boxes[number] and not keep:

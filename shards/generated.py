@@ -26,7 +26,7 @@ _MIN_FILL, _MAX_FILL = 0.15, 0.7
 _MAX_STRETCH = 0.95
 _CANDIDATES = 8
 _RENDER_BATCH = 256
-_FIRST_TEST_SAMPLE = 1 << 31
+FIRST_TEST_SAMPLE = 1 << 31
 """Numbers of test samples start here, so that the test split does not depend on the size of the training split."""
 
 
@@ -71,23 +71,46 @@ class Digits(Source):
             yield np.repeat(pixels[..., None], 3, axis=2)
 
 
-class Fractals(Source):
-    """`families` classes; sources that share `seed` and whose family ranges do not overlap are disjoint."""
+class Families(Source):
+    """Families of fractals; sources that share `seed` and whose family ranges do not overlap are disjoint."""
+
+    families: int
+    seed: int = 0
+    first_family: Annotated[int, Field(ge=0)] = 0
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Relative change of each coefficient from one fractal to the next, at most."""
+    default_encoding: ClassVar[Encoding] = "raw"
+
+    @property
+    def family_names(self) -> tuple[str, ...]:
+        return tuple(f"family-{self.first_family + k:05d}" for k in range(self.families))
+
+    @cached_property
+    def systems(self) -> NDArray[np.float32]:
+        """[families, NUM_MAPS, 7]: a, b, c, d, e, f and cumulative probability of each map."""
+        return np.stack([find_system(self.seed, self.first_family + k) for k in range(self.families)])
+
+    def jittered(self, family_B: NDArray[np.int64], draws: NDArray[np.float64]) -> NDArray[np.float32]:
+        """[b, NUM_MAPS, 7]: systems of these families, changed by the first draws of each row."""
+        systems = self.systems[family_B].copy()
+        factors = 1 + self.jitter * (2 * draws[:, : 6 * NUM_MAPS] - 1)
+        systems[:, :, :6] *= factors.reshape(-1, NUM_MAPS, 6).astype(np.float32)
+        limit_stretch(systems)
+        return systems
+
+
+class Fractals(Families):
+    """`families` classes."""
 
     families: Annotated[int, Field(ge=2)] = 64
     num_train: Size = 16384
     num_test: Size = 1024
     image_size: Annotated[int, Field(ge=8)] = 32
     """Side in px."""
-    seed: int = 0
-    first_family: Annotated[int, Field(ge=0)] = 0
-    jitter: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Relative change of each coefficient from sample to sample, at most."""
     turned: bool = True
     """Mirror and turn samples by quarters."""
     tinted: bool = True
     """Draw a colour and a dark ground for each sample; False draws white on black."""
-    default_encoding: ClassVar[Encoding] = "raw"
 
     @model_validator(mode="after")
     def _every_family_has_a_sample(self) -> Self:
@@ -98,12 +121,7 @@ class Fractals(Source):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return family_names(self.first_family, self.families)
-
-    @cached_property
-    def systems(self) -> NDArray[np.float32]:
-        """[families, NUM_MAPS, 7]: a, b, c, d, e, f and cumulative probability of each map."""
-        return find_systems(self.seed, self.first_family, self.families)
+        return self.family_names
 
     def listings(self) -> dict[str, Listing]:
         return {"train": self._listing(self.num_train), "test": self._listing(self.num_test)}
@@ -115,35 +133,22 @@ class Fractals(Source):
         return Listing(labels, names)
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[NDArray[np.uint8]]:
-        shift = _FIRST_TEST_SAMPLE if split == "test" else 0
+        shift = FIRST_TEST_SAMPLE if split == "test" else 0
         for start in range(0, len(numbers), _RENDER_BATCH):
             part = numbers[start : start + _RENDER_BATCH]
             yield from self._render(part % self.families, part // self.families + shift)
 
     def _render(self, family_B: NDArray[np.int64], sample_B: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """uint8 [b, S, S, 3]."""
+        """Images of these samples of their families, uint8 [b, S, S, 3]."""
         draws = keyed_uniform(
             self.seed, "fractal sample", family_B + self.first_family, sample_B, num_draws=6 * NUM_MAPS + 7
         )
-        systems = self.systems[family_B].copy()
-        factors = 1 + self.jitter * (2 * draws[:, : 6 * NUM_MAPS] - 1)
-        systems[:, :, :6] *= factors.reshape(-1, NUM_MAPS, 6).astype(np.float32)
-        limit_stretch(systems)
-        tone = density(systems, self.image_size)
+        tone = density(self.jittered(family_B, draws), self.image_size)
         turn = (draws[:, -7] * (8 if self.turned else 1)).astype(np.int64)
         for slot, kind in enumerate(turn.tolist()):
             turned = np.rot90(tone[slot], kind % 4)
             tone[slot] = turned[:, ::-1] if kind >= 4 else turned
         return tint(tone, draws[:, -6:]) if self.tinted else tint(tone, np.tile([0, 0, 0, 1, 1, 1], (len(tone), 1)))
-
-
-def family_names(first: int, count: int) -> tuple[str, ...]:
-    return tuple(f"family-{first + k:05d}" for k in range(count))
-
-
-def find_systems(seed: int, first: int, count: int) -> NDArray[np.float32]:
-    """[count, NUM_MAPS, 7]: as `find_system`, of `count` families from `first` on."""
-    return np.stack([find_system(seed, first + k) for k in range(count)])
 
 
 def find_system(seed: int, family: int) -> NDArray[np.float32]:

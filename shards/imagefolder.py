@@ -19,29 +19,10 @@ from pydantic import BeforeValidator
 from dbscale.errors import DataError, nearest
 from dbscale.shards.source import FileSource, Listing, Local, TestFolder, Unused, class_names, printable, split_off
 
-IMAGE_SUFFIXES = frozenset(
-    (
-        *(
-            "jpg",
-            "jpeg",
-            "jpe",
-            "jfif",
-            "png",
-            "ppm",
-            "pgm",
-            "pbm",
-            "pnm",
-            "pfm",
-            "webp",
-            "bmp",
-            "dib",
-            "gif",
-            "tif",
-            "tiff",
-        ),
-        *("avif", "jp2", "j2k", "jpf", "jpx", "ico", "cur", "icns", "tga", "qoi", "pcx", "sgi", "psd", "dds"),
-    )
-)
+_SUFFIXES = """
+jpg jpeg jpe jfif png ppm pgm pbm pnm pfm webp bmp dib gif tif tiff avif jp2 j2k jpf jpx ico cur icns tga qoi pcx sgi psd dds
+"""
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 """By which names are taken for images; what a file holds is told from its bytes."""
 _LITTER = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 
@@ -126,10 +107,8 @@ class ImageFolder(FileSource):
         return self.root / name
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[bytes]:
-        return map(self._read_file, names)  # unlike a generator, it goes on after a file that cannot be read
-
-    def _read_file(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+        # Unlike a generator, `map` goes on after a file that cannot be read.
+        return map(lambda name: (self.root / name).read_bytes(), names)
 
     def listings(self) -> dict[str, Listing]:
         listings = {name: self._listing(folder) for name, folder in self._splits.items()}

@@ -55,12 +55,8 @@ class MaskFolder(FileSource):
     target: ClassVar[TargetKind | None] = "mask"
     remedy: ClassVar[str] = "mend or remove such files"
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._names
-
     @cached_property
-    def _names(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.class_names if isinstance(self.class_names, tuple) else self._names_of(self.class_names, self.train)
 
     def _names_of(self, pattern: str, split: str) -> tuple[str, ...]:
@@ -72,7 +68,7 @@ class MaskFolder(FileSource):
 
     @cached_property
     def _own_names(self) -> dict[str, tuple[str, ...]]:
-        """Of each split, the classes in its files' numbering. Raises DataError for a class that training lacks."""
+        """The classes of each split, in its files' numbering. Raises DataError for a class that training lacks."""
         if isinstance(self.class_names, tuple) or "{split}" not in self.class_names:
             return dict.fromkeys(self._splits.values(), self.classes)
         own = {split: self._names_of(self.class_names, split) for split in self._splits.values()}
@@ -155,7 +151,7 @@ class MaskFolder(FileSource):
         return found
 
     def _mask_path(self, split: str, name: str) -> Path:
-        """Of the image `name` of a split's folder; `.PNG` is a suffix too."""
+        """Where the mask of a split's image `name` lies; `.PNG` is a suffix too."""
         inside = name.removeprefix(f"{self.images.format(split=split)}/")
         path = (self.root / self.masks.format(split=split) / inside).with_suffix(".png")
         if path.exists():
@@ -195,9 +191,9 @@ class ADE20K(MaskFolder):
     first_label: Annotated[int, Field(ge=0)] = 1
 
     @cached_property
-    def _names(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         if self.class_names != "objectInfo150.txt":
-            return super()._names
+            return super().classes
         path = self.root / "objectInfo150.txt"
         rows = [line.split("\t") for line in lines_of(path, "; point `path` at ADEChallengeData2016")[1:] if line]
         names = tuple(row[-1].strip() for row in rows)

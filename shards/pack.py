@@ -10,14 +10,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +42,15 @@ from dbscale.data.read import file_checksum, has_targets, index_dtype, open_inde
 from dbscale.data.target import decode_target
 from dbscale.errors import DataError
 from dbscale.files import atomic_open, make_folder, write_atomic
-from dbscale.shards.remote import ensure_mirrored, remote_of
 from dbscale.shards.source import Content, Listing, Source, WithTarget, listing_digest, stratified_order
-from dbscale.shards.sources import source_of
+from dbscale.shards.sources import ensure_mirrored, remote_of, source_of
 from dbscale.shards.tar import Sample, encode, write_shard
 from dbscale.shards.target import classes_seen, pack_target
 from dbscale.strict import Strict
 
+Shared = TypeVar("Shared")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 WORK_FOLDER = ".pack"
 """Inside the dataset's folder: the plan and the finished shards' rows, until the manifest is written."""
 SHARD_SAMPLES: dict[Encoding, int] = {"original": 2048, "jpeg256": 8192, "raw": 8192}
@@ -68,11 +71,8 @@ def ensure_packed(
     """Pack `<data_dir>/shards/<name>` from a grid's dataset entry unless that is done; returns the folder.
 
     A packed dataset with missing, cut or resized files is mended from its source. `jobs` is the number of processes;
-    None takes one per core where that pays. `progress` shows a bar with the rate.
-
-    Raises:
-        ConfigError: see `source_of`.
-        DataError: see `pack`; also when what was packed under this name came from another entry.
+    None takes one per core where that pays. `progress` shows a bar with the rate. Raises ConfigError as `source_of` does,
+    and DataError as `pack` does, also when what was packed under this name came from another entry.
     """
     folder = Path(data_dir) / "shards" / name
     remote = remote_of(name, entry)
@@ -101,16 +101,9 @@ def pack(
 ) -> Manifest:
     """Pack a source. A killed pack goes on with the missing shards; a finished one is only checked and mended.
 
-    Args:
-        source: of `source_of`, with the packer's options.
-        out_dir: folder of the dataset; created.
-        name: of the dataset; None takes the folder's.
-        jobs, progress: see `ensure_packed`.
-        entry: the dataset entry to record in the manifest.
-
-    Raises:
-        DataError: another plan was packed there, a sample that is no image, more samples left out than
-            `allow_unused`, or a folder that cannot be written.
+    `name` of the dataset is the folder's by default; `entry` is the dataset entry to record in the manifest; the rest is
+    as in `ensure_packed`. Raises DataError where another plan was packed there, for a sample that is no image, more
+    samples left out than `allow_unused`, or a folder that cannot be written.
     """
     folder = Path(out_dir)
     listings = source.listings()
@@ -126,7 +119,9 @@ def pack(
     claim(folder, plan)
     try:
         prepared = source.prepare(folder / WORK_FOLDER)
-        run_jobs(prepared, [job for job in shard_jobs if not job.is_done()], jobs, progress)
+        # A shard's rows are written after its tar.
+        left = [job for job in shard_jobs if not (job.rows_path.exists() and job.tar_path.exists())]
+        run_jobs(prepared, left, jobs, progress)
         unused: dict[str, JsonValue] = {s: dict(x.unused.counts) for s, x in listings.items() if x.unused.counts}
         lone = _lone_classes(source, shard_jobs) if source.target else {}
         described = make_manifest(folder, plan, shard_jobs, source.classes, unused, source.target, lone)
@@ -245,10 +240,6 @@ class ShardJob:
     @property
     def rows_path(self) -> Path:
         return self.folder / WORK_FOLDER / f"{self.split}-{self.shard:06d}.npy"
-
-    def is_done(self) -> bool:
-        """Whether an earlier run finished this shard: its rows are written after its tar."""
-        return self.rows_path.exists() and self.tar_path.exists()
 
     def rows(self) -> NDArray[np.void]:
         """The finished shard's index rows."""
@@ -420,7 +411,7 @@ def run_jobs(source: Source, jobs: Sequence[ShardJob], num_processes: int | None
         total=total, desc=f"pack {jobs[0].folder.name}", unit="img", unit_scale=True, disable=not progress
     ) as bar:
         faults = []
-        for job, found in _run_all(source, jobs, min(wanted, len(jobs))):
+        for job, found in in_processes(run_job, source, jobs, wanted):
             bar.update(len(job.names))
             faults += found
     if faults:
@@ -431,15 +422,17 @@ def run_jobs(source: Source, jobs: Sequence[ShardJob], num_processes: int | None
         )
 
 
-def _run_all(source: Source, jobs: Sequence[ShardJob], num_processes: int) -> Iterator[tuple[ShardJob, list[str]]]:
-    """Each job as it ends, with its faults."""
-    if num_processes == 1:
-        yield from ((job, run_job(source, job)) for job in jobs)
+def in_processes(
+    function: Callable[[Shared, Task], Result], shared: Shared, tasks: Sequence[Task], num_processes: int
+) -> Iterator[tuple[Task, Result]]:
+    """`function(shared, task)` of each task as it ends, in this process or in several, each of which gets `shared` once."""
+    if min(num_processes, len(tasks)) <= 1:
+        yield from ((task, function(shared, task)) for task in tasks)
         return
     # Spawned, not forked: the caller may have threads (torch's, for one), and those do not survive a fork.
-    pool = ProcessPoolExecutor(num_processes, get_context("spawn"), _start_worker, (source,))
+    pool = ProcessPoolExecutor(min(num_processes, len(tasks)), get_context("spawn"), _start_worker, (function, shared))
     try:
-        pending = {pool.submit(_run_in_worker, job): job for job in jobs}
+        pending = {pool.submit(_run_in_worker, task): task for task in tasks}
         for future in as_completed(pending):
             yield pending[future], future.result()
     finally:
@@ -448,17 +441,15 @@ def _run_all(source: Source, jobs: Sequence[ShardJob], num_processes: int) -> It
 
 def default_processes(num_samples: int) -> int:
     """One per core that this process may use, or a single one where starting processes costs more than it saves."""
-    if num_samples < _PARALLEL_FROM:
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if num_samples < _PARALLEL_FROM else len(os.sched_getaffinity(0))
 
 
-_worker_source: Source | None = None
+_work: list[Callable[[Any], Any]] = []
+"""What a pool's process does with each task: its initializer has no other place to leave it."""
 
 
-def _start_worker(source: Source) -> None:
-    global _worker_source  # noqa: PLW0603  (a pool's initializer has no other place to leave it)
-    _worker_source = source
+def _start_worker(function: Callable[[Shared, Task], Result], shared: Shared) -> None:
+    _work.append(partial(function, shared))
     Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -470,9 +461,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_worker(job: ShardJob) -> list[str]:
-    assert _worker_source is not None
-    return run_job(_worker_source, job)
+def _run_in_worker(task: Any) -> Any:
+    return _work[0](task)
 
 
 # --- mending: what is missing, cut or resized is written again, with the very bytes that the manifest promises ---
@@ -503,16 +493,9 @@ def index_is_damaged(folder: Path, split: SplitInfo) -> bool:
 def repair(
     source: Source, manifest: Manifest, jobs: Sequence[ShardJob], num_processes: int | None, progress: bool
 ) -> None:
-    """Write again what is damaged; does nothing to a sound dataset.
+    """Write again what is damaged; does nothing to a sound dataset. `jobs` are all its shards', by the same plan.
 
-    Args:
-        source: what the dataset was packed from.
-        manifest: of the dataset.
-        jobs: of all its shards, by the same plan.
-        num_processes, progress: as in `run_jobs`.
-
-    Raises:
-        DataError: the source no longer gives the bytes that were packed.
+    Raises DataError where the source no longer gives the bytes that were packed.
     """
     for split_name, split in manifest.splits.items():
         own = [job for job in jobs if job.split == split_name]

@@ -27,6 +27,8 @@ from dbscale.files import atomic_open, make_folder
 from dbscale.shards.source import ArchiveSource, Part, Patterns, TestPatterns, WithTarget, one_line, printable
 from dbscale.shards.target import MaskClasses, read_mask
 
+_WANTED = "a label is a whole number or the name of a class: set label_column, or write such a column"
+
 
 class Parquet(ArchiveSource):
     """Parquet files below `path`."""
@@ -86,22 +88,15 @@ class Parquet(ArchiveSource):
         if not len(column):  # whose type may be null
             return []
         kind = column.type.value_type if types.is_dictionary(column.type) else column.type
-        if not (
-            types.is_integer(kind) or types.is_floating(kind) or types.is_string(kind) or types.is_large_string(kind)
-        ):
-            raise DataError(
-                f"{path}: column {self.label_column!r} holds {column.type}; a label is a whole number or the name of a "
-                "class: set label_column, or write such a column"
-            )
+        allowed = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
+        if not any(holds(kind) for holds in allowed):
+            raise DataError(f"{path}: column {self.label_column!r} holds {column.type}; {_WANTED}")
         values = column.to_pylist()
         for row, value in enumerate(values):
             if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
                 raise DataError(f"{path}, row {row}: has no label; take such rows out")
             if isinstance(value, float) and not value.is_integer():
-                raise DataError(
-                    f"{path}, row {row}: the label is {value}; a label is a whole number or the name of a class: set "
-                    "label_column, or write such a column"
-                )
+                raise DataError(f"{path}, row {row}: the label is {value}; {_WANTED}")
         if all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", str(value)) for value in values) or types.is_floating(kind):
             return [int(value) for value in values]
         return [printable(value) if isinstance(value, str) else value for value in values]
@@ -116,11 +111,8 @@ class Parquet(ArchiveSource):
             return None
         if not names:
             return None
-        if (
-            not isinstance(names, list)
-            or not all(isinstance(name, str) for name in names)
-            or len(set(names)) < len(names)
-        ):
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not texts or len(set(names)) < len(names):
             raise DataError(f"{path}: its names of the labels are {str(names)[:80]}: expected different texts")
         return tuple(map(printable, names))
 

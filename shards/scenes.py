@@ -8,22 +8,19 @@ scene), as in `generated`, whose fractals these are: the same families upstream 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dbscale.data.manifest import Encoding, TargetKind
+from dbscale.data.manifest import TargetKind
 from dbscale.data.target import Boxes, Mask
 from dbscale.keyed import keyed_uniform
-from dbscale.shards.generated import NUM_MAPS, density, family_names, find_systems, limit_stretch
-from dbscale.shards.source import Listing, Size, Source, WithTarget
+from dbscale.shards.generated import FIRST_TEST_SAMPLE, NUM_MAPS, Families, density
+from dbscale.shards.source import Listing, Size, WithTarget
 
 _QUARTERS = 4
-_FIRST_TEST_SCENE = 1 << 31
-"""Numbers of test scenes start here, so that the test split does not depend on the size of the training split."""
 _DRAWS = 6 * NUM_MAPS + 8
 _RENDER_BATCH = 64
 _FILLED_FROM = 3
@@ -44,7 +41,7 @@ class _Object(NamedTuple):
     """[side, side, 3]."""
 
 
-class FractalScenes(Source):
+class FractalScenes(Families):
     """What both kinds share; the scenes of equal options are equal."""
 
     families: Annotated[int, Field(ge=1, le=254)] = 8
@@ -52,19 +49,6 @@ class FractalScenes(Source):
     num_test: Size = 512
     image_size: Annotated[int, Field(ge=16, multiple_of=8)] = 32
     """Side in px; a fractal has half of it."""
-    seed: int = 0
-    first_family: Annotated[int, Field(ge=0)] = 0
-    jitter: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Relative change of each coefficient from object to object, at most."""
-    default_encoding: ClassVar[Encoding] = "raw"
-
-    @property
-    def family_names(self) -> tuple[str, ...]:
-        return family_names(self.first_family, self.families)
-
-    @cached_property
-    def _systems(self) -> NDArray[np.float32]:
-        return find_systems(self.seed, self.first_family, self.families)
 
     def listings(self) -> dict[str, Listing]:
         return {
@@ -73,7 +57,7 @@ class FractalScenes(Source):
         }
 
     def read(self, split: str, numbers: NDArray[np.int64], names: Sequence[str]) -> Iterator[WithTarget]:
-        shift = _FIRST_TEST_SCENE if split == "test" else 0
+        shift = FIRST_TEST_SAMPLE if split == "test" else 0
         for start in range(0, len(numbers), _RENDER_BATCH):
             for scene, objects in self._scenes(numbers[start : start + _RENDER_BATCH] + shift):
                 yield WithTarget(self._paint(scene, objects), self._target(objects))
@@ -97,12 +81,8 @@ class FractalScenes(Source):
     ) -> list[_Object]:
         draws = keyed_uniform(self.seed, "scene object", scene_O, rank_O, num_draws=_DRAWS)
         family = (draws[:, -1] * self.families).astype(np.int64)
-        systems = self._systems[family].copy()
-        factors = 1 + self.jitter * (2 * draws[:, : 6 * NUM_MAPS] - 1)
-        systems[:, :, :6] *= factors.reshape(-1, NUM_MAPS, 6).astype(np.float32)
-        limit_stretch(systems)
         side = self.image_size // 2
-        tone = density(systems, side)
+        tone = density(self.jittered(family, draws), side)
         surface = filled(tone > 0)
         # From its quarter's corner by at most an eighth of the image, inwards at the border.
         drift = ((2 * draws[:, -3:-1] - 1) * (self.image_size // 8 + 1)).astype(np.int64)
@@ -116,14 +96,13 @@ class FractalScenes(Source):
         ]
 
     def _paint(self, scene: int, objects: Sequence[_Object]) -> NDArray[np.uint8]:
-        """uint8 [S, S, 3]."""
+        """The scene's image, uint8 [S, S, 3]."""
         size = self.image_size
         noise = keyed_uniform(self.seed, "scene ground", scene, num_draws=size * size + 3)[0]
         ground = (noise[-3:] * 64)[None, None] + (noise[:-3] * 32).reshape(size, size, 1)
         image = ground.astype(np.uint8)
         for each in objects:
-            window = image[each.top : each.top + len(each.surface), each.left : each.left + len(each.surface)]
-            window[each.surface] = each.pixels[each.surface]
+            _window(image, each)[each.surface] = each.pixels[each.surface]
         return image
 
 

@@ -1,25 +1,29 @@
-"""Pick the kind of source that a grid's dataset entry names, and check its options; needs neither torch nor pyarrow."""
+"""Pick the kind of source that a grid's dataset entry names, and check its options; needs neither torch nor pyarrow.
+
+An entry may also name a dataset that is packed already, behind a URL: reading it is `dbscale.data.remote`, packing to a
+URL `dbscale.shards.publish`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from dbscale import plugins
 from dbscale.data.manifest import MANIFEST_NAME, load_manifest
-from dbscale.data.remote import origin
-from dbscale.errors import ConfigError, nearest
+from dbscale.data.remote import mirror, origin
+from dbscale.errors import ConfigError, DataError, nearest
 from dbscale.shards.cifar import Cifar
 from dbscale.shards.coco import Coco
 from dbscale.shards.generated import Digits, Fractals
 from dbscale.shards.imagefolder import ImageFolder, TinyImageNet
 from dbscale.shards.maskfolder import ADE20K, VOC, MaskFolder
 from dbscale.shards.parquet import MaskParquet, Parquet
-from dbscale.shards.remote import KIND as REMOTE
-from dbscale.shards.remote import remote_of
 from dbscale.shards.scenes import FractalBoxes, FractalMasks
 from dbscale.shards.source import FileSource, Source, listing_digest
 from dbscale.shards.webdataset import WebDatasetTars
-from dbscale.strict import validate
+from dbscale.strict import Strict, validate
 
 KINDS: dict[str, type[Source]] = {
     "imagefolder": ImageFolder,
@@ -37,15 +41,14 @@ KINDS: dict[str, type[Source]] = {
     "fractal_masks": FractalMasks,
     "fractal_boxes": FractalBoxes,
 }
+REMOTE = "remote"
 
 
 def source_of(name: str, entry: Mapping[str, Any], data_dir: str | Path = ".") -> Source:
     """The source that a grid's dataset entry `{source: <kind>, <option>: …}` describes; nothing is read yet.
 
-    Relative paths of the entry are below `data_dir`.
-
-    Raises:
-        ConfigError: unknown kind or option, or an option that is missing, of the wrong type or impossible.
+    Relative paths of the entry are below `data_dir`. Raises ConfigError for an unknown kind or option, and for an option
+    that is missing, of the wrong type or impossible.
     """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in entry.items() if key != "source"}
     kind = entry.get("source")
@@ -54,6 +57,37 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: str | Path = ".") -
         what = "names no `source`" if kind is None else f"has the unknown source {kind!r}"
         raise ConfigError(f"dataset {name!r} {what}; {nearest(kind, [*kinds, REMOTE])}")
     return validate(kinds[kind], options, where=f"dataset {name!r} (source {kind})").below(Path(data_dir))
+
+
+class Remote(Strict):
+    """`{source: remote, url: s3://bucket/birds}`: a dataset that is packed already, behind a URL."""
+
+    url: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.]*://[^\s\x00-\x1f]+$")]
+    keep: bool = False
+    """Keep on disk what was read of the tars."""
+
+
+def remote_of(name: str, entry: Mapping[str, Any]) -> Remote | None:
+    """The remote dataset that an entry names; None for an entry that is packed from a source. Raises ConfigError."""
+    if entry.get("source") != REMOTE:
+        return None
+    options = {key: value for key, value in entry.items() if key != "source"}
+    return validate(Remote, options, where=f"dataset {name!r} (source {REMOTE})")
+
+
+def ensure_mirrored(name: str, remote: Remote, folder: Path) -> Path:
+    """Manifest and index of a remote dataset in `folder`, fetched unless they are there.
+
+    Raises DataError where the folder holds another dataset, or the URL cannot be read.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return mirror(remote.url, folder, keep=remote.keep)
+    found = origin(folder)
+    if found != remote.url.rstrip("/"):
+        what = f"comes from {found}" if found else "was packed here"
+        raise DataError(f"{folder}: dataset {name!r} {what}, now asked for {remote.url}; take another dataset name, or "
+                        "remove this folder first")  # fmt: skip
+    return folder
 
 
 def check_entry(name: str, entry: Mapping[str, Any], data_dir: str | Path) -> None:

@@ -108,7 +108,10 @@ def pack_target(target: Target, content: Content, encoding: Encoding, size: tupl
     """The target's bytes, at the `size` (height, width) that its image was packed at. Raises DecodeError."""
     original = image_shape(content) if isinstance(content, bytes) else (content.shape[0], content.shape[1])
     _check_size(target, original, content)
-    target = _checked_boxes(target, original, num_classes) if isinstance(target, Boxes) else _checked_mask(target)
+    if isinstance(target, Boxes):
+        target = _checked_boxes(target, original, num_classes)
+    elif (target == IGNORE).all():
+        raise DecodeError("its mask is empty: every pixel has a label that is ignored")
     if size != original:
         target = square_target(target, size[0]) if encoding == "raw" else resize_target(target, size)
     return encode_boxes(target) if isinstance(target, Boxes) else encode_mask(target)
@@ -132,12 +135,6 @@ def _check_size(target: Target, image: tuple[int, int], content: Content) -> Non
     raise DecodeError(
         f"its mask has {size[1]}×{size[0]} px, the image {image[1]}×{image[0]} px; both must be of one size"
     )
-
-
-def _checked_mask(mask: Mask) -> Mask:
-    if (mask == IGNORE).all():
-        raise DecodeError("its mask is empty: every pixel has a label that is ignored")
-    return mask
 
 
 def _checked_boxes(target: Boxes, image: tuple[int, int], num_classes: int) -> Boxes:

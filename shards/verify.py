@@ -4,11 +4,10 @@ compare them with what their source holds now."""
 import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +22,15 @@ from dbscale.data.read import TARGET, checksum, open_index, split_fingerprint
 from dbscale.data.remote import RemoteShards, origin
 from dbscale.data.target import decode_target
 from dbscale.errors import DataError
-from dbscale.shards.pack import ShardJob, default_processes, index_is_damaged, make_plan, make_sample, plan_jobs
+from dbscale.shards.pack import (
+    ShardJob,
+    default_processes,
+    in_processes,
+    index_is_damaged,
+    make_plan,
+    make_sample,
+    plan_jobs,
+)
 from dbscale.shards.source import FileSource, Source
 from dbscale.shards.sources import source_change, source_of
 from dbscale.shards.webdataset import Member, walk_tar
@@ -49,35 +56,20 @@ class Problem:
 def verify(folder: str | Path, *, jobs: int | None = None, progress: bool = False) -> list[Problem]:
     """All problems of a dataset, in stored order; empty when every sample is good.
 
-    `jobs` is the number of processes; None takes one per core where that pays. `progress` shows a bar.
-
-    Raises:
-        DataError: there is no readable manifest.
+    `jobs` is the number of processes; None takes one per core where that pays. `progress` shows a bar. Raises DataError
+    where there is no readable manifest.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
-    problems: list[Problem] = []
-    tasks = []
-    for name, split in manifest.splits.items():
-        found = list(_index_problems(folder, split, manifest))
-        problems += found
-        if not found:
-            tasks += [(folder, name, shard) for shard in range(len(split.shards))]
-    sizes = [manifest.splits[split].shards[shard].num_samples for _, split, shard in tasks]
-    wanted = jobs or default_processes(sum(sizes))
-    with tqdm(total=sum(sizes), desc=f"verify {folder.name}", unit="img", unit_scale=True, disable=not progress) as bar:
-        for size, found in zip(sizes, _map(tasks, wanted), strict=True):
-            problems += found
-            bar.update(size)
-    return problems
-
-
-def _map(tasks: list[tuple[Path, str, int]], jobs: int) -> Iterator[list[Problem]]:
-    if min(jobs, len(tasks)) <= 1:
-        yield from (verify_shard(*task) for task in tasks)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        yield from pool.map(verify_shard, *zip(*tasks, strict=True))
+    problems = {name: list(_index_problems(folder, split, manifest)) for name, split in manifest.splits.items()}
+    sound = [(name, manifest.splits[name].shards) for name, found in problems.items() if not found]
+    sizes = {(name, k): shard.num_samples for name, shards in sound for k, shard in enumerate(shards)}
+    total, by_shard = sum(sizes.values()), {}
+    with tqdm(total=total, desc=f"verify {folder.name}", unit="img", unit_scale=True, disable=not progress) as bar:
+        for shard, found in in_processes(verify_shard, folder, list(sizes), jobs or default_processes(total)):
+            by_shard[shard] = found
+            bar.update(sizes[shard])
+    return [*chain(*problems.values()), *chain(*(by_shard[shard] for shard in sizes))]
 
 
 def _index_problems(folder: Path, split: SplitInfo, manifest: Manifest) -> Iterator[Problem]:
@@ -118,9 +110,9 @@ def _verify_remote(folder: Path, split: SplitInfo, shard: int) -> list[Problem]:
     return problems
 
 
-def verify_shard(folder: Path, split_name: str, shard: int) -> list[Problem]:
-    """Problems of one tar."""
-    manifest = load_manifest(folder)
+def verify_shard(folder: Path, place: tuple[str, int]) -> list[Problem]:
+    """Problems of one tar, the one of this split and number."""
+    manifest, (split_name, shard) = load_manifest(folder), place
     split = manifest.split(split_name)
     info = split.shards[shard]
     if origin(folder) is not None:
@@ -156,13 +148,9 @@ def _data(row: np.void, content: NDArray[np.uint8], prefix: str = "") -> bytes:
 
 
 def _changes(
-    key: str,
-    row: np.void,
-    content: NDArray[np.uint8],
-    by_place: dict[tuple[int, int], str],
-    members: dict[str, Member],
-    target: TargetKind | None,
-) -> Iterator[str]:
+    key: str, row: np.void, content: NDArray[np.uint8], by_place: dict[tuple[int, int], str],
+    members: dict[str, Member], target: TargetKind | None,
+) -> Iterator[str]:  # fmt: skip
     """How a sample differs from what was packed."""
     if by_place.get((int(row["offset"]), int(row["size"]))) != key:
         yield "not where the index says: the index is older than the tar, or of another one"
@@ -193,11 +181,8 @@ def _faults_of_the_source(row: np.void, content: NDArray[np.uint8], target: Targ
 
 
 def describe(folder: str | Path, *, classes: bool = False) -> str:
-    """Sizes, balance, encoding and fingerprint; with `classes` also the count of every class.
-
-    Raises:
-        DataError: there is no readable manifest.
-    """
+    """Sizes, balance, encoding and fingerprint; with `classes` also the count of every class. Raises DataError where there
+    is no readable manifest."""
     manifest = load_manifest(folder)
     image = manifest.image
     side = f"{image.max_side}" if image.min_side == image.max_side else f"{image.min_side}…{image.max_side}"

@@ -88,7 +88,11 @@ class WebDatasetTars(ArchiveSource):
 
     def _pairs(self, path: Path, file: IO[bytes], unused: Unused) -> Iterator[tuple[str, Member, int | str]]:
         """(key, image, label) of each sample of a tar, in the order of its images; all else is counted as unused."""
-        members = [member for member in walk_tar(path) if _is_there(member, unused)]
+        every = list(walk_tar(path))
+        members = [member for member in every if member.size >= 0]
+        for member in every:
+            if member.size < 0:
+                unused.add("link to nothing in the tar", member.name, lost=member.suffix in IMAGE_SUFFIXES)
         suffix, field = self._label_member(members, path, file)
         images = [member for member in members if member.suffix in IMAGE_SUFFIXES]
         labels = [member for member in members if member.suffix == suffix]
@@ -158,12 +162,6 @@ def _place(name: str) -> tuple[str, int, int, str]:
     """(tar, offset, size, key) of a sample's name."""
     tar, offset, size, key = name.split(":", 3)
     return tar, int(offset), int(size), key
-
-
-def _is_there(member: Member, unused: Unused) -> bool:
-    if member.size < 0:
-        unused.add("link to nothing in the tar", member.name, lost=member.suffix in IMAGE_SUFFIXES)
-    return member.size >= 0
 
 
 def _paired(images: Sequence[Member], labels: Sequence[Member], path: Path) -> dict[Member, tuple[str, Member]]:
@@ -251,10 +249,8 @@ class _Header(tarfile.TarInfo):
 def walk_tar(path: Path, remedy: str = "fetch it again") -> Iterator[Member]:
     """Regular files in stored order, then links with the place of what they point at; from the headers alone.
 
-    `remedy` ends the messages about a damaged tar.
-
-    Raises:
-        DataError: truncated, a corrupt header, a missing end mark, a pickle, or a name that leaves the archive.
+    `remedy` ends the messages about a damaged tar. Raises DataError for one that is cut short or without its end mark, a
+    corrupt header, a pickle, or a name that leaves the archive.
     """
     places: dict[str, Member] = {}
     links: list[tuple[str, str]] = []

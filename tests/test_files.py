@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import grp
 import json
@@ -113,6 +114,27 @@ def test_a_second_holder_is_told_who_the_first_is(tmp_path: Path) -> None:
         assert found is not None
         assert (found.command, found.grid, found.process) == ("again", "tiny", ProcessMark.of())
         assert found.process.alive
+
+
+def test_whoever_may_wait_for_the_store_gets_it_once_the_holder_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    first = contextlib.ExitStack()
+    first.enter_context(driver_lock(tmp_path, "dbscale submit", "tiny"))
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            first.close()
+
+    monkeypatch.setattr(files.time, "sleep", pause)
+    with driver_lock(tmp_path, "the job between two waves", "tiny", wait_s=60.0):
+        assert pauses == [files.LOCK_INTERVAL_S] * 2
+        found = holder(tmp_path)
+        assert found is not None and found.command == "the job between two waves"
+        with pytest.raises(FileError, match="in use"), driver_lock(tmp_path, "third", "tiny", wait_s=-1.0):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,9 @@ class Transform:
         spec = self.augmentation
         draws = keyed_uniform(self.seed, "place", epoch_B, sample_B, num_draws=3)
         top, left = (draws[:, 1:].T * (2 * spec.crop_padding + 1)).astype(np.int64)
-        keeps = isinstance(pixels, Tensor) and spec.random_resized_crop is None and self._keeps_whole(pixels)
-        boxes = None if keeps else self._boxes(pixels, epoch_B, sample_B)
+        keeps_whole = spec.random_resized_crop is None and self.center_share in (None, 1.0)
+        is_placed = isinstance(pixels, Tensor) and pixels.shape[2:] == (self.image_size, self.image_size)
+        boxes = None if keeps_whole and is_placed else self._boxes(pixels, epoch_B, sample_B)
         return Placement(boxes, draws[:, 0] < spec.hflip, top, left, spec.crop_padding, self.image_size)
 
     def place(self, pixels: Pixels, placement: Placement) -> Tensor:
@@ -146,11 +147,6 @@ class Transform:
             return shift_flip(pixels, top, left, flip, padding)
         images = resize(pixels, boxes, flip, size)
         return shift_flip(images, top, left, np.zeros_like(flip), padding) if padding else images
-
-    def _keeps_whole(self, images_BCHW: Tensor) -> bool:
-        """Whether the batch already is what the central crop would give."""
-        whole = self.center_share in (None, 1.0)
-        return whole and images_BCHW.shape[2:] == (self.image_size, self.image_size)
 
     def _boxes(self, pixels: Pixels, epoch_B: Ints, sample_B: Ints) -> Ints:
         if isinstance(pixels, Tensor):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, center_square, decode_image, resize_short
 from dbscale.data.manifest import Manifest, SplitInfo, load_manifest
-from dbscale.data.read import TARGET, EncodedReader, Files, RawReader, Reader, ShardFiles, file_checksum, open_index
+from dbscale.data.read import TARGET, EncodedReader, RawReader, ShardFiles, file_checksum, open_index
 from dbscale.data.remote import RemoteRawReader, RemoteShards, is_url, mirror, origin
 from dbscale.data.target import IGNORE, TargetReader, decode_mask, square_target
 from dbscale.errors import DataError, FileError
@@ -29,6 +29,11 @@ Tier = Literal["resident", "raw", "jpeg256", "jpeg"]
 RESIDENT_MAX_SIDE = 64
 TOGETHER = 1024
 """Samples that are asked for at once when a whole split is decoded."""
+
+
+def _fields_alone(self: Any) -> dict[str, Any]:
+    """State of a frozen dataclass to pickle, caches left out: another process maps index and pixels for itself."""
+    return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,7 @@ class Dataset:
     image_size: int | None
     """Side in px of the resident array; None for the other tiers."""
     cache_dir: Path | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _without_cache(self)
+    __getstate__ = _fields_alone
 
     @property
     def split(self) -> SplitInfo:
@@ -78,38 +81,36 @@ class Dataset:
         return self.index["label"][positions].astype(np.int64)
 
     @cached_property
-    def files(self) -> ShardFiles | RemoteShards:
+    def files(self) -> ShardFiles:
         """The split's tars."""
         kind = ShardFiles if origin(self.folder) is None else RemoteShards
         return kind(self.folder, self.split, self.index)
 
     @cached_property
-    def reader(self) -> Reader:
+    def reader(self) -> "ResidentReader | RawReader | RemoteRawReader | EncodedReader":
         """Fetches pixels by position in the split."""
         if self.tier == "resident":
             assert self.image_size is not None
             return ResidentReader(self.folder, self.split, self.files, self.image_size, self.cache_dir)
         if self.tier == "raw":
-            return RawReader(self.files) if isinstance(self.files, ShardFiles) else RemoteRawReader(self.files)
+            return RemoteRawReader(self.files) if isinstance(self.files, RemoteShards) else RawReader(self.files)
         return EncodedReader(self.files)
 
     @cached_property
-    def targets(self) -> "TargetReader | ResidentMasks | None":
+    def targets(self) -> "TargetReader | ResidentReader | None":
         """Fetches masks or boxes by position in the split, fitting the pixels of `reader`; None where images have labels."""
         kind = self.manifest.target
         if kind is None:
             return None
         if kind == "mask" and self.image_size is not None:
-            return ResidentMasks(self.folder, self.split, self.files, self.image_size, self.cache_dir)
+            return ResidentReader(self.folder, self.split, self.files, self.image_size, self.cache_dir, masks=True)
         return TargetReader(self.files, kind, self.image_size)
 
     def subset(self, num_samples: int | None = None, subset_seed: int = 0) -> "Subset":
         """`num_samples` samples, class-balanced within one while that is possible; None takes all.
 
-        Subsets of one `subset_seed` nest; another seed gives another window of the same order. Nothing is copied.
-
-        Raises:
-            DataError: the size does not fit; the message names the largest that does.
+        Subsets of one `subset_seed` nest; another seed gives another window of the same order. Nothing is copied. Raises
+        DataError for a size that does not fit, naming the largest that does.
         """
         total = self.num_samples
         if num_samples is not None and not 1 <= num_samples <= total:
@@ -144,8 +145,7 @@ class Subset:
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getstate__(self) -> dict[str, Any]:
-        return _without_cache(self)
+    __getstate__ = _fields_alone
 
     @property
     def num_classes(self) -> int:
@@ -173,11 +173,6 @@ class Subset:
         return self.dataset.labels_of(self.indices)
 
 
-def _without_cache(value: Any) -> dict[str, Any]:
-    """State of a frozen dataclass to pickle: the fields alone. Another process maps index and pixels for itself."""
-    return {field.name: getattr(value, field.name) for field in fields(value)}
-
-
 def open_dataset(
     folder: str | Path,
     split: str = "train",
@@ -199,8 +194,7 @@ def open_dataset(
             for manifest and index; None takes one below the user's cache.
         keep: of a URL, also keep there what is read of the tars, so that a second epoch asks for nothing.
 
-    Raises:
-        DataError: nothing is packed there, no such split, a damaged index, or a tier the encoding cannot serve.
+    Raises DataError where nothing is packed, for an unknown split, a damaged index, or a tier the encoding cannot serve.
 
     >>> import dbscale, tempfile
     >>> from dbscale.shards.pack import ensure_packed
@@ -252,43 +246,27 @@ def _resident_size(manifest: Manifest, image_size: int | None) -> int:
 
 
 class ResidentReader:
-    """Tier `resident`: fetches by one gather from the split's decoded array, which all processes of a node share.
+    """Tier `resident`: fetches by one gather from the split's decoded array, which all processes of a node share; of
+    images or, with `masks`, of a dense dataset's masks.
 
     Built by whoever comes first; several may race, each writes a file of its own and the last rename wins. A damaged,
     foreign or half-written file is rebuilt; where nothing can be written the array stays in RAM.
     """
 
-    def __init__(self, folder: Path, split: SplitInfo, files: Files, image_size: int, cache_dir: Path | None) -> None:
-        shape, path = (len(files.index), 3, image_size, image_size), _cache_path(folder, split, image_size, cache_dir)
-        self.images, self.bad = _resident(path, shape, files, partial(_pixels, files, image_size), fill=0)
+    def __init__(
+        self, folder: Path, split: SplitInfo, files: ShardFiles, image_size: int, cache_dir: Path | None, *,
+        masks: bool = False,
+    ) -> None:  # fmt: skip
+        decode, fill, mark = (_mask, IGNORE, "-mask") if masks else (_pixels, 0, "")
+        name = f"{split.index.split('.')[0]}-{split.fingerprint[:12]}-{image_size}px{mark}.npy"
+        shape = (len(files.index), *(() if masks else (3,)), image_size, image_size)
+        path, decode_one = (cache_dir or folder / "cache") / name, partial(decode, files, image_size)
+        self.values, self.bad = _resident(path, shape, files, decode_one, fill)
 
     def fetch(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int]]:
-        """uint8 [b, 3, S, S]; bad slots are black."""
-        return np.take(self.images, positions, axis=0), _bad_slots(self.bad, positions)
-
-
-class ResidentMasks:
-    """The same for the masks of a dense dataset."""
-
-    def __init__(self, folder: Path, split: SplitInfo, files: Files, image_size: int, cache_dir: Path | None) -> None:
-        shape, path = (
-            (len(files.index), image_size, image_size),
-            _cache_path(folder, split, image_size, cache_dir, "-mask"),
-        )
-        self.masks, self.bad = _resident(path, shape, files, partial(_mask, files, image_size), fill=IGNORE)
-
-    def fetch(self, positions: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], list[int]]:
-        """uint8 [S, S] each; bad slots are all IGNORE."""
-        return list(np.take(self.masks, positions, axis=0)), _bad_slots(self.bad, positions)
-
-
-def _bad_slots(bad: frozenset[int], positions: NDArray[np.int64]) -> list[int]:
-    return [slot for slot, position in enumerate(positions.tolist()) if position in bad] if bad else []
-
-
-def _cache_path(folder: Path, split: SplitInfo, image_size: int, cache_dir: Path | None, what: str = "") -> Path:
-    name = f"{split.index.split('.')[0]}-{split.fingerprint[:12]}-{image_size}px{what}"
-    return (cache_dir or folder / "cache") / f"{name}.npy"
+        """uint8 [b, 3, S, S], or masks [b, S, S], and the slots that are bad: black, or all IGNORE."""
+        bad = [slot for slot, position in enumerate(positions.tolist()) if position in self.bad] if self.bad else []
+        return np.take(self.values, positions, axis=0), bad
 
 
 Decode = Callable[[int], NDArray[np.uint8] | None]
@@ -296,7 +274,7 @@ Decode = Callable[[int], NDArray[np.uint8] | None]
 
 
 def _resident(
-    path: Path, shape: tuple[int, ...], files: Files, decode: Decode, fill: int
+    path: Path, shape: tuple[int, ...], files: ShardFiles, decode: Decode, fill: int
 ) -> tuple[NDArray[np.uint8], frozenset[int]]:
     """The split's decoded array and its bad positions, from the cache in `path` or built anew."""
     known = _opened(path, shape)
@@ -306,7 +284,9 @@ def _resident(
     return known
 
 
-def _build(decode: Decode, shape: tuple[int, ...], files: Files, fill: int) -> tuple[NDArray[np.uint8], frozenset[int]]:
+def _build(
+    decode: Decode, shape: tuple[int, ...], files: ShardFiles, fill: int
+) -> tuple[NDArray[np.uint8], frozenset[int]]:
     values = np.full(shape, fill, np.uint8)
     bad = set()
     for position in range(len(values)):
@@ -320,8 +300,8 @@ def _build(decode: Decode, shape: tuple[int, ...], files: Files, fill: int) -> t
     return values, frozenset(bad)
 
 
-def _pixels(files: Files, image_size: int, position: int) -> NDArray[np.uint8] | None:
-    """[3, S, S]."""
+def _pixels(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uint8] | None:
+    """An image as the resident tier keeps it, uint8 [3, S, S]; None where it does not decode."""
     try:
         pixels = decode_image(files.read(position))
     except DecodeError:
@@ -329,8 +309,8 @@ def _pixels(files: Files, image_size: int, position: int) -> NDArray[np.uint8] |
     return center_square(resize_short(pixels, image_size), image_size).transpose(2, 0, 1)
 
 
-def _mask(files: Files, image_size: int, position: int) -> NDArray[np.uint8] | None:
-    """[S, S]."""
+def _mask(files: ShardFiles, image_size: int, position: int) -> NDArray[np.uint8] | None:
+    """A mask as the resident tier keeps it, uint8 [S, S]; None where it does not decode."""
     try:
         mask = square_target(decode_mask(files.read(position, TARGET)), image_size)
     except DecodeError:

@@ -97,12 +97,11 @@ def _open_pillow(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DecodeError(f"refused as a decompression bomb: {error}") from error
     except Exception as error:  # Pillow's plugins raise many kinds on damaged input
-        known = [suffix for magic, suffix in _SUFFIXES if data.startswith(magic)]
-        if known and isinstance(error, UnidentifiedImageError):
-            raise DecodeError(f"damaged {known[0]} header") from error
-        if known:
-            raise DecodeError(f"damaged {known[0]} header: {error}") from error
-        raise DecodeError(f"not an image: {len(data)} bytes that begin with {data[:8]!r}") from error
+        known = next((suffix for magic, suffix in _SUFFIXES if data.startswith(magic)), None)
+        if known is None:
+            raise DecodeError(f"not an image: {len(data)} bytes that begin with {data[:8]!r}") from error
+        detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise DecodeError(f"damaged {known} header{detail}") from error
     _check_pixels(image.height, image.width)
     return image
 

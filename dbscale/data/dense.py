@@ -18,7 +18,7 @@ from dbscale.data.geometry import Pixels, Placement, shift_flip
 from dbscale.data.target import Boxes, Mask, clip_boxes, nearest_pixels
 
 Targets = Tensor | Sequence[Mask] | Sequence[Boxes]
-"""Of a batch: masks uint8 [b, S, S] once placed, else one item an image."""
+"""The targets of a batch: masks uint8 [b, S, S] once placed, else one item an image."""
 
 
 def place_masks(masks: Sequence[Mask], placement: Placement) -> Tensor:

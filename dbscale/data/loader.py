@@ -224,8 +224,7 @@ def make_loader(
         repeats: copies of each sample in its global batch, each augmented on its own.
         max_bad_share: share of the subset that may be unreadable (and is replaced) before the run stops.
 
-    Raises:
-        DataError: a world size that does not divide the global batch, `repeats` above it, a `consumed` off a boundary.
+    Raises DataError for a world size that does not divide the global batch, `repeats` above it, a `consumed` between two.
 
     >>> import dbscale, tempfile
     >>> from dbscale.shards.pack import ensure_packed
@@ -258,15 +257,22 @@ def check_world(global_batch: int, rank: int, world_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class _EvalBatches:
+class EvalLoader:
+    """Finite and repeatable: every sample of the subset exactly once over all ranks."""
+
     subset: Subset
     batch_size: int
     rank: int
     world_size: int
     transform: AnyTransform | None
+    num_workers: int
 
     def __len__(self) -> int:
+        """Number of batches, equal on all ranks."""
         return math.ceil(len(self.subset) / (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _serve(self, range(len(self)), self.num_workers)
 
     def __getitem__(self, number: int) -> Batch:
         start = (number * self.world_size + self.rank) * self.batch_size
@@ -280,20 +286,6 @@ class _EvalBatches:
         bad_ids = indices[bad_slots]
         labels, epochs = self.subset.dataset.labels_of(indices), np.zeros_like(positions)
         return _make_batch(pixels, targets, labels, positions, epochs, weights, bad_ids, self.transform)
-
-
-class EvalLoader:
-    """Finite and repeatable: every sample of the subset exactly once over all ranks."""
-
-    def __init__(self, batches: _EvalBatches, num_workers: int) -> None:
-        self._batches, self._num_workers = batches, num_workers
-
-    def __len__(self) -> int:
-        """Batches, equal on all ranks."""
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return _serve(self._batches, range(len(self._batches)), self._num_workers)
 
 
 def make_eval_loader(
@@ -310,14 +302,14 @@ def make_eval_loader(
     `batch_size` is per rank. Unreadable samples get weight 0 and are named in `Batch.bad_ids`.
     """
     check_world(batch_size * max(world_size, 1), rank, world_size)
-    return EvalLoader(_EvalBatches(subset, batch_size, rank, world_size, transform), num_workers)
+    return EvalLoader(subset, batch_size, rank, world_size, transform, num_workers)
 
 
 @dataclass(frozen=True)
 class _Carried:
     """Hands errors over as they are: a DataLoader would bury what they say under the worker's traceback."""
 
-    batches: _TrainBatches | _EvalBatches
+    batches: _TrainBatches | EvalLoader
 
     def __getitem__(self, number: int) -> Batch | DataError:
         try:
@@ -326,7 +318,7 @@ class _Carried:
             return error
 
 
-def _serve(batches: _TrainBatches | _EvalBatches, numbers: Iterable[int], num_workers: int) -> Iterator[Batch]:
+def _serve(batches: _TrainBatches | EvalLoader, numbers: Iterable[int], num_workers: int) -> Iterator[Batch]:
     """The batches of these numbers, in order, prepared by `num_workers` processes; 0 prepares each when asked for."""
     if num_workers == 0:
         return (batches[number] for number in numbers)

@@ -113,11 +113,8 @@ def make_fingerprint(
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read and check `<folder>/manifest.json`.
-
-    Raises:
-        DataError: nothing is packed there, or the file is damaged or of another version.
-    """
+    """Read and check `<folder>/manifest.json`. Raises DataError where nothing is packed, or the file is damaged or of
+    another version."""
     path = Path(folder) / MANIFEST_NAME
     try:
         text = read_bytes(path)

@@ -48,18 +48,22 @@ def mix_batch(
         switch_prob: share of mixed steps that take CutMix when both are on.
         seed, step: key of the draws.
 
-    Raises:
-        DataError: an odd batch.
+    Raises DataError for an odd batch.
     """
     plain = images_BCHW, MixTarget(labels_B, labels_B, 1.0)
     if mixup <= 0 and cutmix <= 0:
         return plain
-    _check_even(len(labels_B))
+    if len(labels_B) % 2:
+        raise DataError(
+            f"mixup and CutMix pair neighbours: a rank's batch of {len(labels_B)} is odd; choose a global batch whose "
+            "micro-batches are even, or set mixup and cutmix to 0"
+        )
     applies, switch, x, y = keyed_uniform(seed, "mix", step, num_draws=4)[0].tolist()
     if applies >= prob:
         return plain
     use_cutmix = cutmix > 0 and (mixup <= 0 or switch < switch_prob)
-    lam = _beta(cutmix if use_cutmix else mixup, seed, step)
+    words, parameter = keyed_bits(seed, "mix beta", step, num_draws=4)[0].view("<u4"), cutmix if use_cutmix else mixup
+    lam = float(np.random.RandomState(words).beta(parameter, parameter))
     partners = torch.arange(len(labels_B), device=images_BCHW.device) ^ 1
     labels_b = labels_B[partners.to(labels_B.device)]
     if not use_cutmix:
@@ -67,19 +71,6 @@ def mix_batch(
         return mixed, MixTarget(labels_B, labels_b, lam)
     mixed, kept = _paste(images_BCHW, images_BCHW[partners], lam, x, y)
     return mixed, MixTarget(labels_B, labels_b, kept)
-
-
-def _check_even(size: int) -> None:
-    if size % 2:
-        raise DataError(
-            f"mixup and CutMix pair neighbours: a rank's batch of {size} is odd; choose a global batch whose "
-            "micro-batches are even, or set mixup and cutmix to 0"
-        )
-
-
-def _beta(parameter: float, seed: int, step: int) -> float:
-    words = keyed_bits(seed, "mix beta", step, num_draws=4)[0].view("<u4")
-    return float(np.random.RandomState(words).beta(parameter, parameter))
 
 
 def _paste(images: Tensor, others: Tensor, lam: float, x: float, y: float) -> tuple[Tensor, float]:

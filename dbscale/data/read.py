@@ -11,7 +11,6 @@ import mmap
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -83,8 +82,7 @@ def file_checksum(path: Path) -> str:
 def open_index(folder: Path, split: SplitInfo) -> NDArray[np.void]:
     """Memory-map a split's index, after checking every byte of it against the manifest, once per process.
 
-    Raises:
-        DataError: the file is missing, damaged, or does not belong to the manifest, or its labels are out of range.
+    Raises DataError where it is missing, damaged or of another manifest, or its labels are out of range.
     """
     path = folder / split.index
     try:
@@ -127,14 +125,6 @@ Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
 """One array [b, 3, H, W] where all images have one size, else a list of [H, W, 3]."""
 
 
-class Reader(Protocol):
-    """What the loader asks of a tier."""
-
-    def fetch(self, positions: NDArray[np.int64]) -> tuple[Pixels, list[int]]:
-        """Pixels of these positions of the split, and the slots (not positions) whose sample is bad."""
-        ...
-
-
 class Descriptor:
     """A file opened for reading by offset, closed with its last reference. Raises DataError where it cannot be opened."""
 
@@ -151,10 +141,12 @@ class Descriptor:
 
 
 class ShardFiles:
-    """The open tars of one split, each checked when first touched."""
+    """The tars of one split, each checked when first touched; those behind a URL are `remote.RemoteShards`."""
 
-    def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
+    def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void], place: str | None = None) -> None:
         self.folder, self.split, self.index = folder, split, index
+        self.place = place or str(folder)
+        """Where the tars are, for messages."""
         self._descriptor = lru_cache(maxsize=256)(self._open)
 
     def _open(self, shard: int) -> Descriptor:
@@ -166,7 +158,7 @@ class ShardFiles:
         return self._descriptor(shard)
 
     def prepare(self, positions: NDArray[np.int64]) -> None:
-        """Nothing: the kernel reads local files ahead."""
+        """Called before these samples are read one by one. The kernel reads local files ahead by itself."""
 
     def stored(self, position: int, what: str = "") -> bytes:
         """The bytes of one sample as they lie there now: of its image, or with TARGET of its mask or boxes."""
@@ -180,14 +172,18 @@ class ShardFiles:
             ) from error
 
     def read(self, position: int, what: str = "") -> bytes:
-        """The same bytes as they were packed. Raises DecodeError when they changed since."""
-        return as_packed(self, position, what)
+        """The same bytes as they were packed. Raises DecodeError when they changed since, DataError as `stored`."""
+        data = self.stored(position, what)
+        if checksum(data) != int(self.index[f"{what}checksum"][position]):
+            part = " of its mask or boxes" if what == TARGET else ""
+            raise DecodeError(f"{self.describe(position)}: the bytes{part} changed since packing (checksum mismatch)")
+        return data
 
     def describe(self, position: int) -> str:
         """Shard and key of a sample, for messages."""
         record = self.index[position]
         name = self.split.shards[int(record["shard"])].name
-        return f"{self.folder / name}, sample {bytes(record['key']).decode()!r}"
+        return f"{self.place}/{name}, sample {bytes(record['key']).decode()!r}"
 
 
 def check_shard_size(folder: Path, shard: ShardInfo) -> None:
@@ -201,46 +197,14 @@ def check_shard_size(folder: Path, shard: ShardInfo) -> None:
         raise DataError(f"{path}: shard has {found:,} bytes, expected {shard.num_bytes:,} bytes; {mend(folder)}")
 
 
-class Files(Protocol):
-    """The tars of a split, local (`ShardFiles`) or behind a URL (`remote.RemoteShards`)."""
-
-    index: NDArray[np.void]
-
-    def prepare(self, positions: NDArray[np.int64]) -> None:
-        """Called before these samples are read one by one."""
-        ...
-
-    def stored(self, position: int, what: str = "") -> bytes:
-        """The bytes of one sample as they lie there now."""
-        ...
-
-    def describe(self, position: int) -> str:
-        """Shard and key of a sample, for messages."""
-        ...
-
-    def read(self, position: int, what: str = "") -> bytes:
-        """The encoded bytes of one sample's image, or with TARGET of its mask or boxes. Raises DecodeError when they
-        changed since packing."""
-        ...
-
-
-def as_packed(files: Files, position: int, what: str) -> bytes:
-    """What `files.stored` holds. Raises DecodeError where the bytes changed since they were packed."""
-    data = files.stored(position, what)
-    if checksum(data) != int(files.index[f"{what}checksum"][position]):
-        part = " of its mask or boxes" if what == TARGET else ""
-        raise DecodeError(f"{files.describe(position)}: the bytes{part} changed since packing (checksum mismatch)")
-    return data
-
-
 class EncodedReader:
     """Tiers `jpeg` and `jpeg256`: read, check and decode each sample."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: ShardFiles) -> None:
         self.files = files
 
-    def fetch(self, positions: NDArray[np.int64]) -> tuple[Pixels, list[int]]:
-        """A list of uint8 [H, W, 3]; bad slots hold one black pixel."""
+    def fetch(self, positions: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], list[int]]:
+        """A list of uint8 [H, W, 3], and the slots (not positions) that are bad, which hold one black pixel."""
         images: list[NDArray[np.uint8]] = []
         bad: list[int] = []
         self.files.prepare(positions)

@@ -27,8 +27,8 @@ from fsspec.utils import merge_offset_ranges
 from numpy.typing import NDArray
 
 from dbscale.data.decode import DecodeError, ppm_header_size
-from dbscale.data.manifest import MANIFEST_NAME, ShardInfo, SplitInfo, load_manifest
-from dbscale.data.read import TARGET, as_packed, checksum, file_checksum, has_targets
+from dbscale.data.manifest import MANIFEST_NAME, SplitInfo, load_manifest
+from dbscale.data.read import TARGET, ShardFiles, checksum, file_checksum, has_targets
 from dbscale.errors import DataError
 from dbscale.files import make_folder, read_json, write_atomic, write_json
 
@@ -63,28 +63,21 @@ def mirror(url: str, folder: str | Path | None = None, *, keep: bool = False) ->
     tars there, up to their whole size. Raises DataError where nothing is packed at the URL, or it cannot be reached.
     """
     url = url.rstrip("/")
-    local = Path(folder) if folder is not None else default_folder(url)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dbscale"
+    local = Path(folder or caches / hashlib.sha256(url.encode()).hexdigest()[:16])
     make_folder(local)
     with tempfile.TemporaryDirectory(dir=local, prefix=".fetch-") as fetched:
         place = Path(fetched)
         write_atomic(place / MANIFEST_NAME, fetch_file(url, MANIFEST_NAME))
         manifest = load_manifest(place)
         for split in manifest.splits.values():
-            if not _is_sound(local / split.index, split):
-                write_atomic(local / split.index, fetch_file(url, split.index))
+            path = local / split.index
+            if not path.exists() or file_checksum(path) != split.index_checksum:
+                write_atomic(path, fetch_file(url, split.index))
         write_json(local / ORIGIN_NAME, {"url": url, "keep": keep})
         os.replace(place / MANIFEST_NAME, local / MANIFEST_NAME)  # last: its existence says that the rest is there
     log.info("the manifest and index of %s are in %s", url, local)
     return local
-
-
-def default_folder(url: str) -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "dbscale" / hashlib.sha256(url.encode()).hexdigest()[:16]
-
-
-def _is_sound(path: Path, split: SplitInfo) -> bool:
-    return path.exists() and file_checksum(path) == split.index_checksum
 
 
 def fetch_file(url: str, name: str) -> bytes:
@@ -119,13 +112,13 @@ def unreachable(what: str, error: BaseException) -> DataError:
     return fault
 
 
-class RemoteShards:
-    """The tars of one split behind a URL: what `read.ShardFiles` is for local ones."""
+class RemoteShards(ShardFiles):
+    """The tars of one split behind a URL."""
 
     def __init__(self, folder: Path, split: SplitInfo, index: NDArray[np.void]) -> None:
         content = read_json(folder / ORIGIN_NAME)
-        self.folder, self.split, self.index = folder, split, index
         self.url: str = content["url"]
+        super().__init__(folder, split, index, self.url)
         self.keep = bool(content.get("keep"))
         self._known: dict[int, bytes] = {}
         self._coming: tuple[frozenset[int], Future[dict[int, bytes]]] | None = None
@@ -146,7 +139,7 @@ class RemoteShards:
 
     def ahead(self, positions: NDArray[np.int64]) -> None:
         """Begin to fetch what the next `prepare` will ask for."""
-        self._open()
+        self._connected()
         wanted = frozenset(positions.tolist())
         self._coming = wanted, self._pool.submit(self._fetch, sorted(wanted))
 
@@ -159,19 +152,7 @@ class RemoteShards:
         start = int(record[f"{what}offset"]) - int(record["offset"])
         return self._known[position][start : start + int(record[f"{what}size"])]
 
-    def read(self, position: int, what: str = "") -> bytes:
-        """The same bytes as they were packed. Raises DecodeError when they changed since, DataError as `stored`."""
-        return as_packed(self, position, what)
-
-    def describe(self, position: int) -> str:
-        """Shard and key of a sample, for messages."""
-        record = self.index[position]
-        return f"{self.url}/{self._shard(record).name}, sample {bytes(record['key']).decode()!r}"
-
-    def _shard(self, record: NDArray[np.void]) -> ShardInfo:
-        return self.split.shards[int(record["shard"])]
-
-    def _open(self) -> Any:
+    def _connected(self) -> Any:
         """The client, one for each process: none survives a fork."""
         if self._process != os.getpid():
             self._process, self._coming = os.getpid(), None
@@ -187,7 +168,7 @@ class RemoteShards:
         records = self.index[missing]
         starts = records["offset"].astype(np.int64)
         ends = starts + _extent(records)
-        names = [self._shard(record).name for record in records]
+        names = [self.split.shards[shard].name for shard in records["shard"].tolist()]
         blocks: Any = merge_offset_ranges(names, starts.tolist(), ends.tolist(), max_gap=MAX_GAP, max_block=MAX_RANGE)
         content = dict(zip(zip(*blocks, strict=True), self._ranges(*blocks), strict=True))
         order = sorted(content)
@@ -199,7 +180,7 @@ class RemoteShards:
 
     def _ranges(self, names: list[str], starts: list[int], ends: list[int]) -> list[bytes]:
         """These byte ranges, asked for at once, again and again while the store does not answer."""
-        client = self._open()
+        client = self._connected()
         paths = [f"{self._root}/{name}" for name in names]
         found: list[Any] = [None] * len(paths)
         deadline, wait_s, left = time.monotonic() + PATIENCE_S, 0.25, list(range(len(paths)))
@@ -225,7 +206,7 @@ class RemoteShards:
         return data
 
     def _copy(self, position: int) -> Path:
-        return self.folder / "kept" / self._shard(self.index[position]).name
+        return self.folder / "kept" / self.split.shards[int(self.index["shard"][position])].name
 
     def _kept(self, position: int) -> bytes | None:
         """The sample from the sparse copy; a hole has another checksum."""

@@ -24,7 +24,7 @@ from uuid import uuid4
 import numpy as np
 
 from dbscale.data.dataset import Dataset, Subset
-from dbscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
+from dbscale.data.manifest import MANIFEST_NAME, ShardInfo, load_manifest
 from dbscale.data.read import TARGET, check_shard_size, checksum, file_checksum, has_targets
 from dbscale.data.remote import copy_shard, origin
 from dbscale.errors import DataError, FileError
@@ -40,11 +40,13 @@ _held: dict[Path, int] = {}
 def stage_subset(subset: Subset, staging: str | Path) -> Subset:
     """The same subset, read from a folder of its own under `staging`, with just its shards copied there.
 
-    Raises:
-        DataError: the disk is full even without unused folders, or a shard at the source is damaged.
+    Raises DataError where the disk is full even without unused folders, or a shard at the source is damaged.
     """
     dataset = subset.dataset
-    local = Path(staging) / _folder_name(dataset.manifest)
+    # By the whole manifest: the same samples cut into other shards share a fingerprint, but not their tars.
+    digest = hashlib.sha256(dataset.manifest.model_dump_json().encode()).hexdigest()[:12]
+    # A manifest may come from anywhere: its name must not lead out of the staging folder.
+    local = Path(staging) / f"{re.sub(r'[^A-Za-z0-9_-]', '_', dataset.manifest.name)}-{digest}"
     hold(local)
     try:
         _stage_file(dataset.folder, local, MANIFEST_NAME, lambda: load_manifest(local) == dataset.manifest)
@@ -59,13 +61,6 @@ def stage_subset(subset: Subset, staging: str | Path) -> Subset:
     cache = dataset.cache_dir or local / "cache"
     staged = Dataset(local, dataset.manifest, dataset.split_name, dataset.tier, dataset.image_size, cache)
     return replace(subset, dataset=staged)
-
-
-def _folder_name(manifest: Manifest) -> str:
-    """Keyed by the whole manifest: the same samples cut into other shards share a fingerprint, but not their tars."""
-    digest = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:12]
-    # A manifest may come from anywhere: its name must not lead out of the staging folder.
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', manifest.name)}-{digest}"
 
 
 def needed_shards(subset: Subset) -> list[int]:
@@ -131,18 +126,15 @@ def hold(local: Path) -> None:
 def _stage_file(
     source: Path, local: Path, name: str, is_sound: Callable[[], bool], shard: ShardInfo | None = None
 ) -> None:
-    """Copy a file that is missing or not sound; one process at a time.
-
-    Raises:
-        DataError: the `shard` is damaged at its source, or the copy is not sound either.
-    """
+    """Copy a file that is missing or not sound; one process at a time. Raises DataError where the `shard` is damaged at
+    its source, or the copy is not sound either."""
     if _holds(is_sound):
         return
     with _only_one(local / f".{name}.lock"):
         if _holds(is_sound):  # another process may have copied it while this one waited
             return
-        if shard is not None:
-            _check_at_source(source, shard)
+        if shard is not None and origin(source) is None:  # one behind a URL is found to be damaged when it is copied
+            check_shard_size(source, shard)
         log.info("copying %s to %s", source / name, local)
         _copy(source / name, local / name)
         if not _holds(is_sound):
@@ -150,12 +142,6 @@ def _stage_file(
                 f"{local / name}: the copy is not what was packed; look at this node's disk, and let "
                 f"`dbscale shards verify {source}` look at the original"
             )
-
-
-def _check_at_source(source: Path, shard: ShardInfo) -> None:
-    """Raise DataError when a local shard is damaged; one behind a URL is found to be when it is copied."""
-    if origin(source) is None:
-        check_shard_size(source, shard)
 
 
 def _holds(is_sound: Callable[[], bool]) -> bool:

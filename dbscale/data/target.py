@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dbscale.data.decode import DecodeError, image_shape
-from dbscale.data.read import TARGET, Files
+from dbscale.data.read import TARGET, ShardFiles
 
 IGNORE = 255
 """The label of pixels that count neither in a loss nor in an error; so a mask has at most 255 classes."""
@@ -94,7 +94,7 @@ def encode_boxes(target: Boxes) -> bytes:
 
 
 def decode_boxes(data: bytes) -> Boxes:
-    """Raises DecodeError."""
+    """Boxes from the bytes that `encode_boxes` made. Raises DecodeError."""
     try:
         content = json.loads(data)
         boxes = np.array(content["boxes"], np.float32).reshape(-1, 4)
@@ -115,7 +115,7 @@ def decode_target(kind: str, data: bytes) -> Target:
 class TargetReader:
     """Fetches the targets of a split by position, as they are stored; with `square_px`, as the resident tier's images."""
 
-    def __init__(self, files: Files, kind: str, square_px: int | None = None) -> None:
+    def __init__(self, files: ShardFiles, kind: str, square_px: int | None = None) -> None:
         self.files, self.kind, self.square_px = files, kind, square_px
 
     def fetch(self, positions: NDArray[np.int64]) -> tuple[list[Mask] | list[Boxes], list[int]]:

@@ -15,13 +15,12 @@ import numpy as np
 from dbscale.errors import LawError, nearest
 from dbscale.laws.fit import LawFit
 from dbscale.laws.select import Selection
-from dbscale.laws.uncertainty import profile_interval
+from dbscale.laws.uncertainty import Triple, profile_interval
 
 LEVERS = ("upstream_samples", "num_params", "downstream_samples")
 TEACHER_CASES = ("free", "inference", "training", "training_and_inference")
 FORWARD_FLOPS, TRAIN_FLOPS = 2.0, 6.0  # per parameter and token: forward; forward and backward
 STEPS = 48
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ Direction = Literal["b_to_a", "a_to_b"]
 WANTED_POWER = 0.8
 MOST_SEEDS = 1000
 """More seeds than these are nobody's plan."""
+EARLY_TAIL = 0.5
+"""Share of its tail that the interval of a root leaves out below, where the bracket starts at the first x and goes beyond
+the second. With the whole tail such intervals hold .67 to .83 of the roots in the first step (docs/calibration.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Verdict:
     """Crossing only: `b_to_a` is Δ positive, then negative (the distillation boundary)."""
     root: float | None = None
     interval: tuple[float, float] | None = None
-    """Crossing only, at `level`; within the bracket. Reaches further down where the bracket starts at the first x."""
+    """Crossing only, at `level`; within the bracket. Reaches further down where no sign follows that at the first x."""
     bracket: tuple[float, float] | None = None
     """Crossing only: last x with the one sign established, first x with the other."""
     law_root: float | None = None
@@ -101,7 +105,7 @@ def judge(
     }
     found: dict[str, Any] = {}
     if kind == "crossing":
-        found, more = _crossing(curves, law_curves, _bracket([p.x for p in points], positive, negative), band, level)
+        found, more = _crossing(curves, law_curves, [p.x for p in points], positive, negative, level)
         notes |= more
     return Verdict(
         kind=cast(Kind, kind),
@@ -142,19 +146,16 @@ def decide(low: np.ndarray, high: np.ndarray, min_effect: float) -> np.ndarray:
 def _crossing(
     curves: DeltaCurves,
     laws: DeltaCurves | None,
-    where: tuple[Direction, tuple[float, float], bool],
-    band: dict[str, list[float]],
+    x: Sequence[float],
+    positive: np.ndarray,
+    negative: np.ndarray,
     level: float,
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Fields of a crossing's verdict, and notes."""
-    direction, bracket, several = where
-    root, interval = _root(curves, bracket, direction, level)
-    if bracket[0] == band["x"][0]:
-        # Such a crossing is seen only where luck adds to the sign at the first x, so its root is placed too high and
-        # intervals would hold .84 of them: they begin where the simultaneous band meets 0 (docs/calibration.md).
-        inside = zip(band["x"], band["low"], band["high"], strict=True)
-        meets = next((x for x, low, high in inside if low <= 0 <= high), interval[0])
-        interval = min(interval[0], meets), interval[1]
+    """Fields of a crossing's verdict, and notes, from the signs established at x."""
+    direction, bracket, several = _bracket(x, positive, negative)
+    # A root in the first step leaves no sign at the second x only where luck was against it; so did it lift the curve.
+    below = EARLY_TAIL if bracket[0] == x[0] and bracket[1] > x[1] else 1.0
+    root, interval = _root(curves, bracket, direction, level, below)
     found: dict[str, Any] = {"direction": direction, "bracket": bracket, "root": root, "interval": interval}
     notes = {"several_crossings": several}
     if laws is None:
@@ -198,17 +199,18 @@ def _signed(curves: DeltaCurves, bracket: tuple[float, float], direction: Direct
 
 
 def _root(
-    curves: DeltaCurves, bracket: tuple[float, float], direction: Direction, level: float
+    curves: DeltaCurves, bracket: tuple[float, float], direction: Direction, level: float, below: float = 1.0
 ) -> tuple[float, tuple[float, float]]:
     """Median and interval of the drawn curves' roots within the bracket: of each, how far the first sign reaches in all.
 
-    For a curve that crosses once that is its root; one that wanders through 0 gives the middle of its wandering.
+    For a curve that crosses once that is its root; one that wanders through 0 gives the middle of its wandering. Each end
+    leaves (1 - level) / 2 of the roots out, the lower one `below` of that.
     """
     at, drawn = _signed(curves, bracket, direction)
     ahead, size = np.maximum(drawn, 0.0), np.abs(drawn)
     share = (ahead[:, :-1] + ahead[:, 1:]) / np.maximum(size[:, :-1] + size[:, 1:], 1e-300)  # of each piece, linear
     roots = at[0] + (at[1] - at[0]) * share.sum(axis=1)
-    low, root, high = np.exp(np.quantile(roots, [0.5 - level / 2, 0.5, 0.5 + level / 2])).tolist()
+    low, root, high = np.exp(np.quantile(roots, [below * (0.5 - level / 2), 0.5, 0.5 + level / 2])).tolist()
     return root, (low, high)
 
 
@@ -314,9 +316,11 @@ def power(
     if num_seeds < 2 or num_x < 2:
         raise LawError(f"power of {num_seeds} seed(s) at {num_x} x: a verdict needs two of each or more")
 
+    def stderr(seeds: int, draws: int) -> float:
+        return noise.variance_of_mean(seeds, draws, num_students=num_students, num_labels=num_labels) ** 0.5
+
     def effect(seeds: int, draws: int) -> float:
-        variance = noise.variance_of_mean(seeds, draws, num_students=num_students, num_labels=num_labels)
-        return detectable(variance**0.5, complete_degrees(num_x, seeds), num_x, level, family)
+        return detectable(stderr(seeds, draws), complete_degrees(num_x, seeds), num_x, level, family)
 
     now = effect(num_seeds, finetunes)
     more = range(num_seeds, MOST_SEEDS + 1)
@@ -329,10 +333,11 @@ def power(
         if draws is not None:
             dearer = (cost_upstream + draws * cost_finetune) / (cost_upstream + finetunes * cost_finetune)
     if slope is not None:
-        variance = noise.variance_of_mean(num_seeds, finetunes, num_students=num_students, num_labels=num_labels)
-        # share of the noise that all x of a seed share
-        along = noise.variance("seed") / num_seeds / max(variance, 1e-300)
-        design = (variance**0.5, complete_degrees(num_x, num_seeds), num_x, along, level)
+        own = stderr(num_seeds, finetunes)
+        along = (
+            noise.variance("seed") / num_seeds / max(own**2, 1e-300)
+        )  # share of the noise that all x of a seed share
+        design = (own, complete_degrees(num_x, num_seeds), num_x, along, level)
         width = width_at_root(*design, slope)
         chance = _chance(*design, family, abs(slope) * step_octaves)
     return Power(now, width, chance, seeds, draws, seeds / num_seeds if seeds else None, dearer, best)
@@ -340,10 +345,8 @@ def power(
 
 def width_at_root(stderr: float, degrees: float, num_x: int, along: float, level: float, slope: float) -> float:
     """Octaves: the curve's interval at the root, read off along its slope. The root leans on the four x about it."""
-    from scipy.special import stdtrit
-
     at_root = stderr * np.sqrt(along + (1 - along) / min(num_x, 4))
-    return float(2 * stdtrit(degrees, 0.5 + level / 2) * at_root / abs(slope))
+    return float(2 * critical(degrees, 1, level, 1) * at_root / abs(slope))
 
 
 def _chance(stderr: float, degrees: float, num_x: int, along: float, level: float, family: int, step: float) -> float:
@@ -356,11 +359,11 @@ def _chance(stderr: float, degrees: float, num_x: int, along: float, level: floa
     return float(np.mean((mean > half).any(axis=1) & (mean < -half).any(axis=1)))
 
 
-def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: int = 1000) -> int | None:
+def equal_grid(verdict: Verdict, sd: float, x: Sequence[float]) -> int | None:
     """Seeds with which a fixed grid at `x` [K] would be expected to end in the same verdict, its root as sharp.
 
     The curve that was found is taken for the truth and `sd` for the noise of one seed's Δ. None for an undecided
-    verdict, for a grid that lies on one side of the root, and beyond `most_seeds`.
+    verdict, for a grid that lies on one side of the root, and beyond 1,000.
     """
     at, known = np.log(np.asarray(x, float)), np.log(verdict.curve["x"])
     delta = np.interp(at, known, verdict.curve["delta"])
@@ -368,10 +371,9 @@ def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: i
         return None
     slope, wanted = 0.0, np.inf
     if verdict.root is not None and verdict.interval is not None:
-        before, after = np.interp(
-            np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5]), known, verdict.curve["delta"]
-        )
-        slope, wanted = float(after - before), np.log2(verdict.interval[1] / verdict.interval[0])
+        octave = np.log(verdict.root) + np.log(2) * np.array([-0.5, 0.5])
+        slope = float(np.diff(np.interp(octave, known, verdict.curve["delta"]))[0])
+        wanted = np.log2(verdict.interval[1] / verdict.interval[0])
 
     def ends_alike(seeds: int) -> bool:
         degrees, stderr = complete_degrees(len(at), seeds), sd / seeds**0.5
@@ -380,5 +382,4 @@ def equal_grid(verdict: Verdict, sd: float, x: Sequence[float], *, most_seeds: i
             return False
         return not slope or width_at_root(stderr, degrees, len(at), 0.0, verdict.level, slope) <= wanted
 
-    counts = range(2, most_seeds + 1)
-    return next((seeds for seeds in counts if ends_alike(seeds)), None)
+    return next((seeds for seeds in range(2, MOST_SEEDS + 1) if ends_alike(seeds)), None)

@@ -25,6 +25,10 @@ LENGTHS, BENDS, CORRELATIONS = (0.1, 0.2, 0.4, 0.8), (0.1, 0.3, 1.0), (0.0, 0.3,
 """Hyperparameters of the smooth curve: the bend's length in units of the measured log range, its size, and how much of
 a seed's noise its x have in common.
 """
+SHORTEST = 0.6
+"""Least length of a bend, in units of the median step between neighbouring x: what bends within a step cannot be seen.
+At four x, intervals of humps' roots hold .98 with half a step, .89 with this and .76 with .7 (docs/calibration.md).
+"""
 NODES, SCALES = 16, 16
 """Nodes of the bend's basis; quantiles at which the noise's unknown scale is drawn."""
 
@@ -304,13 +308,7 @@ class DeltaCurves:
     """The law that drew them; empty for the law-free curve."""
 
 
-def delta_curves(
-    pairs: Pairs,
-    *,
-    grid: np.ndarray | None = None,
-    num_draws: int = 1000,
-    seed: int = 0,
-) -> DeltaCurves:
+def delta_curves(pairs: Pairs, *, grid: np.ndarray | None = None, num_draws: int = 1000, seed: int = 0) -> DeltaCurves:
     """Posterior draws of the smooth curve of Δ along log x; several strata or draws are pooled first.
 
     A Gaussian process with constant, slope and bend. Its hyperparameters, the scale of the noise and the noise that the
@@ -354,16 +352,17 @@ def _bases(table: SeedTable, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     t, t_grid = (np.log(table.x) - low) / (high - low), (np.log(grid) - low) / (high - low)
     nodes = np.linspace(min(0.0, t_grid[0]), max(1.0, t_grid[-1]), NODES)
     size = np.sqrt(max(np.mean(table.mean**2), np.median(table.mean_variance))) or 1.0
+    lengths = np.maximum(LENGTHS, SHORTEST * np.median(np.diff(t)))
 
     def columns(at: np.ndarray) -> np.ndarray:
         found = []
-        for length, root in zip(LENGTHS, roots, strict=True):
+        for length, root in zip(lengths, roots, strict=True):
             smooth = np.exp(-0.5 * ((at[:, None] - nodes) / length) ** 2) @ root
             line = [np.full(len(at), 2.0), 2.0 * (at - 0.5)]
             found += [size * np.column_stack([*line, bend * smooth]) for bend in BENDS]
         return np.array(found)
 
-    kernels = [np.exp(-0.5 * ((nodes[:, None] - nodes) / length) ** 2) + 1e-6 * np.eye(NODES) for length in LENGTHS]
+    kernels = [np.exp(-0.5 * ((nodes[:, None] - nodes) / length) ** 2) + 1e-6 * np.eye(NODES) for length in lengths]
     roots = [np.linalg.inv(np.linalg.cholesky(kernel)).T for kernel in kernels]
     return columns(t), columns(t_grid)
 

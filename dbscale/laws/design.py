@@ -219,8 +219,8 @@ class Belief:
     """[K] variance of a mean that more pairs do not lessen: that of the test images."""
     error: np.ndarray
     """[steps, m, K] standard normal: the noise of what is imagined; alike for all steps that are compared."""
-    min_effect: float = 0.005
-    level: float = 0.95
+    min_effect: float
+    level: float
 
     def __post_init__(self) -> None:
         self.log_weight = np.zeros((len(self.true), len(self.drawn)), np.float32)
@@ -329,9 +329,9 @@ def _believe(table: SeedTable, x: np.ndarray, pairs: Pairs, min_effect: float, l
     )  # fmt: skip
 
 
-def doubt_left(target: Target, at: Sequence[float], *, seed: int = 0) -> float | None:
+def doubt_left(target: Target, at: Sequence[float]) -> float | None:
     """Octaves of wrong advice over the whole range of `at`, measured or not; None while no curve can be drawn."""
-    belief = make_belief(target, np.asarray(at, float), 0.9, seed=seed)
+    belief = make_belief(target, np.asarray(at, float), 0.9)
     return None if belief is None else belief.now[0]
 
 

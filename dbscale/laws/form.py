@@ -133,13 +133,8 @@ class Form:
         """y [S, n] and ∂y/∂coordinates [S, p, n]: by hand where the form has it, else by central differences."""
         with np.errstate(all="ignore"):
             if self.gradient is None:
-                ends = [
-                    self.evaluate(x, theta + side * STEP * row) for row in np.eye(len(self.params)) for side in (1, -1)
-                ]
-                y, rows = (
-                    self.evaluate(x, theta),
-                    [(a - b) / (2 * STEP) for a, b in zip(ends[::2], ends[1::2], strict=True)],
-                )
+                steps, y = STEP * np.eye(len(self.params)), self.evaluate(x, theta)
+                rows = [(self.evaluate(x, theta + s) - self.evaluate(x, theta - s)) / (2 * STEP) for s in steps]
             else:
                 p = self.natural(theta)
                 y, slopes = self.gradient(x, p)

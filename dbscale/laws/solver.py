@@ -34,11 +34,8 @@ class Loss:
     delta: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("kind", self.kind, ("huber", "least_squares")),
-            ("space", self.space, ("log", "linear")),
-        ):
-            if value not in known:
+        for name, known in (("kind", ("huber", "least_squares")), ("space", ("log", "linear"))):
+            if (value := getattr(self, name)) not in known:
                 raise LawError(f"loss {name} {value!r}: {nearest(value, known)}")
         if not self.delta > 0:
             raise LawError(f"Huber's delta must be above 0, got {self.delta}")
@@ -128,27 +125,21 @@ def total_loss(loss: Loss, residual: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 class State(NamedTuple):
-    """The problems still running, one row each."""
+    """The problems still running, one row each: theta [S, p], jacobian [S, p, n], objective [S], the others [S, n]."""
 
     theta: np.ndarray
-    """[S, p]"""
     residual: np.ndarray
-    """[S, n]"""
     jacobian: np.ndarray
-    """[S, p, n]"""
     objective: np.ndarray
-    """[S]"""
     weights: np.ndarray
-    """[S, n]"""
     shift: np.ndarray
-    """[S, n] what each problem's target adds to the shared one."""
+    """What each problem's target adds to the shared one."""
 
     @classmethod
     def at(cls, problem: Problem, theta: np.ndarray, weights: np.ndarray, shift: np.ndarray) -> State:
         residual, jacobian = problem.residual_jacobian(theta)
-        return cls(
-            theta, residual - shift, jacobian, total_loss(problem.loss, residual - shift, weights), weights, shift
-        )
+        residual = residual - shift
+        return cls(theta, residual, jacobian, total_loss(problem.loss, residual, weights), weights, shift)
 
     def take(self, rows: np.ndarray) -> State:
         return State(*(column[rows] for column in self))
@@ -272,17 +263,15 @@ def _least_squares(
         return whole[None]
 
     def residual(part: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(
-            problem.residual(full(part))[0], nan=1e6, posinf=1e6
-        )  # outside the domain: never a minimum
+        found = problem.residual(full(part))[0]
+        return np.nan_to_num(found, nan=1e6, posinf=1e6)  # outside the domain: never a minimum
 
     def weighted(z: np.ndarray) -> np.ndarray:
         """Weight times ρ and its two derivatives, in scipy's z = (r / f_scale)²."""
         outside = z > (1.0 if problem.loss.kind == "huber" else np.inf)
         size = np.sqrt(np.where(outside, z, 1.0))
-        return weights * np.stack(
-            [np.where(outside, 2 * size - 1, z), 1 / size, np.where(outside, -0.5 / size**3, 0.0)]
-        )
+        rho, bend = np.where(outside, 2 * size - 1, z), np.where(outside, -0.5 / size**3, 0.0)
+        return weights * np.stack([rho, 1 / size, bend])
 
     jacobian: Any = lambda part: problem.residual_jacobian(full(part))[1][0][free].T  # noqa: E731
     box: Any = (problem.lower[free], problem.upper[free])

@@ -63,9 +63,8 @@ def _refuse(name: str, column: np.ndarray, wrong: np.ndarray, what: str, fix: st
         rows = np.flatnonzero(bad)
         if rows.size:
             shown = ", ".join(map(str, rows[:5])) + (" …" if rows.size > 5 else "")
-            raise LawError(
-                f"{name}: {rows.size} value(s) {why} (row index {shown}: {float(column[rows[0]])!r}); {mend}"
-            )
+            value = float(column[rows[0]])
+            raise LawError(f"{name}: {rows.size} value(s) {why} (row index {shown}: {value!r}); {mend}")
 
 
 def _lift_zeros(y: np.ndarray, notes: list[str]) -> np.ndarray:

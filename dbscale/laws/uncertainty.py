@@ -50,7 +50,7 @@ class Resampling:
     def checked(self, num_rows: int) -> Resampling:
         """With columns as arrays of one length. Raises LawError for other lengths and values."""
         columns = {
-            n: None if c is None else np.asarray(c) for n, c in (("clusters", self.clusters), ("within", self.within))
+            n: c if c is None else np.asarray(c) for n, c in (("clusters", self.clusters), ("within", self.within))
         }
         columns["stderr"] = None if self.stderr is None else as_numbers("stderr", self.stderr) * np.ones(num_rows)
         for name, column in columns.items():
@@ -176,10 +176,8 @@ def intervals_of(fit: LawFit, ends: np.ndarray, level: float, pressed: np.ndarra
     # Of an amplitude that vanished, what a first guess would take at least.
     grown = fit.to_plain(np.maximum(fit.theta, np.where(is_log, smallest_starts(fit), -np.inf)))
     with np.errstate(over="ignore"):
-        low_edge, high_edge = (
-            np.where(is_log, np.exp(grown), own * fit.lower),
-            np.where(is_log, np.inf, own * fit.upper),
-        )
+        low_edge = np.where(is_log, np.exp(grown), own * fit.lower)
+        high_edge = np.where(is_log, np.inf, own * fit.upper)
         ends = np.where(is_log, np.exp(ends), np.clip(ends, low_edge, high_edge))
     for k, name in enumerate(fit.form.param_names):
         if name in fit.fixed:
@@ -329,11 +327,8 @@ def premise(plain: Bootstrap, distilled: Bootstrap, level: float = 0.9) -> Premi
             ends = -ends[:, [0, 2, 1]]
         (high_arm, low, high), (low_arm, other_low, other_high) = ends.tolist()
         middle = high_arm - low_arm
-        return (
-            middle,
-            middle - np.hypot(high_arm - low, other_high - low_arm),
-            middle + np.hypot(high - high_arm, low_arm - other_low),
-        )
+        below, above = np.hypot(high_arm - low, other_high - low_arm), np.hypot(high - high_arm, low_arm - other_low)
+        return middle, middle - below, middle + above
 
     floor, exponent, factor = map(difference, names)
     holds = floor[1] > 0 and (exponent[1] > 0 or factor[1] > 0)

@@ -32,7 +32,7 @@ HIDDEN = alt.param(name="hidden", value=[])
 ARMS = ("plain", "distilled", "plain_matched", "self_distilled", "teacher", "scratch")
 """In the order of the theme's colours."""
 PAPER_WIDTH = 210
-"""Of a panel on paper, in pixels; a single panel is twice as wide."""
+"""Width of a panel on paper, in pixels; a single panel is twice as wide."""
 ASIDE = 1.06
 """Single seeds stand a little to the right of their mean."""
 
@@ -61,10 +61,10 @@ def themes() -> dict[str, dict[str, Any]]:
     return {name: json.loads(config.substitute(colors)) for name, colors in table["palettes"].items()}
 
 
-def log_x(title: str, values: Iterable[float], margin: float = 1.25) -> alt.X:
+def log_x(title: str, values: Iterable[float]) -> alt.X:
     """A log axis with a tick at every measured value."""
     ticks = sorted(set(values))
-    domain = [ticks[0] / margin, ticks[-1] * margin]
+    domain = [ticks[0] / 1.25, ticks[-1] * 1.25]
     axis = alt.Axis(values=ticks, format=".3~s", labelOverlap="parity")
     return alt.X("x:Q", title=title, axis=axis, scale=alt.Scale(type="log", domain=domain, nice=False))
 
@@ -155,12 +155,8 @@ def _delta_rows(panel: str, verdict: Verdict, scale: float, signs: Sequence[str]
         low, high = verdict.interval
         yield {"panel": panel, "part": "root", "x": verdict.root, "low": low, "high": high}
     for x, *ends in zip(*verdict.curve.values(), strict=True):
-        yield {
-            "panel": panel,
-            "part": "curve",
-            "x": x,
-            **_scaled(dict(zip(("y", "low", "high"), ends, strict=True)), scale),
-        }
+        values: dict[str, float] = dict(zip(("y", "low", "high"), ends, strict=True))
+        yield {"panel": panel, "part": "curve", "x": x, **_scaled(values, scale)}
     for point in verdict.points:
         ends = {name: getattr(point, name) for name in ("low", "high", "low_all", "high_all")} | {"y": point.delta}
         sign = signs[1 if point.low_all > 0 else 0 if point.high_all < 0 else 2]
@@ -341,7 +337,10 @@ def study_figures(
     found.append(noise_figure("noise", contrasts))
     if table is not None and laws is not None:
         found += [delta_figure(name, group, height=190) for name, group in grouped(contrasts).items()]
-        found += [*_upstream_figures(table), *_setting_figures(table, laws)]
+        for setting in {(s.variant, s.upstream_dataset): s for s in table.settings}.values():
+            name = f"upstream-{slug(setting.variant, setting.upstream_dataset)}"
+            found.append(upstream_figure(name, table, setting))
+        found += _setting_figures(table, laws)
     return {figure.name: figure for figure in found if figure is not None}
 
 
@@ -351,11 +350,6 @@ def grouped(contrasts: Sequence[ContrastRecord]) -> dict[str, list[ContrastRecor
     for record in contrasts:
         groups.setdefault(f"delta-{slug(record.metric, where(record, contrasts))}", []).append(record)
     return groups
-
-
-def _upstream_figures(table: RunTable) -> Iterator[Figure | None]:
-    for setting in {(s.variant, s.upstream_dataset): s for s in table.settings}.values():
-        yield upstream_figure(f"upstream-{slug(setting.variant, setting.upstream_dataset)}", table, setting)
 
 
 def _setting_figures(table: RunTable, laws: LawsFile) -> Iterator[Figure | None]:

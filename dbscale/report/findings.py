@@ -30,10 +30,10 @@ from dbscale.report.words import answers, count, listed, note, notes_of, where
 from dbscale.study.cell import canonical_json
 from dbscale.study.store import Store
 
-METHOD_VERSION = 10
+METHOD_VERSION = 11
 """Bumped when equal rows would give other findings, so that stored ones are made anew."""
 QUESTION = "Does distilling from a smaller teacher pay, and up to how many upstream images?"
-"""Of a table that comes without a grid."""
+"""What is asked of a table that comes without a grid."""
 ALONG = "upstream_samples"
 FEWEST_FOR_HALVES = 4
 MOST_DEGREES = 1e9
@@ -154,14 +154,8 @@ class Question:
 
     def record(self, arms: ArmLaws, options: Options, family: int) -> ContrastRecord:
         """Judged, with the laws' ΔE where both arms have laws; `family` counts the verdicts that share one."""
-        names = {
-            **self.setting._asdict(),
-            "student": self.student,
-            "downstream_samples": self.labels,
-            "main": self.main,
-            "a": self.arms[0],
-            "b": self.arms[1],
-        }
+        names = {**self.setting._asdict(), "student": self.student, "downstream_samples": self.labels,
+                 "main": self.main, "a": self.arms[0], "b": self.arms[1]}  # fmt: skip
         if self.metric.startswith("upstream_"):
             names["dataset"] = self.setting.upstream_dataset
         if self.pairs is None:
@@ -254,7 +248,10 @@ def contrast(
     if halves and len(seeds) >= FEWEST_FOR_HALVES:
         with suppress(LawError):  # a half may lack what a verdict needs: then there is no repetition
             parts = tuple(
-                HalfRecord(seeds=tuple(map(str, half)), verdict=verdict_of(_of_seeds(pairs, half), curve=False))
+                HalfRecord(
+                    seeds=tuple(map(str, half)),
+                    verdict=verdict_of(pairs.rows(np.flatnonzero(np.isin(pairs.seed, np.array(half)))), curve=False),
+                )
                 for half in (seeds[::2], seeds[1::2])
             )
     noise = fit_noise(pairs)
@@ -268,10 +265,6 @@ def _record(names: Mapping[str, Any], metric: str, **found: Any) -> ContrastReco
     return ContrastRecord(**({"a": "plain", "b": "distilled", "along": ALONG, "metric": metric} | dict(names)), **found)
 
 
-def _of_seeds(pairs: Pairs, seeds: Sequence[Any]) -> Pairs:
-    return pairs.rows(np.flatnonzero(np.isin(pairs.seed, np.array(seeds))))
-
-
 def _held(halves: Sequence[HalfRecord]) -> float | None:
     """Share of one half's intervals, widened for the other half's own noise, that hold the other's mean."""
     means = [{point.x: point for point in half.verdict.points} for half in halves]
@@ -283,22 +276,15 @@ def _held(halves: Sequence[HalfRecord]) -> float | None:
 
 
 def _without_infinity(noise: NoiseModel) -> NoiseModel:
-    """JSON knows no infinite degrees of freedom."""
+    """The noise with its infinite degrees of freedom capped, for JSON knows none."""
     capped = tuple(replace(each, degrees=min(each.degrees, MOST_DEGREES)) for each in noise.components)
     return replace(noise, components=capped, degrees=min(noise.degrees, MOST_DEGREES))
 
 
 def _power(pairs: Pairs, noise: NoiseModel, verdict: Verdict) -> Power | None:
     """What more runs of the same design would buy; None for designs that have none."""
-    sizes = {
-        count: len(set(getattr(pairs, name).tolist()))
-        for name, count in (
-            ("x", "num_x"),
-            ("student", "num_students"),
-            ("labels", "num_labels"),
-            ("draw", "finetunes"),
-        )
-    }
+    axes = {"num_x": pairs.x, "num_students": pairs.student, "num_labels": pairs.labels, "finetunes": pairs.draw}
+    sizes = {name: len(set(values.tolist())) for name, values in axes.items()}
     octaves, slope = np.log2(pairs.x.max() / pairs.x.min()), None
     if verdict.root is not None:  # the change of Δ per octave there
         near = np.log2(verdict.root) + np.array([-0.5, 0.5])

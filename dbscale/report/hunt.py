@@ -18,7 +18,8 @@ from dbscale.laws.boundary import equal_grid
 from dbscale.report.pairing import pair_arms
 from dbscale.report.schema import ContrastRecord
 from dbscale.report.table import Run, RunTable
-from dbscale.report.words import count, duration, listed
+from dbscale.report.words import count, listed
+from dbscale.study.cost import duration
 from dbscale.study.grid import Hunt
 from dbscale.study.hunt import STOPS, WHY, HuntLog, Target, read_log
 from dbscale.study.store import Store
@@ -26,13 +27,9 @@ from dbscale.study.store import Store
 ARMS = ({"arm": "plain"}, {"arm": "distilled"})
 
 
-def on_page(hunt: Hunt) -> bool:
-    """Whether a report judges what this hunt judges: errors of plain against distilled along D_p."""
-    return _has_report_arms(hunt) and hunt.metric == "error_rate"
-
-
-def _has_report_arms(hunt: Hunt) -> bool:
-    return (hunt.a, hunt.b) == ARMS and hunt.along == "upstream_samples"
+def on_page(hunt: Hunt, metric: str = "error_rate") -> bool:
+    """Whether a report judges what this hunt judges, plain against distilled along D_p, by the `metric`."""
+    return (hunt.a, hunt.b, hunt.along, hunt.metric) == (*ARMS, "upstream_samples", metric)
 
 
 def target_pairs(
@@ -47,7 +44,7 @@ def target_pairs(
     runs = table.pretrained.where(dataset=target.dataset)
     if not len(runs):
         return None
-    if _has_report_arms(hunt):
+    if on_page(hunt, hunt.metric):
         pairs, _ = pair_arms(runs, runs.settings[0], metric=hunt.metric, wrong=wrong)
     else:
         pairs = _pair_sides(runs, hunt, sizes or {})
@@ -91,9 +88,9 @@ class HuntStory:
 
     sentences: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]
-    """Of the figure: panel, series, hours, octaves."""
+    """Points of the figure: panel, series, hours, octaves."""
     waves: tuple[dict[str, str], ...]
-    """Of the table: wave, time, findings, bought."""
+    """Lines of the table: wave, time, findings, bought."""
 
 
 def hunt_story(store: Store, grid: str, contrasts: Sequence[ContrastRecord]) -> HuntStory | None:
@@ -125,13 +122,8 @@ def _waves(log: HuntLog) -> Iterator[dict[str, str]]:
             for found in wave.findings
         )
         bought = "; ".join(f"{each.num_pairs} at {count(each.x)}: {WHY[each.reason]}" for each in wave.bought)
-        stopped = f"over: {_stop(wave.stopped)}" if wave.stopped else ""
-        yield {
-            "wave": str(wave.number),
-            "time": duration(wave.spent_s),
-            "findings": findings,
-            "bought": bought or stopped,
-        }
+        told = bought or (f"over: {_stop(wave.stopped)}" if wave.stopped else "")
+        yield {"wave": str(wave.number), "time": duration(wave.spent_s), "findings": findings, "bought": told}
 
 
 def _stop(stopped: str) -> str:

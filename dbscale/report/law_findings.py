@@ -61,7 +61,7 @@ class Options:
     """How to judge and fit."""
 
     level: float = 0.9
-    """Of every interval."""
+    """Level of every interval."""
     min_effect: float = 0.005
     """δ of error rates; other metrics take the same share of their mean."""
     num_draws: int = 1000
@@ -281,7 +281,7 @@ def _notes(own: ArmLaw, table: RunTable) -> Iterator[Note]:
 
 
 def _rms_log(predicted: np.ndarray, measured: np.ndarray) -> float | None:
-    """None where a prediction is missing."""
+    """Root mean square of log(predicted / measured); None where a prediction is missing."""
     ratio = np.log(np.maximum(predicted, SMALLEST)) - np.log(np.maximum(measured, SMALLEST))
     return float(np.sqrt(np.mean(ratio**2))) if len(ratio) and np.isfinite(ratio).all() else None
 

@@ -28,10 +28,11 @@ from dbscale.report.hunt import HuntStory, hunt_story
 from dbscale.report.reduce import load_plan
 from dbscale.report.schema import ContrastRecord, Note
 from dbscale.report.table import MissingPoint, Run, RunTable
-from dbscale.report.words import duration, say
+from dbscale.report.words import say
 from dbscale.study.cell import CellSpec
+from dbscale.study.cost import duration
 from dbscale.study.plan import PlanRecord
-from dbscale.study.store import Row, Store
+from dbscale.study.store import Store
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_NOTES = 5
@@ -105,7 +106,10 @@ def _sums(cells: Sequence[Cell]) -> dict[str, Any]:
 def of_grid(store: Store, plan: PlanRecord, table: RunTable) -> Background:
     """All that the store holds of a planned grid."""
     rows = {key: store.read_row(key) for key in plan.cells}
-    cells = [_of_row(row) if row else {"key": key, "state": store.state(key)} for key, row in rows.items()]
+    cells = [
+        {"state": "done"} | row.model_dump(exclude={"timing"}) | row.timing.model_dump() if row else
+        {"key": key, "state": store.state(key)} for key, row in rows.items()
+    ]  # fmt: skip
     specs, notes = _specs(store, plan)
     return Background(
         f"Planned {day(plan.created)}", tuple(sorted(cells, key=lambda cell: cell["state"] == "done")),
@@ -124,10 +128,6 @@ def _specs(store: Store, plan: PlanRecord) -> tuple[list[CellSpec], list[Note]]:
         except FileError as error:
             notes.append(Note(code="table", text=str(error)))
     return specs, notes
-
-
-def _of_row(row: Row) -> Cell:
-    return {"state": "done"} | row.model_dump(exclude={"timing"}) | row.timing.model_dump()
 
 
 def of_table(path: Path, table: RunTable) -> Background:
@@ -233,7 +233,8 @@ def _write(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {name: value for name, value in vars(words).items() if callable(value)}
-    environment.filters |= {"slug": slug, "epochs": lambda run: run.upstream_samples_seen / run.upstream_samples}
+    environment.filters |= {"slug": slug, "duration": duration,
+                            "epochs": lambda run: run.upstream_samples_seen / run.upstream_samples}  # fmt: skip
     environment.globals["span"] = words.span
     parts = {name: Markup((TEMPLATES / f"report.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
     html = environment.get_template("report.html.j2").render(

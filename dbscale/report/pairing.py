@@ -212,7 +212,7 @@ class _Pairing:
     arms: tuple[str, str]
 
     def pairs(self, file: str, wrong: Mistakes | None) -> tuple[Pairs | None, tuple[str, ...]]:
-        """Also what has no partner; `file` names the run whose test results `wrong` holds."""
+        """The pairs, and what has no partner; `file` names the run whose test results `wrong` holds."""
         runs, notes = self._first_runs(self.table.pretrained.where(**self.fixed), self.columns)
         sides = [set(side) for side in runs]
         shared = sorted(sides[0] & sides[1])

@@ -46,7 +46,7 @@ def read_sheet(path: Path) -> Sheet:
 
 
 def parse_sheet(raw: bytes, name: str) -> Sheet:
-    """The same from the file's bytes; `name` is what messages call it."""
+    """The table in a file's bytes; `name` is what messages call it."""
     raw = _unpacked(raw, name)
     for start, what in BINARY.items():
         if raw.startswith(start):
@@ -155,7 +155,7 @@ def _printable(text: str) -> str:
 
 
 def _from_records(records: Sequence[tuple[int, Any]], name: str, unit: str) -> Sheet:
-    """A key that a record lacks is missing there."""
+    """The columns of records; where a record lacks a key, its cell is missing."""
     for line, record in records:
         if not isinstance(record, dict):
             raise TableError(f'{name}, {unit} {line}: {shown(record)} is not a record; write {{"column": value, …}}')

@@ -149,7 +149,7 @@ def _bits(packed: np.ndarray, count: int) -> np.ndarray:
 
 
 Mistakes = tuple[dict[str, np.ndarray], tuple[str, ...]]
-"""Of `load_mistakes`."""
+"""What `load_mistakes` returns."""
 
 
 def load_mistakes(store: Store, keys: Iterable[str]) -> Mistakes:

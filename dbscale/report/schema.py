@@ -81,7 +81,7 @@ class ContrastRecord(OfSetting):
     power: Power | None = None
     """What more runs of the same design would buy."""
     halves: tuple[HalfRecord, ...] = ()
-    """Of disjoint halves of the seeds; empty with fewer than four."""
+    """The same on disjoint halves of the seeds; empty with fewer than four."""
     held: float | None = None
     """Share of one half's intervals, widened for the other's own noise, that hold the other's means."""
 
@@ -154,9 +154,9 @@ class LawRecord(OfArm):
     candidates: tuple[CandidateRecord, ...] = ()
     """Best first."""
     residual: float | None = None
-    """Of the average, over the fitted runs."""
+    """Residual of the average, over the fitted runs."""
     held_out: float | None = None
-    """Of the average of laws that did not see the largest D_p, over it."""
+    """Residual at the largest D_p, of the average of laws that did not see it."""
     coverage: float | None = None
     """Share of held-out rows inside the average's 90 % interval."""
     noise: float | None = None
@@ -211,7 +211,7 @@ class PremiseRecord(OfSetting):
     floor: Estimate
     """E∞; the theorem needs it above 0, and one of the others too."""
     exponent: Estimate
-    """Of D_p."""
+    """Difference of the exponents of D_p."""
     log_factor: Estimate
     """Logarithm of the ratio of the arms' factors."""
 
@@ -247,7 +247,7 @@ class LawsFile(Strict):
     grid: str
     source: str
     level: float
-    """Of every interval."""
+    """Level of every interval."""
     num_draws: int
     seed: int
     laws: tuple[LawRecord, ...]

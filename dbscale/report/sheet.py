@@ -176,7 +176,7 @@ class Sheet:
         return values
 
     def measured(self, column: str) -> list[int | float]:
-        """The same for a column in which nothing may be missing."""
+        """A column as finite numbers, of which none may be missing."""
         values = self.numbers(column)
         if None in values:
             raise TableError(f"{self.place(values.index(None))}: {column} is empty; fill it in or remove the row")
@@ -230,7 +230,7 @@ class Sheet:
         return rows
 
     def take(self, rows: Sequence[int]) -> Sheet:
-        """These rows only."""
+        """A sheet of these rows alone."""
         columns = {name: [cells[row] for row in rows] for name, cells in self.columns.items()}
         return replace(self, columns=columns, lines=[self.lines[row] for row in rows])
 

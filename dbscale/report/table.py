@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     dataset: str
 
     def label(self, table: RunTable) -> str:
-        """Names only what differs within `table`."""
+        """The setting's name, made of what differs within `table`."""
         return self.among(table.settings)
 
     def among(self, others: Iterable[Setting]) -> str:
@@ -139,7 +139,7 @@ class MissingPoint:
     culprit: str
     """Key of the first cell on the way without a row: the teacher, the upstream run or the finetune itself."""
     state: str
-    """Of the culprit."""
+    """How the culprit stands: failed, running, new, …"""
     reason: str
     log: str
 
@@ -156,7 +156,7 @@ class RunTable:
     min_effect: float = 0.005
     """δ: the difference of error rates that matters to who asked."""
     level: float = 0.9
-    """Of every interval that is made of it."""
+    """Level of every interval that is made of it."""
     targets: tuple[str, ...] = ()
     """Verdicts of a hunt, for whose number `level` allows: dataset, and student and D_f where they are not pooled."""
 
@@ -199,7 +199,7 @@ class RunTable:
 
     @cached_property
     def settings(self) -> tuple[Setting, ...]:
-        """In grid order."""
+        """What the runs' laws describe, in grid order."""
         return tuple(dict.fromkeys(run.setting for run in self.pretrained))
 
     @cached_property
@@ -210,7 +210,7 @@ class RunTable:
 
     @cached_property
     def students(self) -> tuple[str, ...]:
-        """Smallest model first."""
+        """Names of the students, the smallest model first."""
         size = {run.student: run.num_params for run in self.runs}
         return tuple(sorted(size, key=lambda name: (size[name], name)))
 

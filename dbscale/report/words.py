@@ -27,7 +27,7 @@ SYMBOLS = (
 NAMELESS = 1e11
 """Counts from here on have no name that people use."""
 MOST_SEEDS_NAMED = 8
-"""Of longer lists only the ends are said."""
+"""Longer lists are named by their ends alone."""
 
 
 # Numbers and names as people say them.
@@ -64,7 +64,7 @@ def chance(share: float) -> str:
 
 
 def listed(items: Iterable[str]) -> str:
-    """a, b and c."""
+    """The items joined as people list them: a, b and c."""
     *most, last = list(items) or [""]
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -104,16 +104,6 @@ def param_text(param: ParamRecord) -> str:
     return f"{param.value:.3g} [{', '.join(ends)}]" + (" (at its bound)" if param.status == "at_bound" else "")
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
-    if seconds is None:
-        return "–"
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
 def cap(text: str) -> str:
     """The same as the beginning of a sentence."""
     return text[:1].upper() + text[1:]
@@ -145,7 +135,7 @@ def metric_of(metric: str) -> str:
 
 
 def stratum(record: ContrastRecord) -> str:
-    """Of which student and D_f a contrast is."""
+    """Which student and D_f a contrast is about."""
     if record.pooled:
         return "pooled" if record.column == "arm" else "all pairs"
     labels = [] if record.downstream_samples is None else [f"{record.downstream_samples:,} labels"]

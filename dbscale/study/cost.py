@@ -39,7 +39,7 @@ class Device:
     cell_overhead_s: float
     """Building the model, reading parents, evaluating and writing results."""
     memory_bytes: float | None = None
-    """Of its largest kind; None: the host's."""
+    """Memory of the largest kind on sale; None: the host's."""
 
     @property
     def flops_per_s(self) -> float:
@@ -139,15 +139,15 @@ class CostModel:
         return replace(self, scale=self.scale * overall, stage_scale=scales)
 
 
-def duration(seconds: float) -> str:
-    """45 s, 12 min, 3.5 h, 2.1 days."""
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them: 4.5 s, 45 s, 12 min, 3.5 h, 2.1 days; a dash for what nobody measured."""
+    if seconds is None:
+        return "–"
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def fit_step_times(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -5,6 +5,7 @@ Pure apart from `load_grid`.  Knows nothing of states, schedulers or files of re
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,39 +168,39 @@ class Grid(Strict):
     """How `dbscale hunt` looks for the boundary; it changes no cell."""
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> Grid:
+    def _is_sound(self) -> Grid:
+        checks = (self._unknown_names, self._unknown_costs, self._odd_patches, self._unfit_tasks)
+        for problem in itertools.chain.from_iterable(check() for check in checks):
+            raise ValueError(problem)
+        return self
+
+    def _unknown_names(self) -> Iterator[str]:
         for role, names, known in self._references():
-            for name in names:
-                if name not in known:
-                    raise ValueError(f"unknown {role} {name!r}; {nearest(name, list(known))}")
+            yield from (f"unknown {role} {name!r}; {nearest(name, list(known))}" for name in names if name not in known)
         for axis in ("students", "seeds", "arms"):
             values = getattr(self, axis)
             if len(set(values)) < len(values):
-                raise ValueError(f"{axis} repeats a value: {list(values)}")
+                yield f"{axis} repeats a value: {list(values)}"
         guided = [arm for arm in self.arms if arm != "plain"]
         if guided and (self.distill is None or not self.teachers):
-            raise ValueError(
-                f"the {guided[0]} arm needs `distill:` settings and `teachers:`, or leave it out of `arms:`"
-            )
-        return self
+            yield f"the {guided[0]} arm needs `distill:` settings and `teachers:`, or leave it out of `arms:`"
 
-    @model_validator(mode="after")
-    def _costs_to_match_are_known(self) -> Grid:
+    def _unknown_costs(self) -> Iterator[str]:
         pairs = list(self.teachers.items()) if "plain_matched" in self.arms else []
         foreign = [student for student, teacher in pairs if not isinstance(teacher, str)]
         if foreign:
-            raise ValueError(f"the plain_matched arm spends what the teacher's training cost, and nobody knows it for the "
-                             f"teacher of {foreign[0]!r}, which comes from elsewhere; leave the arm out")  # fmt: skip
+            yield (
+                "the plain_matched arm spends what the teacher's training cost, and nobody knows it for the teacher of "
+                f"{foreign[0]!r}, which comes from elsewhere; leave the arm out"
+            )
         for model in (self.models[str(name)] for pair in pairs for name in pair):
             if isinstance(model, TimmModel) and not has_known_flops(model):
-                raise ValueError(
+                yield (
                     f"the plain_matched arm needs the operations of every student and teacher, and those of {model.name!r} "
                     f"are not known; {nearest(model.name, list(FORWARD_GFLOPS_224))}, or leave it out of `arms:`"
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _patches_divide_images(self) -> Grid:
+    def _odd_patches(self) -> Iterator[str]:
         teachers = (self.teachers.get(student, student) for student in self.students)
         named = dict.fromkeys((*self.students, *(name for name in teachers if isinstance(name, str))))
         pairs = [(name, self.image_size) for name in named]
@@ -207,29 +208,25 @@ class Grid(Strict):
         for name, size in pairs:
             model = self.models[name]
             if isinstance(model, DeiT) and size % model.patch_size:
-                raise ValueError(
+                yield (
                     f"image_size {size} is not a multiple of patch_size {model.patch_size} of model {name!r}; "
                     "choose sizes that divide"
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _tasks_are_downstream(self) -> Grid:
-        extra = [name for name in ("task", "image_size", "finetune") if getattr(self.upstream, name) is not None]
-        if extra:
-            raise ValueError(f"upstream takes no {extra[0]}; it belongs to an entry of `downstream:`")
+    def _unfit_tasks(self) -> Iterator[str]:
+        extra = (name for name in ("task", "image_size", "finetune") if getattr(self.upstream, name) is not None)
+        yield from (f"upstream takes no {name}; it belongs to an entry of `downstream:`" for name in extra)
         ways: dict[str, DataAxis] = {}
         for axis in self.downstream:
             problem = unfit_training(axis.task, axis.finetune or self.finetune)
             if problem is not None:
-                raise ValueError(f"downstream dataset {axis.dataset!r}: {problem}")
+                yield f"downstream dataset {axis.dataset!r}: {problem}"
             other = ways.setdefault(axis.dataset, axis)
             if other.model_copy(update={"num_samples": axis.num_samples}) != axis:
-                raise ValueError(
+                yield (
                     f"downstream names {axis.dataset!r} twice with different settings, and its results could not be told "
                     "apart; use `variants:`, or pack it under a second name"
                 )
-        return self
 
     def _references(self) -> Iterator[tuple[str, Sequence[str], Mapping[str, Any]]]:
         yield "student", self.students, self.models
@@ -280,14 +277,11 @@ def variants_of(grid: Grid) -> list[tuple[str, Grid]]:
     if not grid.variants:
         return [("base", grid)]
     base = grid.model_copy(update={"variants": ()}).model_dump(mode="json")
-    return [(variant.name, _apply(base, variant, grid.name)) for variant in grid.variants]
-
-
-def _apply(base: dict[str, Any], variant: Variant, grid_name: str) -> Grid:
-    data = base
-    for path, value in variant.set.items():
-        data = set_path(data, path, value)
-    return validate(Grid, data, where=f"grid {grid_name}, variant {variant.name}")
+    found = []
+    for variant in grid.variants:
+        data = functools.reduce(lambda data, change: set_path(data, *change), variant.set.items(), base)
+        found.append((variant.name, validate(Grid, data, where=f"grid {grid.name}, variant {variant.name}")))
+    return found
 
 
 def check_sizes(grid: Grid, available: Mapping[str, int]) -> None:

@@ -126,9 +126,8 @@ def pairs_of(grid: Grid, fingerprints: Mapping[str, str], seeds: tuple[int, ...]
     groups: dict[tuple[Target, int, int], dict[tuple, dict[str, Point]]] = {}
     for point in expand(widest(grid).model_copy(update={"seeds": seeds, "finetunes": draws}), fingerprints):
         for side in _sides(grid, point):
-            x = _position(grid, point)
-            place = (_target(grid, point), x, point.seed)
-            groups.setdefault(place, {}).setdefault(_partner(grid, point), {})[side] = point
+            target, x, shared = _place(grid, point)
+            groups.setdefault((target, x, point.seed), {}).setdefault(shared, {})[side] = point
     pairs = []
     for (target, x, seed), group in groups.items():
         both = tuple(side[name] for side in group.values() if len(side) == 2 for name in ("a", "b"))
@@ -167,34 +166,18 @@ def _sides(grid: Grid, point: Point) -> Iterator[Literal["a", "b"]]:
             yield name
 
 
-def _position(grid: Grid, point: Point) -> int:
-    return {
-        "upstream_samples": lambda: point.upstream_num_samples,
-        "downstream_samples": lambda: point.cell.recipe.data.num_samples,
-        "num_params": lambda: _size_of(grid, point.student),
-    }[hunt_of(grid).along]()
-
-
-def _strata(grid: Grid, point: Point) -> tuple[str | None, int]:
-    """What pairs are pooled over: the student, and the D_f (along D_f: the D_p) of a point."""
-    hunt = hunt_of(grid)
-    across = hunt.along == "downstream_samples"
-    size = point.upstream_num_samples if across else point.cell.recipe.data.num_samples
-    named = hunt.along != "num_params" and "student" not in hunt.a
-    return (point.student if named else None), size
-
-
-def _target(grid: Grid, point: Point) -> Target:
-    dataset = point.cell.recipe.data.dataset
-    return Target(dataset) if hunt_of(grid).pooled else Target(dataset, *_strata(grid, point))
-
-
-def _partner(grid: Grid, point: Point) -> tuple:
-    """Equal for two points that make a pair: everything but what the sides differ in."""
-    hunt, across = hunt_of(grid), _strata(grid, point)
-    other = {"arm": point.arm, "variant": point.variant, "student": point.student}
-    fixed = tuple(value for name, value in other.items() if name not in hunt.a)
-    return (*fixed, *across, point.upstream_num_samples, point.cell.recipe.data.num_samples, point.finetune)
+def _place(grid: Grid, point: Point) -> tuple[Target, int, tuple]:
+    """The target that a point measures, its x, and what it shares with its partner: all but what the sides differ in."""
+    hunt, data = hunt_of(grid), point.cell.recipe.data
+    sizes = {"upstream_samples": point.upstream_num_samples, "downstream_samples": data.num_samples}
+    x = sizes[hunt.along] if hunt.along in sizes else _size_of(grid, point.student)
+    # What pairs are pooled over: the student, and the D_f (along D_f: the D_p).
+    student = point.student if hunt.along != "num_params" and "student" not in hunt.a else None
+    across = sizes["upstream_samples" if hunt.along == "downstream_samples" else "downstream_samples"]
+    target = Target(data.dataset) if hunt.pooled else Target(data.dataset, student, across)
+    names = {"arm": point.arm, "variant": point.variant, "student": point.student}
+    fixed = (value for name, value in names.items() if name not in hunt.a)
+    return target, x, (*fixed, student, *sizes.values(), point.finetune)
 
 
 # The log of a hunt: for people and the report; nothing is planned by it.
@@ -230,7 +213,7 @@ class Finding(Strict):
     root: float | None = None
     low: float | None = None
     high: float | None = None
-    """Of a crossing: where it is, and its interval."""
+    """Where a crossing is, and its interval."""
     doubt: float | None = None
     """Octaves of wrong advice over the range of the hunt."""
     num_pairs: int = 0
@@ -261,7 +244,7 @@ class WaveRecord(Strict):
     """Device-seconds of everything finished before."""
     failed_pairs: int = 0
     verdict_level: float
-    """Of each target's intervals: stricter than the hunt's, for it looks after every wave and may have several targets."""
+    """Level of each target's intervals: stricter than the hunt's, which looks after every wave and may have several."""
     findings: tuple[Finding, ...]
     bought: tuple[Bought, ...]
     """Empty for the entry that ends the hunt."""

@@ -98,8 +98,8 @@ class PlanRecord(Strict):
     min_effect: float = 0.005
     """Difference of error rates that matters, as the grid says."""
     level: float = 0.9
-    """Of the report's intervals; a hunt, which looks after every wave and may have several targets, judges at a stricter
-    one."""
+    """Level of the report's intervals; a hunt, which looks after every wave and may have several targets, judges at a
+    stricter one."""
     targets: tuple[Word, ...] = ()
     """Verdicts of a hunt, by the target's name: `level` allows for their number."""
 
@@ -146,7 +146,7 @@ def _bundles(lineages: list[list[Cell]], cost: CostModel, target_s: float, worke
 
 
 def record(plan: Plan, cost: CostModel, *, level: float = 0.9, targets: Sequence[str] = ()) -> PlanRecord:
-    """What the reducer and `status` later read."""
+    """The plan as `plan.json` keeps it, for the reducer and for `status`."""
     return PlanRecord(
         grid=plan.grid.name, question=plan.grid.question, created=time.time(),
         points=tuple(map(_record_point, plan.points)),

@@ -224,13 +224,13 @@ class Recipe(Strict):
     """Keys initialisation (of a finetune: its head), order and augmentation."""
     distill: Distill | None = None
     teacher: Pretrained | None = None
-    """Of a distill cell whose teacher no cell trained."""
+    """The teacher of a distill cell, where no cell trained it."""
     plugins: dict[str, str] | None = None
     """Hash of each plugin, by module."""
     metrics: tuple[str, ...] | None = None
     """Further means over the test split, of plugins."""
     start: Pretrained | None = None
-    """Of an upstream run that does not begin with random weights; the head does."""
+    """What an upstream run begins with instead of random weights; its head is random all the same."""
     draw: Positive | None = None
     """Which further finetune of one upstream run this is; None for the first. `draw_seed` then gives `seed` and
     `data.subset_seed`."""
@@ -238,34 +238,20 @@ class Recipe(Strict):
     """What a finetune's dataset asks; None: classes of images."""
 
     @model_validator(mode="after")
-    def _draws_are_finetunes(self) -> Recipe:
-        if self.draw is not None and self.stage != "finetune":
-            raise ValueError(f"a {self.stage} recipe has no draw; only finetunes are drawn several times")
-        return self
-
-    @model_validator(mode="after")
-    def _foreign_weights_fit_the_stage(self) -> Recipe:
-        if (self.teacher is not None and self.stage != "distill") or (
-            self.start is not None and self.stage == "finetune"
-        ):
-            raise ValueError(f"a {self.stage} recipe takes no {'teacher' if self.teacher else 'start'}")
-        return self
-
-    @model_validator(mode="after")
-    def _distill_iff_stage(self) -> Recipe:
-        if (self.distill is not None) != (self.stage == "distill"):
-            raise ValueError(
-                f"a {self.stage} recipe {'needs' if self.stage == 'distill' else 'takes no'} distill settings"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _dense_tasks_are_finetunes(self) -> Recipe:
-        if self.task is not None and self.stage != "finetune":
-            raise ValueError(f"a {self.stage} recipe has no task; upstream sets are classified, finetunes have tasks")
-        problem = unfit_training(self.task, self.training)
-        if problem is not None:
-            raise ValueError(problem)
+    def _fits_its_stage(self) -> Recipe:
+        distills, finetunes = self.stage == "distill", self.stage == "finetune"
+        checks = {
+            "has no draw; only finetunes are drawn several times": self.draw is None or finetunes,
+            "takes no teacher": self.teacher is None or distills,
+            "takes no start": self.start is None or not finetunes,
+            f"{'needs' if distills else 'takes no'} distill settings": (self.distill is not None) == distills,
+            "has no task; upstream sets are classified, finetunes have tasks": self.task is None or finetunes,
+        }
+        for problem, holds in checks.items():
+            if not holds:
+                raise ValueError(f"a {self.stage} recipe {problem}")
+        if (unfit := unfit_training(self.task, self.training)) is not None:
+            raise ValueError(unfit)
         return self
 
     @property

@@ -153,7 +153,7 @@ class Row(Strict):
     upstream: Upstream | None = None
     teacher: str | None = None
     weights_from: dict[str, WeightsOrigin] = {}
-    """Of a teacher, or of the start, that no cell trained."""
+    """Where a teacher or a start came from that no cell trained."""
     kd_backend: str | None = None
     resources: dict[str, str | int | float | bool | None] = {}
     """How it ran (precision plugin, ZeRO stage, world size …); informative, not part of its identity."""
@@ -204,7 +204,7 @@ class Progress(Strict):
 
 @dataclass(frozen=True)
 class Standing:
-    """How a cell stands."""
+    """State of a cell, and the files that tell it."""
 
     state: CellState
     row: Row | None = None

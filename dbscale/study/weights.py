@@ -52,7 +52,7 @@ class Weights(Strict):
         return self.model or TimmModel(kind="timm", name=name)
 
     def identified(self, sha256: str | None) -> Pretrained:
-        """As a recipe holds them."""
+        """These weights as a recipe names them."""
         return Pretrained(sha256=sha256, model=self.network, mean=self.mean, std=self.std)
 
 
@@ -61,9 +61,9 @@ class Origin(Strict):
 
     checkpoint: str
     sha256: str
-    """Of the file as it came."""
+    """Hash of the file as it came."""
     stored_sha256: str
-    """Of `<sha256>.safetensors` beside this record."""
+    """Hash of `<sha256>.safetensors` beside this record."""
     licence: str
 
 

@@ -74,14 +74,11 @@ def train(run: Run) -> bool:
     state, recipe = run.state, run.recipe
     # A frozen backbone keeps its batch statistics and drops no paths.
     run.model.train(recipe.training.scope == "full")
-    energy = energy_j(run.accelerator.device)
+    energy, interval_s = energy_j(run.accelerator.device), run.checkpoint_interval_s
     saved_at = mark = time.perf_counter()
-    interval_s = run.checkpoint_interval_s
     steps = range(state.step, recipe.num_steps)
     fed = feed(run.loader, steps, recipe, run.num_classes, run.device_transform, run.accelerator.device)
-    take_step = partial(_optimizer_step, run)
-    if run.captures:
-        take_step = CapturedStep(take_step, run.optimizer)
+    take_step = _recorded(run) if run.captures else partial(_optimizer_step, run)
     for step, batch in zip(steps, lockstep(fed, run.accelerator), strict=False):
         state.data_wait_s += time.perf_counter() - mark
         if len(batch.bad_ids):
@@ -114,6 +111,10 @@ def train(run: Run) -> bool:
             interval_s = max(run.checkpoint_interval_s, (saved_at - now) / run.checkpoint_stall_share)
     _add_energy(run, energy)
     return True
+
+
+def _recorded(run: Run) -> CapturedStep:
+    return CapturedStep(partial(_optimizer_step, run), run.optimizer)
 
 
 def _optimizer_step(run: Run, images: Tensor, target: Target) -> Losses:

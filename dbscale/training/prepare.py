@@ -58,9 +58,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
     model, optimizer = accelerator.prepare(student, optimizer)
     ema = EMA(student, recipe.training.ema_decay) if recipe.training.ema_decay is not None else None
     checkpointer = _make_checkpointer(spec, context, model, ema)
-    state = checkpointer.load_latest() or LoopState()
-    if accelerator.device.type == "cuda" and context.resources.zero_stage is None:
-        keep_rates_on(accelerator.device, optimizer)  # after loading, which brings rates of its own
+    state = _restore(checkpointer, optimizer, context)
     loader, device_transform = make_batches(recipe, dataset, context, state.step)
     if state.step:
         loader.refuse_foreign(state.stream)
@@ -88,6 +86,15 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         checkpoint_interval_s=context.resources.checkpoint_interval_s,
         checkpoint_stall_share=context.resources.checkpoint_stall_share,
     )
+
+
+def _restore(checkpointer: Checkpointer, optimizer: torch.optim.Optimizer, context: Context) -> LoopState:
+    """The state of the newest checkpoint, its tensors where they belong, or that of a run that begins."""
+    state, device = checkpointer.load_latest() or LoopState(), context.accelerator.device
+    if device.type == "cuda" and context.resources.zero_stage is None:
+        # After loading, which brings rates of its own; whether or not the step is recorded, so that both round alike.
+        keep_rates_on(device, optimizer)
+    return state
 
 
 def _make_objective(spec: CellSpec, teacher: nn.Module | None, student: nn.Module, context: Context) -> Objective:

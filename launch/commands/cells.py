@@ -11,23 +11,10 @@ from pathlib import Path
 
 from dbscale.errors import ConfigError
 from dbscale.files import holder, is_held, read_json
+from dbscale.launch import study as studies
 from dbscale.launch.cluster import CONFIGS, load_cluster
 from dbscale.launch.preflight import store_notes
-from dbscale.launch.study import (
-    CLUSTER_PREFIX,
-    AddCommand,
-    add_cluster,
-    add_data,
-    add_grid,
-    add_set,
-    add_store,
-    add_tracker,
-    find_cell,
-    grid_path,
-    record_cell,
-    store_of,
-    study_of,
-)
+from dbscale.launch.study import AddCommand
 from dbscale.launch.worker import run_bundle, stop_on_signals
 from dbscale.study.grid import load_grid
 from dbscale.study.resources import Resources, StopRequest
@@ -41,37 +28,37 @@ def add_commands(add: AddCommand) -> None:
         "run", run, "run one cell in this process, or in those of `accelerate launch -m dbscale.launch.cli run CELL`"
     )
     parser.add_argument("cell", help="the cell's key, or its 12-digit id (see `dbscale plan --cells`)")
-    add_cluster(parser, "inline")
+    studies.add_cluster(parser, "inline")
     parser.add_argument(
-        "--grid", type=grid_path, metavar="NAME|PATH", help="the grid of a cell that was never submitted"
+        "--grid", type=studies.grid_path, metavar="NAME|PATH", help="the grid of a cell that was never submitted"
     )
-    add_store(parser)
-    add_data(parser)
-    add_set(parser)
-    add_tracker(parser)
+    studies.add_store(parser)
+    studies.add_data(parser)
+    studies.add_set(parser)
+    studies.add_tracker(parser)
     parser = add("logs", logs, "show the log of a cell's last attempt")
     parser.add_argument("cell", help="the cell's key, or its 12-digit id")
     parser.add_argument("-f", "--follow", action="store_true", help="keep printing as the log grows, until interrupted")
-    add_store(parser)
+    studies.add_store(parser)
     parser = add("cancel", cancel, "stop a grid's jobs, and only those; they save their progress")
-    add_cluster(parser, "local")
-    add_grid(parser)
-    add_store(parser)
-    add_data(parser)
+    studies.add_cluster(parser, "local")
+    studies.add_grid(parser)
+    studies.add_store(parser)
+    studies.add_data(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """130 when it was stopped, 0 when the cell is done, else 3."""
-    store, stop = store_of(arguments), StopRequest()
+    store, stop = studies.store_of(arguments), StopRequest()
     for note in store_notes(store.root):
         print(f"note: {note}", file=sys.stderr)
     with stop_on_signals(stop):
         if arguments.grid is None:
-            overrides = [each.removeprefix(CLUSTER_PREFIX) for each in arguments.overrides]
-            cluster, key = load_cluster(arguments.cluster, overrides), find_cell(store, arguments.cell)
+            overrides = [each.removeprefix(studies.CLUSTER_PREFIX) for each in arguments.overrides]
+            cluster, key = load_cluster(arguments.cluster, overrides), studies.find_cell(store, arguments.cell)
         else:
-            study = study_of(arguments)
-            cluster, key = study.cluster, record_cell(study, arguments.cell)
+            study = studies.study_of(arguments)
+            cluster, key = study.cluster, studies.record_cell(study, arguments.cell)
         resources = as_launched(cluster.shape(store.read_spec(key).recipe.stage).resources)
         (result,) = run_bundle([key], store, arguments.data, resources, stop, second_turns=False)
     if os.environ.get("RANK", "0") == "0":
@@ -118,8 +105,8 @@ def _zero_stage(path: Path) -> int:
 
 
 def logs(arguments: argparse.Namespace) -> int:
-    store = store_of(arguments)
-    key = find_cell(store, arguments.cell)
+    store = studies.store_of(arguments)
+    key = studies.find_cell(store, arguments.cell)
     attempt = store.last_attempt(key)
     if attempt is None or attempt.log is None:
         raise ConfigError(f"cell {key} has no log: {'it never ran' if attempt is None else 'it ran in a terminal'}")
@@ -145,14 +132,14 @@ def _print_tail(path: Path, *, follow: bool) -> None:
 
 def cancel(arguments: argparse.Namespace) -> int:
     """Ask a local driver to stop, as Ctrl-C would; cancel what SLURM holds of the grid, and nothing else."""
-    store, name = store_of(arguments), load_grid(arguments.grid, arguments.overrides).name
+    store, name = studies.store_of(arguments), load_grid(arguments.grid, arguments.overrides).name
     stopped = stop_driver(store, name) + cancel_in_slurm(store, name)
     print("\n".join(stopped) if stopped else f"grid {name} has nothing waiting or running on {store.root}")
     return 0
 
 
 def stop_driver(store: Store, grid: str) -> list[str]:
-    """Nothing is said to a driver of another grid."""
+    """Ask the grid's driver on this machine to save and stop; another grid's driver is left alone."""
     other = holder(store.root)
     if other is None or other.grid != grid or not is_held(store.root):
         return []

@@ -7,43 +7,30 @@ plans and submits the next. Typed again after any interruption it continues: the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dbscale.errors import FileError
 from dbscale.files import driver_lock
-from dbscale.launch.cluster import cluster_path, tasks_of
+from dbscale.launch.cluster import cluster_path
+from dbscale.launch.commands import submit
 from dbscale.launch.commands.results import report_is_current, write_results
-from dbscale.launch.commands.submit import (
-    WAIT_FOR_OTHERS_S,
-    execute,
-    finish,
-    pack_missing,
-    refuse_what_would_fail,
-    report_path,
-    say_stopped,
-    show_script,
-    where_of,
-    write_records,
-)
 from dbscale.launch.hunt import NextWave, next_wave, wave_record
 from dbscale.launch.slurm.queue import Uid
 from dbscale.launch.status import hunt_lines, pairs_text
 from dbscale.launch.study import AddCommand, Study, add_run, study_of
 from dbscale.strict import Strict
 from dbscale.study.cost import duration
-from dbscale.study.hunt import WHY, Bought, HuntLog, WaveRecord, axis_values, hunt_of, read_log, with_wave, write_log
+from dbscale.study.hunt import WHY, Bought, HuntLog, axis_values, hunt_of, read_log, with_wave, write_log
 from dbscale.study.plan import Plan
 
 if TYPE_CHECKING:
     from dbscale.launch.slurm.queue import Queued, SubmitRecord
 
-LOCK_WAIT_S, LOCK_INTERVAL_S = 600.0, 5.0
+LOCK_WAIT_S = 600.0
 """How long the job between two waves waits for a command that works on the store."""
 NO_PROGRESS = 3
 """Exit code where a wave finished no pair."""
@@ -62,48 +49,24 @@ def add_commands(add: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     study = study_of(arguments)
     hunt_of(study.grid)
-    on_slurm = study.cluster.executor == "slurm"
-    if on_slurm:
-        from dbscale.launch.slurm.submit import check_options
-
-        check_options(study.cluster)
+    submit.check_cluster(study)
     if arguments.dry_run:
         return dry_run(study, arguments)
     if arguments.step is not None:
         return next_step(study, arguments, Step.model_validate_json(arguments.step))
     with driver_lock(study.store.root, "dbscale hunt", study.grid.name):
-        study = pack_missing(study)
-        if on_slurm:
-            return hunt_on_slurm(study, arguments)
-        return hunt_here(study, arguments)
-
-
-def shower(arguments: argparse.Namespace) -> Show:
-    """How a wave is shown."""
-    return show_json if arguments.json else show_wave
+        study = submit.pack_missing(study)
+        return (hunt_on_slurm if study.cluster.executor == "slurm" else hunt_here)(study, arguments)
 
 
 def dry_run(study: Study, arguments: argparse.Namespace) -> int:
     """The next wave as the rows call for it, and on SLURM the scripts that would be submitted; writes nothing."""
-    show = shower(arguments)
-    if study.cluster.executor != "slurm":
-        wave = next_wave(study)
-        show(study, wave, numbered(study, wave)[1])
-        return 0
-    from dbscale.launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
-    from dbscale.launch.slurm.submit import Submission
-
-    try:
-        queued, max_size = read_queued(study.store, study.grid.name), max_array_size()
-    except SlurmError as error:
-        print(f"{error}; shown is what an idle cluster with SLURM's own limits would get", file=sys.stderr)
-        queued, max_size = Queued(study.store), DEFAULT_MAX_ARRAY_SIZE
-    wave = next_wave(study, queued.cells)
-    show(study, wave, numbered(study, wave)[1])
-    if wave.chosen and not arguments.json:
-        plan, last = wave.plan(), command_behind(arguments, wave, 0)
-        dry = Submission(*where_of(study), queued, show=show_script, max_size=max_size, last=last)
-        list(dry.run(tasks_of(plan, wave.survey.cost, study.cluster), [cell.key for cell in plan.cells]))
+    queued, max_size = submit.queue_seen(study)
+    wave = next_wave(study, queued and queued.cells)
+    show(log_with(study, wave)[0], arguments)
+    if queued is not None and wave.chosen and not arguments.json:
+        last = command_behind(arguments, wave, 0)
+        submit.hand_in(study, wave.plan(), wave.survey.cost, queued, max_size=max_size, last=last)
     return 0
 
 
@@ -111,79 +74,63 @@ def hunt_here(study: Study, arguments: argparse.Namespace) -> int:
     """Run wave after wave on this machine until the hunt is over; says why it is."""
     before = None
     while True:
-        wave = settled_wave(study)
+        wave = submit.settled(lambda: next_wave(study), lambda found: found.survey.num_running)
         plan = wave.plan()
-        refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
-        shower(arguments)(study, wave, record_wave(study, wave))
-        write_records(study, plan, wave.survey.cost, level=wave.level, targets=wave.page_targets)
+        submit.refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
+        record(study, wave, plan, arguments)
         if wave.stopped:
-            return finish(study, plan, report=not arguments.no_report)
+            return submit.finish(study, plan, report=not arguments.no_report)
         now = [(key, each.state) for key, each in sorted(wave.survey.standings.items()) if each.state != "new"]
         if now == before:
             print("the last wave finished no run; `dbscale status` says why. The same command tries again",
                   file=sys.stderr)  # fmt: skip
             return NO_PROGRESS
         before = now
-        stop = execute(study, plan, wave.survey.cost)
+        stop = submit.execute(study, plan, wave.survey.cost)
         if stop.requested:
-            return say_stopped(study, plan, stop)
-
-
-def settled_wave(study: Study) -> NextWave:
-    """The next wave once nobody else's worker is at this grid: those of a driver that was killed need a moment to save."""
-    deadline = time.monotonic() + WAIT_FOR_OTHERS_S
-    while True:
-        wave = next_wave(study)
-        if not wave.survey.having("running") or time.monotonic() > deadline:
-            return wave
-        time.sleep(1)
+            return submit.say_stopped(study, plan, stop)
 
 
 # The log, and what people read of it.
 
-Show = Callable[[Study, NextWave, WaveRecord], None]
 
-
-def numbered(study: Study, wave: NextWave) -> tuple[HuntLog, WaveRecord]:
-    """The log with this wave, and the wave with its number."""
-    hunt, values = hunt_of(study.grid), axis_values(study.grid)
+def log_with(study: Study, wave: NextWave) -> tuple[HuntLog, bool]:
+    """The hunt's log with this wave at its end, and whether that says anything new."""
+    hunt, values, known = hunt_of(study.grid), axis_values(study.grid), None
     try:
-        log = read_log(study.store, study.grid.name)
+        known = read_log(study.store, study.grid.name)
     except FileError as error:
         print(f"{error}; the log of the hunt begins anew, its runs are kept", file=sys.stderr)
-        log = None
-    new = HuntLog(grid=study.grid.name, along=hunt.along, span=(values[0], values[-1]),
+    old = known.waves if known else ()
+    log = HuntLog(grid=study.grid.name, along=hunt.along, span=(values[0], values[-1]),
                   target_octaves=hunt.target_octaves, level=hunt.level,
-                  budget_s=hunt.budget_hours * 3600, waves=log.waves if log else ())  # fmt: skip
-    found = with_wave(new, wave_record(wave))
-    return found, found.waves[-1]
+                  budget_s=hunt.budget_hours * 3600, waves=old)  # fmt: skip
+    log = with_wave(log, wave_record(wave))
+    new = log.waves[-1]
+    return log, not old or old[-1].model_copy(update={"created": new.created}) != new
 
 
-def record_wave(study: Study, wave: NextWave) -> WaveRecord:
-    """Write the wave into the hunt's log; one that says nothing new leaves the file as it is."""
-    log, new = numbered(study, wave)
-    try:
-        old = read_log(study.store, study.grid.name)
-    except FileError:
-        old = None
-    last = old.waves[-1] if old and old.waves else None
-    if last is None or last.model_copy(update={"created": new.created}) != new:
+def record(study: Study, wave: NextWave, plan: Plan, arguments: argparse.Namespace) -> None:
+    """Write the wave into the hunt's log (one that says nothing new leaves the file as it is), show it, and write what
+    its jobs and the report need."""
+    log, is_new = log_with(study, wave)
+    if is_new:
         write_log(study.store, log)
-    return new
+    show(log, arguments)
+    submit.write_records(study, plan, wave.survey.cost, level=wave.survey.level, targets=wave.page_targets)
 
 
-def show_json(_study: Study, _wave: NextWave, record: WaveRecord) -> None:
-    print(record.model_dump_json(), flush=True)
-
-
-def show_wave(study: Study, wave: NextWave, record: WaveRecord) -> None:
-    """What is known, what it cost, and what comes next: one sentence for each choice."""
-    hunt = hunt_of(study.grid)
-    print("\n".join(hunt_lines(numbered(study, wave)[0])))
-    for bought in record.bought:
-        print(f"  {pairs_text(bought.num_pairs)} at {hunt.along} {bought.x:,}"
-              f"{' of ' + ', '.join(bought.targets) if len(wave.findings) > 1 else ''}: {why(bought)}")  # fmt: skip
-    sys.stdout.flush()
+def show(log: HuntLog, arguments: argparse.Namespace) -> None:
+    """The last wave of the log: what is known, what it cost, and what comes next, one sentence for each choice."""
+    wave = log.waves[-1]
+    if arguments.json:
+        print(wave.model_dump_json(), flush=True)
+        return
+    lines = hunt_lines(log)
+    for bought in wave.bought:
+        targets = f" of {', '.join(bought.targets)}" if len(wave.findings) > 1 else ""
+        lines.append(f"  {pairs_text(bought.num_pairs)} at {log.along} {bought.x:,}{targets}: {why(bought)}")
+    print("\n".join(lines), flush=True)
 
 
 def why(bought: Bought) -> str:
@@ -201,7 +148,7 @@ class Step(Strict):
     """What the job behind a wave knows of how it came about, beside the words of the command."""
 
     uid: Uid
-    """Of its record."""
+    """Name of its record."""
     done: int
     """Pairs that were finished, or had failed, when it was submitted."""
     tries: int
@@ -233,28 +180,11 @@ def next_step(study: Study, arguments: argparse.Namespace, step: Step) -> int:
     that a dead node gives back ends as soon as it sees that a later one has taken over."""
     from dbscale.launch.slurm.job import Fence, JobIdentity
 
-    job = JobIdentity.of_job()
     folder = study.store.grid_dir(study.grid.name).absolute() / "jobs" / step.uid
-    fence = Fence(folder / "0.fence", job, study.store)
+    fence = Fence(folder / "0.fence", JobIdentity.of_job(), study.store)
     fence.raise_token()
-    with patient_lock(study):
+    with driver_lock(study.store.root, "the job between two waves", study.grid.name, wait_s=LOCK_WAIT_S):
         return hunt_on_slurm(study, arguments, step, fence.check)
-
-
-@contextlib.contextmanager
-def patient_lock(study: Study) -> Iterator[None]:
-    """Hold the store as a command does, after waiting for one that works on it. Raises FileError after ten minutes."""
-    deadline = time.monotonic() + LOCK_WAIT_S
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(driver_lock(study.store.root, "the job between two waves", study.grid.name))
-                break
-            except FileError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(LOCK_INTERVAL_S)
-        yield
 
 
 def hunt_on_slurm(
@@ -265,15 +195,16 @@ def hunt_on_slurm(
     `step` is what the job that this runs in knows; `check` ends the process if a newer start of it has taken over.
     Raises SlurmError.
     """
+    from dbscale.launch.slurm.submit import settle_queue
+
     for _ in range(1 + hunt_of(study.grid).waves_ahead):
-        queued = queue_without(study, step)
+        queued = settle_queue(study.store, study.grid.name, without=step and step.uid)
         wave = next_wave(study, queued.cells)
         check()
         plan = wave.plan()
         if step is None:
-            refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
-        shower(arguments)(study, wave, record_wave(study, wave))
-        write_records(study, plan, wave.survey.cost, level=wave.level, targets=wave.page_targets)
+            submit.refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
+        record(study, wave, plan, arguments)
         in_flight = frozenset(cell.key for cell in plan.cells if cell.key in queued.cells)
         if wave.stopped and step is not None and not in_flight:
             print(write_results(study.store, study.grid.name)[0])
@@ -288,18 +219,13 @@ def hunt_on_slurm(
                 f"the last {MOST_TRIES} waves finished no pair; `dbscale status` says why. The same command tries again"
             )
             return 0
-        submit_wave(study, wave, plan, queued, command_behind(arguments, wave, tries), check)
+        # With waves ahead the job behind a wave waits for the earlier wave alone.
+        behind = in_flight if hunt_of(study.grid).waves_ahead and in_flight else None
+        last = command_behind(arguments, wave, tries)
+        submit.hand_in(study, plan, wave.survey.cost, queued, last=last, behind=behind, check=check)
         if not wave.chosen:
             return 0
     return 0
-
-
-def queue_without(study: Study, step: Step | None) -> Queued:
-    """What SLURM holds of the grid, the job that asks left out."""
-    from dbscale.launch.slurm.submit import settle_queue
-
-    queued = settle_queue(study.store, study.grid.name)
-    return replace(queued, records=tuple(each for each in queued.records if step is None or each.uid != step.uid))
 
 
 def says_nothing_to_do(study: Study, plan: Plan, queued: Queued, in_flight: frozenset[str]) -> bool:
@@ -309,26 +235,6 @@ def says_nothing_to_do(study: Study, plan: Plan, queued: Queued, in_flight: froz
     if planned:
         print(f"nothing to submit: {len(in_flight)} runs wait or run in SLURM; the job behind them plans what is next")
     elif not in_flight and report_is_current(study.store, study.grid.name, keys):
-        print(f"the report is up to date: {report_path(study)}")
+        print(f"the report is up to date: {submit.report_path(study)}")
         return True
     return planned
-
-
-def submit_wave(
-    study: Study, wave: NextWave, plan: Plan, queued: Queued, last: Callable[[SubmitRecord], str],
-    check: Callable[[], object],
-) -> None:  # fmt: skip
-    """Submit arrays and the job behind them; with waves ahead that job waits for the earlier wave alone."""
-    from dbscale.launch.slurm.submit import Submission
-
-    keys = [cell.key for cell in plan.cells]
-    in_flight = frozenset(queued.cells).intersection(keys)
-    submission = Submission(
-        *where_of(study), queued, last=last, behind=in_flight if hunt_of(study.grid).waves_ahead and in_flight else None
-    )
-    check()
-    for made in submission.run(tasks_of(plan, wave.survey.cost, study.cluster), keys):
-        what = f"{len(made.elements)} bundles" if made.kind == "bundles" else "the job that plans the next wave"
-        after = f", after {', '.join(map(str, made.after))}" if made.after else ""
-        print(f"submitted {what} as job {made.job}{after}", flush=True)
-        check()

@@ -30,9 +30,7 @@ def add_commands(add: AddCommand) -> None:
     parser.add_argument("--x", action="append", default=[], metavar="COLUMN | VARIABLE=COLUMN",
                         help="where the law's variable stands; repeat for laws of several")  # fmt: skip
     parser.add_argument("--y", required=True, metavar="COLUMN", help="what the law predicts")
-    parser.add_argument(
-        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
-    )
+    add_where(parser)
     parser.add_argument("--weights", metavar="COLUMN", help="relative inverse variances of the rows")
     parser.add_argument("--cluster", metavar="COLUMN", help="rows that are drawn together, such as one run's: "
                         "intervals come from resampling them, not from the curvature")  # fmt: skip
@@ -62,6 +60,12 @@ def add_commands(add: AddCommand) -> None:
     add_source(parser)
 
 
+def add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
+    )
+
+
 def add_source(parser: argparse.ArgumentParser) -> None:
     add_table(parser)
     add_grid(parser)
@@ -79,9 +83,7 @@ def add_compare(add: AddCommand) -> None:
     parser.add_argument("--metric", required=True, metavar="COLUMN", help="what is compared; lower is better")
     parser.add_argument("--pair", default="seed", metavar="COLUMN[,COLUMN…]",
                         help="columns in which pairs agree: the repetition, then strata (default: seed)")  # fmt: skip
-    parser.add_argument(
-        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows; repeatable"
-    )
+    add_where(parser)
     parser.add_argument("--level", type=float, default=0.9, help="of all intervals (default: 0.9)")
     parser.add_argument(
         "--min-effect", type=float, default=0.005, help="smallest difference that matters (default: 0.005)"
@@ -111,7 +113,10 @@ def fit(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({**shown.to_dict(), "intervals": intervals, "predictions": predicted, "table_warnings": warnings})
     else:
-        print("\n".join([shown.report(intervals), *map(prediction_line, predicted)]))
+        print(shown.report(intervals))
+        for at in predicted:
+            outside = "; outside what was measured" if at["extrapolated"] else ""
+            print(f"  at {at['at']}: {at['value']:.6g} (90 %: {at['low']:.6g} to {at['high']:.6g}){outside}")
         print("".join(f"  warning: {each}\n" for each in warnings), end="")
     if arguments.out:
         with atomic_open(arguments.out, "w") as file:
@@ -152,11 +157,6 @@ def prediction(found: Selection, text: str, names: Mapping[str, str]) -> dict[st
     (low,), (high,) = found.interval(point)
     return {"at": text, "value": float(found.predict(point)[0]), "low": float(low), "high": float(high),
             "extrapolated": found.extrapolated(point)}  # fmt: skip
-
-
-def prediction_line(found: Mapping[str, Any]) -> str:
-    outside = "; outside what was measured" if found["extrapolated"] else ""
-    return f"  at {found['at']}: {found['value']:.6g} (90 %: {found['low']:.6g} to {found['high']:.6g}){outside}"
 
 
 def auto_variables(grid: Sequence[tuple[Variable, str, str]], given: Sequence[str], sheet: Sheet) -> list[Variable]:
@@ -302,11 +302,8 @@ def allocate(arguments: argparse.Namespace) -> int:
         if not arms:
             raise ConfigError(f"{setting.label(table)}: no arm has a law; `dbscale report` says why")
         first = laws.runs(setting, "error_rate", next(iter(arms))).runs[0]
-        held = {
-            name: float(getattr(first, name))
-            for name in AXIS_NAMES
-            if not any(name in a.columns for a in arms.values())
-        }
+        free = {name for law in arms.values() for name in law.columns}
+        held = {name: float(getattr(first, name)) for name in AXIS_NAMES if name not in free}
         print("\n".join(allocation_lines(setting.label(table), split(arms, prices, arguments.budget, at=held))))
     return 0
 

@@ -118,7 +118,7 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
     if study.missing_weights:
         lines.append(f"not imported yet: {', '.join(study.missing_weights)} (`dbscale submit` imports them; ids of cells "
                      "that use them are provisional until then)")  # fmt: skip
-    lines += overlapping_draws(grid, {name: size for name, (_, size) in study.manifests.items()})
+    lines += overlapping_draws(grid, study.sizes)
     lines += plan.notes
     lines += check(study, plan).lines
     if plan.stale:
@@ -141,7 +141,8 @@ def power_text(study: Study, plan: Plan, cost: CostModel) -> list[str]:
     with contextlib.suppress(ConfigError, FileError):  # the plan's notes name a damaged plan.json
         known = read_plan(study.store, plan.grid.name) if plan.count()["done"] else None
     table = collect(study.store, known) if known is not None else None
-    return ["", *plan_power(table, f"{plan.grid.name}_{plan.grid.downstream[0].dataset}", **design)]
+    noise = plan.grid.noise or f"{plan.grid.name}_{plan.grid.downstream[0].dataset}"
+    return ["", *plan_power(table, noise, **design)]
 
 
 def design_of(plan: Plan, cost: CostModel) -> dict[str, Any] | None:

@@ -63,7 +63,7 @@ def reduce(arguments: argparse.Namespace) -> int:
     from dbscale.report.words import summary
 
     if arguments.table is not None:
-        folder = table_folder(arguments)
+        folder = arguments.out or arguments.table.parent
         table, findings = refresh_table(arguments.table, folder, columns=columns_of(arguments))
         print(summary(findings.laws, findings.boundary))
         print(f"\n{len(table)} rows; wrote {folder / 'laws.json'} and {folder / 'boundary.json'}")
@@ -79,16 +79,12 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.table is not None:
         from dbscale.report.page import write_table_report
 
-        path = write_table_report(arguments.table, table_folder(arguments), columns_of(arguments))
+        folder = arguments.out or arguments.table.parent
+        path = write_table_report(arguments.table, folder, columns_of(arguments))
     else:
         path, _ = write_results(store_of(arguments), grid_name(arguments))
     print(path)
     return 0
-
-
-def table_folder(arguments: argparse.Namespace) -> Path:
-    """Where the results of `--table` go."""
-    return arguments.out or arguments.table.parent
 
 
 def export(arguments: argparse.Namespace) -> int:

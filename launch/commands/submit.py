@@ -11,12 +11,13 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from dbscale.files import driver_lock, make_folder
-from dbscale.launch.cluster import Cluster, tasks_of
+from dbscale.launch.cluster import tasks_of
 from dbscale.launch.commands import plan as plan_command
 from dbscale.launch.commands.results import report_is_current, write_results
 from dbscale.launch.preflight import check
@@ -29,6 +30,10 @@ from dbscale.study.plan import read_plan as read_record
 from dbscale.study.resources import StopRequest
 from dbscale.study.store import Standing, Store
 
+if TYPE_CHECKING:
+    from dbscale.launch.slurm.queue import Queued, SubmitRecord
+
+Look = TypeVar("Look")
 STOPPED, SOME_FAILED = 130, 3
 MAX_NAMED = 20
 WAIT_FOR_OTHERS_S = 120.0
@@ -43,18 +48,14 @@ def add_commands(add: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     study = study_of(arguments)
     refuse_hunted(study, "submit")
-    on_slurm = study.cluster.executor == "slurm"
+    check_cluster(study)
     if arguments.dry_run:
-        return show_scripts(study) if on_slurm else show_plan(*plan_study(study), study)
-    if on_slurm:
-        from dbscale.launch.slurm.submit import check_options
-
-        check_options(study.cluster)
+        return dry_run(study)
     with driver_lock(study.store.root, "dbscale submit", study.grid.name):
         study = pack_missing(study)
-        if on_slurm:
+        if study.cluster.executor == "slurm":
             return submit_to_slurm(study, trial=not arguments.no_smoke)
-        plan, cost = settled_plan(study)
+        plan, cost = settled(lambda: plan_study(study), lambda found: found[0].count()["running"])
         refuse_what_would_fail(study, plan, trial=not arguments.no_smoke)
         write_records(study, plan, cost)
         if plan.waves:
@@ -63,6 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
             if stop.requested:
                 return say_stopped(study, plan, stop)
         return finish(study, plan, report=not arguments.no_report)
+
+
+def check_cluster(study: Study) -> None:
+    """Raises ConfigError for an option under `slurm.sbatch` that sbatch does not have."""
+    if study.cluster.executor == "slurm":
+        from dbscale.launch.slurm.submit import check_options
+
+        check_options(study.cluster)
 
 
 def pack_missing(study: Study) -> Study:
@@ -89,27 +98,55 @@ def show_plan(plan: Plan, cost: CostModel, study: Study) -> int:
     return 0
 
 
-def show_scripts(study: Study) -> int:
-    """What `submit` would hand to SLURM now; on a machine without SLURM, to a cluster that holds nothing of the grid."""
-    from dbscale.launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
-    from dbscale.launch.slurm.submit import Submission, check_options
-
-    check_options(study.cluster)
-    try:
-        queued, max_size = read_queued(study.store, study.grid.name), max_array_size()
-    except SlurmError as error:
-        print(f"{error}; shown is what an idle cluster with SLURM's own limits would get", file=sys.stderr)
-        queued, max_size = Queued(study.store), DEFAULT_MAX_ARRAY_SIZE
-    plan, cost = plan_study(study, queued.cells)
+def dry_run(study: Study) -> int:
+    """The plan, and on SLURM the scripts that `submit` would hand in now."""
+    queued, max_size = queue_seen(study)
+    plan, cost = plan_study(study, queued and queued.cells)
     show_plan(plan, cost, study)
-    if plan.waves:
-        dry = Submission(*where_of(study), queued, show=show_script, max_size=max_size)
-        list(dry.run(tasks_of(plan, cost, study.cluster), [cell.key for cell in plan.cells]))
+    if queued is not None and plan.waves:
+        hand_in(study, plan, cost, queued, max_size=max_size)
     return 0
 
 
-def show_script(script: str) -> None:
-    print(f"\n{script}")
+def queue_seen(study: Study) -> tuple[Queued | None, int]:
+    """What SLURM holds of the grid and the longest array it takes; on a machine without SLURM, those of a cluster that
+    holds nothing. None where the study does not run on SLURM."""
+    from dbscale.launch.slurm.queue import DEFAULT_MAX_ARRAY_SIZE, Queued, SlurmError, max_array_size, read_queued
+
+    if study.cluster.executor != "slurm":
+        return None, 0
+    try:
+        return read_queued(study.store, study.grid.name), max_array_size()
+    except SlurmError as error:
+        print(f"{error}; shown is what an idle cluster with SLURM's own limits would get", file=sys.stderr)
+        return Queued(study.store), DEFAULT_MAX_ARRAY_SIZE
+
+
+def hand_in(
+    study: Study, plan: Plan, cost: CostModel, queued: Queued, *, max_size: int | None = None,
+    last: Callable[[SubmitRecord], str] | None = None, behind: frozenset[str] | None = None,
+    check: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
+    """Submit the plan's bundles and the job behind them; with `max_size` given, only show the scripts.
+
+    `last` and `behind` are `Submission`'s; `check` is called before each call of SLURM.
+    """
+    from dbscale.launch.slurm.submit import Submission
+
+    submission = Submission(
+        study.store, study.grid.name, study.data_dir, study.cluster, queued, last=last, behind=behind, max_size=max_size,
+        show=None if max_size is None else lambda script: print(f"\n{script}"),
+    )  # fmt: skip
+    check()
+    for made in submission.run(tasks_of(plan, cost, study.cluster), [cell.key for cell in plan.cells]):
+        if max_size is None:
+            part, job = (
+                (f" of wave {made.wave}", "the reducer") if last is None else ("", "the job that plans the next wave")
+            )
+            what = f"{len(made.elements)} bundles{part}" if made.kind == "bundles" else job
+            after = f", after {', '.join(map(str, made.after))}" if made.after else ""
+            print(f"submitted {what} as job {made.job}{after}", flush=True)
+            check()
 
 
 def refuse_what_would_fail(study: Study, plan: Plan, *, trial: bool) -> None:
@@ -124,7 +161,7 @@ def refuse_what_would_fail(study: Study, plan: Plan, *, trial: bool) -> None:
 
 def submit_to_slurm(study: Study, *, trial: bool) -> int:
     """Queue what is neither done nor queued nor running, and return."""
-    from dbscale.launch.slurm.submit import Submission, settle_queue
+    from dbscale.launch.slurm.submit import settle_queue
 
     queued = settle_queue(study.store, study.grid.name)
     plan, cost = plan_study(study, queued.cells)
@@ -138,35 +175,24 @@ def submit_to_slurm(study: Study, *, trial: bool) -> int:
         print(f"all {len(keys)} cells are done; the report: {report_path(study)}")
         return 0
     show_plan(plan, cost, study)
-    for made in Submission(*where_of(study), queued).run(tasks_of(plan, cost, study.cluster), keys):
-        what = f"{len(made.elements)} bundles of wave {made.wave}" if made.kind == "bundles" else "the reducer"
-        after = f", after {', '.join(map(str, made.after))}" if made.after else ""
-        print(f"submitted {what} as job {made.job}{after}")
+    hand_in(study, plan, cost, queued)
     return 0
-
-
-def where_of(study: Study) -> tuple[Store, str, Path, Cluster]:
-    """What a submission needs to know of a study."""
-    return study.store, study.grid.name, study.data_dir, study.cluster
 
 
 def report_path(study: Study) -> Path:
     return study.store.grid_dir(study.grid.name) / "report.html"
 
 
-def settled_plan(study: Study) -> tuple[Plan, CostModel]:
-    """The plan once nobody else's worker is at this grid: those of a driver that was killed need a moment to save."""
-    deadline = time.monotonic() + WAIT_FOR_OTHERS_S
-    told = False
-    while True:
-        plan, cost = plan_study(study)
-        busy = plan.count()["running"]
-        if not busy or time.monotonic() > deadline:
-            return plan, cost
+def settled(look: Callable[[], Look], num_running: Callable[[Look], int]) -> Look:
+    """What is to be done once nobody else's worker is at this grid: those of a driver that was killed need a moment to
+    save."""
+    deadline, told = time.monotonic() + WAIT_FOR_OTHERS_S, False
+    while (busy := num_running(found := look())) and time.monotonic() <= deadline:
         if not told:
-            print(f"waiting for {busy} running cells of an earlier command to save and stop", flush=True)
-            told = True
+            print(f"waiting for {busy} running cells of an earlier command to save and stop", file=sys.stderr)
+        told = True
         time.sleep(1)
+    return found
 
 
 def write_records(

@@ -155,7 +155,7 @@ class Work(Strict):
     store: str
     grid: Name
     uid: Uid
-    """Of the submission, whose record holds each element's cells."""
+    """Name of the submission, whose record holds each element's cells."""
     data: str
     resources: Resources
     staging: str | None = None

@@ -185,21 +185,14 @@ def read_records(store: Store, grid: str) -> tuple[SubmitRecord, ...]:
     folder, found = records_dir(store, grid), []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
-            record = read_record(store, grid, path.stem)
+            found.append(read_record(store, grid, path.stem))
         except FileNotFoundError:  # another process has just forgotten it
             continue
         except FileError as error:
-            try:
-                record = SubmitRecord(uid=path.stem, grid=grid, kind="bundles", wave=0, created=0.0, elements=(),
-                                      damage=str(error))  # fmt: skip
-            except ValidationError:  # not a name of ours, so nothing was submitted under it
-                continue
-        found.append(record)
+            with contextlib.suppress(ValidationError):  # not a name of ours, so nothing was submitted under it
+                found.append(SubmitRecord(uid=path.stem, grid=grid, kind="bundles", wave=0, created=0.0, elements=(),
+                                          damage=str(error)))  # fmt: skip
     return tuple(found)
-
-
-def forget(store: Store, record: SubmitRecord) -> None:
-    (records_dir(store, record.grid) / f"{record.uid}.json").unlink(missing_ok=True)
 
 
 def cancel_cut_off(store: Store, records: Iterable[SubmitRecord]) -> None:
@@ -210,7 +203,7 @@ def cancel_cut_off(store: Store, records: Iterable[SubmitRecord]) -> None:
             call(["scancel", f"--name={record.job_name}"])
             if record.damage is not None:
                 print(f"{record.damage}; its jobs are cancelled", file=sys.stderr, flush=True)
-            forget(store, record)
+            (records_dir(store, record.grid) / f"{record.uid}.json").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from dbscale.errors import FileError
@@ -53,13 +52,11 @@ def hand_in_again(store: Store, work: ReduceWork, job: JobIdentity) -> list[Subm
     """
     with driver_lock(store.root, "the reducer job", work.grid):
         is_damaged = any(record.damage is not None for record in read_records(store, work.grid))
-        queued = settle_queue(store, work.grid)
-        # This very job was to come after everything, and came too early.
-        queued = replace(queued, records=tuple(each for each in queued.records if each.uid != work.uid))
+        queued = settle_queue(store, work.grid, without=work.uid)  # this very job was to come after everything
         plan = read_plan(store, work.grid)
         keys = plan.cells if plan is not None else ()
         found = standings_of(store, keys, queued.cells)
-        is_tried = work.hand_ins < limit_of(work)
+        is_tried = work.hand_ins < min(MAX_HAND_INS, work.cluster.requeue_limit)
         tasks = lost_tasks(store, queued, found, unrecorded=is_damaged) if is_tried else []
         waiting = [key for key in keys if key in queued.cells]
         if not tasks and (not waiting or queued.will_be_reduced(waiting)):
@@ -69,11 +66,7 @@ def hand_in_again(store: Store, work: ReduceWork, job: JobIdentity) -> list[Subm
         return list(again.run(tasks, keys))
 
 
-def limit_of(work: ReduceWork) -> int:
-    return min(MAX_HAND_INS, work.cluster.requeue_limit)
-
-
-def lost_tasks(store: Store, queued: Queued, found: Mapping[str, Standing], *, unrecorded: bool) -> list[Task]:
+def lost_tasks(store: Store, queued: Queued, found: Mapping[str, Standing], *, unrecorded: bool = False) -> list[Task]:
     """What is left of the newest submission of each cell: not what is done, waits, runs or was cancelled, nor what failed
     or lacks a parent that did. `unrecorded`: also what no record names, as where one was damaged."""
     endings = queued.endings({record.job for record in queued.records if record.job is not None})

@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,17 @@ def check_options(cluster: Cluster) -> None:
         sbatch_options.check_names(names, known, where=where)
 
 
-def settle_queue(store: Store, grid: str) -> Queued:
+def settle_queue(store: Store, grid: str, without: str | None = None) -> Queued:
     """What SLURM holds once no job is about to leave it: while a job ends with cells undone, nothing tells whether it
-    was cancelled or comes back. Arrays whose submission was cut off are cancelled first."""
+    was cancelled or comes back. Arrays whose submission was cut off are cancelled first.
+
+    The job that asks leaves out its own record, whose uid is `without`.
+    """
     slurm.cancel_cut_off(store, slurm.read_records(store, grid))
     deadline, told = time.monotonic() + ENDING_WAIT_S, False
     while True:
-        queued = slurm.read_queued(store, grid)
+        found = slurm.read_queued(store, grid)
+        queued = replace(found, records=tuple(record for record in found.records if record.uid != without))
         ending = {key for key, element in queued.cells.items() if element.state == "COMPLETING"}
         undone = sum(standing.state != "done" for standing in store.standings(ending).values())
         if not undone:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_verdicts import LEVEL, MIN_EFFECT, SHAPES, contradict, is_wrong, make_shape
+from bench_verdicts import LEVEL, MIN_EFFECT, SHAPES, contradict, is_wrong, make_shape, other_directions
 
 from dbscale.report import words
 from dbscale.report.findings import Options, family_of, study_questions
@@ -140,11 +140,12 @@ def measure(study: Study, noise: Noise, *, with_laws: bool) -> dict[str, Any]:
             width.append(float(np.log2(high / low)))
             if verdict.law_interval:
                 laws.append(bool(verdict.law_interval[0] <= root <= verdict.law_interval[1]))
-    halves = contrasts[0].halves
+    halves = [half.verdict for half in contrasts[0].halves]
     return {
         "seeds": study.num_seeds, "kind": main.kind, "verdicts": len(wrong), "wrong sign": sum(wrong),
         "false verdict": sum(false), "false crossing": sum(invented), "root held": held, "law root held": laws,
-        "octaves": width, "contradict": contradict(*(half.verdict for half in halves)) if halves else None,
+        "octaves": width, "contradict": contradict(*halves) if halves else None,
+        "other directions": other_directions(*halves) if halves else None,
         "main wrong sign": wrong[0], "main false verdict": false[0], "main false crossing": invented[0],
         "sentence": says_false(contrasts, study, noise),
     }  # fmt: skip
@@ -174,7 +175,7 @@ def rows_of(out: Path) -> Iterator[dict[str, Any]]:
 
 
 COLUMNS = ("decided", "crossing", "wrong sign", "false verdict", "false crossing", "root held", "octaves", "law root held",
-           "contradict", "false sentence")  # fmt: skip
+           "contradict", "other directions", "false sentence")  # fmt: skip
 
 
 def counted(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, list[float]]:
@@ -187,7 +188,8 @@ def counted(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, list[float]]:
             found[name].append(row[name] > 0)
         for name in ("root held", "octaves", "law root held"):
             found[name] += row[name]
-        found["contradict"] += [] if row["contradict"] is None else [row["contradict"]]
+        for name in ("contradict", "other directions"):
+            found[name] += [] if row[name] is None else [row[name]]
         found["false sentence"].append(row["sentence"])
     return found
 

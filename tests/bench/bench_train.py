@@ -170,10 +170,13 @@ def main() -> None:
     for number in range(arguments.rounds):
         for name, measure in chosen.items():
             times[name].append(measure(setting))
-        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
+            print(
+                f"round {number + 1}: {name} {times[name][-1].wall_s * 1e3:.2f} ms a step", file=sys.stderr, flush=True
+            )
     if times:
         print_table(setting, times)
-    print_cell(setting, Resources(zero_stage=None, threads=arguments.threads or None, device=arguments.device))
+    if not arguments.steps_only:
+        print_cell(setting, Resources(zero_stage=None, threads=arguments.threads or None, device=arguments.device))
 
 
 def print_cell(setting: Setting, how: Resources) -> None:
@@ -228,6 +231,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--threads", type=int, default=None if on_gpu else 1)
     parser.add_argument("--warmup", type=int, default=10, help="steps before the clock starts")
+    parser.add_argument("--steps-only", action="store_true", help="leave out what a cell costs besides its steps")
     parser.add_argument("--variants", nargs="*", metavar="NAME",
                         help="loops to measure, as the table names them (default: all but the compiled one); "
                         "without a name, only what a cell costs besides its steps")  # fmt: skip

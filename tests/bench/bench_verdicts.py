@@ -139,15 +139,25 @@ def half_of(pairs: Pairs, number: int) -> Pairs:
 
 
 def contradict(one: Verdict, other: Verdict) -> bool:
-    """Whether two verdicts cannot both hold: a crossing against none, opposite signs at one x, or roots apart."""
+    """Whether nothing that is true could be both: opposite signs at one x, a crossing against none, the same crossing at
+    different places, or crossings of both directions at one place.
+
+    Crossings of both directions at different places are both true of a curve that rises through 0 and falls again.
+    """
     signs = [{p.x: (p.low_all > 0) - (p.high_all < 0) for p in v.points} for v in (one, other)]
     if any(signs[0][x] * signs[1].get(x, 0) < 0 for x in signs[0]):
         return True
     kinds = {one.kind, other.kind}
     if kinds == {"crossing"}:
         (a, b), (c, d) = one.interval, other.interval
-        return one.direction != other.direction or a > d or c > b
+        apart = a > d or c > b
+        return apart == (one.direction == other.direction)
     return "crossing" in kinds and bool(kinds & {"one_sign", "excluded"})
+
+
+def other_directions(one: Verdict, other: Verdict) -> bool:
+    """Whether two crossings have different directions, at whatever places."""
+    return one.kind == other.kind == "crossing" and one.direction != other.direction
 
 
 def is_wrong(verdict: Verdict, truth: np.ndarray) -> bool:
@@ -188,6 +198,7 @@ def count(world: World, rng: np.random.Generator, promise: Power | None) -> Iter
     if world.num_seeds >= 4:
         halves = [judge(half_of(pairs, k), min_effect=MIN_EFFECT, level=LEVEL, num_draws=300) for k in (0, 1)]
         yield "contradict", float(contradict(*halves))
+        yield "other directions", float(other_directions(*halves))
     if verdict.more_seeds and verdict.more_seeds <= 64:
         again = judge(draw_pairs(world, rng, verdict.more_seeds), min_effect=MIN_EFFECT, level=LEVEL, num_draws=50)
         yield "decided with more", float(again.kind != "undecided")
@@ -272,7 +283,7 @@ def repeat(found: Mapping[str, Pairs], size: int) -> Iterator[str]:
 
 COLUMNS = (
     "pooled", "cell", "all x", "wrong sign", "wrong kind", "decided", "crossing", "promised", "root held", "octaves",
-    "promised octaves", "contradict", "decided with more", "ms",
+    "promised octaves", "contradict", "other directions", "decided with more", "ms",
 )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def test_an_epoch_shows_every_sample_once(folder: Path, n: int, batch: int) -> N
 def test_labels_and_pixels_belong_to_the_sample(subset: Subset) -> None:
     batch = next(make_loader(subset, global_batch=12, seed=5))
     dataset = subset.dataset
-    assert torch.equal(batch.labels, torch.from_numpy(dataset.labels[batch.sample_ids.numpy()]))
+    assert torch.equal(batch.labels, torch.from_numpy(dataset.labels_of(batch.sample_ids.numpy())))
     for image, number in zip(batch.images, batch.sample_ids.tolist(), strict=True):
         key = bytes(dataset.index["key"][number]).decode()
         original = int(key.rsplit("_", 1)[-1].rsplit("-", 1)[-1])

@@ -6,14 +6,7 @@ import torch
 from scipy.stats import ks_2samp
 from timm.data import Mixup
 
-from dbscale.data import DataError, MixTarget, mix_batch
-
-
-def dense(target: MixTarget, num_classes: int, smoothing: float) -> torch.Tensor:
-    """float32 [b, num_classes]: the target distribution, label smoothing included."""
-    both = ((target.y_a, target.lam), (target.y_b, 1 - target.lam))
-    labels = sum(share * torch.nn.functional.one_hot(each, num_classes) for each, share in both)
-    return labels * (1 - smoothing) + smoothing / num_classes
+from dbscale.data import DataError, mix_batch
 
 
 def mixed(step: int, images: torch.Tensor, labels: torch.Tensor, **options: float):
@@ -42,9 +35,6 @@ def test_the_share_of_a_mix_is_what_the_pixels_say() -> None:
             result, target = mixed(step, images, labels, **options)
             expected = target.lam * images[:, 0, 0, 0] + (1 - target.lam) * images[target.y_b, 0, 0, 0]
             torch.testing.assert_close(result.mean(dim=(1, 2, 3)), expected, rtol=1e-4, atol=1e-4)
-            smoothed = dense(target, 10, 0.1)
-            torch.testing.assert_close(smoothed.sum(dim=1), torch.ones(4))
-            assert smoothed[0, 0] == pytest.approx(0.9 * target.lam + 0.01, abs=1e-6)
 
 
 def test_mixing_shares_follow_beta_and_the_switches() -> None:

@@ -166,6 +166,8 @@ def test_plan_says_what_the_main_contrast_can_tell_apart(workplace: Any, capsys:
     }  # fmt: skip
     assert main(words) == 0
     assert "this design finds a ΔE of" in capsys.readouterr().out
+    assert main([*words, "--set", "noise=cifar10_mnist"]) == 0
+    assert "cifar10_mnist" in capsys.readouterr().out
     assert main(["plan", *workplace.where]) == 0
     assert "this design finds nothing: power of 1 seed(s)" in capsys.readouterr().out
     assert main([*words, "--set", "arms=[plain]"]) == 0

@@ -15,7 +15,7 @@ import yaml
 
 import dbscale
 from dbscale.launch.cli import main
-from dbscale.launch.hunt import level_of, measured_pairs, next_wave, survey
+from dbscale.launch.hunt import measured_pairs, next_wave, survey
 from dbscale.launch.study import Study, load_study
 from dbscale.laws import judge
 from dbscale.study.hunt import HuntLog, read_log
@@ -300,9 +300,9 @@ def test_one_target_keeps_its_level_when_the_other_is_found(workplace: Any, fake
     """The number of targets is the hunt's, not that of those still open."""
     prepare(workplace)
     write_grid(workplace, TWO, downstream=["down"])
-    assert level_of(survey(study_of(workplace))) == pytest.approx(0.95)
+    assert survey(study_of(workplace)).level == pytest.approx(0.95)
     write_grid(workplace, TWO, pooled=False)
-    assert level_of(survey(study_of(workplace))) == pytest.approx(0.95**0.5)
+    assert survey(study_of(workplace)).level == pytest.approx(0.95**0.5)
 
 
 def test_two_recipes_are_hunted_along_the_labels(workplace: Any, fakes: ModuleType) -> None:

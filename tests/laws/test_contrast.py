@@ -267,3 +267,28 @@ def test_seeds_that_share_their_test_images_are_not_taken_for_more_images() -> N
             inside[known] += [p.low <= 0 <= p.high for p in points]
     assert 0.86 <= np.mean(inside[True]) <= 0.96
     assert np.mean(inside[False]) < 0.7
+
+
+@pytest.mark.parametrize(("count", "shortest"), [(4, 0.2), (7, 0.1), (3, 0.3)])
+def test_the_curve_bends_no_shorter_than_six_tenths_of_a_step(count: int, shortest: float) -> None:
+    """Without noise the best curve is the mean of Gaussian processes, weighed by how likely each makes the points."""
+    t, at = np.linspace(0, 1, count), np.linspace(0, 1, 41)
+    means = 0.1 * np.array([1.0, -0.5, 0.8, -0.2, 0.3, -0.7, 0.1])[:count]
+    found = delta_curves(
+        make_pairs(np.tile(1e3 * 64**t, 2), np.append(means + 1e-6, means - 1e-6), seed=np.repeat([0, 1], count)),
+        grid=1e3 * 64**at,
+        num_draws=1,
+    )
+
+    def kernel(a: np.ndarray, b: np.ndarray, length: float, bend: float) -> np.ndarray:
+        smooth = np.exp(-0.5 * ((a[:, None] - b) / length) ** 2)
+        return np.mean(means**2) * (4 + 4 * np.outer(a - 0.5, b - 0.5) + bend**2 * smooth)
+
+    weights, curves = [], []
+    for length in (0.1, 0.2, 0.4, 0.8):
+        for bend in (0.1, 0.3, 1.0):
+            own = kernel(t, t, max(length, shortest), bend) + 2e-10 * np.eye(count)
+            weights.append(-0.5 * (np.linalg.slogdet(own)[1] + means @ np.linalg.solve(own, means)))
+            curves.append(kernel(at, t, max(length, shortest), bend) @ np.linalg.solve(own, means))
+    share = np.exp(np.array(weights) - max(weights))
+    np.testing.assert_allclose(found.best, share @ np.array(curves) / share.sum(), atol=2e-3)

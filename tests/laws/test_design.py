@@ -52,7 +52,7 @@ def two_curves(d: float = 0.3, sd: float = 0.5, m: int = 4000) -> Belief:
     return Belief(
         x=XS[:3], octaves=np.array([0.5, 1.0, 0.5]), positive=(drawn > 0).astype(np.float32), drawn=drawn,
         true=np.arange(m) % 2, variance=np.full(3, sd**2), count=np.ones(3), total=np.zeros((m, 3)),
-        shared=np.zeros(3), error=error,
+        shared=np.zeros(3), error=error, min_effect=0.005, level=0.95,
     )  # fmt: skip
 
 

@@ -138,48 +138,48 @@ def test_noise_is_weighted_and_per_degree_of_freedom() -> None:
 
 
 def test_shares_of_the_average_by_hand() -> None:
-    """One and a half points a parameter, 1/rms⁴: with 8 points bnsl, which has 6 parameters, stays outside."""
+    """One and a half points a parameter, 1/rms²: with 8 points bnsl, which has 6 parameters, stays outside."""
     x = np.geomspace(1e3, 1e5, 8)
     y = bent(x, 3, 0.05)
     names = ("power", "power_plus", "saturating", "rectified", "m4", "bnsl")
     fits = [fit_law(name, x, y, loss="least_squares_log") for name in names]
     rms = np.array([np.sqrt(np.sum(f.residuals**2) / (8 - f.num_free)) for f in fits])
-    share = rms**-4.0 * np.array([1, 1, 1, 1, 1, 0])
+    share = rms**-2.0 * np.array([1, 1, 1, 1, 1, 0])
     np.testing.assert_allclose(average_weights(fits), share / share.sum(), rtol=1e-9)
     few = [fit_law(name, x[:5], y[:5], loss="least_squares_log") for name in ("rectified", "m4")]
     assert average_weights(few).tolist() == [1, 0]  # neither has 1.5 points a parameter: the smaller law
 
 
-def test_a_fifth_of_the_weight_is_left_out_at_either_end() -> None:
-    """Shares ½, ¼, ⅛, ⅛ in the order 2, 1, 4, 90: of 1 stays .05, of 2 all, of 4 .05, of 90 nothing."""
-    each = np.array([[2.0, -2.0], [1.0, -1.0], [4.0, -4.0], [90.0, -90.0]])
-    by_hand = (0.05 * 1 + 0.5 * 2 + 0.05 * 4) / 0.6
-    assert trimmed_mean(each, np.array([0.5, 0.25, 0.125, 0.125])) == pytest.approx([by_hand, -by_hand])
+def test_the_middle_of_the_weight_counts() -> None:
+    """Shares .15, .45, .3, .1 in the order 2, 1, 5, 90: of 1 stays .1, of 2 all, of 5 .05, of 90 nothing."""
+    each = np.array([[2.0, -2.0], [1.0, -1.0], [5.0, -5.0], [90.0, -90.0]])
+    by_hand = (0.1 * 1 + 0.15 * 2 + 0.05 * 5) / 0.3
+    assert trimmed_mean(each, np.array([0.15, 0.45, 0.3, 0.1])) == pytest.approx([by_hand, -by_hand])
     assert trimmed_mean(each[:2], np.array([0.5, 0.5])) == pytest.approx([1.5, -1.5])
     assert trimmed_mean(each[:1], np.array([1.0])) == pytest.approx([2.0, -2.0])
 
 
 def test_laws_are_blended_by_hand() -> None:
-    """By weight at the data, alike from half a range beyond on, halfway between at a quarter."""
+    """By weight at the data, alike from a whole range beyond on, halfway between at half of it."""
     each = np.array([[1.0] * 4, [2.0] * 4, [4.0] * 4, [90.0] * 4])
-    weights, reach = np.array([0.5, 0.25, 0.25, 0.0]), np.array([0.0, 0.25, 0.5, 2.0])
+    weights, reach = np.array([0.4, 0.2, 0.4, 0.0]), np.array([0.0, 0.5, 1.0, 2.0])
     mean, spread = blend(each, weights, reach)
-    near = (0.3 * 1 + 0.25 * 2 + 0.05 * 4) / 0.6
-    far = (0.05 * 1 + 0.25 * 2 + 0.25 * 4 + 0.05 * 90) / 0.6
+    near = (0.05 * 1 + 0.2 * 2 + 0.05 * 4) / 0.3
+    far = (2 + 4) / 2
     assert mean == pytest.approx([near, (near + far) / 2, far, far])
-    # shares ½, ¼, ¼, 0 of 1, 2, 4, 90: variance 1.5; then equal ones; ⅜, ¼, ¼, ⅛ between, with mean 13.125
-    between = np.average((each[:, 1] - 13.125) ** 2, weights=[3, 2, 2, 1]) ** 0.5
-    assert spread == pytest.approx([1.5**0.5, between, each[:, 2].std(), each[:, 3].std()])
+    # shares .4, .2, .4, 0 of 1, 2, 4, 90: mean 2.4, variance 1.84; then equal ones; between 13, 9, 13, 5 of 40, mean 13.325
+    between = np.average((each[:, 1] - 13.325) ** 2, weights=[13, 9, 13, 5]) ** 0.5
+    assert spread == pytest.approx([1.84**0.5, between, each[:, 2].std(), each[:, 3].std()])
 
 
 def test_held_out_errors_of_an_average_by_hand() -> None:
-    """Near the data by weight, beyond half the range the plain mean; where a law is missing the others share its weight."""
+    """Near the data by weight, a whole range beyond the plain mean; where a law is missing the others share its weight."""
     origins = origins_at([[nan, 0.0, 1.0], [nan, nan, 0.0]])
     each = np.array(
         [[[nan, 0.1, 0.4], [nan, nan, 0.7]], [[nan, 0.3, 0.8], [nan, nan, nan]], [[nan, 9, 9], [nan, nan, 9]]]
     )
-    error = average_errors(origins, each, np.array([0.75, 0.25, 0.0]))
-    near = (0.55 * 0.1 + 0.05 * 0.3) / 0.6
+    error = average_errors(origins, each, np.array([0.55, 0.45, 0.0]))
+    near = (0.2 * 0.1 + 0.1 * 0.3) / 0.3
     assert np.isnan(error[0, 0]) and error[0, 1:] == pytest.approx([near, 0.6])
     assert np.isnan(error[1, :2]).all() and error[1, 2] == pytest.approx(0.7)
 
@@ -279,8 +279,8 @@ def curve():
 
 
 def test_the_average_predicts_as_its_formula_says(curve) -> None:
-    """Inside by weight; a quarter of the range (log 100) beyond, in half of it all laws weigh alike."""
-    inside, far = np.array([5e4]), np.array([1e5 * 100**0.25])
+    """Inside by weight; half of the range (log 100) beyond, in half of it all laws weigh alike."""
+    inside, far = np.array([5e4]), np.array([1e5 * 100**0.5])
     shares = np.array([c.weight for c in curve.candidates])
     assert len(curve.candidates) == len(curve.members) == 6 and shares.sum() == pytest.approx(1)
     near, logs = (np.array([np.log(c.fit.predict(x)[0]) - c.shift for c in curve.candidates]) for x in (inside, far))
@@ -298,12 +298,31 @@ def test_the_average_predicts_as_its_formula_says(curve) -> None:
 
 def test_the_averages_interval_adds_the_disagreement_of_its_laws(curve) -> None:
     """Far out every law counts alike: the sd of the six predictions."""
-    far = np.array([1e6])
+    far = np.array([1e7])
     each = np.array([np.log(fit.predict(far)) - c.shift for c, fit in curve.members])
     half = curve.calibration.half_width(np.log(far / SHORT[-1])[None], 0.9, each.std(axis=0))
     low, high = curve.interval(far)
     np.testing.assert_allclose(np.log(high / low), 2 * half)
     assert np.log(np.divide(*curve.interval(far, 0.5)[::-1]))[0] < 2 * half[0]
+
+
+@pytest.mark.parametrize("loss", ["least_squares_log", "least_squares"])
+def test_nothing_is_foretold_above_the_ceiling(loss: str) -> None:
+    """A flat curve whose last point happens to be high: laws that follow it rise without limit."""
+    x, ahead = np.geomspace(40, 500, 8), np.array([300.0, 8000.0])
+    y, laws = np.array([0.49, 0.51, 0.5, 0.5, 0.49, 0.51, 0.5, 0.56]), ["power_plus", "power"]
+    free, held = (select_law(x, y, laws=laws, loss=loss, ceiling=top, num_resamples=20) for top in (None, 0.8))
+    assert free.predict(ahead)[1] > 1e3 and free.interval(ahead)[1][1] > 1e3 and free.draws(ahead).max() > 1e3
+    power = next(c for c in held.candidates if c.name == "power")
+    assert power.fit is not None and 0.5 < power.fit.predict(ahead)[1] < 0.8
+    if loss.endswith("log"):  # so far out the plain mean of both laws' logarithms, one of them at the ceiling
+        mean = (power.fit.predict(ahead)[1] * np.exp(-power.shift) * 0.8) ** 0.5
+    else:
+        mean = (power.fit.predict(ahead)[1] - power.shift + 0.8) / 2
+    assert held.predict(ahead) == pytest.approx([free.predict(ahead)[0], mean], rel=1e-6)
+    assert held.interval(ahead)[1][1] == held.draws(ahead).max() == pytest.approx(0.8)
+    missed = [max(c.held_out for c in found.candidates) for found in (free, held)]
+    assert missed[1] < missed[0] and missed[1] < (np.log(0.8 / 0.49) if loss.endswith("log") else 0.31)
 
 
 def test_a_linear_loss_averages_y_itself() -> None:

@@ -327,23 +327,6 @@ def test_parameters_that_the_table_leaves_open_have_no_value(param, expected):
     assert words.param_text(param) == expected
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (None, "–"),
-        (89, "89.0 s"),
-        (90, "1.5 min"),
-        (5399, "90.0 min"),
-        (5400, "1.5 h"),
-        (7200, "2.0 h"),
-        (129_599, "36.0 h"),
-        (129_600, "1.5 days"),
-    ],
-)
-def test_times_are_said_in_their_unit(seconds, expected):
-    assert words.duration(seconds) == expected
-
-
 def test_what_an_error_is_is_said_where_it_is_not_top_1():
     runs = [Run(variant="base", arm="plain", student="h2", num_params=1, upstream_samples=1, dataset=task, seed=0, task=task,
                 downstream_samples=1, error_rate=0.5) for task in ("detection", "classification", "detection")]  # fmt: skip

@@ -272,8 +272,9 @@ def test_a_damaged_calibration_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (172799, "48.0 h"),
+    [(None, "–"), (0.4, "0.4 s"), (9.9, "9.9 s"), (10, "10 s"), (89.4, "89 s"), (90, "2 min"),
+     (5399, "90 min"), (5400, "1.5 h"), (172799, "48.0 h"),
      (172800, "2.0 days")],
 )  # fmt: skip
-def test_durations_as_people_read_them(seconds: float, text: str) -> None:
+def test_durations_as_people_read_them(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text

@@ -9,21 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from dbscale.data import MixTarget
 from dbscale.errors import FileError, TrainingError
 from dbscale.study.recipe import Attention, Augment, Budget, DeiT, Distill, TimmModel
 from dbscale.study.resources import Resources
 from dbscale.training import losses, prepare
 from dbscale.training.losses import CachedTeacher
 
+
+def dense(target: Any, num_classes: int, smoothing: float) -> torch.Tensor:
+    """[b, num_classes]: the smoothed distribution that a mixed batch is to predict, written out."""
+    one, other = (torch.nn.functional.one_hot(labels, num_classes) for labels in (target.y_a, target.y_b))
+    return (1 - smoothing) * (target.lam * one + (1 - target.lam) * other) + smoothing / num_classes
+
+
 SMALL, LARGE = DeiT(heads=1, head_width=8, depth=2, patch_size=4), DeiT(heads=3, head_width=8, depth=3, patch_size=4)
-
-
-def dense(target: MixTarget, num_classes: int, smoothing: float) -> torch.Tensor:
-    """float32 [b, num_classes]: the target distribution, label smoothing included."""
-    both = ((target.y_a, target.lam), (target.y_b, 1 - target.lam))
-    labels = sum(share * torch.nn.functional.one_hot(each, num_classes) for each, share in both)
-    return labels * (1 - smoothing) + smoothing / num_classes
 
 
 @pytest.mark.parametrize("attention", [None, Attention(beta=0.0)])
@@ -75,8 +74,8 @@ def test_losses_match_their_formulas():
 
     mixed = MixTarget(labels, labels.flip(0), 0.3)
     found = losses._cross_entropy(logits, mixed, 0.1)
-    dense_BC = dense(mixed, 5, 0.1)
-    assert found == pytest.approx(float(torch.nn.functional.cross_entropy(logits, dense_BC)), rel=1e-6)
+    wanted = dense(mixed, 5, 0.1)
+    assert found == pytest.approx(float(torch.nn.functional.cross_entropy(logits, wanted)), rel=1e-6)
 
 
 def _soft_term(student, teacher, temperature):
@@ -102,9 +101,9 @@ def test_distillation_is_its_formula_in_value_and_gradient(target, mixed):
     objective = losses._DistillObjective(settings, 0.1, lambda _: teacher_logits, None, "auto")
     terms = objective(lambda _: found, torch.empty(0), wanted)
 
-    dense_BC = dense(wanted, 7, 0.1) if mixed else labels
+    aim = dense(wanted, 7, 0.1) if mixed else labels
     smoothing = 0.0 if mixed else 0.1
-    ce = torch.nn.functional.cross_entropy(expected, dense_BC, label_smoothing=smoothing)
+    ce = torch.nn.functional.cross_entropy(expected, aim, label_smoothing=smoothing)
     soft = _soft_term(expected, teacher_logits, 2.5)
     hard = torch.nn.functional.cross_entropy(expected, teacher_logits.argmax(1))
     guided = {"soft": soft, "hard": hard, "mixed": (soft + hard) / 2}[target]
@@ -132,8 +131,8 @@ def test_of_parallel_heads_one_learns_labels_and_the_other_the_teacher(target, m
     terms = objective(lambda _: (first, second), torch.empty(0), wanted)
     terms.loss.backward()
 
-    dense_BC = dense(wanted, 7, 0.1) if mixed else labels
-    ce = torch.nn.functional.cross_entropy(first, dense_BC, label_smoothing=0.0 if mixed else 0.1)
+    aim = dense(wanted, 7, 0.1) if mixed else labels
+    ce = torch.nn.functional.cross_entropy(first, aim, label_smoothing=0.0 if mixed else 0.1)
     soft, hard = (
         _soft_term(second, teacher_logits, 2.5), torch.nn.functional.cross_entropy(second, teacher_logits.argmax(1))
     )  # fmt: skip

@@ -142,8 +142,9 @@ def ensure_packed(name: str, spec: dict, data_dir: Path) -> Path:
     if (folder / "manifest.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    count = spec.get("num_train", 1000)
     split = SplitInfo(
-        num_samples=spec.get("num_train", 1000), class_counts=(500, 500), balanced_up_to=1000, fingerprint="f" * 32,
+        num_samples=count, class_counts=(count // 2, count - count // 2), balanced_up_to=count, fingerprint="f" * 32,
         index="train.index", index_checksum="0", shards=(),
     )  # fmt: skip
     image = ImageInfo(encoding="raw", min_side=32, max_side=32, square=True)
