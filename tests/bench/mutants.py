@@ -52,9 +52,11 @@ ROOMS = {
     "launch/commands/shards": "shards/command", "launch/commands/submit": "launch/cli launch/slurm_submit",
 }  # fmt: skip
 """Rooms whose tests stand in other files: the names of those, without `tests` and `test_`."""
-HEAVY = ("numpy", "scipy.optimize", "scipy.sparse", "scipy.special", "scipy.stats", "pandas", "pyarrow.parquet", "altair",
-         "pydantic", "torch", "torchvision", "timm", "accelerate", "PIL.Image")  # fmt: skip
-"""Loaded once for all forks, where the tests of the wing need them."""
+NUMBERS = ("numpy", "scipy.optimize", "scipy.sparse", "scipy.special", "scipy.stats", "pydantic")
+TORCH = (*NUMBERS, "torch", "torchvision", "timm", "PIL.Image")
+HEAVY = {"laws": NUMBERS, "report": (*NUMBERS, "altair", "pyarrow.parquet"), "study": NUMBERS, "launch": NUMBERS,
+         "training": TORCH, "kernels": TORCH, "data": TORCH, "shards": TORCH}  # fmt: skip
+"""Loaded once for all forks, before the tests run without a fault: what does not bear it is seen there."""
 MOVED = 60
 """Lines that code may have moved by since the log of an earlier run was written."""
 PATIENCE = 4.0
@@ -153,8 +155,6 @@ class Record:
     """File -> line -> tests that reach it."""
     seconds: dict[str, float]
     """Test -> how long it takes with its fixtures."""
-    modules: set[str]
-    """Everything that was imported."""
 
 
 class Recorder:
@@ -189,7 +189,7 @@ class Recorder:
         lines = {str(Path(f).relative_to(self.folder)): data.contexts_by_lineno(f) for f in data.measured_files()}
         # A fixture of a whole file is waited for once, by whoever comes first: each test that asks for it may be that one.
         seconds = {t: own + sum(self.fixtures.get(f, 0.0) for f in names) for t, (own, names) in self.calls.items()}
-        return Record(lines, seconds, set(sys.modules))
+        return Record(lines, seconds)
 
 
 class Order:
@@ -209,6 +209,8 @@ def run_tests(folder: str, files: Sequence[str], plugin: Order | None, wing: str
     sys.path.insert(0, folder)
     # A fault of the same length within the same second would be taken for the code that was compiled before it.
     sys.dont_write_bytecode = plugin is not None
+    # pytest's plugins have modules in common with the libraries that are loaded already, and it warns of that.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     recorder = None if plugin else Recorder(folder, wing)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not bench and not gpu and not slurm"]
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.redirect_stderr(io.StringIO()):
@@ -234,8 +236,9 @@ def record_of(folder: str, wing: str, files: Sequence[str]) -> Record:
     """Run these tests without any fault; end where they fail."""
     out = Path(folder) / "record.pickle"
     code = in_fork(folder, files, None, wing, str(out))
-    record, text = pickle.loads(out.read_bytes())
-    if code:
+    record, text = pickle.loads(out.read_bytes()) if out.exists() else (None, "pytest did not even begin")
+    out.unlink(missing_ok=True)
+    if code or record is None:
         raise SystemExit(f"{' '.join(files)} fail without any fault; mend that first:\n{text}")
     return record
 
@@ -291,14 +294,13 @@ def survives(folder: str, mutant: Mutant, tests: Sequence[str], record: Record) 
 def make_record(folder: str, wing: str, drawn: Sequence[Mutant], budget: float) -> Record:
     """What the tests do without faults: the rooms' one by one, or with a budget the wing's."""
     rooms = [[f"tests/{Path(wing).name}"]] if budget else [list(t) for t in sorted({tuple(room_of(m)) for m in drawn})]
-    whole = Record({}, {}, set())
+    whole = Record({}, {})
     for files in filter(None, rooms):
         record = record_of(folder, wing, files)
         for path, lines in record.lines.items():
             for line, tests in lines.items():
                 whole.lines.setdefault(path, {}).setdefault(line, []).extend(tests)
         whole.seconds |= record.seconds
-        whole.modules |= record.modules
         print(f"{' '.join(files)}: {len(record.seconds)} tests", file=sys.stderr, flush=True)
     return whole
 
@@ -321,10 +323,9 @@ def main() -> None:
         for name in ("dbscale", "launch", "shards", "configs", "docs", "tests", "pyproject.toml"):
             source, target = ROOT / name, Path(folder) / name
             shutil.copytree(source, target, symlinks=True) if source.is_dir() else shutil.copy(source, target)
+        for name in HEAVY[Path(options.wing).name]:
+            importlib.import_module(name)
         record = make_record(folder, options.wing, drawn, options.budget)
-        for name in HEAVY:
-            if name in record.modules:
-                importlib.import_module(name)
         print(f"{len(drawn)} mutants of {options.wing}, seed {options.seed}", flush=True)
         for number, mutant in enumerate(drawn, 1):
             if survives(folder, mutant, tests_for(mutant, record, options.budget), record):
