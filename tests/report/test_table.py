@@ -217,6 +217,7 @@ def test_the_files_own_lines_are_named():
         ("samples,error\n1000,0.5,\n2000,0.4\n", "line 2: 3 cells"),
         ("samples,error\n1000,0.5\n2000\n", "line 3: 1 cells under a header of 2 .*fill in what is missing"),
         ("samples,error,\n1000,0.5,7\n", "line 1: column 3 has no name, and holds '7' on line 2; name it"),
+        ("1,2\n# a,b\n3,4\n", "line 1: the first row holds numbers .*; put the names of the columns above it"),
         ("samples,,error\n1000,7,0.5\n", "line 1: column 2 has no name, and holds '7' on line 2; name it"),
         ("error,samples,error\n1,2,3\n", "line 1: column 'error' stands twice in the header; rename one"),
         ("x,y\n1,2\nx,y\n3,4\n", "line 3: the header again; were two files joined"),
@@ -493,6 +494,13 @@ def test_equal_rows_count_once_and_draws_are_apart():
     assert len(table) == 1 and table.warnings == ("1 repeated rows were counted once",)
     draws = runs_from({**MINIMAL, "finetune": "0"}, {**MINIMAL, "finetune": "1", "error_rate": "0.4"})
     assert [run.finetune for run in draws] == [0, 1] and draws.warnings == ()
+
+
+def test_one_of_anything_is_enough():
+    table = runs_from({**MINIMAL, "num_params": "1", "downstream_samples": "1", "upstream_samples": "1"})
+    (run,) = table
+    assert (run.num_params, run.downstream_samples, run.upstream_samples) == (1, 1, 1)
+    assert list(table.pretrained) == [run]
 
 
 def test_what_looks_odd_is_noted():

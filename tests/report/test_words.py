@@ -318,6 +318,14 @@ def test_shares_are_said_in_points_and_losses_in_their_own_unit(value, metric, s
 
 
 @pytest.mark.parametrize(
+    ("value", "metric", "said"),
+    [(0.25, "error_rate", "25.0 %"), (1.2345, "test_loss", "1.23"), (None, "test_loss", "–"), (None, "error_rate", "–")],
+)  # fmt: skip
+def test_values_are_said_in_their_unit(value, metric, said):
+    assert words.level_text(value, metric) == said
+
+
+@pytest.mark.parametrize(
     ("param", "expected"),
     [(ParamRecord(value=0.5, low=0.25, high=None, status="determined"), "0.5 [0.25, open]"),
      (ParamRecord(value=0.0, low=0.0, high=0.45, status="at_bound"), "0 [0, 0.45] (at its bound)"),
