@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -301,6 +302,18 @@ def test_models_with_other_prefix_tokens_are_compared_on_their_patches():
 )  # fmt: skip
 def test_a_teacher_is_asked_only_for_terms_that_weigh_something(settings, teacher, maps):
     assert (losses.wants_teacher(settings), losses.wants_maps(settings)) == (teacher, maps)
+
+
+def test_a_teacher_that_nothing_weighs_is_not_asked(bench):
+    def never(images):
+        raise AssertionError("asked")
+
+    recipe = bench.cell("distill", teacher=bench.cell(seed=1), distill=Distill(alpha=0.0), label_smoothing=0.0).recipe
+    logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
+    network: Any = never
+    objective = losses.make_objective(recipe, CACHED, network, network)
+    found = objective(lambda _: logits, torch.zeros(1), labels)  # type: ignore[arg-type]
+    assert float(found.loss) == float(found.ce) == pytest.approx(np.log(1 + np.exp(2.0))) and found.kl is None
 
 
 def test_terms_of_plugins_are_added_with_their_weights_on_the_same_forward_pass():

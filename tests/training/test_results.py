@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbscale.study.cost import DEVICES
-from dbscale.study.recipe import Budget
+from dbscale.study.recipe import Budget, DeiT, Pretrained
 from dbscale.study.resources import Resources, StopRequest
 from dbscale.study.store import Attempt
 from dbscale.training import results, run
@@ -113,6 +113,56 @@ def test_a_row_accounts_for_every_attempt_device_and_sample(row_of):
     assert (timing.mfu, timing.device) == (None, "cpu")
     how = {name: row.resources[name] for name in ("engine", "world_size", "accumulation", "micro_batch", "precision")}
     assert how == {"engine": "zero2", "world_size": 2, "accumulation": 4, "micro_batch": 3, "precision": "bf16"}
+
+
+def test_what_is_known_of_each_sample_is_kept_in_the_splits_order(tmp_path):
+    counted, correct = np.array([True, False, True] * 3), np.array([True, False, False] * 3)
+    classes = Evaluation(0.5, None, 1.0, 0.1, correct, counted)
+    dense = Evaluation(0.5, None, 1.0, None, None, counted, errors_N=np.linspace(0, 1, 9, dtype=np.float32))
+    for name, evaluation in (("classes", classes), ("dense", dense)):
+        results.write_correct(tmp_path / f"{name}.npz", evaluation)
+    with np.load(tmp_path / "classes.npz") as found:
+        assert set(found) == {"num_samples", "correct", "counted"} and int(found["num_samples"]) == 9
+        assert np.unpackbits(found["correct"], count=9).tolist() == correct.tolist()
+        assert np.unpackbits(found["counted"], count=9).tolist() == counted.tolist()
+    with np.load(tmp_path / "dense.npz") as found:
+        assert set(found) == {"num_samples", "errors", "counted"}
+        assert found["errors"].dtype == np.float32 and found["errors"].tolist() == pytest.approx(np.linspace(0, 1, 9))
+
+
+def test_a_sample_is_judged_by_its_first_five_classes_its_loss_and_its_confidence():
+    """Softmax of ln 4 against five or six zeros: .4 of ten, or 4/9."""
+    logits = torch.zeros(3, 7)
+    logits[:, 2] = np.log(4)
+    logits[:, 6] = -1.0  # the least of seven
+    share = 4 / (4 + 5 + np.exp(-1))
+    found = results._judge(logits, torch.tensor([2, 0, 6]))
+    assert found[:, 0].tolist() == [1, 1, 1] and found[:, 1].tolist() == [1, 0, 0]
+    assert found[:, 2].tolist()[::2] == [1, 0], "the seventh is not among five"
+    assert found[:, 3].tolist() == pytest.approx([-np.log(share), -np.log(share / 4), -np.log(share / 4) + 1])
+    assert found[:, 4].tolist() == pytest.approx([share] * 3)
+    few = results._judge(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([0]))
+    assert few[0, :3].tolist() == [1, 0, 1], "of three classes all are among five"
+
+
+def test_what_a_run_was_follows_from_its_stage_and_what_it_began_with(bench):
+    teacher = bench.cell(seed=1)
+    distill = bench.cell("distill", teacher=teacher)
+    for cell in (teacher, distill):
+        bench.run(cell)
+    arms = {
+        "plain": teacher, "distilled": distill, "scratch": bench.cell("finetune", init=None),
+    }  # fmt: skip
+    assert {name: results._arm(cell.spec(), bench.store) for name, cell in arms.items()} == {
+        name: name for name in arms
+    }
+    of_plain, of_distilled = (bench.cell("finetune", init=each) for each in (teacher, distill))
+    assert [results._arm(cell.spec(), bench.store) for cell in (of_plain, of_distilled)] == ["plain", "distilled"]
+    assert results._teacher_model(distill.spec(), bench.store) == teacher.recipe.model
+    assert results._teacher_model(teacher.spec(), bench.store) is None
+    foreign = distill.recipe.model_copy(update={"teacher": Pretrained(sha256="ab", model=DeiT(heads=7))})
+    spec = distill.spec().model_copy(update={"recipe": foreign, "teacher": None})
+    assert results._teacher_model(spec, bench.store) == DeiT(heads=7)
 
 
 def test_utilisation_counts_both_devices(row_of):
