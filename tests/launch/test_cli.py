@@ -7,13 +7,14 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +23,14 @@ from PIL import Image
 from dbscale.errors import VERBOSITY, ConfigError, log_to_stderr
 from dbscale.launch.cli import main, make_parser
 from dbscale.launch.cluster import CONFIGS
+from dbscale.launch.commands import cells
 from dbscale.launch.commands.cells import as_launched
 from dbscale.launch.commands.laws import mixed
 from dbscale.launch.commands.plan import design_of
 from dbscale.launch.study import DEFAULT_GRID, plan_study, study_of
 from dbscale.report.reader import parse_sheet
 from dbscale.study.resources import Resources
+from dbscale.study.store import Store
 
 
 @pytest.fixture
@@ -312,6 +315,25 @@ def test_accelerate_says_which_engine_and_how_many_processes(tmp_path: Path, mon
         path.write_text(content)
         with pytest.raises(ConfigError, match=r"own\.json names no zero_optimization\.stage"):
             as_launched(own)
+
+
+def test_a_driver_is_asked_to_stop_where_it_can_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked, held = Store(tmp_path), [], [True]
+    monkeypatch.setattr(cells.os, "kill", lambda *words: asked.append(words))
+    monkeypatch.setattr(cells, "is_held", lambda root: held[0])
+
+    def drive(grid: str, alive: bool | None) -> list[str]:
+        process = SimpleNamespace(pid=7, host="node9", alive=alive)
+        monkeypatch.setattr(cells, "holder", lambda root: SimpleNamespace(grid=grid, process=process))
+        return cells.stop_driver(store, "tiny")
+
+    assert drive("tiny", alive=True) == ["asked pid 7 to save and stop"] and asked == [(7, signal.SIGTERM)]
+    for alive in (None, False):
+        with pytest.raises(ConfigError, match="is driven by pid 7 on node9; cancel it there"):
+            drive("tiny", alive)
+    assert drive("other", alive=True) == []
+    held[0] = False
+    assert drive("tiny", alive=True) == [] and len(asked) == 1
 
 
 def test_a_damaged_plan_is_written_anew_by_submit(dbscale: Any, workplace: Any) -> None:

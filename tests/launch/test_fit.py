@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from dbscale.launch.cli import main
-from dbscale.laws import fit_law, parameter_intervals, select_law
+from dbscale.launch.commands.laws import allocation_lines
+from dbscale.laws import Allocation, fit_law, parameter_intervals, select_law
 
 X = np.repeat(np.geomspace(100, 1e5, 8), 2)
 Y = (0.1 + 3 * X**-0.4) * np.exp(0.05 * np.random.default_rng(0).standard_normal(16))
@@ -136,6 +138,28 @@ def test_a_budget_is_split_by_the_laws_of_both_arms(tmp_path: Path, capsys) -> N
     assert "did you mean 'upstream_image'" in capsys.readouterr().err
     assert main([*words, "--budget", "500", "--dataset", "digit"]) == 1
     assert "did you mean 'digits'" in capsys.readouterr().err
+
+
+def test_a_split_is_told_line_by_line() -> None:
+    found = Allocation(
+        arm="distilled", arm_probability=0.75, point={"upstream_samples": 20_000.0, "downstream_samples": 300.0},
+        expected_error=0.125, error_interval=(0.1, 0.15), spend={"upstream_images": 0.5, "teacher": 0.0, "left": 1200.0},
+        ranges={"upstream_samples": (10_000.0, 30_000.0), "downstream_samples": (200.0, 400.0)},
+        exchange_rates={"upstream_samples_per_downstream_sample": (12.5, 10.0, 1500.0)},
+        extrapolated=("downstream_samples",), other_error=0.25, level=0.9,
+    )  # fmt: skip
+    lines = [re.sub(" +", " ", line) for line in allocation_lines("digits", found)]
+    assert lines == [
+        "digits: distilled (better in 75% of the draws)",
+        " expected error 0.1250 (0.1000 to 0.1500); the other arm 0.2500",
+        " upstream_samples 20,000 (10,000 to 30,000)",
+        " downstream_samples 300 (200 to 400); outside what was measured",
+        " upstream_images 0.50",
+        " left 1,200.00",
+        " upstream samples per downstream sample: 12.5 (10 to 1.5e+03)",
+    ]
+    alone = list(allocation_lines("digits", dataclasses.replace(found, other_error=None)))
+    assert alone[1] == "  expected error 0.1250 (0.1000 to 0.1500)"
 
 
 def test_fit_and_advise_speak_json(table: str, tmp_path: Path, capsys) -> None:

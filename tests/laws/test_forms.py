@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dbscale.laws import FORMS, Form, LawError, find_form, fit_law
+from dbscale.laws.form import LOG_CEILING, LOG_FLOOR, Param
 
 EVERY_FORM = pytest.mark.parametrize("name", FORMS)
 
@@ -200,3 +201,16 @@ def test_an_exponent_ends_at_two() -> None:
     x = np.geomspace(1, 100, 9)
     fit = fit_law("additive", {"upstream_samples": x}, 0.1 + x**-4.0)
     assert fit.params["alpha"] == pytest.approx(2.0, abs=1e-6) and "alpha" in fit.at_bound
+
+
+def test_only_what_is_fitted_by_its_logarithm_has_a_floor_and_a_ceiling() -> None:
+    free, bound, level = (
+        Param("A", "log", (1.0, 2.0)),
+        Param("A", "log", (1.0, 2.0), 0.5, 3.0),
+        Param("E", "linear", (0, 1)),
+    )
+    assert (
+        (free.lower, free.upper) == (LOG_FLOOR, LOG_CEILING) and 0 < LOG_FLOOR < 1e-50 and 1e50 < LOG_CEILING < np.inf
+    )
+    assert (bound.lower, bound.upper) == (0.5, 3.0) and (level.lower, level.upper) == (-np.inf, np.inf)
+    assert Param("A", "log", (1.0, 2.0), 0.5).upper == LOG_CEILING

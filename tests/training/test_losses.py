@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from dbscale.errors import FileError, TrainingError
 from dbscale.study.recipe import Attention, Augment, Budget, DeiT, Distill, TimmModel
 from dbscale.study.resources import Resources
 from dbscale.training import losses, prepare
@@ -262,6 +264,78 @@ def test_maps_are_always_asked_for(bench, asked):
     for model in (None, DeiT(heads=3, head_width=8, depth=2, patch_size=4)):
         assert bench.run(bench.cell("distill", teacher=teacher, distill=guided, model=model), CACHED).status == "done"
     assert not (bench.store.root / losses.CACHE_FOLDER).exists()
+
+
+def test_which_layers_are_compared_and_with_which_of_the_teacher():
+    """At the same relative depth: layer 4 of 12 is a third of the way, as is layer 1 of 3."""
+
+    def chosen(layers: Any) -> tuple[int, ...]:
+        return losses.chosen_layers(Attention(layers=layers), 4)
+
+    assert (chosen("all"), chosen("last"), chosen((0, -1)), chosen((-4, 3))) == ((0, 1, 2, 3), (3,), (0, 3), (0, 3))
+    for wrong in ((4,), (-5,), ()):
+        with pytest.raises(TrainingError, match="the student has layers 0 to 3"):
+            chosen(wrong)
+    assert [losses._twin(layer, 12, 3) for layer in (0, 3, 7, 11)] == [0, 0, 1, 2]
+    assert [losses._twin(layer, 3, 12) for layer in (0, 1, 2)] == [3, 7, 11]
+
+
+def test_heads_listen_to_those_that_cover_their_share_of_the_width():
+    """Halves against thirds: the first half is the first third and half of the second."""
+    assert losses.spread_heads(2, 3).tolist() == [pytest.approx([2 / 3, 1 / 3, 0]), pytest.approx([0, 1 / 3, 2 / 3])]
+    assert losses.spread_heads(4, 2).tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+
+
+def test_models_with_other_prefix_tokens_are_compared_on_their_patches():
+    one, two = (SimpleNamespace(num_prefix_tokens=number) for number in (1, 2))
+    assert losses._common_tokens(two, one) == (slice(2, None), slice(1, None))
+    assert losses._common_tokens(one, one) is None and losses._common_tokens(object(), object()) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "teacher", "maps"),
+    [(None, False, False), (Distill(alpha=0.0), False, False), (Distill(alpha=0.1), True, False),
+     (Distill(alpha=0.0, attention=Attention(beta=0.0)), False, False),
+     (Distill(alpha=0.0, attention=Attention(beta=0.1)), True, True),
+     (Distill(alpha=0.1, attention=Attention(beta=0.0)), True, False)],
+)  # fmt: skip
+def test_a_teacher_is_asked_only_for_terms_that_weigh_something(settings, teacher, maps):
+    assert (losses.wants_teacher(settings), losses.wants_maps(settings)) == (teacher, maps)
+
+
+def test_terms_of_plugins_are_added_with_their_weights_on_the_same_forward_pass():
+    calls, logits, images = [], torch.tensor([[2.0, 0.0]]), torch.ones(1, 3, 2, 2)
+    target = torch.tensor([0])
+
+    def model(inputs):
+        calls.append(inputs)
+        return logits
+
+    terms = [(0.5, lambda out, labels, seen: out.sum() + labels.sum()), (2.0, lambda out, labels, seen: seen.mean())]
+    found = losses._with_terms(lambda net, x, t: losses._plain(net(x), t, 0.0), terms, model, images, target)
+    plain = torch.nn.functional.cross_entropy(logits, target)
+    assert float(found.loss) == pytest.approx(float(plain) + 0.5 * 2.0 + 2.0 * 1.0)
+    assert float(found.ce) == pytest.approx(float(plain)) and len(calls) == 1
+
+
+def test_each_way_of_computing_an_answer_has_a_folder_of_its_own(bench):
+    teacher, network = bench.cell(), nn.Identity()
+    other = bench.cell(seed=3)
+    bench.run(teacher)
+    bench.run(other)
+
+    def of(teacher, device="cpu", **changes):
+        return losses.open_cache(
+            bench.store, bench.cell("distill", teacher=teacher, **changes).spec(), network, device
+        ).folder
+
+    own = of(teacher)
+    assert own.parent == bench.store.root / "teacher_logits" and own == of(teacher, seed=9), (
+        "students may share answers"
+    )
+    assert len({own, of(other), of(teacher, device="cuda"), of(teacher, precision="bf16")}) == 4
+    with pytest.raises(FileError, match="has no row; train it first"):
+        of(bench.cell(seed=4))
 
 
 def test_the_last_bit_of_a_pixel_is_another_question_and_damage_is_asked_again(tmp_path):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from dbscale.errors import TrainingError
 from dbscale.study.recipe import Budget
 from dbscale.study.resources import Resources
 from dbscale.study.store import Attempt, Progress
 from dbscale.training import loop, progress, run
+from dbscale.training.losses import Losses
 from dbscale.training.progress import RUN_FILE, open_tracker
 
 
@@ -73,6 +77,92 @@ def test_tensorboard_shows_one_curve_however_often_a_run_stops(bench, stop_after
     lines = bench.fingerprint(cell)["metrics"]
     assert [each.step for each in events.Scalars("loss")] == [line["step"] for line in lines] == [10, 20, 30, 40]
     assert [each.value for each in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+
+
+class Alone:
+    """The accelerator of a lone process, as far as a reporter needs it."""
+
+    is_main_process = True
+
+    def __init__(self):
+        self.logged = []
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+
+@pytest.fixture
+def reporter(bench, monkeypatch):
+    """Of a run of 30 steps at 16 images; a report is due every 10, and a second passes with each look at the clock."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(progress, "reduce_over_ranks", lambda accelerator, values, how: values)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock)), time=lambda: 5.0))
+    cell = bench.cell(budget=Budget(steps=30))
+    return progress.Reporter(Alone(), cell.recipe, bench.store, cell.key, progress.LossRecord())
+
+
+def losses_of(loss, ce, kl=None):
+    return Losses(*(None if each is None else torch.tensor(each) for each in (loss, ce, kl)))
+
+
+def test_lines_are_means_since_the_last_and_the_rows_loss_is_that_of_the_last_tenth(reporter, bench):
+    for step in range(30):
+        reporter.add(step, losses_of(float(step), 2.0 * step, kl=1.0 if step < 10 else None))
+    reporter.close()
+    (path,) = bench.store.root.glob("cells/*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"], line["ce"], line.get("kl")) for line in lines] == [
+        (10, 4.5, 9.0, 1.0), (20, 14.5, 29.0, None), (30, 24.5, 49.0, None)
+    ]  # fmt: skip
+    assert [(step, values["loss"], "step" in values) for step, values in reporter._accelerator.logged] == [
+        (10, 4.5, False), (20, 14.5, False), (30, 24.5, False)]  # fmt: skip
+    assert reporter.record.train_loss == (27 + 28 + 29) / 3 and reporter.record.tail_steps == 3
+    assert reporter.record.pending == []
+    assert progress.LossRecord().train_loss == 0.0
+    (beat,) = (bench.store.read_progress(path.parent.name),)
+    assert beat is not None and (beat.num_steps, beat.updated) == (30, 5.0) and beat.step > 20
+
+
+def test_reports_are_due_200_times_a_run_and_never_within_ten_steps(bench):
+    def interval(steps):
+        cell = bench.cell(budget=Budget(steps=steps))
+        return progress.Reporter(Alone(), cell.recipe, bench.store, cell.key, progress.LossRecord())._interval
+
+    assert [interval(steps) for steps in (5, 2000, 2399, 4000)] == [10, 10, 11, 20]
+
+
+def test_a_loss_that_is_no_number_names_its_step_its_terms_and_what_helps(reporter):
+    for step in range(9):
+        reporter.add(step, losses_of(float("inf") if step == 3 else 1.0, 1.0))
+    with pytest.raises(
+        progress.NonFiniteLoss, match=r"loss is inf at step 4 of 30, learning rate .*\(loss inf, ce 1\); lower lr"
+    ):
+        reporter.add(9, losses_of(1.0, 1.0))
+
+
+def test_lines_of_steps_that_come_again_are_dropped_and_what_follows_a_cut_off_one(bench):
+    cell = bench.cell()
+    path = progress.metrics_path(bench.store, cell.key)
+    progress.truncate_metrics(bench.store, cell.key, 20)
+    assert not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f'{{"step": {step}}}\n' for step in (10, 20, 30)]
+    path.write_text("".join(lines))
+    progress.truncate_metrics(bench.store, cell.key, 20)
+    assert path.read_text() == "".join(lines[:2])
+    path.write_text(lines[0] + '{"ste\n' + lines[1])
+    progress.truncate_metrics(bench.store, cell.key, 20)
+    assert path.read_text() == lines[0]
+
+
+def test_settings_are_flat_for_trackers():
+    assert progress.flatten({"a": 1, "b": {"c": None, "d": {"e": (1, 2), "f": True}}}) == {
+        "a": 1, "b.c": "None", "b.d.e": "(1, 2)", "b.d.f": True}  # fmt: skip
+    assert progress.tracker_options(None, Path("cell")) == {}
+    with pytest.raises(
+        TrainingError, match="tracker 'nowhere_to_be_found' is not installed: `pip install nowhere_to_be"
+    ):
+        progress.tracker_options("nowhere_to_be_found", Path("cell"))
 
 
 DAMAGE = {
