@@ -236,10 +236,10 @@ def compare(arguments: argparse.Namespace) -> int:
     from dbscale.report.words import answer, evidence
 
     sheet = read_sheet(arguments.table).where(arguments.where)
-    sides = [dict(sheet.assignment(text, f"--{side}") for text in getattr(arguments, side)) for side in "ab"]
+    a, b = (dict(sheet.assignment(text, f"--{side}") for text in getattr(arguments, side)) for side in "ab")
     options = Options(level=arguments.level, min_effect=arguments.min_effect, seed=arguments.seed)
     pair = [column.strip() for column in arguments.pair.split(",") if column.strip()]
-    record, notes = compared(sheet, *sides, arguments.along, arguments.metric, pair, options, arguments.table.stem)
+    record, notes = compared(sheet, a, b, arguments.along, arguments.metric, pair, options, arguments.table.stem)
     if arguments.json:
         print(record.model_dump_json(indent=1))
     else:
