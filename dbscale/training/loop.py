@@ -47,7 +47,6 @@ class Run:
     loader: TrainLoader
     device_transform: Transform | None
     """Augmentation on the device, for pixels the loader hands out untouched."""
-    num_classes: int
     accumulation: int
     captures: bool
     """Whether the step is recorded as a CUDA graph."""
@@ -77,7 +76,7 @@ def train(run: Run) -> bool:
     energy, interval_s = energy_j(run.accelerator.device), run.checkpoint_interval_s
     saved_at = mark = time.perf_counter()
     steps = range(state.step, recipe.num_steps)
-    fed = feed(run.loader, steps, recipe, run.num_classes, run.device_transform, run.accelerator.device)
+    fed = feed(run.loader, steps, recipe, run.device_transform, run.accelerator.device)
     take_step = _recorded(run) if run.captures else partial(_optimizer_step, run)
     for step, batch in zip(steps, lockstep(fed, run.accelerator), strict=False):
         state.data_wait_s += time.perf_counter() - mark
