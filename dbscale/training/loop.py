@@ -47,6 +47,7 @@ class Run:
     loader: TrainLoader
     device_transform: Transform | None
     """Augmentation on the device, for pixels the loader hands out untouched."""
+    num_classes: int
     accumulation: int
     captures: bool
     """Whether the step is recorded as a CUDA graph."""

@@ -75,6 +75,7 @@ def prepare_run(spec: CellSpec, dataset: Dataset, context: Context) -> Run:
         objective=objective,
         loader=loader,
         device_transform=device_transform,
+        num_classes=dataset.num_classes,
         accumulation=context.batching.accumulation,
         captures=can_capture(recipe, context.resources, accelerator),
         ema=ema,
