@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from dbscale.laws import Verdict
+    from dbscale.report.law_findings import Options
     from dbscale.report.schema import BoundaryFile, ContrastRecord
     from dbscale.report.sheet import Sheet
     from dbscale.study.hunt import WaveRecord
@@ -191,10 +192,10 @@ def compare(
     >>> found.verdict.kind, found.verdict.better
     ('one_sign', 'b')
     """
-    record, notes = compared(
-        sheet_of(table), a=words(a), b=words(b), along=along, metric=metric, pair=pair, level=level,
-        min_effect=min_effect, seed=seed,
-    )  # fmt: skip
+    from dbscale.report.findings import Options
+
+    options = Options(level=level, min_effect=min_effect, seed=seed)
+    record, notes = compared(sheet_of(table), words(a), words(b), along, metric, pair, options)
     for note in notes:
         log.warning(note)
     return record
@@ -206,19 +207,16 @@ def words(conditions: Mapping[str, object]) -> dict[str, str]:
 
 
 def compared(
-    sheet: Sheet, *, a: Mapping[str, str], b: Mapping[str, str], along: str, metric: str, pair: Sequence[str],
-    level: float, min_effect: float, seed: int, dataset: str = "table",
+    sheet: Sheet, a: Mapping[str, str], b: Mapping[str, str], along: str, metric: str, pair: Sequence[str],
+    options: Options, dataset: str = "table",
 ) -> tuple[ContrastRecord, tuple[str, ...]]:  # fmt: skip
     """The record of `compare`, and what a reader must know of the pairs."""
-    from dbscale.report.findings import Options, contrast
+    from dbscale.report.findings import contrast
     from dbscale.report.pairing import pair_rows
 
     pairs, notes = pair_rows(sheet, a=a, b=b, along=along, metric=metric, pair=pair)
-    names = {
-        "column": ", ".join(a), "a": ", ".join(a.values()), "b": ", ".join(b.values()), "along": along,
-        "dataset": dataset,
-    }  # fmt: skip
-    return contrast(pairs, names, metric, Options(level=level, min_effect=min_effect, seed=seed)), notes
+    sides = {"column": ", ".join(a), "a": ", ".join(a.values()), "b": ", ".join(b.values())}
+    return contrast(pairs, {**sides, "along": along, "dataset": dataset}, metric, options), notes
 
 
 def find_boundary(
@@ -250,6 +248,5 @@ def find_boundary(
     from dbscale.report.findings import Options, find
     from dbscale.report.table import runs_of
 
-    return find(
-        runs_of(sheet_of(table), columns), options=Options(level=level, min_effect=min_effect, seed=seed)
-    ).boundary
+    options = Options(level=level, min_effect=min_effect, seed=seed)
+    return find(runs_of(sheet_of(table), columns), options=options).boundary

@@ -253,7 +253,7 @@ def tasks_of(plan: Plan, cost: CostModel, cluster: Cluster) -> tuple[Task, ...]:
             groups: dict[str, list[Cell]] = {}
             for cell in bundle.cells:
                 groups.setdefault(shapes[cell.recipe.stage], []).append(cell)
-            tasks += [_task(cells, number, cost) for cells in groups.values()]
+            tasks += (_task(cells, number, cost) for cells in groups.values())
     return tuple(sorted(tasks, key=lambda task: (task.wave, task.stage == "finetune", -task.predicted_s)))
 
 

@@ -90,7 +90,7 @@ class LocalJob:
 
     processes: list[subprocess.Popen[bytes]]
     log: Path
-    """Of the first rank."""
+    """Where the first rank writes."""
     _lost_at: float | None = None
 
     def done(self) -> bool:

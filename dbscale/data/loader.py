@@ -132,18 +132,16 @@ class TrainLoader:
     """Endless iterator over this rank's batches; `consumed` is its whole state."""
 
     def __init__(self, batches: _TrainBatches, consumed: int, num_workers: int, max_bad_share: float) -> None:
-        self._stream = batches.stream
-        self._global_batch = batches.stream.global_batch
-        self._subset = batches.subset
+        self._stream, self._subset = batches.stream, batches.subset
         self._max_bad_share = max_bad_share
         self._bad_ids: set[int] = set()
-        self._next = consumed // self._global_batch
+        self._next = consumed // self._stream.global_batch
         self._batches = _serve(batches, count(self._next), num_workers)
 
     @property
     def consumed(self) -> int:
         """Samples consumed by all ranks together, up to the last batch that was handed out."""
-        return self._next * self._global_batch
+        return self._next * self._stream.global_batch
 
     @property
     def identity(self) -> dict[str, str | int | None]:

@@ -29,7 +29,6 @@ def mix_batch(
     images_BCHW: Tensor,
     labels_B: Tensor,
     *,
-    num_classes: int,
     mixup: float = 0.0,
     cutmix: float = 0.0,
     prob: float = 1.0,
@@ -42,7 +41,6 @@ def mix_batch(
     Args:
         images_BCHW: float [b, 3, S, S], b even, an even slice of the global batch.
         labels_B: int64 [b].
-        num_classes: for the caller's convenience of checking labels; not used to mix.
         mixup, cutmix: Beta parameters; 0 turns one off.
         prob: share of steps that are mixed.
         switch_prob: share of mixed steps that take CutMix when both are on.

@@ -334,9 +334,8 @@ def power(
             dearer = (cost_upstream + draws * cost_finetune) / (cost_upstream + finetunes * cost_finetune)
     if slope is not None:
         own = stderr(num_seeds, finetunes)
-        along = (
-            noise.variance("seed") / num_seeds / max(own**2, 1e-300)
-        )  # share of the noise that all x of a seed share
+        # share of the noise that all x of a seed share
+        along = noise.variance("seed") / num_seeds / max(own**2, 1e-300)
         design = (own, complete_degrees(num_x, num_seeds), num_x, along, level)
         width = width_at_root(*design, slope)
         chance = _chance(*design, family, abs(slope) * step_octaves)

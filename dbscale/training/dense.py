@@ -89,7 +89,7 @@ class Pyramid(nn.Module):
         self.rescale = nn.ModuleList(module for module, _ in made)
         self.join = FeaturePyramidNetwork([depth for _, depth in made], width)
         self.strides = [stride / scale for stride, scale in zip(strides, scales, strict=True)]
-        """Of the maps that come out, px."""
+        """Pixels of the image to one of the maps that come out."""
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps [B, width, h, w], finest first."""

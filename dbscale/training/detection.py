@@ -29,11 +29,11 @@ from dbscale.training.evaluation import Evaluation
 from dbscale.training.losses import Losses
 
 MAX_DETECTIONS = 100
-"""Of an image, as COCO counts them."""
+"""Boxes of an image that count, as COCO has it."""
 SCORE_FROM = 0.05
 """Weaker finds are dropped; torchvision's own 0.2 is for looking at, and cuts the curve that mAP averages."""
 NUM_GROUPS = 25
-"""Of images, in the grouped jackknife of `image_errors`."""
+"""Groups of images in the jackknife of `image_errors`."""
 _PER_FIND = 6
 
 

@@ -45,7 +45,7 @@ class Evaluation:
 
     @classmethod
     def of_dense(cls, error_rate: float, table_NK: NDArray[np.float64], errors_n: NDArray[np.floating]) -> Evaluation:
-        """Of a table whose first columns are counted and loss, and each counted sample's part `errors_n` of the error."""
+        """From a table whose first columns are counted and loss, and each counted sample's part of the error."""
         counted_N = table_NK[:, 0] > 0
         errors_N = np.full(len(table_NK), np.nan, np.float32)
         errors_N[counted_N] = errors_n

@@ -36,21 +36,13 @@ class Fed(NamedTuple):
 
 
 def feed(
-    loader: TrainLoader,
-    steps: range,
-    recipe: Recipe,
-    num_classes: int,
-    transform: Transform | None,
-    device: torch.device,
+    loader: TrainLoader, steps: range, recipe: Recipe, transform: Transform | None, device: torch.device
 ) -> Iterator[Fed]:
     """The batches of `steps`, in order; `transform` augments on the device what the loader hands out untouched.
 
     Raises what the loader raises, at the step that it concerns.
     """
-    made = (
-        _on_device(batch, step, recipe, num_classes, transform, device)
-        for step, batch in zip(steps, loader, strict=False)
-    )
+    made = (_on_device(batch, step, recipe, transform, device) for step, batch in zip(steps, loader, strict=False))
     return _ahead(made, device) if device.type == "cuda" else made
 
 
@@ -88,9 +80,7 @@ def _tensors(fed: Fed) -> list[Tensor]:
     return [fed.images, *(tensor for image in target for tensor in image.values())]
 
 
-def _on_device(
-    batch: Batch, step: int, recipe: Recipe, num_classes: int, transform: Transform | None, device: torch.device
-) -> Fed:
+def _on_device(batch: Batch, step: int, recipe: Recipe, transform: Transform | None, device: torch.device) -> Fed:
     assert isinstance(batch.images, Tensor), "lists of pixels are transformed in the loader"
     if device.type == "cuda":  # only pinned memory is copied while the host goes on
         batch = batch._replace(images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
@@ -105,7 +95,6 @@ def _on_device(
     mixed = mix_batch(
         images,
         target,
-        num_classes=num_classes,
         mixup=augment.mixup,
         cutmix=augment.cutmix,
         prob=augment.mix_share,

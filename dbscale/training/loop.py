@@ -77,7 +77,7 @@ def train(run: Run) -> bool:
     energy, interval_s = energy_j(run.accelerator.device), run.checkpoint_interval_s
     saved_at = mark = time.perf_counter()
     steps = range(state.step, recipe.num_steps)
-    fed = feed(run.loader, steps, recipe, run.num_classes, run.device_transform, run.accelerator.device)
+    fed = feed(run.loader, steps, recipe, run.device_transform, run.accelerator.device)
     take_step = _recorded(run) if run.captures else partial(_optimizer_step, run)
     for step, batch in zip(steps, lockstep(fed, run.accelerator), strict=False):
         state.data_wait_s += time.perf_counter() - mark

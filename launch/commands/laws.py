@@ -50,13 +50,11 @@ def add_commands(add: AddCommand) -> None:
     for name, what in (("dp", "upstream samples"), ("df", "downstream samples"), ("params", "student's parameters")):
         parser.add_argument(f"--{name}", required=True, metavar="COUNT", help=f"{what}: 2000, 200k, 22M")
     add_json(parser)
-    parser.add_argument("--dataset", help="one downstream set; default: all")
     add_source(parser)
     parser = add("allocate", allocate, "split a budget between upstream images, model size and labels, by the laws")
     parser.add_argument("--budget", type=float, required=True, metavar="MONEY", help="in the currency of the prices")
     parser.add_argument("--price", action="append", default=[], metavar="NAME=VALUE",
                         help="upstream_image, downstream_label, train_flop, teacher_params, …; repeatable")  # fmt: skip
-    parser.add_argument("--dataset", help="one downstream set; default: all")
     add_source(parser)
 
 
@@ -67,6 +65,7 @@ def add_where(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", help="one downstream set; default: all")
     add_table(parser)
     add_grid(parser)
     add_store(parser)
@@ -232,16 +231,15 @@ def mixed(sheet: Sheet, used: set[str]) -> dict[str, list[str]]:
 
 def compare(arguments: argparse.Namespace) -> int:
     from dbscale.launch.api import compared
+    from dbscale.report.law_findings import Options
     from dbscale.report.reader import read_sheet
     from dbscale.report.words import answer, evidence
 
     sheet = read_sheet(arguments.table).where(arguments.where)
-    sides = [dict(sheet.assignment(text, f"--{side}") for text in getattr(arguments, side)) for side in "ab"]
-    record, notes = compared(
-        sheet, a=sides[0], b=sides[1], along=arguments.along, metric=arguments.metric,
-        pair=[column.strip() for column in arguments.pair.split(",") if column.strip()], level=arguments.level,
-        min_effect=arguments.min_effect, seed=arguments.seed, dataset=arguments.table.stem,
-    )  # fmt: skip
+    a, b = (dict(sheet.assignment(text, f"--{side}") for text in getattr(arguments, side)) for side in "ab")
+    options = Options(level=arguments.level, min_effect=arguments.min_effect, seed=arguments.seed)
+    pair = [column.strip() for column in arguments.pair.split(",") if column.strip()]
+    record, notes = compared(sheet, a, b, arguments.along, arguments.metric, pair, options, arguments.table.stem)
     if arguments.json:
         print(record.model_dump_json(indent=1))
     else:

@@ -319,6 +319,8 @@ def main() -> None:
                     with asked.cache.open("a") as file:
                         file.write(json.dumps(known[shape, number]) + "\n")
             found[shape].append(known[shape, number])
+    found["all that cross"] = [world for shape in SHAPES[:6] for world in found.get(shape, [])]
+    found["all"] = [world for shape in SHAPES for world in found.get(shape, [])]
     print(f"| worlds | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for shape, worlds in found.items():
         print(f"| {shape} | {' | '.join(summary(worlds).values())} |")

@@ -10,7 +10,7 @@ from dbscale.data import DataError, mix_batch
 
 
 def mixed(step: int, images: torch.Tensor, labels: torch.Tensor, **options: float):
-    return mix_batch(images, labels, num_classes=10, seed=1, step=step, **options)  # type: ignore[arg-type]
+    return mix_batch(images, labels, seed=1, step=step, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
@@ -69,7 +69,7 @@ def test_mixing_is_distributed_as_timms() -> None:
     np.random.seed(0)
     reference = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.7, switch_prob=0.4, label_smoothing=0.0, num_classes=2)
     for step in range(2000):
-        result, target = mix_batch(images, labels, num_classes=2, seed=1, step=step, **options)
+        result, target = mix_batch(images, labels, seed=1, step=step, **options)
         ours.append(kind_and_share(result, target.lam))
         result, dense = reference(images.clone(), labels)
         theirs.append(kind_and_share(result, float(dense[0, 0])))

@@ -147,7 +147,7 @@ def test_the_feed_gives_on_the_device_what_it_gives_on_the_host(make, data_dir):
         dataset = open_dataset(Path(data_dir) / "shards/up", "train", tier="resident", image_size=32)
         loader = make_loader(dataset.subset(512, 0), global_batch=64, seed=3)
         transform = make_transform(image_size=32, train=True, augment=recipe.training.augment.model_dump(), seed=5)
-        found[device] = list(feed(loader, range(7), recipe, 8, transform, torch.device(device)))
+        found[device] = list(feed(loader, range(7), recipe, transform, torch.device(device)))
     assert len(found["cpu"]) == len(found["cuda"]) == 7
     for host, device in zip(found["cpu"], found["cuda"], strict=True):
         torch.testing.assert_close(device.images.cpu(), host.images, atol=1e-6, rtol=1e-6)

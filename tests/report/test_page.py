@@ -19,7 +19,8 @@ from dbscale.report.page import compare_page, export_figures, of_grid, of_table,
 from dbscale.report.reduce import collect, load_plan
 from dbscale.report.schema import BoundaryFile
 from dbscale.report.table import RunTable, read_table, to_csv
-from dbscale.report.words import duration, say
+from dbscale.report.words import say
+from dbscale.study.cost import duration
 from dbscale.study.store import Store
 from tests.report.test_findings import study
 
