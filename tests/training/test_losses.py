@@ -279,6 +279,8 @@ def test_which_layers_are_compared_and_with_which_of_the_teacher():
             chosen(wrong)
     assert [losses._twin(layer, 12, 3) for layer in (0, 3, 7, 11)] == [0, 0, 1, 2]
     assert [losses._twin(layer, 3, 12) for layer in (0, 1, 2)] == [3, 7, 11]
+    assert [losses._depth(model) for model in (SimpleNamespace(blocks=[1, 2, 3]), SimpleNamespace(blocks=[]), object())] == [
+        3, 1, 1]  # fmt: skip
 
 
 def test_heads_listen_to_those_that_cover_their_share_of_the_width():

@@ -81,6 +81,10 @@ def test_the_ridge_is_the_one_with_the_least_cross_validated_error():
     assert fit_linear_probe(features, labels)[1] == min(RIDGES, key=gcv)
 
 
+def test_ridges_are_the_powers_of_ten_from_a_ten_thousandth_to_a_hundred():
+    assert list(RIDGES) == pytest.approx([1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0])
+
+
 def test_constant_features_and_absent_classes_are_no_error():
     features, labels = torch.ones(10, 4, dtype=torch.float64), torch.tensor([0, 2] * 5)
     assert transrate(features, labels) == 0

@@ -123,6 +123,20 @@ def test_lines_are_means_since_the_last_and_the_rows_loss_is_that_of_the_last_te
     assert beat is not None and (beat.num_steps, beat.updated) == (30, 5.0) and beat.step > 20
 
 
+def test_each_line_has_the_pace_since_the_last(bench, monkeypatch):
+    """Two seconds a step of 16 images, then one."""
+    clock = [0.0]
+    monkeypatch.setattr(progress, "reduce_over_ranks", lambda accelerator, values, how: values)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    cell = bench.cell(budget=Budget(steps=30))
+    reporter = progress.Reporter(Alone(), cell.recipe, bench.store, cell.key, progress.LossRecord())
+    for step in range(30):
+        clock[0] += 2.0 if step < 10 else 1.0
+        reporter.add(step, losses_of(1.0, 1.0))
+    lines = progress.metrics_path(bench.store, cell.key).read_text().splitlines()
+    assert [json.loads(line)["images_per_s"] for line in lines] == [8.0, 16.0, 16.0]
+
+
 def test_reports_are_due_200_times_a_run_and_never_within_ten_steps(bench):
     def interval(steps):
         cell = bench.cell(budget=Budget(steps=steps))
