@@ -53,6 +53,42 @@ def test_halves_are_written_as_floats(tmp_path):
     assert loaded.dtype == torch.float32 and torch.equal(loaded, state["w"].float())
 
 
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [({"a": (2, 3), "b": (4,)}, None),
+     ({"a": (2, 4), "b": (4,)}, r"a is \[2, 4\] there, \[2, 3\] here; both must name the same model"),
+     ({"a": (2, 3)}, "b is missing; both"), ({"a": (2, 3), "b": (4,), "c": (1,)}, "c is not known here; both"),
+     ({"a": (2, 4), "c": (1,)}, r"a is \[2, 4\] there, \[2, 3\] here and 2 more; both")],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_told_by_the_first_tensor_that_does_not(there, told, tmp_path):
+    wanted, state = (
+        {name: torch.zeros(shape) for name, shape in each.items()} for each in ({"a": (2, 3), "b": (4,)}, there)
+    )
+    if told is None:
+        models.refuse_misfit(tmp_path, state, wanted)
+        return
+    with pytest.raises(TrainingError, match=f"does not fit this cell's model: {told}"):
+        models.refuse_misfit(tmp_path, state, wanted)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no weights"])
+def test_weights_that_cannot_be_read_name_the_file_and_what_to_do(content, tmp_path):
+    path = tmp_path / "w.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        TrainingError, match=r"cannot read the weights .*/w\.safetensors: .*; run the cell they come from again"
+    ):
+        models.read_weights(path)
+
+
+def test_a_model_that_timm_does_not_know_is_answered_with_the_nearest():
+    with pytest.raises(TrainingError, match="timm knows no model 'resnet1'; near it: resnet"):
+        make_model(TimmModel(kind="timm", name="resnet1"), num_classes=5, image_size=16)
+    with pytest.raises(TrainingError, match="image_size 18 is not a multiple of patch_size 4"):
+        make_model(MODELS["vit"], num_classes=5, image_size=18)
+
+
 def test_weights_that_cannot_be_written_leave_nothing(tmp_path):
     """As on a full disk: the library's error becomes ours, and names the file."""
     path, limits = tmp_path / "w", resource.getrlimit(resource.RLIMIT_FSIZE)
