@@ -318,6 +318,18 @@ def test_a_teacher_that_nothing_weighs_is_not_asked(bench):
     assert float(found.loss) == float(found.ce) == pytest.approx(np.log(1 + np.exp(2.0))) and found.kl is None
 
 
+def test_maps_that_weigh_nothing_leave_the_logits_alone(bench):
+    teacher_logits, logits, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([1])
+    found = [
+        losses.make_objective(
+            bench.cell("distill", teacher=bench.cell(seed=1), distill=Distill(alpha=0.5, attention=attention)).recipe,
+            CACHED, nn.Identity(), nn.Identity(), lambda _: teacher_logits,
+        )(lambda _: logits, torch.zeros(1), labels)  # type: ignore[arg-type]
+        for attention in (None, Attention(beta=0.0))
+    ]  # fmt: skip
+    assert float(found[0].loss) == float(found[1].loss) and found[0].kl is not None and found[1].attention_kl is None
+
+
 def test_terms_of_plugins_are_added_with_their_weights_on_the_same_forward_pass():
     calls, logits, images = [], torch.tensor([[2.0, 0.0]]), torch.ones(1, 3, 2, 2)
     target = torch.tensor([0])

@@ -131,14 +131,15 @@ def test_what_is_known_of_each_sample_is_kept_in_the_splits_order(tmp_path):
 
 
 def test_a_sample_is_judged_by_its_first_five_classes_its_loss_and_its_confidence():
-    """Softmax of ln 4 against five or six zeros: .4 of ten, or 4/9."""
+    """Seven classes: e^logit is 4 of one, 1 of four, and less of the sixth and the seventh."""
     logits = torch.zeros(3, 7)
     logits[:, 2] = np.log(4)
-    logits[:, 6] = -1.0  # the least of seven
-    share = 4 / (4 + 5 + np.exp(-1))
+    logits[:, 6] = -1.0  # the sixth largest
+    logits[:, 5] = -2.0
+    share = 4 / (4 + 4 + np.exp(-1) + np.exp(-2))
     found = results._judge(logits, torch.tensor([2, 0, 6]))
     assert found[:, 0].tolist() == [1, 1, 1] and found[:, 1].tolist() == [1, 0, 0]
-    assert found[:, 2].tolist()[::2] == [1, 0], "the seventh is not among five"
+    assert found[:, 2].tolist()[::2] == [1, 0], "the sixth is not among five"
     assert found[:, 3].tolist() == pytest.approx([-np.log(share), -np.log(share / 4), -np.log(share / 4) + 1])
     assert found[:, 4].tolist() == pytest.approx([share] * 3)
     few = results._judge(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([0]))
