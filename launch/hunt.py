@@ -25,7 +25,7 @@ from dbscale.study.store import Standing
 
 if TYPE_CHECKING:
     from dbscale.laws import Pairs, Verdict, design
-    from dbscale.laws.design import Candidate, Choice
+    from dbscale.laws.design import Choice, Offer
 
 PairState = Literal["done", "failed", "running", "begun", "open"]
 """`begun`: a run of it was broken off and none is under way; it is finished with the next wave, unasked."""
@@ -198,9 +198,9 @@ def without_failed(plan: Plan, failed: Collection[str]) -> Plan:
 
 @dataclass(frozen=True)
 class Place:
-    """A candidate, and the pairs (one of each of its targets) that the next repetition there would measure, and so on."""
+    """An offer, and the pairs (one of each of its targets) that the next repetition there would measure, and so on."""
 
-    candidate: Candidate
+    offer: Offer
     repetitions: tuple[tuple[Pair, ...], ...]
 
 
@@ -221,12 +221,12 @@ def next_wave(study: Study, active: Collection[str] | None = None) -> NextWave:
     left_s = hunt.budget_hours * 3600 - found.spent_s - found.pending_s
     choices = choose_wave(
         [each for target, pairs in measured.items() if (each := as_target(found, target, pairs)).name in open_targets],
-        [place.candidate for place in places], num_pairs=max(min(hunt.wave, room), 0), level=found.level,
+        [place.offer for place in places], num_pairs=max(min(hunt.wave, room), 0), level=found.level,
         pending=Counter((str(pair.target), float(pair.x)) for pair in under_way),
         most_cost=left_s,
     )  # fmt: skip
     if not (stopped or choices or under_way):
-        prices = [sum(place.candidate.runs[0].values()) for place in places]
+        prices = [sum(place.offer.runs[0].values()) for place in places]
         stopped = "seeds" if not prices else "budget" if min(prices) > left_s else "gain"
     return NextWave(found, findings, *bought_by(choices, places), draws, stopped)
 
@@ -236,11 +236,11 @@ def bought_by(choices: Sequence[Choice], places: Sequence[Place]) -> tuple[tuple
     chosen: list[Pair] = []
     bought: dict[int, hunts.Bought] = {}
     for choice in choices:
-        place, earlier = places[choice.candidate], bought.get(choice.candidate)
+        place, earlier = places[choice.offer], bought.get(choice.offer)
         first, gain, cost_s = (earlier.num_pairs, earlier.gain, earlier.cost_s) if earlier else (0, None, 0.0)
         chosen += [pair for pairs in place.repetitions[first : first + choice.num_pairs] for pair in pairs]
-        bought[choice.candidate] = hunts.Bought(
-            x=int(place.candidate.x), targets=place.candidate.targets, num_pairs=first + choice.num_pairs,
+        bought[choice.offer] = hunts.Bought(
+            x=int(place.offer.x), targets=place.offer.targets, num_pairs=first + choice.num_pairs,
             gain=choice.gain if gain is None else gain + (choice.gain or 0.0), cost_s=cost_s + choice.cost,
             reason=earlier.reason if earlier else choice.reason,
         )  # fmt: skip
@@ -250,9 +250,9 @@ def bought_by(choices: Sequence[Choice], places: Sequence[Place]) -> tuple[tuple
 def places_of(found: Survey, targets: Collection[str], draws: int) -> Iterator[Place]:
     """Where something can still be measured of these targets.
 
-    Targets that share upstream runs share a candidate, as far as they lack the same seeds.
+    Targets that share upstream runs share an offer, as far as they lack the same seeds.
     """
-    from dbscale.laws.design import Candidate
+    from dbscale.laws.design import Offer
 
     by_repetition: dict[tuple[int, str | None, int], list[Pair]] = {}
     for pair in found.having("open"):
@@ -263,7 +263,7 @@ def places_of(found: Survey, targets: Collection[str], draws: int) -> Iterator[P
         groups.setdefault((x, tuple(str(pair.target) for pair in pairs)), []).append(tuple(pairs))
     for (x, names), repetitions in groups.items():
         runs = tuple(found.to_pay([c for pair in pairs for c in pair.runs(draws)]) for pairs in repetitions)
-        yield Place(Candidate(float(x), names, runs), tuple(repetitions))
+        yield Place(Offer(float(x), names, runs), tuple(repetitions))
 
 
 def measured_pairs(found: Survey) -> dict[Target, Pairs | None]:

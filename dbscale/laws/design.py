@@ -21,7 +21,7 @@ LOOK_AHEAD = (1, 2, 4)
 NUM_CURVES, NUM_FANTASIES = 400, 100
 """Curves drawn from what is known; curves of them from which outcomes are imagined."""
 STEPS_PER_OCTAVE = 4
-"""Of the integral over log2 x; candidates and measured x lie on it in any case."""
+"""Fineness of the integral over log2 x; offers and measured x lie on it in any case."""
 START_SIZES, START_PAIRS = 3, 2
 START_PRICE = 4.0
 """The start looks where a pair costs at most this many times the cheapest."""
@@ -42,22 +42,22 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Offer:
     """A place where pairs can be measured, and what they would cost."""
 
     x: float
     targets: tuple[str, ...]
     """Names of the targets that a pair here measures, each once."""
     runs: tuple[Mapping[str, float], ...]
-    """Of the next pair, of the one after it and so on: the runs it still needs, each with its cost. A run that stands in
+    """For the next pair, for the one after it and so on: the runs it still needs, each with its cost. A run that stands in
     several (a shared teacher, an upstream run for two downstream sets) is paid for once."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Pairs that the next wave should measure at one candidate."""
+    """Pairs that the next wave should measure at one offer."""
 
-    candidate: int
+    offer: int
     """Its index."""
     num_pairs: int
     gain: float | None
@@ -79,7 +79,7 @@ def looking_level(level: float, num_targets: int = 1) -> float:
 
 def choose_wave(
     targets: Sequence[Target],
-    candidates: Sequence[Candidate],
+    offers: Sequence[Offer],
     *,
     num_pairs: int,
     level: float = 0.95,
@@ -92,13 +92,13 @@ def choose_wave(
     `pending` counts pairs under way by (target, x); the choice is made as if their results were known to come. `level`
     is that of each verdict (`looking_level`). Doubt is J = Σ over log2 x of min(P(Δ > 0), P(Δ ≤ 0)), in octaves; outcomes
     are imagined from drawn curves, all curves reweighted by their likelihood, and (J − E J′)/cost is what counts. Raises
-    LawError for a candidate whose target is not given.
+    LawError for an offer whose target is not given.
     """
     known = {target.name for target in targets}
-    unknown = sorted({name for each in candidates for name in each.targets if name not in known})
+    unknown = sorted({name for each in offers for name in each.targets if name not in known})
     if unknown:
-        raise LawError(f"candidates measure {unknown[0]!r}, which is no target; the targets: {sorted(known)}")
-    xs = [np.array([c.x for c in candidates if t.name in c.targets]) for t in targets]
+        raise LawError(f"offers measure {unknown[0]!r}, which is no target; the targets: {sorted(known)}")
+    xs = [np.array([c.x for c in offers if t.name in c.targets]) for t in targets]
     under_way = dict(pending or {})
     beliefs, starting = {}, []
     for target, at in zip(targets, xs, strict=True):
@@ -107,7 +107,7 @@ def choose_wave(
             beliefs[target.name] = belief
         elif len(at):
             starting.append(target)
-    wave = _Wave(candidates, beliefs, num_pairs, most_cost)
+    wave = _Wave(offers, beliefs, num_pairs, most_cost)
     for target in starting:
         _start(wave, target, under_way)
     wave.fill()
@@ -116,13 +116,13 @@ def choose_wave(
 
 def _start(wave: _Wave, target: Target, pending: Mapping[tuple[str, float], int]) -> None:
     """Two pairs at three x of the cheap side: enough to draw curves from. They may climb from there."""
-    places = [k for k, each in enumerate(wave.candidates) if target.name in each.targets]
-    prices = np.array([sum(wave.candidates[k].runs[0].values()) if wave.candidates[k].runs else np.inf for k in places])
+    places = [k for k, each in enumerate(wave.offers) if target.name in each.targets]
+    prices = np.array([sum(wave.offers[k].runs[0].values()) if wave.offers[k].runs else np.inf for k in places])
     cheap = [k for k, price in zip(places, prices, strict=True) if price <= START_PRICE * prices.min()]
-    cheap = sorted(cheap if len(cheap) >= START_SIZES else places, key=lambda k: wave.candidates[k].x)
+    cheap = sorted(cheap if len(cheap) >= START_SIZES else places, key=lambda k: wave.offers[k].x)
     chosen = [cheap[k] for k in np.linspace(0, len(cheap) - 1, START_SIZES).round().astype(int)]
     for k in dict.fromkeys(chosen):
-        x = wave.candidates[k].x
+        x = wave.offers[k].x
         measured = 0 if target.pairs is None else int(np.sum(target.pairs.pooled().x == x))
         lacking = START_PAIRS - measured - pending.get((target.name, x), 0) - wave.taken[k]
         if lacking > 0 and wave.affordable(k, lacking):
@@ -132,32 +132,32 @@ def _start(wave: _Wave, target: Target, pending: Mapping[tuple[str, float], int]
 class _Wave:
     """A wave in the making: what is chosen and paid for so far."""
 
-    def __init__(self, candidates: Sequence[Candidate], beliefs: Mapping[str, Belief], size: int, money: float) -> None:
-        self.candidates, self.beliefs = candidates, beliefs
+    def __init__(self, offers: Sequence[Offer], beliefs: Mapping[str, Belief], size: int, money: float) -> None:
+        self.offers, self.beliefs = offers, beliefs
         self.left, self.money = size, money
         self.paid: set[str] = set()
-        self.taken = [0] * len(candidates)
+        self.taken = [0] * len(offers)
         self.choices: list[Choice] = []
 
     def cost(self, place: int, num: int) -> float:
-        """Of `num` further pairs at a candidate, what is paid for left out."""
+        """Cost of `num` further pairs at an offer, what is paid for left out."""
         first = self.taken[place]
-        new = {run: cost for pair in self.candidates[place].runs[first : first + num] for run, cost in pair.items()}
+        new = {run: cost for pair in self.offers[place].runs[first : first + num] for run, cost in pair.items()}
         return sum(cost for run, cost in new.items() if run not in self.paid)
 
     def affordable(self, place: int, num: int) -> bool:
-        enough = num <= min(self.left, len(self.candidates[place].runs) - self.taken[place])
+        enough = num <= min(self.left, len(self.offers[place].runs) - self.taken[place])
         return enough and self.cost(place, num) <= self.money
 
     def take(self, place: int, num: int, gain: float | None, reason: Reason) -> None:
-        candidate, cost, first = self.candidates[place], self.cost(place, num), self.taken[place]
+        offer, cost, first = self.offers[place], self.cost(place, num), self.taken[place]
         self.choices.append(Choice(place, num, gain, cost, reason))
-        self.paid.update(run for pair in candidate.runs[first : first + num] for run in pair)
+        self.paid.update(run for pair in offer.runs[first : first + num] for run in pair)
         self.taken[place] += num
         self.left, self.money = self.left - num, self.money - cost
-        for name in candidate.targets:
+        for name in offer.targets:
             if name in self.beliefs:
-                self.beliefs[name].expect(candidate.x, num)
+                self.beliefs[name].expect(offer.x, num)
 
     def fill(self) -> None:
         """Take the best step per cost until the wave is full, the budget is spent, or nothing helps.
@@ -165,7 +165,7 @@ class _Wave:
         What was worth most before a step is looked at first after it: gains shrink as more is known, so a step that still
         leads with its new gain is the best without a look at the others.
         """
-        steps = [(k, n) for k in range(len(self.candidates)) for n in LOOK_AHEAD]
+        steps = [(k, n) for k in range(len(self.offers)) for n in LOOK_AHEAD]
         ranked = {step: np.inf for step in steps if self.affordable(*step)}
         fresh: set[tuple[int, int]] = set()
         while ranked and self.left:
@@ -184,10 +184,10 @@ class _Wave:
 
     def _gain(self, place: int, num: int) -> tuple[float, Reason]:
         """Expected octaves removed over all targets measured here, and what most of it is."""
-        candidate = self.candidates[place]
-        found = [self.beliefs[name].gain(candidate.x, num) for name in candidate.targets if name in self.beliefs]
+        offer = self.offers[place]
+        found = [self.beliefs[name].gain(offer.x, num) for name in offer.targets if name in self.beliefs]
         doubt, verdict = (sum(each) for each in zip(*found, strict=True)) if found else (0.0, 0.0)
-        new = all(not self.beliefs[name].count_at(candidate.x) for name in candidate.targets if name in self.beliefs)
+        new = all(not self.beliefs[name].count_at(offer.x) for name in offer.targets if name in self.beliefs)
         reason: Reason = "explore" if new else "establish" if verdict > max(doubt, 0.0) else "replicate"
         return doubt + verdict, reason
 
@@ -200,7 +200,7 @@ class Belief:
     """
 
     x: np.ndarray
-    """[K] rising: candidates and what was measured."""
+    """[K] rising: offers and what was measured."""
     octaves: np.ndarray
     """[g] weights of the integral over log2 x."""
     positive: np.ndarray

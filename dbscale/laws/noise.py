@@ -29,7 +29,7 @@ class Component:
     high: float
     """90 % interval of the sd."""
     share: float
-    """Of the variance of one Δ; the shares sum to 1."""
+    """Its share of the variance of one Δ; the shares sum to 1."""
     degrees: float
     """Effective degrees of freedom of the variance (Satterthwaite); infinite for the test set."""
 
@@ -43,14 +43,14 @@ class NoiseModel:
     confounded: tuple[str, ...]
     """Codes such as `teacher_in_upstream`: no component of its own, its variance is part of the other's."""
     sd: float
-    """Of one Δ of one seed, stratum and draw."""
+    """Standard deviation of one Δ of one seed, stratum and draw."""
     degrees: float
     by_x: tuple[tuple[float, float], ...]
     """(x, sd of the pooled Δ of one seed there), moderated; empty where nothing can be pooled."""
     correlation_students: float | None
-    """Of the Δ of one seed between students; None with one student."""
+    """Correlation of the Δ of one seed between students; None with one student."""
     correlation_labels: float | None
-    """Of the Δ of one seed and student between labels; None with one value."""
+    """Correlation of the Δ of one seed and student between labels; None with one value."""
     shared_test: float = 0.0
     """Variance that no number of seeds averages out: that of the test images. Part of `test_set`; 0 where unknown."""
 

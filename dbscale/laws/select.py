@@ -43,7 +43,7 @@ MIN_REPEATS = 3
 """Degrees of freedom between repeats that lack of fit is judged by, at least."""
 FLOOR = 1e-9
 LARGEST_DRIFT = 20.0
-"""Of a drawn curve, in log y: Student's t with few degrees of freedom knows no limit."""
+"""The most that a drawn curve drifts, in log y: Student's t with few degrees of freedom knows no limit."""
 
 
 @dataclass(frozen=True)

@@ -293,9 +293,9 @@ class Premise:
     floor: Triple
     """E∞, in units of y."""
     exponent: Triple
-    """Of the law's first variable, such as D_p."""
+    """The exponent of the law's first variable, such as D_p."""
     log_factor: Triple
-    """Of the term's factor, at 1 in the variable's unit."""
+    """The log of the term's factor, at 1 in the variable's unit."""
     level: float
 
 

@@ -23,7 +23,7 @@ from bench_verdicts import falling, noises_of, pairs_of, read_rows
 from dbscale.laws import Pairs, Verdict, judge, make_pairs
 from dbscale.laws.boundary import decide
 from dbscale.laws.contrast import delta_points
-from dbscale.laws.design import Candidate, Target, choose_wave, looking_level, why_stop
+from dbscale.laws.design import Offer, Target, choose_wave, looking_level, why_stop
 
 ROWS = Path(__file__).resolve().parents[2] / "docs" / "studies" / "demo" / "rows.parquet"
 SMALLEST, OCTAVES, PER_OCTAVE = 1000.0, 6, 2
@@ -144,19 +144,19 @@ def hunt(world: World, *, wave: int = WAVE, level: float = LEVEL) -> dict[str, A
         target = Target("t", pairs, MIN_EFFECT)
         stop = None if pairs is None else stop_of(pairs, HUNT_X, level)
         if stop is None:
-            candidates = [
-                Candidate(x, ("t",), tuple({f"{x}/{s}": pair_cost(x)} for s in range(counts.get(x, 0), MOST_SEEDS)[:8]))
+            offers = [
+                Offer(x, ("t",), tuple({f"{x}/{s}": pair_cost(x)} for s in range(counts.get(x, 0), MOST_SEEDS)[:8]))
                 for x in HUNT_X
             ]
             chosen = choose_wave(
-                [target], candidates, num_pairs=wave, level=looking_level(level), most_cost=budget - cost, seed=waves
+                [target], offers, num_pairs=wave, level=looking_level(level), most_cost=budget - cost, seed=waves
             )
             stop = None if chosen else "budget"
         if stop is not None:
             ms = 1e3 * (time.process_time() - started) / max(waves, 1)
             return end_of(verdict_of(pairs, level), world, cost, stop) | {"waves": waves, "ms": ms}
         for choice in chosen:
-            x = candidates[choice.candidate].x
+            x = offers[choice.offer].x
             counts[x] = counts.get(x, 0) + choice.num_pairs
             cost += choice.num_pairs * pair_cost(x)
         waves += 1
@@ -204,7 +204,7 @@ def replay(pairs: Pairs, seeds: Sequence[int], *, target_octaves: float = TARGET
             verdict = judge(known, min_effect=MIN_EFFECT, level=looking_level(LEVEL))
             stop = why_stop(verdict, (values[0], values[-1]), target_octaves=target_octaves)
         runs = {x: tuple({f"{x}/{seed}": 1.0} for seed in seeds[counts[x] :]) for x in values}
-        places = [Candidate(x, ("t",), runs[x]) for x in values if runs[x]]
+        places = [Offer(x, ("t",), runs[x]) for x in values if runs[x]]
         chosen = (
             ()
             if stop
@@ -215,7 +215,7 @@ def replay(pairs: Pairs, seeds: Sequence[int], *, target_octaves: float = TARGET
             return {"pairs": sum(counts.values()), "stop": stop or "seeds", "kind": kind, "at": dict(counts),
                     "better": verdict.better if verdict else None}  # fmt: skip
         for choice in chosen:
-            counts[places[choice.candidate].x] += choice.num_pairs
+            counts[places[choice.offer].x] += choice.num_pairs
 
 
 def replays(found: Mapping[str, Pairs], num_seeds: int = 15) -> Iterator[str]:

@@ -17,7 +17,7 @@ from dbscale.laws import LawError, Pairs, judge, make_pairs
 from dbscale.laws import design as room
 from dbscale.laws.design import (
     Belief,
-    Candidate,
+    Offer,
     Target,
     choose_wave,
     doubt_left,
@@ -38,8 +38,8 @@ def falling(counts: dict[float, int], *, slope: float = 0.05, root: float = 2900
     return make_pairs(x, delta, seed=seed)
 
 
-def candidates(cost: Any = lambda x: x / 1000, *, num: int = 8, xs: Any = XS) -> list[Candidate]:
-    return [Candidate(x, ("t",), tuple({f"{x:g}/{k}": cost(x)} for k in range(num))) for x in xs.tolist()]
+def offers(cost: Any = lambda x: x / 1000, *, num: int = 8, xs: Any = XS) -> list[Offer]:
+    return [Offer(x, ("t",), tuple({f"{x:g}/{k}": cost(x)} for k in range(num))) for x in xs.tolist()]
 
 
 # --- gains ----------------------------------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ def test_the_choice_of_a_wave_recomputed(monkeypatch: pytest.MonkeyPatch) -> Non
             assert doubt == pytest.approx(belief.now[0] - loops(belief, k, num), abs=1e-5)
             score[x, num] = (doubt + verdict) / (num * x / 1000)
     best = max(score, key=score.__getitem__)
-    (first, *_) = choose_wave([target], candidates(), num_pairs=4)
-    assert (XS[first.candidate], first.num_pairs) == best
+    (first, *_) = choose_wave([target], offers(), num_pairs=4)
+    assert (XS[first.offer], first.num_pairs) == best
     assert first.gain == pytest.approx(score[best] * first.cost)
     assert first.cost == best[0] / 1000 * best[1]
 
@@ -114,7 +114,7 @@ def test_a_stricter_level_leaves_a_verdict_lacking_more() -> None:
     lax, strict = (make_belief(target, XS, level) for level in (0.9, 0.99))
     assert lax is not None and strict is not None
     assert lax.now[0] == strict.now[0] and lax.now[1] < strict.now[1]
-    choices = [choose_wave([target], candidates(), num_pairs=4, level=level) for level in (0.9, 0.99)]
+    choices = [choose_wave([target], offers(), num_pairs=4, level=level) for level in (0.9, 0.99)]
     assert [c.gain for c in choices[0]] != [c.gain for c in choices[1]]
 
 
@@ -146,57 +146,57 @@ def test_what_a_verdict_lacks_by_hand() -> None:
 
 def test_the_start_is_two_pairs_at_three_cheap_x() -> None:
     xs = 1000 * 2.0 ** np.arange(8)
-    chosen = choose_wave([Target("t", None)], candidates(xs=xs), num_pairs=8)
-    assert [(xs[c.candidate], c.num_pairs, c.reason, c.gain) for c in chosen] == [
+    chosen = choose_wave([Target("t", None)], offers(xs=xs), num_pairs=8)
+    assert [(xs[c.offer], c.num_pairs, c.reason, c.gain) for c in chosen] == [
         (1000, 2, "start", None), (2000, 2, "start", None), (4000, 2, "start", None),
     ]  # fmt: skip
-    flat = choose_wave([Target("t", None)], candidates(lambda x: 1.0, xs=xs), num_pairs=8)
-    assert [xs[c.candidate] for c in flat] == [1000, 16000, 128000]  # where x costs nothing, the whole range
+    flat = choose_wave([Target("t", None)], offers(lambda x: 1.0, xs=xs), num_pairs=8)
+    assert [xs[c.offer] for c in flat] == [1000, 16000, 128000]  # where x costs nothing, the whole range
 
 
 def test_the_start_makes_up_for_what_it_lacks_and_counts_what_is_under_way() -> None:
     target = Target("t", falling({1000.0: 1}))
-    chosen = choose_wave([target], candidates(), num_pairs=8, pending={("t", 2000.0): 2})
-    assert [(XS[c.candidate], c.num_pairs) for c in chosen] == [(1000, 1), (4000, 2)]
+    chosen = choose_wave([target], offers(), num_pairs=8, pending={("t", 2000.0): 2})
+    assert [(XS[c.offer], c.num_pairs) for c in chosen] == [(1000, 1), (4000, 2)]
 
 
 def test_a_wave_is_full_and_never_fuller() -> None:
     target = Target("t", falling({1000.0: 2, 2000.0: 2, 8000.0: 2}, sd=0.05))
     for size in (1, 3, 8):
-        assert sum(c.num_pairs for c in choose_wave([target], candidates(), num_pairs=size)) == size
+        assert sum(c.num_pairs for c in choose_wave([target], offers(), num_pairs=size)) == size
 
 
 def test_equal_input_gives_equal_waves_and_another_seed_other_draws() -> None:
     target = Target("t", falling({1000.0: 2, 2000.0: 2, 8000.0: 2}, sd=0.05))
-    one, again = (choose_wave([target], candidates(), num_pairs=8) for _ in range(2))
+    one, again = (choose_wave([target], offers(), num_pairs=8) for _ in range(2))
     assert one == again
-    other = choose_wave([target], candidates(), num_pairs=8, seed=1)
+    other = choose_wave([target], offers(), num_pairs=8, seed=1)
     assert [c.gain for c in other] != [c.gain for c in one]
 
 
 def test_the_budget_is_never_passed() -> None:
     target = Target("t", falling({1000.0: 2, 2000.0: 2, 8000.0: 2}, sd=0.05))
-    chosen = choose_wave([target], candidates(), num_pairs=8, most_cost=5.0)
+    chosen = choose_wave([target], offers(), num_pairs=8, most_cost=5.0)
     assert chosen
     assert sum(c.cost for c in chosen) <= 5.0
-    assert choose_wave([target], candidates(), num_pairs=8, most_cost=0.99) == ()
+    assert choose_wave([target], offers(), num_pairs=8, most_cost=0.99) == ()
 
 
 def test_dear_places_are_passed_over_for_cheap_ones_that_tell_as_much() -> None:
     target = Target("t", falling({1000.0: 2, 2000.0: 2, 8000.0: 2}, sd=0.05))
-    near = choose_wave([target], candidates(), num_pairs=1)[0].candidate
-    dear = choose_wave([target], candidates(lambda x: 1e6 if x == XS[near] else x / 1000), num_pairs=1)
-    assert dear[0].candidate != near
+    near = choose_wave([target], offers(), num_pairs=1)[0].offer
+    dear = choose_wave([target], offers(lambda x: 1e6 if x == XS[near] else x / 1000), num_pairs=1)
+    assert dear[0].offer != near
 
 
 def test_pending_pairs_are_counted_as_coming() -> None:
     target = Target("t", falling({1000.0: 2, 2000.0: 2, 8000.0: 2}, sd=0.05))
-    free = choose_wave([target], candidates(), num_pairs=2)
-    place = free[0].candidate
-    held = choose_wave([target], candidates(), num_pairs=2, pending={("t", XS[place]): 16})
+    free = choose_wave([target], offers(), num_pairs=2)
+    place = free[0].offer
+    held = choose_wave([target], offers(), num_pairs=2, pending={("t", XS[place]): 16})
     assert held[0].gain is not None and free[0].gain is not None
-    assert (held[0].candidate, held[0].num_pairs) != (place, free[0].num_pairs) or held[0].gain < free[0].gain
-    other = choose_wave([target], candidates(), num_pairs=2, pending={("another", XS[place]): 16})
+    assert (held[0].offer, held[0].num_pairs) != (place, free[0].num_pairs) or held[0].gain < free[0].gain
+    other = choose_wave([target], offers(), num_pairs=2, pending={("another", XS[place]): 16})
     assert other == free
 
 
@@ -204,11 +204,11 @@ def test_a_run_that_two_targets_share_is_paid_for_once() -> None:
     pairs = falling({1000.0: 2, 2000.0: 2, 8000.0: 2}, sd=0.05)
     targets = [Target("one", pairs), Target("two", replace(pairs, delta=pairs.delta * 0.9))]
     both = [
-        Candidate(2000.0, (name,), ({"upstream": 10.0, name: 1.0},)) for name in ("one", "two")
+        Offer(2000.0, (name,), ({"upstream": 10.0, name: 1.0},)) for name in ("one", "two")
     ]  # fmt: skip
     chosen = choose_wave(targets, both, num_pairs=2)
     assert [c.cost for c in chosen] == [11.0, 1.0]
-    together = choose_wave(targets, [Candidate(2000.0, ("one", "two"), ({"upstream": 10.0, "one": 1.0, "two": 1.0},))],
+    together = choose_wave(targets, [Offer(2000.0, ("one", "two"), ({"upstream": 10.0, "one": 1.0, "two": 1.0},))],
                            num_pairs=2)  # fmt: skip
     assert [c.cost for c in together] == [12.0]
     assert together[0].gain == pytest.approx(sum(c.gain or 0 for c in chosen))
@@ -216,22 +216,22 @@ def test_a_run_that_two_targets_share_is_paid_for_once() -> None:
 
 def test_reasons_say_why() -> None:
     target = Target("t", falling({1000.0: 2, 2000.0: 2, 8000.0: 2}, sd=0.05))
-    for choice in choose_wave([target], candidates(), num_pairs=8):
-        new = XS[choice.candidate] == 4000.0
+    for choice in choose_wave([target], offers(), num_pairs=8):
+        new = XS[choice.offer] == 4000.0
         assert (choice.reason == "explore") <= new
     # both signs are plain to see on the curve, but one pair each establishes nothing
     sure = Target("t", falling({1000.0: 2, 2000.0: 1, 8000.0: 1}, sd=0.015, slope=0.06))
-    assert {c.reason for c in choose_wave([sure], candidates(), num_pairs=4)} & {"establish"}
+    assert {c.reason for c in choose_wave([sure], offers(), num_pairs=4)} & {"establish"}
 
 
 def test_a_candidate_of_an_unknown_target_is_refused() -> None:
     with pytest.raises(LawError, match=r"measure 't', which is no target; the targets: \['other'\]"):
-        choose_wave([Target("other", None)], candidates(), num_pairs=1)
+        choose_wave([Target("other", None)], offers(), num_pairs=1)
 
 
 def test_no_candidates_no_wave() -> None:
     assert choose_wave([Target("t", falling({1000.0: 2, 2000.0: 2}))], [], num_pairs=4) == ()
-    assert choose_wave([Target("t", None)], candidates(num=0), num_pairs=4) == ()
+    assert choose_wave([Target("t", None)], offers(num=0), num_pairs=4) == ()
 
 
 # --- stopping -------------------------------------------------------------------------------------------------------
