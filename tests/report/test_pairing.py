@@ -15,6 +15,7 @@ import pytest
 from dbscale.errors import TableError
 from dbscale.launch.cli import main
 from dbscale.laws import Pairs
+from dbscale.report import pairing
 from dbscale.report.pairing import pair_arms, pair_rows, pair_upstream
 from dbscale.report.reader import parse_sheet
 from dbscale.report.sheet import Sheet
@@ -181,6 +182,11 @@ def test_what_only_the_second_side_has_is_told_as_its_own():
 def test_what_does_not_pair_is_explained_by_column(text: str, options: dict[str, Any], message: str):
     with pytest.raises(TableError, match=message):
         compare(text, **options)
+
+
+def test_of_many_values_the_first_four_are_named_numbers_before_words():
+    assert pairing._few([5, 4.0, 2.5, "b", 1]) == "1, 2.5, 4, 5, …"
+    assert pairing._few(["b", 4.0, 2.5, 1]) == "1, 2.5, 4, 'b'"
 
 
 def test_rows_without_a_value_are_left_out_and_told():
