@@ -82,6 +82,17 @@ def test_weights_that_cannot_be_read_name_the_file_and_what_to_do(content, tmp_p
         models.read_weights(path)
 
 
+def test_no_path_is_dropped_unless_a_recipe_says_so():
+    images = torch.randn(2, 3, 16, 16)
+    plain, dropping = (
+        make_model(MODELS["vit"], num_classes=5, image_size=16, **how) for how in ({}, {"drop_path": 0.9})
+    )
+    with torch.no_grad():
+        expected = plain.eval()(images)
+        assert torch.equal(plain.train()(images), expected)
+        assert torch.equal(dropping.eval()(images), expected) and not torch.equal(dropping.train()(images), expected)
+
+
 def test_a_model_that_timm_does_not_know_is_answered_with_the_nearest():
     with pytest.raises(TrainingError, match="timm knows no model 'resnet1'; near it: resnet"):
         make_model(TimmModel(kind="timm", name="resnet1"), num_classes=5, image_size=16)
