@@ -24,6 +24,7 @@ from dbscale.launch.slurm.job import (
     Work,
     decide_when_stopped,
     failed_in_this_job,
+    main,
     master_address,
     record_of,
     requeue_lines,
@@ -215,27 +216,77 @@ def test_what_rank_0_recorded_meanwhile_stands_and_while_it_hangs_is_waited_for(
         assert store.last_attempt(inline_cell).reason == "rank 0 says so"
 
 
+@pytest.fixture
+def element(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs element 1 of an array as a rank of several, with a stand-in for the bundle; says what that was given."""
+    given: dict[str, Any] = {}
+    room = "dbscale.launch.slurm.job"
+    monkeypatch.setattr(f"{room}.worker.run_bundle", lambda keys, *_, **options: given.update(options, keys=keys))
+    monkeypatch.setattr(f"{room}.worker.watch", lambda *_: None)
+    monkeypatch.setattr(f"{room}.log_of_job", lambda folder: str(folder / "log"))
+    monkeypatch.setattr(f"{room}.JobIdentity.of_job", lambda: JOB)
+    monkeypatch.setattr(f"{room}.master_address", lambda: "n1")
+    monkeypatch.setattr("os.environ", {"SLURM_ARRAY_TASK_ID": "1"})
+
+    def run(rank: int, world_size: int, stop: StopRequest | None = None) -> dict[str, Any]:
+        monkeypatch.setattr(f"{room}.Rank.of_job", lambda: Rank(rank, rank, world_size, world_size))
+        store, uid = Store(tmp_path / "out"), make_uid()
+        work = Work(store=str(store.root), grid="tiny", uid=uid, data="data", resources=Resources(), requeue_limit=1)
+        record = SubmitRecord(uid=uid, grid="tiny", kind="bundles", wave=1, created=0.0, elements=(("a",), ("b", "c")))
+        record.folder(store).mkdir(parents=True)
+        run_element(work, record, stop or StopRequest())
+        return given | {"fence": record.folder(store) / "1.fence"}
+
+    return run
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_blocked_cell_gets_a_second_turn_where_no_other_rank_looks_at_another_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+    element: Callable[..., dict[str, Any]], world_size: int
 ) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("dbscale.launch.slurm.job.worker.run_bundle", lambda keys, *_, **options: given.update(
-        options, keys=keys))  # fmt: skip
-    monkeypatch.setattr("dbscale.launch.slurm.job.worker.watch", lambda *_: None)
-    monkeypatch.setattr("dbscale.launch.slurm.job.log_of_job", lambda folder: str(folder / "log"))
-    monkeypatch.setattr("dbscale.launch.slurm.job.Rank.of_job", lambda: Rank(0, 0, world_size, world_size))
-    monkeypatch.setattr("dbscale.launch.slurm.job.JobIdentity.of_job", lambda: JOB)
-    monkeypatch.setattr("dbscale.launch.slurm.job.master_address", lambda: "n1")
-    monkeypatch.setattr("os.environ", {"SLURM_ARRAY_TASK_ID": "1"})
-    store, uid = Store(tmp_path / "out"), make_uid()
-    work = Work(store=str(store.root), grid="tiny", uid=uid, data="data", resources=Resources(), requeue_limit=1)
-    elements = (("a",), ("b", "c"))
-    record = SubmitRecord(uid=uid, grid="tiny", kind="bundles", wave=1, created=0.0, elements=elements)
-    record.folder(store).mkdir(parents=True)
-    run_element(work, record, StopRequest())
+    given = element(0, world_size)
     assert (given["keys"], given["job"], given["second_turns"]) == (["b", "c"], "12_3.1", world_size == 1)
-    assert (record.folder(store) / "1.fence").read_text() == "1\n"
+    assert given["fence"].read_text() == "1\n"
+
+
+def test_a_stopped_job_ends_when_rank_0_knows_whether_it_starts_again_and_others_give_it_time(
+    element: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, clock, answers = "dbscale.launch.slurm.job", [0.0], [1, 1, 0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(f"{room}.time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(f"{room}.decide_when_stopped", lambda *_: None)
+    monkeypatch.setattr(f"{room}.ask_later", lambda limit: answers.pop(0))
+    stop = StopRequest()
+    stop.ask("SIGTERM")
+    for rank, waited in ((0, 2 * 2.0), (1, 60.0)):
+        clock[0] = 0.0
+        with pytest.raises(SystemExit) as ended:
+            element(rank, 2, stop)
+        assert (ended.value.code, clock[0]) == (RETRY_EXIT, waited)
+    assert answers == []
+    answers[:] = [1] * 99  # an answer that never comes is waited for no longer than that
+    clock[0] = 0.0
+    with pytest.raises(SystemExit):
+        element(0, 2, stop)
+    assert clock[0] == 60.0
+
+
+@pytest.mark.parametrize("withdrawn", [False, True])
+def test_a_job_runs_the_element_of_its_record_and_nothing_where_that_was_withdrawn(
+    monkeypatch: pytest.MonkeyPatch, withdrawn: bool
+) -> None:
+    work = Work(store="s", grid="tiny", uid=make_uid(), data="d", resources=Resources(), requeue_limit=1)
+    ran: list[Any] = []
+    monkeypatch.setattr(
+        "dbscale.launch.slurm.job.record_of", lambda given: None if withdrawn else (given, "its record")
+    )
+    monkeypatch.setattr("dbscale.launch.slurm.job.run_element", lambda *given: ran.append(given[:2]))
+    main([work.model_dump_json()])
+    assert ran == ([] if withdrawn else [(work, (work, "its record"))])
 
 
 def test_ranks_meet_at_the_first_node_by_name_or_at_the_address_that_started_them(

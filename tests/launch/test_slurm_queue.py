@@ -126,6 +126,7 @@ def test_lost_cells_are_told_with_slurms_words_and_their_log(slurm: Path, tmp_pa
             f"{log}/12_1_0_log.out",
         ),
     }
+    assert "--jobs=12 " in (slurm / "calls").read_text(), "accounts are asked for the jobs that ran them"
     assert view.lost(set()) == {}
     alone = record(elements=(("a",),))
     assert alone.log(Store(tmp_path), 0) == log / "12_0_log.out", "a job that is no array"

@@ -138,7 +138,9 @@ def test_what_failed_or_was_cancelled_stays_as_it_is(
     assert reduce() == []
 
 
-@pytest.mark.parametrize(("limit", "hand_ins", "again"), [(9, 2, True), (9, 3, False), (1, 0, True), (1, 1, False)])
+@pytest.mark.parametrize(
+    ("limit", "hand_ins", "again"), [(9, 1, True), (9, 2, True), (9, 3, False), (1, 0, True), (1, 1, False)]
+)
 def test_the_number_of_hand_ins_is_limited(
     submitted: Any, workplace: Any, fakes: Any, slurm: Path, limit: int, hand_ins: int, again: bool
 ) -> None:
@@ -146,7 +148,10 @@ def test_the_number_of_hand_ins_is_limited(
     work = work_of(slurm, 103)
     cluster = work.cluster.model_copy(update={"requeue_limit": limit})
     work = work.model_copy(update={"cluster": cluster, "hand_ins": hand_ins})
-    assert bool(hand_in_again(workplace.store, work, JobIdentity("103", "103", 0))) is again
+    made = hand_in_again(workplace.store, work, JobIdentity("103", "103", 0))
+    assert bool(made) is again
+    if again:
+        assert work_of(slurm, made[-1].job or 0).hand_ins == hand_ins + 1
 
 
 def test_a_store_that_a_person_drives_is_left_to_that_person(
