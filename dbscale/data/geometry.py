@@ -85,11 +85,7 @@ def center_boxes(heights_B: Ints, widths_B: Ints, share: float) -> Ints:
 
 
 def sent(values: NDArray[Any], device: torch.device) -> Tensor:
-    """Drawn values on the device of the images.
-
-    From pinned memory, for otherwise the host waits at each of a dozen small copies: 80 % of the time of small models whose
-    processes took turns on a GPU.
-    """
+    """Drawn values on the device of the images; from pinned memory, for otherwise the host waits at each small copy."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -39,7 +39,8 @@ from cosmic_ray.mutating import mutate_code
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {
     "laws/form": "laws/forms", "laws/table": "laws/fit",
-    "report/reader": "report/table", "report/sheet": "report/table", "report/schema": "report/schemas report/findings",
+    "report/reader": "report/table", "report/sheet": "report/sheet report/table",
+    "report/schema": "report/schemas report/findings",
     "study/recipe": "study/recipe study/cell study/task", "study/grid": "study/grid study/hunt study/task study/weights",
     "study/cost": "study/cost study/grid", "study/resources": "study/resources study/recipe",
     "training/evaluation": "training/results", "training/models": "training/models training/prepare",
