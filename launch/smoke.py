@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dbscale.errors import ConfigError
@@ -71,11 +71,20 @@ def smoke(study: Study, plan: Plan) -> int:
 
 def new_kinds(plan: Plan) -> list[Cell]:
     """The first cell of each kind of which none has come as far as training."""
-    kinds: dict[str, Cell] = {}
-    for cell in plan.todo:
-        kinds.setdefault(kind_of(cell), cell)
-    proven = {kind_of(cell) for cell in plan.cells if plan.states[cell.key] in PROVEN}
+    kinds = _firsts(plan.todo)
+    proven = _firsts(cell for cell in plan.cells if plan.states[cell.key] in PROVEN)
     return [cell for kind, cell in kinds.items() if kind not in proven]
+
+
+def _firsts(cells: Iterable[Cell]) -> dict[str, Cell]:
+    """The first of each kind. Most of a grid's cells share a recipe: those are told apart by it, before `kind_of` is."""
+    alike: dict[tuple[int, ...], Cell] = {}
+    for cell in cells:
+        alike.setdefault((id(cell.recipe), *(id(parent.recipe.model) for parent in cell.parents)), cell)
+    kinds: dict[str, Cell] = {}
+    for cell in alike.values():
+        kinds.setdefault(kind_of(cell), cell)
+    return kinds
 
 
 def kind_of(cell: Cell) -> str:
