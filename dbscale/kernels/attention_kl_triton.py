@@ -30,7 +30,7 @@ VECTOR: tl.constexpr = tl.constexpr(16)  # entries of a stored map begin their r
 FASTEST = {
     "alone": (64, 32, 4, 3),
     "paired": (64, 32, 4, 3),
-    "grouped": (64, 32, 4, 2),
+    "grouped": (64, 32, 4, 1),
     "backward": (64, 64, 4, 1),
     "backward_grouped": (64, 32, 4, 1),
 }
@@ -139,8 +139,7 @@ def _forward(
     batch, num_maps, num_tokens = rows.shape
     grouped_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_maps,)](
         *map(_strided, (q_s, k_s, q_t, k_t)), rows, numbers, numbers_t, log_ratio, num_maps, num_tokens, scale_s, scale_t,
-        GROUP_S=group_s, GROUP_T=group_t, SLOTS=triton.next_power_of_2(group_s),
-        LOG_GROUP=math.log(group_s), **_widths(q_s, q_s, q_t), **shape,
+        GROUP_S=group_s, GROUP_T=group_t, LOG_GROUP=math.log(group_s), **_widths(q_s, q_s, q_t), **shape,
     )  # fmt: skip
     return outputs
 
@@ -348,39 +347,24 @@ def forward_kernel(
 
 
 @triton.jit
-def _log_map(q, k, numbers, batch, head, num_heads, rows, keys, num_tokens, plane, rate,
-             WIDTH: tl.constexpr):  # fmt: skip
-    """log₂ of one head's map on a tile, from its scores made anew and the rows' maximum and sum."""
-    at = (batch * num_heads + head) * num_tokens + rows
-    exists = rows < num_tokens
-    maximum = tl.load(numbers + at, mask=exists, other=0.0)
-    total = tl.load(numbers + plane + at, mask=exists, other=1.0)
-    q_rows = _load_rows(q, batch, head, rows, num_tokens, WIDTH)
-    scores = _dot(q_rows, tl.trans(_load_rows(k, batch, head, keys, num_tokens, WIDTH)))
-    log_p = (scores - maximum[:, None]) * rate - tl.log2(total)[:, None]
-    return tl.where((keys < num_tokens)[None, :], log_p, MISSING)
+def _group_rows(q, numbers, batch, group, num_maps, rows, num_tokens, plane, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """Of each head of a group: its number, its query rows, and the maximum and log₂ of the sum of their softmax."""
+    exists, heads = rows < num_tokens, ()
+    for index in tl.static_range(GROUP):
+        head = group * GROUP + index
+        at = (batch * num_maps * GROUP + head) * num_tokens + rows
+        maximum = tl.load(numbers + at, mask=exists, other=0.0)
+        total = tl.load(numbers + plane + at, mask=exists, other=1.0)
+        heads += ((head, _load_rows(q, batch, head, rows, num_tokens, WIDTH), maximum, tl.log2(total)),)
+    return heads
 
 
 @triton.jit
-def _group_maps(q_s, k_s, q_t, k_t, numbers, numbers_t, batch, group, num_maps, rows, keys, num_tokens, planes, rates,
-                GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
-                D_S: tl.constexpr, D_T: tl.constexpr):  # fmt: skip
-    """log₂ Σ p_h over a group's student heads on a tile, and the mean p_t over its teacher heads."""
-    first, heads = group * GROUP_S, num_maps * GROUP_S
-    log_sum = _log_map(q_s, k_s, numbers, batch, first, heads, rows, keys, num_tokens, planes[0], rates[0], D_S)
-    for index in range(1, GROUP_S):
-        log_p = _log_map(
-            q_s, k_s, numbers, batch, first + index, heads, rows, keys, num_tokens, planes[0], rates[0], D_S
-        )
-        # Logarithms are added: a sum of maps would be 0 where every head's share underflows, and the teacher's may not.
-        log_sum = tl.maximum(log_sum, log_p) + tl.log2(1.0 + tl.exp2(-tl.abs(log_sum - log_p)))
-    first, heads = group * GROUP_T, num_maps * GROUP_T
-    p_t = tl.zeros_like(log_sum)
-    for index in range(GROUP_T):
-        p_t += tl.exp2(_log_map(
-            q_t, k_t, numbers_t, batch, first + index, heads, rows, keys, num_tokens, planes[1], rates[1], D_T
-        ))  # fmt: skip
-    return log_sum, p_t * (1.0 / GROUP_T)
+def _log_map(head_rows, k, batch, keys, num_tokens, rate, WIDTH: tl.constexpr):
+    """log₂ of one head's map on a tile, from its scores made anew; finite where no key is."""
+    head, q_rows, maximum, log_total = head_rows
+    scores = _dot(q_rows, tl.trans(_load_rows(k, batch, head, keys, num_tokens, WIDTH)))
+    return (scores - maximum[:, None]) * rate - log_total[:, None]
 
 
 @triton.jit
@@ -395,7 +379,7 @@ def _entries(log_ratio, batch_map, rows, keys, num_tokens):
 @triton.jit
 def grouped_kernel(
     q_s, k_s, q_t, k_t, kl_rows, numbers, numbers_t, log_ratio, num_maps, num_tokens, scale_s, scale_t,
-    GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, SLOTS: tl.constexpr, LOG_GROUP: tl.constexpr,
+    GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, LOG_GROUP: tl.constexpr,
     D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -407,29 +391,41 @@ def grouped_kernel(
     pairs = (tl.num_programs(0) // num_blocks).to(tl.int64)
     planes = (pairs * GROUP_S * num_tokens, pairs * GROUP_T * num_tokens)
     rates = (scale_s * LOG2_E, scale_t * LOG2_E)
-    kl = tl.zeros((BLOCK_M,), tl.float32)
-    slots = tl.arange(0, SLOTS)[None, :]
-    pulls = tl.zeros((BLOCK_M, SLOTS), tl.float32)  # one column per student head of the group
+    heads_s = _group_rows(q_s, numbers, batch, group, num_maps, rows, num_tokens, planes[0], GROUP_S, D_S)
+    heads_t = _group_rows(q_t, numbers_t, batch, group, num_maps, rows, num_tokens, planes[1], GROUP_T, D_T)
+    kl, pulls = tl.zeros((BLOCK_M,), tl.float32), ()
+    for _ in tl.static_range(GROUP_S):
+        pulls += (kl,)
     for start in range(0, num_tokens, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        log_sum, p_t = _group_maps(
-            q_s, k_s, q_t, k_t, numbers, numbers_t, batch, group, num_maps, rows, keys, num_tokens, planes, rates,
-            GROUP_S, GROUP_T, D_S, D_T,
-        )  # fmt: skip
-        ratio = tl.log2(tl.maximum(p_t, TINY)) - log_sum
+        log_maps, p_t = (), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for index in tl.static_range(GROUP_S):
+            log_maps += (_log_map(heads_s[index], k_s, batch, keys, num_tokens, rates[0], D_S),)
+        for index in tl.static_range(GROUP_T):
+            p_t += tl.exp2(_log_map(heads_t[index], k_t, batch, keys, num_tokens, rates[1], D_T))
+        p_t = tl.where((keys < num_tokens)[None, :], p_t * (1.0 / GROUP_T), 0.0)
+        # The student's maps as parts of the largest: where every head's share underflows, the teacher's may not.
+        top, total, maps = log_maps[0], tl.zeros((BLOCK_M, BLOCK_N), tl.float32), ()
+        for index in tl.static_range(1, GROUP_S):
+            top = tl.maximum(top, log_maps[index])
+        for index in tl.static_range(GROUP_S):
+            maps += (tl.exp2(log_maps[index] - top),)
+            total += maps[index]
+        quotient = p_t / total
+        ratio = tl.log2(tl.maximum(quotient, TINY)) - top
         kl += tl.sum(p_t * ratio, 1)
         address, inside = _entries(log_ratio, batch_map, rows, keys, num_tokens)
         tl.store(address, ratio, mask=inside)
-        for index in range(GROUP_S):
-            head, heads = group * GROUP_S + index, num_maps * GROUP_S
-            log_p = _log_map(q_s, k_s, numbers, batch, head, heads, rows, keys, num_tokens, planes[0], rates[0], D_S)
-            pull = tl.sum(p_t * tl.exp2(log_p - log_sum), 1)
-            pulls += tl.where(slots == index, pull[:, None], 0.0)
+        longer = ()
+        for index in tl.static_range(GROUP_S):
+            longer += (pulls[index] + tl.sum(quotient * maps[index], 1),)
+        pulls = longer
     exists = rows < num_tokens
     kl = kl / LOG2_E + LOG_GROUP  # a mean is the sum / GROUP_S
     tl.store(kl_rows + batch_map * num_tokens + rows, tl.where(kl < 0.0, 0.0, kl), mask=exists)
-    at = (batch_map * GROUP_S + slots) * num_tokens + rows[:, None]
-    tl.store(numbers + 2 * planes[0] + at, pulls, mask=exists[:, None] & (slots < GROUP_S))
+    for index in tl.static_range(GROUP_S):
+        at = 2 * planes[0] + (batch_map * GROUP_S + index) * num_tokens + rows
+        tl.store(numbers + at, pulls[index], mask=exists)
 
 
 @triton.jit
