@@ -485,7 +485,8 @@ def _load(matrices, place, tokens, num_tokens, HAS_OUT: tl.constexpr, PAIRED: tl
 @triton.jit
 def _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
           HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
-    """The student's map p on a tile and the gradient in its scores, from what `_load` gave at its rows and keys.
+    """The student's map p on a tile and the gradient in its scores, from what `_load` gave at its rows and keys; anything
+    where no key is.
 
     Paired: p (grad_p − pull) + weight (p_s − p_t), the last as (exp_s − exp_t·ratio) · weight/sum: a product less a product
     would be contracted to a fused multiply-add, and equal maps would leave its rounding behind instead of zero.
@@ -493,21 +494,17 @@ def _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
     before the exponential: where every head's share underflows, the teacher's may not.
     """
     max_s, inverse, pull, weight, max_t, sum_ratio = row
-    exists = (keys < num_tokens)[None, :]
-    z_s = tl.where(exists, _dot(at_rows[0], tl.trans(at_keys[0])), MISSING)
-    z_t, grad_p = z_s, z_s
-    if HAS_KL and not GROUPED:
-        z_t = tl.where(exists, _dot(at_rows[2], tl.trans(at_keys[2])), MISSING)
-    if HAS_OUT:
-        grad_p = _dot(at_rows[1], tl.trans(at_keys[1]))
-    log_exp = (z_s - max_s) * (scales[0] * LOG2_E)
+    log_exp = (_dot(at_rows[0], tl.trans(at_keys[0])) - max_s) * (scales[0] * LOG2_E)
     exp_s = tl.exp2(log_exp)
     p = exp_s * inverse
-    slope = p * (grad_p - pull) if HAS_OUT else p * -pull
+    slope = p * -pull
+    if HAS_OUT:
+        slope = p * (_dot(at_rows[1], tl.trans(at_keys[1])) - pull)
     if GROUPED:
         address, inside = _entries(sums[1], place[0] * (place[4] // GROUP_S) + place[2], rows, keys, num_tokens)
         slope -= weight * tl.exp2(log_exp + tl.log2(inverse) + tl.load(address, mask=inside, other=MISSING))
     elif HAS_KL:
+        z_t = _dot(at_rows[2], tl.trans(at_keys[2]))
         slope += weight * (exp_s - tl.exp2((z_t - max_t) * (scales[1] * LOG2_E)) * sum_ratio)
     return p, slope
 
@@ -571,5 +568,6 @@ def queries_kernel(
         at_keys = _load(keys_of, place, keys, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
         _, slope = _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
                          HAS_OUT, HAS_KL, GROUP_S, GROUPED)  # fmt: skip
+        slope = tl.where((keys < num_tokens)[None, :], slope, 0.0)
         total += _dot(slope.to(at_keys[0].dtype), at_keys[0])
     _store_rows(grad_q, place[0], place[1], rows, num_tokens, total * scale_s, D_S)
