@@ -295,7 +295,9 @@ def _statistics(student, teacher, row, skew, num_classes, rate, anchor, SMOOTH: 
     max_s, max_t, sum_s, sum_t, sum_1, gaps, spread = state
     top_s, top_t = _finite_or_zero(tl.max(max_s, 0)), _finite_or_zero(tl.max(max_t, 0))
     moved = (_finite_or_zero(max_s) - top_s) - (_finite_or_zero(max_t) - top_t)
-    sum_s, sum_t, sum_1, gaps = _lowered((sum_s, sum_t, sum_1, gaps), max_s - top_s, max_t - top_t, moved, rate, SQUARINGS)
+    sum_s, sum_t, sum_1, gaps = _lowered(
+        (sum_s, sum_t, sum_1, gaps), max_s - top_s, max_t - top_t, moved, rate, SQUARINGS
+    )
     return (
         top_s, top_t, tl.sum(sum_s, 0), tl.sum(sum_t, 0), tl.sum(sum_1, 0), tl.sum(gaps, 0),
         tl.sum(spread, 0) if SMOOTH else 0.0,
@@ -433,7 +435,9 @@ def kd_kernel(
             tl.debug_barrier()  # the label's column has been written by another thread
             is_one = at_a[0] == at_b[0]
             if TARGET == TWO_LABELS:
-                _rewrite(at_b, tl.where(is_one, 1.0, 1.0 - share), grad, row, num_classes, rate, shifts, slopes, SQUARINGS)
+                _rewrite(
+                    at_b, tl.where(is_one, 1.0, 1.0 - share), grad, row, num_classes, rate, shifts, slopes, SQUARINGS
+                )
             _rewrite(at_a, tl.where(is_one, 1.0, share), grad, row, num_classes, rate, shifts, slopes, SQUARINGS)
 
 
