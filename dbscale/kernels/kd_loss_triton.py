@@ -419,7 +419,9 @@ def kd_kernel(
     if TARGET == SOFT:
         mass, expected = _soft_sums(student, soft, row, skew, num_classes, max_s, GROUPS, VECTOR, SOFT_VECTOR, ALIGNED)
     else:
-        mass, expected = 1.0, share * (at_a[1] - max_s) + (1.0 - share) * (at_b[1] - max_s)
+        mass, expected = 1.0, at_a[1] - max_s
+    if TARGET == TWO_LABELS:
+        expected = share * expected + (1.0 - share) * (at_b[1] - max_s)
     mass = (1.0 - smoothing) * mass + smoothing
     from_max = spread + num_classes * (anchor - max_s)  # Σ (z − max)
     ce = mass * tl.log(sum_1) - (1.0 - smoothing) * expected - smoothing / num_classes * from_max
