@@ -62,7 +62,8 @@ test-slurm: $(STAMP) ## Run the tests on a SLURM sandbox (root; tests/slurm/sand
 
 test-gpu: $(STAMP) ## Run the kernels' and the training's tests on this machine's GPU (stops where none is visible)
 	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: no CUDA device is visible")'
-	@$(VENV)/bin/python -m pytest -q -n 4 tests/gpu tests/kernels $(ARGS)
+	@$(VENV)/bin/python -m pytest -q -n 4 -m gpu tests $(ARGS)
+	@$(VENV)/bin/python -m pytest -q -n 4 -m "not gpu" tests/kernels $(ARGS)
 
 chaos: $(STAMP) ## Run a grid on a SLURM sandbox through FAULTS=20 faults at random (SEED=n repeats a run)
 	@DBSCALE_REQUIRE_SLURM=1 DBSCALE_CHAOS_FAULTS="$(FAULTS)" $(if $(SEED),DBSCALE_CHAOS_SEED="$(SEED)") \
