@@ -196,6 +196,24 @@ def test_workers_killed_at_random_write_the_bits_of_one(tmp_path: Path, data: Pa
         assert ours.model_copy(update={"timing": theirs.timing}) == theirs
 
 
+def test_a_model_and_the_figures_of_a_table_are_exported(finished: Study) -> None:
+    key = finished.keys()["finetune"]
+    folder = finished.store.root / "exports" / key
+    assert finished.run("export", key).rstrip().endswith(str(folder))
+    assert (folder / "model.safetensors").stat().st_size and (folder / "README.md").stat().st_size
+    table = next(finished.store.root.glob("grids/*/rows.csv"))
+    copy = finished.folder / "elsewhere" / "rows.csv"
+    copy.parent.mkdir()
+    copy.write_bytes(table.read_bytes())
+    said = subprocess.run(
+        [sys.executable, "-m", "dbscale.launch.cli", "export", "--table", str(copy)], cwd=ROOT, capture_output=True,
+        text=True, check=True, timeout=300,
+    ).stdout.splitlines()  # fmt: skip
+    figures = copy.parent / "figures"
+    assert said and {Path(line).parent for line in said} == {figures}
+    assert set(map(Path, said)) == {path for path in figures.iterdir() if path.suffix in (".svg", ".pdf")}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is visible")
 def test_cells_side_by_side_on_a_gpu_give_the_rows_of_cells_in_turn(tmp_path: Path, data: Path) -> None:

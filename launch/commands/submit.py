@@ -7,7 +7,6 @@ are computed from the rows in the store.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -217,6 +216,7 @@ def write_records(
 def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
     """Run everything the plan has left, in this process or on this machine's workers; says whether it was stopped."""
     from dbscale.launch.local import Display, LocalRun, run_inline
+    from dbscale.launch.slurm.queue import make_uid
 
     stop, tasks = StopRequest(), tasks_of(plan, cost, study.cluster)
     with stop_on_signals(stop):
@@ -227,8 +227,7 @@ def execute(study: Study, plan: Plan, cost: CostModel) -> StopRequest:
             store=study.store, total=len(plan.cells), done=plan.count()["done"],
             predicted_s={cell.key: cost.seconds(cell) for cell in plan.todo}, workers=study.cluster.num_workers(),
         )  # fmt: skip
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        folder = study.store.own_grid_dir(study.grid.name).absolute() / "jobs" / name
+        folder = study.store.own_grid_dir(study.grid.name).absolute() / "jobs" / make_uid()
         make_folder(folder, private=True)
         local = LocalRun(
             store=study.store, data_dir=study.data_dir, cluster=study.cluster, job_folder=folder, stop=stop,

@@ -157,6 +157,7 @@ class SubmitRecord(Strict):
 
 
 def make_uid() -> str:
+    """The name of a submission, or of a local driver's folder: the time, and what no other of that moment has."""
     return f"{datetime.now():%Y%m%d-%H%M%S-%f}-{secrets.token_hex(2)}"
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -17,11 +18,14 @@ from dbscale.data.augment import (
     COLOR_OPERATIONS,
     OPERATIONS,
     Policy,
+    brightness,
     color_jitter,
+    contrast,
     draw_operations,
     erase_random,
     parse_policy,
     rand_augment,
+    saturation,
     warp_affine,
     warp_matrix,
 )
@@ -174,6 +178,27 @@ def test_rand_augment_changes_about_what_timm_changes(make_photograph: Callable)
     assert abs((changes[0] == 0).mean() - (changes[1] == 0).mean()) < 0.09
     for share in (0.25, 0.5, 0.75, 0.9):
         assert abs(np.quantile(changes[0], share) - np.quantile(changes[1], share)) < 9
+
+
+def test_color_jitter_changes_brightness_contrast_and_saturation_of_every_image_each_once(
+    make_photograph: Callable,
+) -> None:
+    pixels = torch.from_numpy(np.asarray(make_photograph(5, 16, 16)).copy()).permute(2, 0, 1)[None]
+    ids = np.arange(40)
+    jittered = color_jitter(pixels.expand(40, 3, 16, 16), 0.4, 7, ids * 0, ids)
+    factors = torch.from_numpy(keyed_uniform(7, "color jitter", ids * 0, ids, num_draws=4)[:, :3] * 0.8 + 0.6).float()
+    operations, seen = (brightness, contrast, saturation), set()
+    for image, factor in zip(jittered, factors, strict=True):
+        for order in permutations(range(3)):
+            expected = pixels
+            for number in order:
+                expected = operations[number](expected, factor[number : number + 1])
+            if torch.equal(image, expected[0]):
+                seen.add(order)
+                break
+        else:
+            pytest.fail("no order of the three gives this image")
+    assert len(seen) >= 5
 
 
 def test_color_jitter_is_distributed_as_torchvisions(make_photograph: Callable) -> None:

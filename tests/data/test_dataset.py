@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbscale.data import DataError, load_manifest, open_dataset
-from dbscale.data.dataset import _opened
+from dbscale.data.dataset import _opened, window_start
+from dbscale.data.manifest import SplitInfo
 from dbscale.shards.source import stratified_order
 
 
@@ -55,6 +56,13 @@ def test_subset_seeds_take_different_windows(folder: Path) -> None:
     windows = {tuple(dataset.subset(8, seed).indices.tolist()) for seed in range(12)}
     assert tuple(range(8)) in windows
     assert len(windows) > 4
+
+
+def test_two_rounds_are_two_windows() -> None:
+    split = SplitInfo(num_samples=9, class_counts=(3, 2, 4), balanced_up_to=6, fingerprint="", index="i", index_checksum="",
+                      shards=())  # fmt: skip
+    assert {window_start(split, seed) for seed in range(1, 20)} == {0, 3} and window_start(split, 0) == 0
+    assert {window_start(split.model_copy(update={"balanced_up_to": 5}), seed) for seed in range(20)} == {0}
 
 
 def test_fingerprints_name_the_exact_samples(folder: Path) -> None:

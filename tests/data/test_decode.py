@@ -9,7 +9,7 @@ import simplejpeg
 from PIL import Image
 
 from dbscale.data import decode
-from dbscale.data.decode import DecodeError, decode_image, encode_ppm, image_shape, image_suffix
+from dbscale.data.decode import DecodeError, center_square, decode_image, encode_ppm, image_shape, image_suffix
 
 Photograph = Callable[[int, int, int], Image.Image]
 
@@ -181,3 +181,12 @@ def test_decompression_bombs_are_refused_unread(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
     with pytest.raises(DecodeError, match="64×32 px is more than 1,000 pixels: refused as a decompression bomb"):
         decode_image(saved(make_photograph(6, 64, 32), kind))
+
+
+@pytest.mark.parametrize("size", [(9, 4), (4, 9), (5, 5)])
+def test_the_central_square_lies_in_the_middle(size: tuple[int, int]) -> None:
+    rows, columns = np.indices(size)
+    square = center_square(np.stack([rows, columns, rows], axis=2).astype(np.uint8), 3)
+    top, left = ((side - 3) // 2 for side in size)
+    assert square[:, 0, 0].tolist() == [top, top + 1, top + 2]
+    assert square[0, :, 1].tolist() == [left, left + 1, left + 2] and square.shape == (3, 3, 3)

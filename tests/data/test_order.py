@@ -26,6 +26,12 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert np.array_equal(first, order(1, 0, 500))
 
 
+@pytest.mark.parametrize("wrong", ["num_samples", "global_batch", "repeats"])
+def test_a_stream_of_nothing_is_refused(wrong: str) -> None:
+    with pytest.raises(DataError, match=f"{wrong} 0.*must all be at least 1"):
+        Stream(**{"num_samples": 9, "seed": 0, "global_batch": 3, "repeats": 1, wrong: 0})
+
+
 def test_order_never_drifts() -> None:
     """Results of old runs stay comparable: these permutations may not change with any library's release."""
     digests = [hashlib.sha256(order(3, 5, 1000, block).tobytes()).hexdigest()[:12] for block in (None, 64)]

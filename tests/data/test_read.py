@@ -1,7 +1,9 @@
 """Damaged shards stop with the mending command; a bad sample is replaced and counted."""
 
 import errno
+import gc
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -264,6 +266,28 @@ def test_photographs_load_the_same_with_workers(jpeg_folder: Callable[[Encoding]
         ours, theirs = next(plain), next(workers)
         assert all(torch.equal(a, b) for a, b in zip(ours[:-1], theirs[:-1], strict=True))  # type: ignore[arg-type]
     workers.close()
+
+
+def test_files_are_closed_with_their_last_reader(folder: Path) -> None:
+    def opened() -> list[str]:
+        links = (os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+        return [link for link in links if link.startswith(str(folder.resolve())) and link.endswith(".tar")]
+
+    dataset = open_dataset(folder, tier="jpeg")
+    dataset.reader.fetch(np.arange(3))
+    assert opened()
+    del dataset
+    gc.collect()
+    assert not opened()
+
+
+def test_squares_of_several_sizes_have_no_size_of_their_own(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "mixed")
+    manifest = load_manifest(folder)
+    image = manifest.image.model_copy(update={"square": True, "min_side": 8, "max_side": 32})
+    save_manifest(tmp_path / "mixed", manifest.model_copy(update={"image": image}))
+    with pytest.raises(DataError, match="images of 8 to 32 px; the resident tier needs one size"):
+        open_dataset(tmp_path / "mixed", tier="resident")
 
 
 def test_the_default_tier_follows_the_encoding(folder: Path, jpeg_folder: Callable[[Encoding], Path]) -> None:

@@ -27,7 +27,8 @@ from dbscale.launch.commands import cells
 from dbscale.launch.commands.cells import as_launched
 from dbscale.launch.commands.laws import mixed
 from dbscale.launch.commands.plan import design_of
-from dbscale.launch.study import DEFAULT_GRID, plan_study, study_of
+from dbscale.launch.commands.submit import execute
+from dbscale.launch.study import DEFAULT_GRID, load_study, plan_study, study_of
 from dbscale.report.reader import parse_sheet
 from dbscale.study.resources import Resources
 from dbscale.study.store import Store
@@ -123,6 +124,19 @@ def test_done_is_said_of_rows_alone(
         assert code == 0
         assert "all 18 cells are done" in out
         assert len(workplace.done()) == num_cells
+
+
+def test_two_drivers_within_one_second_have_folders_of_their_own(dbscale: Any, workplace: Any) -> None:
+    """Waves of a hunt that have nothing left to run follow each other as fast."""
+    assert dbscale("submit", "--cluster", "inline", "--no-report")[0] == 0
+    study = load_study(
+        grid=workplace.folder / "grid.yaml", cluster="local", store=workplace.store.root, data=workplace.folder / "data"
+    )
+    plan, cost = plan_study(study)
+    for _ in range(2):
+        assert not execute(study, plan, cost).requested
+    folders = list((workplace.store.grid_dir("tiny") / "jobs").iterdir())
+    assert len(folders) == 2 and all(folder.stat().st_mode & 0o077 == 0 for folder in folders)
 
 
 def test_a_log_outside_the_store_is_not_shown(

@@ -77,6 +77,8 @@ def test_predictions_carry_their_interval_and_say_when_they_extrapolate(table: s
         (("--law", "auto", "--bound", "E=0:1"), "name the law instead of --law auto"),
         (("--law", "auto", "--at", "loss=3"), "write a value for each of seen=…"),
         (("--law", "power", "--at", "seen=many"), "write a value for each of seen=…"),
+        (("--law", "power", "--bound", "E=none:1"), "--bound 'E=none:1': write PARAM=LOW:HIGH"),
+        (("--law", "power", "--bound", "E=1"), "--bound 'E=1': write PARAM=LOW:HIGH"),
         (("--law", "power", "--weights", "run"), "'r0'"),
         (("--law", "power", "--cluster", "rum"), "did you mean 'run'"),
         (("--law", "power", "--ceiling", "0.1"), "ceiling 0.1: y reaches"),

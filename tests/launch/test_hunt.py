@@ -15,9 +15,10 @@ import yaml
 
 import dbscale
 from dbscale.launch.cli import main
-from dbscale.launch.hunt import measured_pairs, next_wave, survey
+from dbscale.launch.hunt import Place, bought_by, measured_pairs, next_wave, survey
 from dbscale.launch.study import Study, load_study
 from dbscale.laws import judge
+from dbscale.laws.design import Choice, Offer
 from dbscale.study.hunt import HuntLog, read_log
 from dbscale.study.plan import read_plan
 
@@ -202,6 +203,21 @@ def test_a_hunt_most_of_whose_runs_fail_stops(hunted: Any, capsys: Any) -> None:
     assert hunt(hunted) == 3
     assert log_of(hunted).waves[-1].stopped == "failures"
     assert "too many of its runs fail" in capsys.readouterr().out
+
+
+def test_choices_at_one_place_are_bought_together() -> None:
+    def choice(offer: int, num_pairs: int, gain: float | None, cost: float, reason: Any) -> Choice:
+        return Choice(offer=offer, num_pairs=num_pairs, gain=gain, cost=cost, reason=reason)
+
+    places = [Place(Offer(x, ("up",), ()), tuple((f"{x}-{n}",) for n in range(4))) for x in (10.0, 20.0)]  # type: ignore[arg-type]
+    choices = [
+        choice(0, 1, 0.5, 30.0, "explore"), choice(1, 2, None, 8.0, "start"), choice(0, 2, 0.25, 12.0, "replicate")
+    ]  # fmt: skip
+    bought, pairs = bought_by(choices, places)
+    assert [(each.x, each.num_pairs, each.gain, each.cost_s, each.reason) for each in bought] == [
+        (10, 3, 0.75, 42.0, "explore"), (20, 2, None, 8.0, "start")
+    ]  # fmt: skip
+    assert pairs == ("10.0-0", "20.0-0", "20.0-1", "10.0-1", "10.0-2")
 
 
 def test_the_budget_is_kept(hunted: Any, capsys: Any) -> None:

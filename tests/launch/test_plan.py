@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from dbscale.launch.cli import main
+from dbscale.launch.commands import plan as plan_command
+from dbscale.launch.commands.plan import describe_calibration, device_time
 from dbscale.launch.study import base_cost, load_study, plan_study
-from dbscale.study.cost import read_calibration
+from dbscale.study.cost import DEVICES, Calibration, CostModel, Measured, read_calibration
 from dbscale.study.store import Store
 from tests.launch.conftest import GRID, ROOT
 
@@ -50,6 +53,65 @@ def test_later_plans_use_what_was_measured(where: list[str], tmp_path: Path, cap
     for each in found.measured:
         predicted = cost.seconds(cells[each.cell])
         assert predicted > 10 * 0.2 * each.step_time_s, "ten steps and a cell's overhead, at about the measured pace"
+
+
+def test_the_time_left_is_told_for_this_machines_workers(where: list[str], tmp_path: Path) -> None:
+    def told(cluster: str, *overrides: str) -> str:
+        study = load_study(
+            grid=Path(where[1]), cluster=cluster, store=tmp_path / "out", data=tmp_path, overrides=overrides
+        )
+        plan = SimpleNamespace(predicted_s=600.0, todo=())
+        return device_time(study, plan, base_cost(study))  # type: ignore[arg-type]
+
+    assert told("local", "cluster.workers=2") == "10 min of cpu time left, 5 min on 2 workers"
+    assert told("inline") == "10 min of cpu time left"
+
+
+def test_a_calibration_is_told_in_one_line_a_cell() -> None:
+    measured = Measured(
+        cell="pretrain-a", stage="pretrain", num_steps=40, step_flops=3e9, step_time_s=0.0456, overhead_s=1.0
+    )
+    found = Calibration(
+        host="here", device="cpu", created=0.0, flops_per_s=1e11, step_overhead_s=0.002, cell_overhead_s=0.5,
+        stage_scale={"pretrain": 1.5}, measured=(measured,),
+    )  # fmt: skip
+    first, second = describe_calibration(found, CostModel(DEVICES["cpu"]).probed(found)).splitlines()
+    assert first == "calibrated on here (cpu): 100.0 GFLOP/s, 2.00 ms a step, 0.50 s a cell"
+    assert second == "  pretrain-a: 45.60 ms a step over 40, model 48.00 ms"  # 1.5 · (3e9 / 1e11 + .002) s
+
+
+def test_a_probe_trains_as_long_as_its_share_and_counts_the_rest_as_overhead(monkeypatch: Any) -> None:
+    asked: list[int] = []
+
+    def ran(study: object, store: object, cell: object, num_steps: int) -> tuple[Any, float]:
+        asked.append(num_steps)
+        timing = SimpleNamespace(step_time_s=0.02, train_time_s=1.25)
+        return SimpleNamespace(num_steps=num_steps, timing=timing), 3.0
+
+    monkeypatch.setattr(plan_command, "_run", ran)
+    monkeypatch.setattr(plan_command, "step_flops", lambda cell: 7.0)
+    cell = SimpleNamespace(key="pretrain-a", recipe=SimpleNamespace(stage="pretrain"))
+    found = plan_command.measure(None, None, cell, 2.0)  # type: ignore[arg-type]
+    assert asked == [plan_command.WARMUP_STEPS, 100] and (found.num_steps, found.overhead_s) == (100, 1.75)
+
+
+def test_what_is_left_of_the_time_is_shared_among_the_probes_to_come(where: list[str], monkeypatch: Any) -> None:
+    clock, shares = [100.0], list[float]()
+
+    def measure(study: object, store: object, cell: Any, share_s: float) -> Measured:
+        shares.append(share_s)
+        clock[0] += 5.0  # each takes longer than it was given
+        stage = cell.recipe.stage
+        return Measured(cell=cell.key, stage=stage, num_steps=9, step_flops=1e9, step_time_s=0.1, overhead_s=0.0)
+
+    monkeypatch.setattr(plan_command, "measure", measure)
+    monkeypatch.setattr(plan_command.time, "monotonic", lambda: clock[0])
+    assert main(["shards", "pack", "--grid", where[1], "--data", where[5]]) == 0
+    assert main(["plan", "--calibrate", "12", "--cluster", "inline", *where]) == 0
+    count = len(shares)
+    assert count > 2
+    expected = [max((12 - 5 * number) / (count - number), plan_command.LEAST_SHARE_S) for number in range(count)]
+    assert shares == pytest.approx(expected)
 
 
 PAPER = sorted((ROOT / "configs" / "grids" / "paper").glob("*.yaml"))

@@ -136,6 +136,14 @@ def test_maps_that_cannot_be_compared(study_of: Any, attention: Any, own: Any, g
     assert (said == "") if found is None else found in said
 
 
+def test_every_pair_is_looked_at(study_of: Any) -> None:
+    """Cells that have no teacher to follow come first."""
+    study = study_of(distill={"attention": {"beta": 0.1, "layers": [9]}})
+    cells = sorted(plan_study(study)[0].cells, key=lambda cell: cell.recipe.distill is not None)
+    assert cells[0].recipe.distill is None
+    assert any("layers [9]" in each for each in pair_problems(cells))
+
+
 def test_classes_that_no_training_sample_shows_are_named(study_of: Any, real_data: Path, tmp_path: Path) -> None:
     from dbscale.data.manifest import load_manifest, save_manifest
 

@@ -24,6 +24,7 @@ from dbscale.launch.worker import (
     end_with_peers,
     port_of_job,
     record_death,
+    run_bundle,
     staged,
     stop_on_signals,
     stop_without,
@@ -51,6 +52,13 @@ def test_failures_and_blocks_stop_nobody_else() -> None:
     statuses = {"a": ["failed"], "b": ["blocked"], "c": ["done"]}
     results = work_through(list("abc"), runner(statuses), StopRequest(), ready=lambda key: False)
     assert [result.status for result in results] == ["failed", "blocked", "done"]
+
+
+def test_the_log_says_when_a_cell_began_and_how_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (result,) = run_bundle(["pretrain-x"], Store(tmp_path), tmp_path, Resources(), StopRequest())
+    began, ended = (line.split(" ", 3)[3] for line in capsys.readouterr().err.splitlines() if line.startswith("==="))
+    assert result.status == "failed" and result.reason
+    assert (began, ended) == ("start pretrain-x", f"failed pretrain-x {result.reason}")
 
 
 def test_a_blocked_cell_gets_another_turn_when_its_parent_came_late() -> None:
