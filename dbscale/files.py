@@ -197,10 +197,9 @@ def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = True, se
         file.write(sealed(text) if seal else text)
 
 
-def write_model(path: Path, model: BaseModel, *, durable: bool = True) -> None:
-    """As `write_json`, sealed, for configs that are large or many: pydantic writes JSON many times faster."""
-    with atomic_open(path, "w", durable=durable) as file:
-        file.write(model_text(model))
+def write_model(path: Path, model: BaseModel) -> None:
+    """As `write_json`, sealed, for configs that are large: pydantic writes JSON many times faster."""
+    write_atomic(path, model_text(model).encode())
 
 
 def model_text(model: BaseModel) -> str:

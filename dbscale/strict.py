@@ -22,7 +22,8 @@ from dbscale.errors import ConfigError, nearest
 class Strict(BaseModel):
     """A frozen config: no coercion, no unknown keys."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    # Validators are built on first use: a command needs few of the hundred configs that it imports.
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", defer_build=True)
 
 
 Config = TypeVar("Config", bound=Strict)

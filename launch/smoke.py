@@ -16,6 +16,7 @@ from dbscale.errors import ConfigError
 from dbscale.launch.study import Study
 from dbscale.strict import Strict
 from dbscale.study.cell import Cell, CellSpec, canonical_json
+from dbscale.study.grid import unlike_cells
 from dbscale.study.plan import Plan
 from dbscale.study.recipe import Budget
 from dbscale.study.resources import Resources
@@ -72,10 +73,11 @@ def smoke(study: Study, plan: Plan) -> int:
 def new_kinds(plan: Plan) -> list[Cell]:
     """The first cell of each kind of which none has come as far as training."""
     kinds: dict[str, Cell] = {}
-    for cell in plan.todo:
+    for cell in unlike_cells(plan.todo):
         kinds.setdefault(kind_of(cell), cell)
-    proven = {kind_of(cell) for cell in plan.cells if plan.states[cell.key] in PROVEN}
-    return [cell for kind, cell in kinds.items() if kind not in proven]
+    proven = unlike_cells([cell for cell in plan.cells if plan.states[cell.key] in PROVEN])
+    known = set(map(kind_of, proven))
+    return [cell for kind, cell in kinds.items() if kind not in known]
 
 
 def kind_of(cell: Cell) -> str:

@@ -20,6 +20,10 @@ Arm = Literal["plain", "distilled", "plain_matched", "self_distilled", "scratch"
 """Which curve of a study a finetune belongs to; `study.grid` says what each trains upstream."""
 Key = Annotated[str, Field(pattern=r"^\w[\w-]*$", max_length=200)]
 """Name of a cell's folder: it can lead nowhere else."""
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+MOST_TEXTS = 4096
+_TEXTS: dict[int, tuple[Recipe, str]] = {}
+"""Recipes with their canonical JSON, by `id`."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +93,24 @@ class CellSpec(Strict):
 
 def cell_id(recipe: Recipe, parent_ids: list[str], fingerprint: str | None) -> str:
     """sha256 over {recipe version, recipe, sorted parent ids, dataset fingerprint}, first 12 hex digits."""
-    identity = {
-        "version": RECIPE_VERSION,
-        "recipe": recipe.model_dump(mode="json", exclude_none=True),
-        "parents": sorted(parent_ids),
-        "data": fingerprint,
-    }
-    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
+    start = canonical_json({"data": fingerprint, "parents": sorted(parent_ids)}).removesuffix("}")
+    identity = f'{start},"recipe":{_recipe_text(recipe)},"version":{RECIPE_VERSION}}}'
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    """Canonical JSON of a recipe, kept: many cells of a grid share one, and writing it is most of what an id costs."""
+    held = _TEXTS.get(id(recipe))  # while it is held, no other recipe can have its place in memory
+    if held is None:
+        if len(_TEXTS) >= MOST_TEXTS:
+            _TEXTS.clear()
+        held = _TEXTS[id(recipe)] = recipe, canonical_json(recipe.model_dump(mode="json", exclude_none=True))
+    return held[1]
 
 
 def canonical_json(value: Any) -> str:
     """One text per value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def slug(recipe: Recipe) -> str:

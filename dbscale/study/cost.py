@@ -106,12 +106,16 @@ class CostModel:
     """Measured over predicted, of stages that are not in `stage_scale`."""
     stage_scale: Mapping[Stage, float] = field(default_factory=dict)
     """The same by stage: a teacher's forward or a short finetune has overheads of its own."""
+    _known: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Seconds of the cells asked for so far, by key: a plan of ten thousand cells asks five times for each."""
 
     def seconds(self, cell: Cell) -> float:
         """Predicted device-seconds of one cell."""
-        scale = self.stage_scale.get(cell.recipe.stage, self.scale)
-        steps_s = cell.recipe.num_steps * self.step_seconds(step_flops(cell))
-        return scale * (steps_s + self.device.cell_overhead_s)
+        if cell.key not in self._known:
+            scale = self.stage_scale.get(cell.recipe.stage, self.scale)
+            steps_s = cell.recipe.num_steps * self.step_seconds(step_flops(cell))
+            self._known[cell.key] = scale * (steps_s + self.device.cell_overhead_s)
+        return self._known[cell.key]
 
     def hours(self, cells: Iterable[Cell]) -> float:
         """Predicted device-hours of cells."""

@@ -342,17 +342,21 @@ class _Expansion:
 
     def points(self) -> Iterator[Point]:
         sizes: tuple[int, ...] = ((0,) if self.grid.scratch else ()) + self.grid.upstream.num_samples
-        for seed, size, student in itertools.product(self.grid.seeds, sizes, self.grid.students):
-            for arm, init in self._upstream_cells(student, size, seed):
-                for axis, labels, draw in self._downstream():
-                    # A draw of one size and seed is the same labels in both arms.
-                    training = axis.finetune or self.grid.finetune
-                    cell = self._cell("finetune", student, axis, labels, seed, training, init=init, draw=draw)
-                    yield Point(cell, self.variant, arm, student, size, seed, draw)
+        for seed in self.grid.seeds:
+            # Alike whatever they begin with: a draw of one size and seed is the same labels in both arms.
+            finetunes = {student: list(self._finetunes(student, seed)) for student in self.grid.students}
+            for size, student in itertools.product(sizes, self.grid.students):
+                for arm, init in self._upstream_cells(student, size, seed):
+                    for recipe, draw in finetunes[student]:
+                        cell = self._cell(recipe, init=init)
+                        yield Point(cell, self.variant, arm, student, size, seed, draw)
 
-    def _downstream(self) -> Iterator[tuple[DataAxis, int, int]]:
-        draws = range(self.grid.finetunes)
-        return ((axis, size, draw) for axis in self.grid.downstream for size in axis.num_samples for draw in draws)
+    def _finetunes(self, student: str, seed: int) -> Iterator[tuple[Recipe, int]]:
+        """Recipes of everything that follows one upstream run, with the draw of each."""
+        for axis in self.grid.downstream:
+            training = axis.finetune or self.grid.finetune
+            for labels, draw in itertools.product(axis.num_samples, range(self.grid.finetunes)):
+                yield self._recipe("finetune", student, axis, labels, seed, training, draw=draw), draw
 
     def _upstream_cells(self, student: str, size: int, seed: int) -> Iterator[tuple[Arm, Cell | None]]:
         if size == 0:
@@ -377,24 +381,31 @@ class _Expansion:
             return distilled
         steps = matched_steps(self._pretrain(student, size, seed).recipe, distilled)
         longer = self.grid.pretrain.model_copy(update={"budget": Budget(steps=steps)})
-        return self._cell("pretrain", student, self.grid.upstream, size, seed, longer)
+        return self._cell(self._recipe("pretrain", student, self.grid.upstream, size, seed, longer))
 
     def _pretrain(self, model: str, size: int, seed: int, *, init_seed: int | None = None) -> Cell:
-        grid = self.grid
-        return self._cell("pretrain", model, grid.upstream, size, seed, grid.pretrain, init_seed=init_seed)
+        training = self.grid.pretrain
+        return self._cell(
+            self._recipe("pretrain", model, self.grid.upstream, size, seed, training, init_seed=init_seed)
+        )
 
     def _distill(self, student: str, size: int, seed: int, teacher: Cell | Weights) -> Cell:
-        grid = self.grid
-        training = grid.distill_training or grid.pretrain
-        return self._cell("distill", student, grid.upstream, size, seed, training, teacher=teacher)
+        training = self.grid.distill_training or self.grid.pretrain
+        known, parent = (teacher, None) if isinstance(teacher, Weights) else (None, teacher)
+        recipe = self._recipe("distill", student, self.grid.upstream, size, seed, training, teacher=known)
+        return self._cell(recipe, teacher=parent)
 
     def _identified(self, weights: Weights | None) -> Pretrained | None:
         return weights.identified(self.weights.get(weights.checkpoint)) if weights is not None else None
 
-    def _cell(
+    def _cell(self, recipe: Recipe, *, teacher: Cell | None = None, init: Cell | None = None) -> Cell:
+        cell = Cell(recipe, self.fingerprints.get(recipe.data.dataset), teacher=teacher, init=init)
+        return self.cells.setdefault(cell.key, cell)
+
+    def _recipe(
         self, stage: Stage, model: str, axis: DataAxis, size: int, seed: int, training: Training,
-        *, teacher: Cell | Weights | None = None, init: Cell | None = None, draw: int = 0, init_seed: int | None = None,
-    ) -> Cell:  # fmt: skip
+        *, teacher: Weights | None = None, draw: int = 0, init_seed: int | None = None,
+    ) -> Recipe:  # fmt: skip
         """`init_seed` stands in for `seed` in all but the choice of images."""
         grid, seed = self.grid, draw_seed(seed, draw)
         # Another seed is another window of the same order, so that seeds also sample the choice of images.
@@ -402,18 +413,15 @@ class _Expansion:
             dataset=axis.dataset, num_samples=size, subset_seed=seed, image_size=axis.image_size or grid.image_size,
             tier=grid.tiers.get(axis.dataset, grid.tier), block_size=grid.block_size,
         )  # fmt: skip
-        recipe = Recipe(
+        return Recipe(
             stage=stage, model=grid.models[model], data=data, training=training, draw=draw or None,
             seed=seed if init_seed is None else init_seed,
             distill=grid.distill if stage == "distill" else None, task=axis.task,
-            teacher=self._identified(teacher) if isinstance(teacher, Weights) else None,
+            teacher=self._identified(teacher),
             start=self._identified(grid.init.get(model)) if stage != "finetune" else None,
             plugins=grid.plugins or None,
             metrics=(grid.metrics or None) if axis.task is None else None,  # plugins' metrics take labels of images
         )  # fmt: skip
-        parent = teacher if isinstance(teacher, Cell) else None
-        cell = Cell(recipe, self.fingerprints.get(axis.dataset), teacher=parent, init=init)
-        return self.cells.setdefault(cell.key, cell)
 
 
 def merged_cells(points: Sequence[Point]) -> tuple[Cell, ...]:
@@ -429,6 +437,15 @@ def merged_cells(points: Sequence[Point]) -> tuple[Cell, ...]:
     for point in points:
         visit(point.cell)
     return tuple(ordered.values())
+
+
+def unlike_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """The first of those that share one recipe on parents of the same models, as a grid's finetunes do by the dozen."""
+    found: dict[tuple[int, ...], Cell] = {}
+    for cell in cells:
+        # By object, of which an expansion makes one for all: to compare what they hold takes as long as most work on it.
+        found.setdefault((id(cell.recipe), *(id(parent.recipe.model) for parent in cell.parents)), cell)
+    return list(found.values())
 
 
 def datasets_in_use(grid: Grid) -> tuple[str, ...]:

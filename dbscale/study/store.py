@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dbscale.errors import FileError, StoreError
-from dbscale.files import LATEST, ProcessMark, model_text, read_bytes, read_model, write_json, write_model
+from dbscale.files import LATEST, ProcessMark, atomic_open, model_text, read_bytes, read_model, write_json
 from dbscale.strict import Strict
 from dbscale.study.cell import Arm, CellSpec, cell_id
 from dbscale.study.recipe import RECIPE_VERSION, Share, Stage
@@ -236,22 +236,21 @@ class Store:
     def own_dir(self, key: str) -> Path:
         """A cell's folder, to be written to. Raises StoreError where it, or a folder in it, is a link: what is written
         and removed there might be anyone's. The store itself, or all of `cells`, may well be one."""
-        folder = self.cell_dir(key)
-        return _no_link(folder, folder / "attempts", folder / "checkpoints")
+        return _no_link(self.cell_dir(key), "attempts", "checkpoints")
 
     def own_grid_dir(self, name: str) -> Path:
         """A grid's folder in the same way."""
-        folder = self.grid_dir(name)
-        return _no_link(folder, folder / "jobs", folder / "submits")
+        return _no_link(self.grid_dir(name), "jobs", "submits")
 
     def write_spec(self, spec: CellSpec) -> None:
         """`recipe.json`; left alone when it holds just this.
 
         Not synced, because a grid writes thousands: what a power cut empties, the next submit writes again.
         """
-        path = self.own_dir(spec.key) / "recipe.json"
-        if _content(path) != model_text(spec).encode():
-            write_model(path, spec, durable=False)
+        path, data = self.own_dir(spec.key) / "recipe.json", model_text(spec).encode()
+        if _content(path) != data:
+            with atomic_open(path, durable=False) as file:
+                file.write(data)
 
     def read_spec(self, key: str) -> CellSpec:
         """Raises StoreError where there is none, or one that does not belong to this key."""
@@ -323,7 +322,8 @@ class Store:
         """`standing` of many cells: those without a folder are new without another look."""
         folder = self.root / "cells"
         present = set(os.listdir(folder)) if folder.is_dir() else set()
-        return {key: self.standing(key) if key in present else Standing("new") for key in keys}
+        new = Standing("new")
+        return {key: self.standing(key) if key in present else new for key in keys}
 
     def state(self, key: str) -> CellState:
         return self.standing(key).state
@@ -365,9 +365,9 @@ class Store:
         return any(abs(now - sign) < HEARTBEAT_LIMIT_S for sign in signs)
 
 
-def _no_link(folder: Path, *below: Path) -> Path:
-    for path in (folder, *below):
-        if path.is_symlink():
+def _no_link(folder: Path, *below: str) -> Path:
+    for path in (str(folder), *(f"{folder}/{name}" for name in below)):
+        if os.path.islink(path):
             raise StoreError(f"{path} is a symbolic link: nothing is written or removed behind it; remove the link")
     return folder
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-from dbscale.study.cell import Cell
+import pytest
+
+from dbscale.study.cell import Cell, canonical_json, cell_id
 from dbscale.study.grid import expand, load_grid, merged_cells
 from dbscale.study.recipe import (
     RECIPE_VERSION,
@@ -47,6 +50,19 @@ def golden_cells() -> list[Cell]:
 def test_golden_ids() -> None:
     assert RECIPE_VERSION == GOLDEN_VERSION, "a new recipe version needs new golden ids and a line in CHANGELOG.md"
     assert {cell.key.rpartition("-")[0]: cell.id for cell in golden_cells()} == GOLDEN
+
+
+@pytest.mark.parametrize("kept", [1, 4096])
+def test_an_id_is_the_hash_of_canonical_json(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    monkeypatch.setattr("dbscale.study.cell.MOST_TEXTS", kept)
+    cells = golden_cells()
+    other = cells[2].recipe.model_copy(update={"seed": 1})
+    for recipe in [*(cell.recipe for cell in cells), other] * 2:
+        for parents, fingerprint in ([], None), (["b", "a"], "f00d"):
+            identity = {"version": RECIPE_VERSION, "recipe": recipe.model_dump(mode="json", exclude_none=True),
+                        "parents": sorted(parents), "data": fingerprint}  # fmt: skip
+            wanted = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
+            assert cell_id(recipe, parents, fingerprint) == wanted
 
 
 def test_specs_name_parents_by_key() -> None:
