@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dbscale.errors import ConfigError
 from dbscale.launch.study import Study
 from dbscale.strict import Strict
 from dbscale.study.cell import Cell, CellSpec, canonical_json
+from dbscale.study.grid import unlike_cells
 from dbscale.study.plan import Plan
 from dbscale.study.recipe import Budget
 from dbscale.study.resources import Resources
@@ -71,20 +72,12 @@ def smoke(study: Study, plan: Plan) -> int:
 
 def new_kinds(plan: Plan) -> list[Cell]:
     """The first cell of each kind of which none has come as far as training."""
-    kinds = _firsts(plan.todo)
-    proven = _firsts(cell for cell in plan.cells if plan.states[cell.key] in PROVEN)
-    return [cell for kind, cell in kinds.items() if kind not in proven]
-
-
-def _firsts(cells: Iterable[Cell]) -> dict[str, Cell]:
-    """The first of each kind. Most of a grid's cells share a recipe: those are told apart by it, before `kind_of` is."""
-    alike: dict[tuple[int, ...], Cell] = {}
-    for cell in cells:
-        alike.setdefault((id(cell.recipe), *(id(parent.recipe.model) for parent in cell.parents)), cell)
     kinds: dict[str, Cell] = {}
-    for cell in alike.values():
+    for cell in unlike_cells(plan.todo):
         kinds.setdefault(kind_of(cell), cell)
-    return kinds
+    proven = unlike_cells([cell for cell in plan.cells if plan.states[cell.key] in PROVEN])
+    known = set(map(kind_of, proven))
+    return [cell for kind, cell in kinds.items() if kind not in known]
 
 
 def kind_of(cell: Cell) -> str:

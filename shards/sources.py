@@ -96,11 +96,6 @@ def check_entry(name: str, entry: Mapping[str, Any], data_dir: str | Path) -> No
         source_of(name, entry, data_dir)
 
 
-def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Source:
-    """`source_of` for options given by name: `make_source("fractals", families=64)`."""
-    return source_of(kind, {"source": kind, **options}, data_dir)
-
-
 def source_change(folder: Path, data_dir: str | Path, *, quick: bool = True) -> str | None:
     """A sentence when the source of the dataset packed in `folder` holds other samples now, else None.
 

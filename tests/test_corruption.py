@@ -232,7 +232,7 @@ def samples(place: Place, path: Path) -> Any:
         pixels, bad = dataset.reader.fetch(np.arange(len(dataset.index)))
         if bad:
             raise DataError(f"{path}: samples {bad} of {split}")
-        found.append((np.asarray(pixels).tobytes(), dataset.labels.tobytes()))
+        found.append((np.asarray(pixels).tobytes(), dataset.subset().labels.tobytes()))
     return found
 
 
@@ -241,7 +241,7 @@ def staged(place: Place, _: Path) -> Any:
     dataset = open_dataset(place.study.data_dir / "shards" / "up", "train", tier="raw", image_size=16)
     copy = stage_subset(dataset.subset(), place.staging)
     pixels, bad = copy.dataset.reader.fetch(np.arange(len(copy)))
-    return np.asarray(pixels).tobytes(), bad, copy.dataset.labels.tobytes()
+    return np.asarray(pixels).tobytes(), bad, copy.dataset.subset().labels.tobytes()
 
 
 def submit_record(place: Place, path: Path) -> Any:

@@ -71,11 +71,6 @@ class Dataset:
         """Memory-mapped records (see `read.index_dtype`)."""
         return open_index(self.folder, self.split)
 
-    @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        """int64 [num_samples]; reads the whole index."""
-        return self.index["label"].astype(np.int64)
-
     def labels_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64 [b]: labels of these positions of the split; touches no other record."""
         return self.index["label"][positions].astype(np.int64)
@@ -146,10 +141,6 @@ class Subset:
         return self.num_samples
 
     __getstate__ = _fields_alone
-
-    @property
-    def num_classes(self) -> int:
-        return self.dataset.num_classes
 
     @cached_property
     def fingerprint(self) -> str:

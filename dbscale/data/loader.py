@@ -164,11 +164,6 @@ class TrainLoader:
                     f"{value!r}: it would go on with other samples; resume with what it was saved with, or start anew"
                 )
 
-    @property
-    def num_bad_samples(self) -> int:
-        """Different unreadable samples that this rank met and replaced."""
-        return len(self._bad_ids)
-
     def __iter__(self) -> Iterator[Batch]:
         return self
 

@@ -36,11 +36,6 @@ class HeadPlan:
     mixing: Tensor | None = None
     """[num_maps, teacher heads], rows are distributions: mixes teacher heads in place of the two fields above."""
 
-    @property
-    def is_paired(self) -> bool:
-        """Whether each student head is compared with one teacher head."""
-        return self.group_s == self.group_t == 1 and self.mixing is None
-
 
 @dataclass(frozen=True, eq=False)
 class MapPair:

@@ -93,10 +93,9 @@ class AttentionTap:
         taught = [plain_attention(teacher, index, "teacher") for _, index in layers]
         self._taught = taught
         self._qkv: dict[Attention, Tensor] = {}
-        self._hooks = [each.qkv.register_forward_hook(partial(self._catch, each)) for each in dict.fromkeys(taught)]
-        self._hooks += [
-            each.register_forward_pre_hook(_check_masks, with_kwargs=True) for each in dict.fromkeys(taught)
-        ]
+        for each in dict.fromkeys(taught):
+            each.qkv.register_forward_hook(partial(self._catch, each))
+            each.register_forward_pre_hook(_check_masks, with_kwargs=True)
 
     @torch.no_grad()
     def teacher_logits(self, images: Tensor) -> Tensor:
@@ -121,11 +120,6 @@ class AttentionTap:
         if any(each is None for each in kls):
             raise RuntimeError("AttentionTap: no KL to take; call teacher_logits(images), then the student, then this")
         return torch.stack([each for each in kls if each is not None]).mean()
-
-    def close(self) -> None:
-        """Take the hooks off the teacher."""
-        for hook in self._hooks:
-            hook.remove()
 
     def _catch(self, attention: Attention, _module: nn.Module, _inputs: tuple, qkv: Tensor) -> None:
         self._qkv[attention] = qkv

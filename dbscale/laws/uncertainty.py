@@ -99,11 +99,6 @@ class Bootstrap:
     """Scaled coordinates [B, p]."""
     num_clusters: int
 
-    @property
-    def params(self) -> np.ndarray:
-        """[B, p] in the table's units, columns in the order of `fit.form.param_names`."""
-        return self.fit.to_params(self.theta)
-
     def interval(self, level: float = 0.9) -> dict[str, Interval]:
         """Percentile interval of each parameter, widened for small tables; None where it is not determined.
 

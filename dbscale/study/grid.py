@@ -439,6 +439,15 @@ def merged_cells(points: Sequence[Point]) -> tuple[Cell, ...]:
     return tuple(ordered.values())
 
 
+def unlike_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """The first of those that share one recipe on parents of the same models, as a grid's finetunes do by the dozen."""
+    found: dict[tuple[int, ...], Cell] = {}
+    for cell in cells:
+        # By object, of which an expansion makes one for all: to compare what they hold takes as long as most work on it.
+        found.setdefault((id(cell.recipe), *(id(parent.recipe.model) for parent in cell.parents)), cell)
+    return list(found.values())
+
+
 def datasets_in_use(grid: Grid) -> tuple[str, ...]:
     """Names of the datasets any axis reads, in order, each once."""
     return tuple(dict.fromkeys(axis.dataset for _, variant in variants_of(grid) for axis in variant.axes))

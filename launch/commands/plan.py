@@ -26,7 +26,7 @@ from dbscale.launch.study import AddCommand, Study, add_json, add_study, plan_st
 from dbscale.study import cost as costs
 from dbscale.study.cell import Cell
 from dbscale.study.cost import STAGES, Calibration, CostModel, Measured, duration, step_flops
-from dbscale.study.grid import overlapping_draws
+from dbscale.study.grid import overlapping_draws, unlike_cells
 from dbscale.study.plan import Plan, read_plan
 from dbscale.study.recipe import Budget, Stage
 from dbscale.study.resources import StopRequest
@@ -184,7 +184,7 @@ def memory_text(study: Study, plan: Plan) -> list[str]:
     if study.cluster.device == "cpu":
         return []
     shapes = {stage: study.cluster.shape(stage).resources for stage in STAGES}
-    known = [(cell, found) for cell in plan.cells
+    known = [(cell, found) for cell in unlike_cells(plan.cells)
              if (found := costs.device_memory(cell, shapes[cell.recipe.stage])) is not None]  # fmt: skip
     if not known:
         return []

@@ -23,7 +23,7 @@ from data_bench.sizes import sizes
 from data_bench.small import no_decode, resident, tiny_vit
 
 from dbscale.shards.pack import pack
-from dbscale.shards.sources import make_source
+from dbscale.shards.sources import source_of
 
 PACKAGES = ("torch", "numpy", "pillow", "simplejpeg", "timm", "webdataset", "mosaicml-streaming")
 
@@ -35,8 +35,8 @@ def sections(work: Path, images: Path | None, *, quick: bool) -> dict[str, Calla
     def small() -> Path:
         folder = work / "small"
         if not folder.exists():
-            source = make_source("fractals", num_train=8192, num_test=64, shard_samples=1024)
-            pack(source, folder, jobs=1, progress=False)
+            entry = {"source": "fractals", "num_train": 8192, "num_test": 64, "shard_samples": 1024}
+            pack(source_of("small", entry), folder, jobs=1, progress=False)
         return folder
 
     def photos() -> Path:
@@ -46,7 +46,8 @@ def sections(work: Path, images: Path | None, *, quick: bool) -> dict[str, Calla
 
     def packed() -> Path:
         if not (work / "original").exists():
-            pack(make_source("imagefolder", path=str(photos())), work / "original", jobs=1, progress=False)
+            source = source_of("photos", {"source": "imagefolder", "path": str(photos())})
+            pack(source, work / "original", jobs=1, progress=False)
         return work / "original"
 
     return {

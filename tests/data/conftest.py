@@ -14,7 +14,7 @@ from PIL import Image
 from dbscale.data.manifest import Encoding
 from dbscale.shards.pack import pack
 from dbscale.shards.source import Listing, Source
-from dbscale.shards.sources import make_source
+from dbscale.shards.sources import source_of
 
 # Under a deadline hypothesis fails tests on a busy machine.
 settings.register_profile("no deadline", deadline=None)
@@ -103,8 +103,8 @@ def jpeg_folder(jpeg_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     def get(encoding: Encoding) -> Path:
         if encoding not in packed:
             packed[encoding] = tmp_path_factory.mktemp("packed") / encoding
-            source = make_source("imagefolder", path=str(jpeg_tree), encoding=encoding, shard_samples=5)
-            pack(source, packed[encoding], progress=False)
+            entry = {"source": "imagefolder", "path": str(jpeg_tree), "encoding": encoding, "shard_samples": 5}
+            pack(source_of("photos", entry), packed[encoding], progress=False)
         return packed[encoding]
 
     return get

@@ -24,7 +24,7 @@ from dbscale.data.target import Boxes
 from dbscale.errors import DataError
 from dbscale.shards.pack import pack
 from dbscale.shards.publish import upload
-from dbscale.shards.sources import make_source
+from dbscale.shards.sources import source_of
 from dbscale.shards.verify import verify
 from dbscale.study.store import Failure, failure_of
 
@@ -93,16 +93,9 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Enc
     def get(kind: str, encoding: Encoding) -> Path:
         if (kind, encoding) not in packed:
             packed[kind, encoding] = tmp_path_factory.mktemp("scenes") / "packed"
-            source = make_source(
-                f"fractal_{kind}",
-                families=3,
-                num_train=17,
-                num_test=6,
-                image_size=16,
-                encoding=encoding,
-                shard_samples=5,
-            )
-            pack(source, packed[kind, encoding], progress=False)
+            entry = {"source": f"fractal_{kind}", "families": 3, "num_train": 17, "num_test": 6, "image_size": 16,
+                     "encoding": encoding, "shard_samples": 5}  # fmt: skip
+            pack(source_of("scenes", entry), packed[kind, encoding], progress=False)
         return packed[kind, encoding]
 
     return get

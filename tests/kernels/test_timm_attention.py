@@ -48,7 +48,6 @@ def test_it_is_timms_attention_with_a_kl(options) -> None:
     student(images)  # as in evaluation: nothing arms it
     with pytest.raises(RuntimeError, match="no KL to take"):
         tap.take_kl()
-    tap.close()
 
 
 def expected_kl(student, teacher, images) -> torch.Tensor:

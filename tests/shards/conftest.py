@@ -3,14 +3,23 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
 
+from dbscale.shards.source import Source
+from dbscale.shards.sources import source_of
+
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+def make_source(kind: str, *, data_dir: str | Path = ".", **options: Any) -> Source:
+    """The source of a grid's entry that has these options and the name of its kind."""
+    return source_of(kind, {"source": kind, **options}, data_dir)
 
 
 def image_bytes(number: int, kind: str = "PNG", size: tuple[int, int] = (12, 12)) -> bytes:

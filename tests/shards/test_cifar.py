@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dbscale.data import DataError
-from dbscale.shards.sources import make_source
+from tests.shards.conftest import make_source
 
 
 def cifar_records(count: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

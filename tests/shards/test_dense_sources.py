@@ -18,8 +18,9 @@ from dbscale.data import DataError, load_manifest, open_dataset
 from dbscale.data.target import IGNORE, Boxes, decode_boxes, decode_mask
 from dbscale.errors import ConfigError
 from dbscale.shards.pack import ensure_packed
-from dbscale.shards.sources import make_source, source_of
+from dbscale.shards.sources import source_of
 from dbscale.shards.verify import describe, exact_source_change, verify
+from tests.shards.conftest import make_source
 
 pytestmark = [
     # webdataset leaves the tars it has read to the garbage collector.

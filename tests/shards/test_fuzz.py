@@ -24,8 +24,8 @@ from dbscale.data import DataError, load_manifest, make_loader, open_dataset
 from dbscale.data.decode import DecodeError, decode_image, image_shape, image_suffix
 from dbscale.errors import ConfigError
 from dbscale.shards.pack import ensure_packed, pack
-from dbscale.shards.sources import make_source
 from dbscale.shards.verify import verify
+from tests.shards.conftest import make_source
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 LIMIT_S = 20

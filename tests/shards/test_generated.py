@@ -3,7 +3,7 @@
 import numpy as np
 
 from dbscale.shards.generated import Fractals
-from dbscale.shards.sources import make_source
+from tests.shards.conftest import make_source
 
 
 def test_digits() -> None:

@@ -11,16 +11,16 @@ import pytest
 
 from dbscale.data import load_manifest
 from dbscale.shards.pack import pack
-from dbscale.shards.sources import make_source
+from dbscale.shards.sources import source_of
 from dbscale.shards.verify import verify
 
-OPTIONS = {"families": 4, "num_train": 1024, "num_test": 32, "shard_samples": 32}
+OPTIONS = {"source": "fractals", "families": 4, "num_train": 1024, "num_test": 32, "shard_samples": 32}
 NUM_SHARDS = 33
 PROGRAM = f"""
 import sys
 from dbscale.shards.pack import pack
-from dbscale.shards.sources import make_source
-pack(make_source("fractals", **{OPTIONS}), sys.argv[1], name="x", jobs=int(sys.argv[2]), progress=False)
+from dbscale.shards.sources import source_of
+pack(source_of("x", {OPTIONS}), sys.argv[1], name="x", jobs=int(sys.argv[2]), progress=False)
 """
 
 
@@ -29,7 +29,7 @@ def start_packing(folder: Path, jobs: int) -> psutil.Popen:
 
 
 def pack_here(folder: Path) -> None:
-    pack(make_source("fractals", **OPTIONS), folder, name="x", jobs=1, progress=False)
+    pack(source_of("x", OPTIONS), folder, name="x", jobs=1, progress=False)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -15,8 +15,8 @@ from dbscale.data import DataError, load_manifest, open_dataset
 from dbscale.errors import FileError
 from dbscale.shards import pack as packing
 from dbscale.shards.pack import ensure_packed, pack
-from dbscale.shards.sources import make_source
 from dbscale.shards.verify import verify
+from tests.shards.conftest import make_source
 
 SPEC = {"source": "imagefolder", "path": "photos", "shard_samples": 4}
 

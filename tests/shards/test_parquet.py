@@ -11,7 +11,7 @@ import pytest
 
 from dbscale.data import DataError, open_dataset
 from dbscale.shards.pack import pack
-from dbscale.shards.sources import make_source
+from tests.shards.conftest import make_source
 
 Image = Callable[..., bytes]
 

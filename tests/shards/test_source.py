@@ -19,8 +19,9 @@ from dbscale.data.manifest import save_manifest
 from dbscale.errors import ConfigError, DataError
 from dbscale.shards.pack import ensure_packed, pack
 from dbscale.shards.source import Listing, printable, split_off, stratified_order
-from dbscale.shards.sources import KINDS, make_source, source_change, source_of
+from dbscale.shards.sources import KINDS, source_change, source_of
 from dbscale.shards.verify import exact_source_change
+from tests.shards.conftest import make_source
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from dbscale.data import DataError, open_dataset
 from dbscale.errors import ConfigError
 from dbscale.shards.pack import pack
-from dbscale.shards.sources import make_source
 from dbscale.shards.webdataset import walk_tar
+from tests.shards.conftest import make_source
 
 Image = Callable[..., bytes]
 Members = Sequence[tuple[str, bytes]]
@@ -42,7 +42,8 @@ def stored(folder: Path, split: str = "train") -> dict[bytes, int]:
     """Label of each image of a packed dataset, by its bytes."""
     dataset = open_dataset(folder, split, tier="jpeg")
     files = dataset.reader.files  # type: ignore[attr-defined]
-    return {files.read(position): int(dataset.labels[position]) for position in range(dataset.num_samples)}
+    labels = dataset.subset().labels.tolist()
+    return {files.read(position): label for position, label in enumerate(labels)}
 
 
 @pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])

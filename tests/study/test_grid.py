@@ -24,6 +24,7 @@ from dbscale.study.grid import (
     load_grid,
     merged_cells,
     overlapping_draws,
+    unlike_cells,
 )
 from dbscale.study.recipe import Budget, Recipe, draw_seed
 
@@ -72,6 +73,22 @@ def test_scratch_adds_finetunes_without_parents(grid_data: dict[str, Any]) -> No
     assert len(scratch) == 2 * 2 * 3
     assert {p.arm for p in scratch} == {"scratch"}
     assert all(not p.cell.parents for p in scratch)
+
+
+def test_finetunes_of_one_recipe_are_alike_and_upstream_runs_are_not(grid_data: dict[str, Any]) -> None:
+    cells = merged_cells(expand(validate(Grid, grid_data | {"scratch": True}, where="t"), {}))
+    found = unlike_cells(cells)
+    wanted: list[tuple[Any, ...]] = []
+    firsts = []
+    for cell in cells:
+        kind = (cell.recipe, *(parent.recipe.model for parent in cell.parents))
+        if kind not in wanted:
+            wanted.append(kind)
+            firsts.append(cell)
+    assert found == firsts
+    # Two seeds, two students, three sizes, from random weights and from trained ones.
+    assert sum(cell.recipe.stage == "finetune" for cell in found) == 2 * 2 * 3 * 2
+    assert sum(cell.recipe.stage == "finetune" for cell in cells) > 24
 
 
 def draws_of(grid_data: dict[str, Any], **changes: Any) -> list[Point]:

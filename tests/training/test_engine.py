@@ -247,9 +247,10 @@ LIMIT_S = 120
 def folder(tmp_path: Path) -> Path:
     """A dataset with one sample per shard, the 21st of each split missing."""
     from dbscale.shards.pack import pack
-    from dbscale.shards.sources import make_source
+    from dbscale.shards.sources import source_of
 
-    pack(make_source("fractals", **OPTIONS, shard_samples=1), tmp_path / "shards" / "up", progress=False)
+    source = source_of("up", {"source": "fractals", **OPTIONS, "shard_samples": 1})
+    pack(source, tmp_path / "shards" / "up", progress=False)
     (tmp_path / "shards" / "up" / "train-000020.tar").unlink()
     return tmp_path / "shards" / "up"
 

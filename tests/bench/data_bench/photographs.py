@@ -17,7 +17,7 @@ from dbscale.data.geometry import RESIZED_CROP_DRAWS, resize_each, resized_crop_
 from dbscale.data.order import order
 from dbscale.data.read import checksum
 from dbscale.shards.pack import pack
-from dbscale.shards.sources import make_source
+from dbscale.shards.sources import source_of
 
 SIDE = 224
 AREA = (0.08, 1.0)
@@ -54,7 +54,8 @@ def crop_with_pillow(data: bytes, box: list[int] | None = None) -> Image.Image:
 def photographs(root: Path, work: Path, rounds: int) -> list[Row]:
     """All tiers; `root` is an ImageFolder with the splits train and test."""
     for encoding in ("original", "jpeg256", "raw"):
-        pack(make_source("imagefolder", path=str(root), encoding=encoding), work / encoding, jobs=1, progress=False)
+        source = source_of("photos", {"source": "imagefolder", "path": str(root), "encoding": encoding})
+        pack(source, work / encoding, jobs=1, progress=False)
     encoded = [path.read_bytes() for path in sorted((root / "train").rglob("*.*"))]
     count = len(encoded) // 32 * 32
 

@@ -86,7 +86,7 @@ def mosaic_run(folder: Path, work: Path, count: int) -> Contender | None:
     files = ShardFiles(folder, dataset.split, dataset.index)
     with MDSWriter(out=str(work / "mds"), columns={"image": "bytes", "label": "int"}) as writer:
         for position in range(len(dataset.index)):
-            writer.write({"image": files.read(position), "label": int(dataset.labels[position])})
+            writer.write({"image": files.read(position), "label": int(dataset.index["label"][position])})
     stream = StreamingDataset(local=str(work / "mds"), shuffle=True, batch_size=64)
     endless = (sample for epoch in cycle([stream]) for sample in epoch)
     return lambda: sum(1 for _ in islice(endless, count))
