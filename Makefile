@@ -21,8 +21,8 @@ export PIP_CONSTRAINT := $(CURDIR)/$(BUILD)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix docs test test-slow test-slurm chaos shards plan grid hunt status cancel reduce report export clean \
-        bench bench-accuracy bench-data bench-dense bench-train bench-cells bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch replicate mutants
+.PHONY: help setup check fix docs test test-slow test-slurm test-gpu chaos shards plan grid hunt status cancel reduce report export clean \
+        bench bench-accuracy bench-data bench-dense bench-train bench-cells bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch bench-gpu replicate mutants
 
 help: ## List the targets
 	@echo "make TARGET [GRID=$$GRID] [CLUSTER=$$CLUSTER] [STORE=$$STORE] [DATA=$$DATA]"
@@ -59,6 +59,11 @@ test-slow: $(STAMP) ## Run the long tests as well
 test-slurm: $(STAMP) ## Run the tests on a SLURM sandbox (root; tests/slurm/sandbox.sh install)
 	@DBSCALE_REQUIRE_SLURM=1 DBSCALE_CHAOS_SEED="$(or $(SEED),1)" \
 	  $(VENV)/bin/python -m pytest -q -n 2 -m "slurm and not slow" tests/slurm $(ARGS)
+
+test-gpu: $(STAMP) ## Run the kernels' and the training's tests on this machine's GPU (stops where none is visible)
+	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: no CUDA device is visible")'
+	@$(VENV)/bin/python -m pytest -q -n 4 -m gpu tests $(ARGS)
+	@$(VENV)/bin/python -m pytest -q -n 4 -m "not gpu" tests/kernels $(ARGS)
 
 chaos: $(STAMP) ## Run a grid on a SLURM sandbox through FAULTS=20 faults at random (SEED=n repeats a run)
 	@DBSCALE_REQUIRE_SLURM=1 DBSCALE_CHAOS_FAULTS="$(FAULTS)" $(if $(SEED),DBSCALE_CHAOS_SEED="$(SEED)") \
@@ -103,6 +108,13 @@ bench-pages: ## The same through whole pages, with the demo's noise (hours; type
 bench-launch: ## Planning, submitting and reducing large grids
 bench-accuracy bench-data bench-dense bench-train bench-cells bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch: $(STAMP)
 	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
+
+bench-gpu: $(STAMP) ## Every figure of docs/benchmarks that needs a GPU, in one go
+	@$(VENV)/bin/python tests/bench/bench_kernels.py
+	@$(VENV)/bin/python tests/bench/bench_cells.py
+	@for model in deit_h2 deit_h8; do for tier in raw jpeg256; do \
+	  $(VENV)/bin/python tests/bench/bench_train.py --model $$model --tier $$tier --steps 60 --rounds 3 --steps-only || exit; \
+	done; done
 
 replicate: $(STAMP) ## Run the grid ten times with other seeds and compare the verdicts (hours; type it again to resume)
 	@$(VENV)/bin/python tests/bench/bench_replicate.py --grid "$$GRID" --store "$$STORE" --data "$$DATA" $(ARGS)

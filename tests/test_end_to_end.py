@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dbscale.study.store import Store
 
@@ -61,9 +62,12 @@ class Study:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
 
+    def all_keys(self) -> list[str]:
+        return [path.name for path in (self.store.root / "cells").iterdir()]
+
     def keys(self) -> dict[str, str]:
         """Cell keys by stage."""
-        return {path.name.partition("-")[0]: path.name for path in (self.store.root / "cells").iterdir()}
+        return {key.partition("-")[0]: key for key in self.all_keys()}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +194,20 @@ def test_workers_killed_at_random_write_the_bits_of_one(tmp_path: Path, data: Pa
         ours, theirs = wild.store.read_row(key), calm.store.read_row(key)
         assert ours is not None and theirs is not None
         assert ours.model_copy(update={"timing": theirs.timing}) == theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is visible")
+def test_cells_side_by_side_on_a_gpu_give_the_rows_of_cells_in_turn(tmp_path: Path, data: Path) -> None:
+    """README's `--cluster shared_gpu`: seeds share the device, and no row knows of its companions."""
+    rows = []
+    for name, options in (("together", []), ("in turn", ["--set", "cluster.cells_per_device=1"])):
+        study = Study(tmp_path / name, data, 60)
+        study.run("submit", "--cluster", "shared_gpu", "--set", "seeds=[0,1,2]", "--no-report", *options)
+        found = {key: study.store.read_row(key) for key in study.all_keys()}
+        assert {row.timing.device for row in found.values()} == {torch.cuda.get_device_name()}
+        rows.append({key: row.model_dump(exclude={"timing"}) for key, row in found.items()})
+    assert len(rows[0]) == 9 and rows[0] == rows[1]
 
 
 def test_a_teacher_from_a_file_goes_through_submit(finished: Study, tmp_path: Path, data: Path) -> None:

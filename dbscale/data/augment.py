@@ -165,7 +165,7 @@ class Transform:
         """(x / 255 - mean) / std as float32."""
         scale, offset = _affine(self.mean, self.std, images_BCHW.device)
         if images_BCHW.device.type != "cpu":
-            return images_BCHW.to(torch.float32).mul_(scale).add_(offset)
+            return torch.mul(images_BCHW, scale).add_(offset)
         normalized = torch.empty(images_BCHW.shape, dtype=torch.float32)
         few = max(_CACHED_VALUES // images_BCHW[0].numel(), 1)
         for part, result in zip(images_BCHW.split(few), normalized.split(few), strict=True):

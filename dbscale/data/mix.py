@@ -62,13 +62,16 @@ def mix_batch(
     use_cutmix = cutmix > 0 and (mixup <= 0 or switch < switch_prob)
     words, parameter = keyed_bits(seed, "mix beta", step, num_draws=4)[0].view("<u4"), cutmix if use_cutmix else mixup
     lam = float(np.random.RandomState(words).beta(parameter, parameter))
-    partners = torch.arange(len(labels_B), device=images_BCHW.device) ^ 1
-    labels_b = labels_B[partners.to(labels_B.device)]
+    partners, labels_b = _neighbours(images_BCHW), _neighbours(labels_B)
     if not use_cutmix:
-        mixed = torch.lerp(images_BCHW[partners], images_BCHW, lam)
-        return mixed, MixTarget(labels_B, labels_b, lam)
-    mixed, kept = _paste(images_BCHW, images_BCHW[partners], lam, x, y)
+        return torch.lerp(partners, images_BCHW, lam), MixTarget(labels_B, labels_b, lam)
+    mixed, kept = _paste(images_BCHW, partners, lam, x, y)
     return mixed, MixTarget(labels_B, labels_b, kept)
+
+
+def _neighbours(values: Tensor) -> Tensor:
+    """[b, …] with the two of each pair exchanged."""
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def _paste(images: Tensor, others: Tensor, lam: float, x: float, y: float) -> tuple[Tensor, float]:

@@ -25,12 +25,14 @@ from dbscale.kernels.kd_loss_triton import LOG2_E
 MISSING: tl.constexpr = tl.constexpr(-1e30)  # the score of no key: no mass, and finite, so that two of them differ by 0
 TINY: tl.constexpr = tl.constexpr(1e-37)
 VECTOR: tl.constexpr = tl.constexpr(16)  # entries of a stored map begin their rows at multiples of it
+HELD_BYTES = 160 * 1024
+"""Query rows of a group's heads up to so many stay in an SM's memory (227 KiB) from tile to tile."""
 
 
 FASTEST = {
     "alone": (64, 32, 4, 3),
     "paired": (64, 32, 4, 3),
-    "grouped": (64, 32, 4, 2),
+    "grouped": (64, 32, 4, 1),
     "backward": (64, 64, 4, 1),
     "backward_grouped": (64, 32, 4, 1),
 }
@@ -70,15 +72,18 @@ def padded(width):
     return max(triton.next_power_of_2(width), 16)
 
 
-def tile_shape(kind: str, dtype: torch.dtype, width_s: int, width_v: int, width_t: int) -> dict[str, int]:
+def tile_shape(
+    kind: str, dtype: torch.dtype, width_s: int, width_v: int, width_t: int, group: int = 1
+) -> dict[str, int]:
     """Rows and keys per tile and the warps that hold them, unspilled in a Hopper's registers.
 
-    `kind`: forward of one model `alone` or `paired` with its teacher, of `grouped` maps; `backward`, `backward_grouped`.
+    `kind`: forward of one model `alone` or `paired` with its teacher, of maps `grouped` by `group` heads of both together;
+    `backward`, `backward_grouped`.
     For 16-bit heads of 64 the fastest of those tried on an H200 (docs/benchmarks/kernels.md), else the largest that fit.
     `tests/kernels/test_compile_gate.py` compiles them for sm_90 and holds them to it (float32 up to width 64).
     """
     narrow, widest = padded(min(width_s, width_v)), padded(max(width_s, width_v, width_t))
-    if dtype != torch.float32 and narrow == widest == 64:
+    if dtype != torch.float32 and narrow == widest == 64 and group <= 5:
         return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), FASTEST[kind], strict=True))
     backward = kind.startswith("backward")
     rows, keys, warps, stages = 64, 64, 4, 2
@@ -88,8 +93,8 @@ def tile_shape(kind: str, dtype: torch.dtype, width_s: int, width_v: int, width_
         rows, keys, warps = (32, 64, 8) if widest > 64 else (32, 64, 4) if narrow >= 64 else (32, 32, 4)
     elif widest > 64:
         warps = 8
-    if kind == "grouped":  # the maps of the group stand beside one another
-        rows, warps, stages = (16, 4, 1) if dtype == torch.float32 else (rows, 8, 1)
+    if kind == "grouped":  # the maps of all its heads stand beside one another
+        keys, warps, stages = 16 if group > 8 or dtype == torch.float32 else 32, 8, 1
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -135,12 +140,13 @@ def _forward(
     _launch_forward(q_s, k_s, v, out, numbers, scale_s)
     numbers_t = q_t.new_empty((2, *q_t.shape[:3]), dtype=torch.float32)
     _launch_forward(q_t, k_t, None, out, numbers_t, scale_t)
-    shape = tile_shape("grouped", q_s.dtype, q_s.shape[3], q_s.shape[3], q_t.shape[3])
-    batch, num_maps, num_tokens = rows.shape
+    (width_s, width_t), (batch, num_maps, num_tokens) = (q_s.shape[3], q_t.shape[3]), rows.shape
+    shape = tile_shape("grouped", q_s.dtype, width_s, width_s, width_t, group_s + group_t)
+    row_bytes = (group_s * padded(width_s) + group_t * padded(width_t)) * q_s.element_size()
     grouped_kernel[(triton.cdiv(num_tokens, shape["BLOCK_M"]) * batch * num_maps,)](
         *map(_strided, (q_s, k_s, q_t, k_t)), rows, numbers, numbers_t, log_ratio, num_maps, num_tokens, scale_s, scale_t,
-        GROUP_S=group_s, GROUP_T=group_t, SLOTS=triton.next_power_of_2(group_s),
-        LOG_GROUP=math.log(group_s), **_widths(q_s, q_s, q_t), **shape,
+        GROUP_S=group_s, GROUP_T=group_t, HELD=shape["BLOCK_M"] * row_bytes <= HELD_BYTES, LOG_GROUP=math.log(group_s),
+        **_widths(q_s, q_s, q_t), **shape,
     )  # fmt: skip
     return outputs
 
@@ -348,39 +354,47 @@ def forward_kernel(
 
 
 @triton.jit
-def _log_map(q, k, numbers, batch, head, num_heads, rows, keys, num_tokens, plane, rate,
-             WIDTH: tl.constexpr):  # fmt: skip
-    """log₂ of one head's map on a tile, from its scores made anew and the rows' maximum and sum."""
-    at = (batch * num_heads + head) * num_tokens + rows
-    exists = rows < num_tokens
+def _head_rows(model, batch, head, rows, num_tokens, WIDTH: tl.constexpr):
+    """Of one head: its query rows, and the maximum and log₂ of the sum of their softmax."""
+    q, _, numbers, num_heads, plane, _ = model
+    at, exists = (batch * num_heads + head) * num_tokens + rows, rows < num_tokens
     maximum = tl.load(numbers + at, mask=exists, other=0.0)
     total = tl.load(numbers + plane + at, mask=exists, other=1.0)
-    q_rows = _load_rows(q, batch, head, rows, num_tokens, WIDTH)
-    scores = _dot(q_rows, tl.trans(_load_rows(k, batch, head, keys, num_tokens, WIDTH)))
-    log_p = (scores - maximum[:, None]) * rate - tl.log2(total)[:, None]
-    return tl.where((keys < num_tokens)[None, :], log_p, MISSING)
+    return _load_rows(q, batch, head, rows, num_tokens, WIDTH), maximum, tl.log2(total)
 
 
 @triton.jit
-def _group_maps(q_s, k_s, q_t, k_t, numbers, numbers_t, batch, group, num_maps, rows, keys, num_tokens, planes, rates,
-                GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
-                D_S: tl.constexpr, D_T: tl.constexpr):  # fmt: skip
-    """log₂ Σ p_h over a group's student heads on a tile, and the mean p_t over its teacher heads."""
-    first, heads = group * GROUP_S, num_maps * GROUP_S
-    log_sum = _log_map(q_s, k_s, numbers, batch, first, heads, rows, keys, num_tokens, planes[0], rates[0], D_S)
-    for index in range(1, GROUP_S):
-        log_p = _log_map(
-            q_s, k_s, numbers, batch, first + index, heads, rows, keys, num_tokens, planes[0], rates[0], D_S
-        )
-        # Logarithms are added: a sum of maps would be 0 where every head's share underflows, and the teacher's may not.
-        log_sum = tl.maximum(log_sum, log_p) + tl.log2(1.0 + tl.exp2(-tl.abs(log_sum - log_p)))
-    first, heads = group * GROUP_T, num_maps * GROUP_T
-    p_t = tl.zeros_like(log_sum)
-    for index in range(GROUP_T):
-        p_t += tl.exp2(_log_map(
-            q_t, k_t, numbers_t, batch, first + index, heads, rows, keys, num_tokens, planes[1], rates[1], D_T
-        ))  # fmt: skip
-    return log_sum, p_t * (1.0 / GROUP_T)
+def _held_rows(model, batch, first, rows, num_tokens, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """`_head_rows` of `COUNT` heads from `first` on."""
+    held = ()
+    for index in tl.static_range(COUNT):
+        held += (_head_rows(model, batch, first + index, rows, num_tokens, WIDTH),)
+    return held
+
+
+@triton.jit
+def _log_map(held, index: tl.constexpr, model, batch, first, rows, keys, num_tokens, WIDTH: tl.constexpr,
+             HELD: tl.constexpr):  # fmt: skip
+    """log₂ of the map of head first + index on a tile, from its scores made anew; anything where no key is."""
+    if HELD:
+        q_rows, maximum, log_total = held[index]
+    else:
+        q_rows, maximum, log_total = _head_rows(model, batch, first + index, rows, num_tokens, WIDTH)
+    scores = _dot(q_rows, tl.trans(_load_rows(model[1], batch, first + index, keys, num_tokens, WIDTH)))
+    return (scores - maximum[:, None]) * model[5] - log_total[:, None]
+
+
+@triton.jit
+def _parts_of_largest(log_maps, COUNT: tl.constexpr):
+    """Maps as parts of the largest, log₂ of that, and the parts' sum: where every map underflows, its parts do not."""
+    top, parts = log_maps[0], ()
+    for index in tl.static_range(1, COUNT):
+        top = tl.maximum(top, log_maps[index])
+    total = tl.zeros_like(top)
+    for index in tl.static_range(COUNT):
+        parts += (tl.exp2(log_maps[index] - top),)
+        total += parts[index]
+    return parts, top, total
 
 
 @triton.jit
@@ -395,7 +409,7 @@ def _entries(log_ratio, batch_map, rows, keys, num_tokens):
 @triton.jit
 def grouped_kernel(
     q_s, k_s, q_t, k_t, kl_rows, numbers, numbers_t, log_ratio, num_maps, num_tokens, scale_s, scale_t,
-    GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, SLOTS: tl.constexpr, LOG_GROUP: tl.constexpr,
+    GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, HELD: tl.constexpr, LOG_GROUP: tl.constexpr,
     D_S: tl.constexpr, D_V: tl.constexpr, D_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -405,31 +419,38 @@ def grouped_kernel(
     batch, group = batch_map // num_maps, batch_map % num_maps
     rows = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     pairs = (tl.num_programs(0) // num_blocks).to(tl.int64)
-    planes = (pairs * GROUP_S * num_tokens, pairs * GROUP_T * num_tokens)
-    rates = (scale_s * LOG2_E, scale_t * LOG2_E)
-    kl = tl.zeros((BLOCK_M,), tl.float32)
-    slots = tl.arange(0, SLOTS)[None, :]
-    pulls = tl.zeros((BLOCK_M, SLOTS), tl.float32)  # one column per student head of the group
+    # (q, k, numbers, heads, entries of one kind of number, log₂e · scale)
+    student = (q_s, k_s, numbers, num_maps * GROUP_S, pairs * GROUP_S * num_tokens, scale_s * LOG2_E)
+    teacher = (q_t, k_t, numbers_t, num_maps * GROUP_T, pairs * GROUP_T * num_tokens, scale_t * LOG2_E)
+    first_s, first_t = group * GROUP_S, group * GROUP_T
+    held_s = _held_rows(student, batch, first_s, rows, num_tokens, GROUP_S if HELD else 0, D_S)
+    held_t = _held_rows(teacher, batch, first_t, rows, num_tokens, GROUP_T if HELD else 0, D_T)
+    kl, pulls = tl.zeros((BLOCK_M,), tl.float32), ()
+    for _ in tl.static_range(GROUP_S):
+        pulls += (kl,)
     for start in range(0, num_tokens, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        log_sum, p_t = _group_maps(
-            q_s, k_s, q_t, k_t, numbers, numbers_t, batch, group, num_maps, rows, keys, num_tokens, planes, rates,
-            GROUP_S, GROUP_T, D_S, D_T,
-        )  # fmt: skip
-        ratio = tl.log2(tl.maximum(p_t, TINY)) - log_sum
+        log_maps, p_t, longer = (), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), ()
+        for i in tl.static_range(GROUP_S):
+            log_maps += (_log_map(held_s, i, student, batch, first_s, rows, keys, num_tokens, D_S, HELD),)
+        for i in tl.static_range(GROUP_T):
+            p_t += tl.exp2(_log_map(held_t, i, teacher, batch, first_t, rows, keys, num_tokens, D_T, HELD))
+        p_t = tl.where((keys < num_tokens)[None, :], p_t * (1.0 / GROUP_T), 0.0)
+        parts, top, total = _parts_of_largest(log_maps, GROUP_S)
+        quotient = p_t / total
+        ratio = tl.log2(tl.maximum(quotient, TINY)) - top
         kl += tl.sum(p_t * ratio, 1)
         address, inside = _entries(log_ratio, batch_map, rows, keys, num_tokens)
         tl.store(address, ratio, mask=inside)
-        for index in range(GROUP_S):
-            head, heads = group * GROUP_S + index, num_maps * GROUP_S
-            log_p = _log_map(q_s, k_s, numbers, batch, head, heads, rows, keys, num_tokens, planes[0], rates[0], D_S)
-            pull = tl.sum(p_t * tl.exp2(log_p - log_sum), 1)
-            pulls += tl.where(slots == index, pull[:, None], 0.0)
+        for i in tl.static_range(GROUP_S):
+            longer += (pulls[i] + tl.sum(quotient * parts[i], 1),)
+        pulls = longer
     exists = rows < num_tokens
     kl = kl / LOG2_E + LOG_GROUP  # a mean is the sum / GROUP_S
     tl.store(kl_rows + batch_map * num_tokens + rows, tl.where(kl < 0.0, 0.0, kl), mask=exists)
-    at = (batch_map * GROUP_S + slots) * num_tokens + rows[:, None]
-    tl.store(numbers + 2 * planes[0] + at, pulls, mask=exists[:, None] & (slots < GROUP_S))
+    for index in tl.static_range(GROUP_S):
+        at = 2 * student[4] + (batch_map * GROUP_S + index) * num_tokens + rows
+        tl.store(numbers + at, pulls[index], mask=exists)
 
 
 @triton.jit
@@ -489,7 +510,8 @@ def _load(matrices, place, tokens, num_tokens, HAS_OUT: tl.constexpr, PAIRED: tl
 @triton.jit
 def _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
           HAS_OUT: tl.constexpr, HAS_KL: tl.constexpr, GROUP_S: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
-    """The student's map p on a tile and the gradient in its scores, from what `_load` gave at its rows and keys.
+    """The student's map p on a tile and the gradient in its scores, from what `_load` gave at its rows and keys; anything
+    where no key is.
 
     Paired: p (grad_p − pull) + weight (p_s − p_t), the last as (exp_s − exp_t·ratio) · weight/sum: a product less a product
     would be contracted to a fused multiply-add, and equal maps would leave its rounding behind instead of zero.
@@ -497,21 +519,17 @@ def _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
     before the exponential: where every head's share underflows, the teacher's may not.
     """
     max_s, inverse, pull, weight, max_t, sum_ratio = row
-    exists = (keys < num_tokens)[None, :]
-    z_s = tl.where(exists, _dot(at_rows[0], tl.trans(at_keys[0])), MISSING)
-    z_t, grad_p = z_s, z_s
-    if HAS_KL and not GROUPED:
-        z_t = tl.where(exists, _dot(at_rows[2], tl.trans(at_keys[2])), MISSING)
-    if HAS_OUT:
-        grad_p = _dot(at_rows[1], tl.trans(at_keys[1]))
-    log_exp = (z_s - max_s) * (scales[0] * LOG2_E)
+    log_exp = (_dot(at_rows[0], tl.trans(at_keys[0])) - max_s) * (scales[0] * LOG2_E)
     exp_s = tl.exp2(log_exp)
     p = exp_s * inverse
-    slope = p * (grad_p - pull) if HAS_OUT else p * -pull
+    slope = p * -pull
+    if HAS_OUT:
+        slope = p * (_dot(at_rows[1], tl.trans(at_keys[1])) - pull)
     if GROUPED:
         address, inside = _entries(sums[1], place[0] * (place[4] // GROUP_S) + place[2], rows, keys, num_tokens)
         slope -= weight * tl.exp2(log_exp + tl.log2(inverse) + tl.load(address, mask=inside, other=MISSING))
     elif HAS_KL:
+        z_t = _dot(at_rows[2], tl.trans(at_keys[2]))
         slope += weight * (exp_s - tl.exp2((z_t - max_t) * (scales[1] * LOG2_E)) * sum_ratio)
     return p, slope
 
@@ -575,5 +593,6 @@ def queries_kernel(
         at_keys = _load(keys_of, place, keys, num_tokens, HAS_OUT, PAIRED, D_S, D_V, D_T)
         _, slope = _tile(at_rows, at_keys, sums, place, row, rows, keys, num_tokens, scales,
                          HAS_OUT, HAS_KL, GROUP_S, GROUPED)  # fmt: skip
+        slope = tl.where((keys < num_tokens)[None, :], slope, 0.0)
         total += _dot(slope.to(at_keys[0].dtype), at_keys[0])
     _store_rows(grad_q, place[0], place[1], rows, num_tokens, total * scale_s, D_S)

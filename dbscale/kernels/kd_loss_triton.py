@@ -82,7 +82,8 @@ def _launch(
         weights.ce_slope * lift, weights.kl_slope * lift,
         TARGET=SOFT if target.soft_BC is not None else ONE_LABEL if target.labels_b_B is None else TWO_LABELS,
         SMOOTH=weights.label_smoothing > 0, SQUARINGS=_squarings(weights.temperature), WANT_GRAD=want_grad,
-        GROUPS=block // 8, VECTOR=vector, SOFT_VECTOR=min(vector, _vector(num_classes, soft)), num_warps=num_warps,
+        GROUPS=block // 8, VECTOR=vector, SOFT_VECTOR=min(vector, _vector(num_classes, soft)),
+        ALIGNED=num_classes % 8 == 0, num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -165,40 +166,39 @@ def _columns(start, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _is_whole(start, skew, num_classes, GROUPS: tl.constexpr):
-    """Whether all columns of a tile exist: it needs no mask then."""
-    return (start >= skew) & (start - skew + GROUPS * WIDE <= num_classes)
+def _address(matrix, row, start, skew, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+    """Of columns start − skew … of a row; matrix = (pointer, row stride, column stride).
+
+    The skew puts every tile on a 16-byte boundary, so that memory is read in vectors also where C is odd.
+    """
+    lanes = _columns(start, GROUPS).to(tl.int64)
+    return matrix[0] + tl.multiple_of(row * matrix[1] - skew, VECTOR) + lanes * matrix[2]
+
+
+@triton.jit
+def _inside(start, skew, num_classes, GROUPS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Which columns of a tile exist; of aligned rows whole groups do, which the compiler then reads as vectors."""
+    if ALIGNED:
+        groups = start + tl.arange(0, GROUPS)[:, None] * WIDE < num_classes
+        return tl.broadcast_to(groups, (GROUPS, WIDE))
+    lanes = _columns(start, GROUPS)
+    return (lanes >= skew) & (lanes - skew < num_classes)
 
 
 @triton.jit
 def _tile(matrix, row, start, skew, num_classes, other, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
-          POLICY: tl.constexpr):  # fmt: skip
-    """float32 columns start − skew … of a row, `other` outside it; matrix = (pointer, row stride, column stride).
-
-    The skew puts every tile on a 16-byte boundary, so that memory is read in vectors also where C is odd.
-    """
-    lanes = _columns(start, GROUPS)
-    address = matrix[0] + tl.multiple_of(row * matrix[1] - skew, VECTOR) + lanes.to(tl.int64) * matrix[2]
-    if _is_whole(start, skew, num_classes, GROUPS):
-        values = tl.load(address, eviction_policy=POLICY).to(tl.float32)
-    else:
-        inside = (lanes >= skew) & (lanes - skew < num_classes)
-        values = tl.where(
-            inside, tl.load(address, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32), other
-        )
-    return values
+          ALIGNED: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
+    """A tile as float32, `other` outside the row."""
+    inside = _inside(start, skew, num_classes, GROUPS, ALIGNED)
+    address = _address(matrix, row, start, skew, GROUPS, VECTOR)
+    values = tl.load(address, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    return tl.where(inside, values, other)
 
 
 @triton.jit
-def _gap(z_s, z_t, usual_gap, start, skew, num_classes, GROUPS: tl.constexpr):
-    """z_s less the usual gap, and that less z_t; 0 outside the row, where both logits are −inf."""
-    lowered = z_s - usual_gap
-    gap = lowered - z_t
-    if not _is_whole(start, skew, num_classes, GROUPS):
-        lanes = _columns(start, GROUPS)
-        inside = (lanes >= skew) & (lanes - skew < num_classes)
-        lowered, gap = tl.where(inside, lowered, 0.0), tl.where(inside, gap, 0.0)
-    return lowered, gap
+def _last_tile(skew, num_classes, BLOCK: tl.constexpr):
+    """Where a row's last tile begins. It and the first are masked; what lies between them is whole."""
+    return (num_classes + skew - 1) // BLOCK * BLOCK
 
 
 @triton.jit
@@ -213,64 +213,106 @@ def _exp_at_one(exp_at_t, exponent, SQUARINGS: tl.constexpr):
 
 @triton.jit
 def _finite_or_zero(maximum):
-    """A row maximum to subtract: 0 instead of −inf, so that an empty row gives exp(−inf) = 0 and not NaN."""
+    """A maximum to subtract: 0 instead of −inf, so that an empty row gives exp(−inf) = 0 and not NaN."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
 
 
 @triton.jit
-def _absorb(z, maximum):
-    """A tile less its groups' new running maxima (0 for −inf), those maxima, and how far the old ones lie below."""
-    new_maximum = tl.maximum(maximum, tl.max(z, 1))
-    base = _finite_or_zero(new_maximum)
-    return z - base[:, None], new_maximum, maximum - base
-
-
-@triton.jit
-def _statistics(student, teacher, row, skew, num_classes, rate, usual_gap, SMOOTH: tl.constexpr,
-                SQUARINGS: tl.constexpr, CAREFUL: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
-    """First walk: maxima of both, Σ exp at T of both, Σ exp of the student at 1, Σ exp_t · gap, and Σ (z − usual gap).
-
-    The last is found only for SMOOTH. CAREFUL counts 0 · ∞ as 0, which arises where the teacher is −inf.
-    """
-    max_s = tl.full((GROUPS,), -float("inf"), tl.float32)
-    sum_s = tl.zeros((GROUPS,), tl.float32)
-    max_t, sum_t, sum_1, gaps, spread = max_s, sum_s, sum_s, sum_s, sum_s
-    for start in range(0, num_classes + skew, GROUPS * WIDE):
-        z_s = _tile(student, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, KEEP)
-        z_t = _tile(teacher, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, KEEP)
-        lowered, gap = _gap(z_s, z_t, usual_gap, start, skew, num_classes, GROUPS)
-        if SMOOTH:
-            spread += tl.sum(lowered, 1)
-        z_s, max_s, fall_s = _absorb(z_s, max_s)
-        z_t, max_t, fall_t = _absorb(z_t, max_t)
-        exp_s, exp_t = tl.exp2(z_s * rate), tl.exp2(z_t * rate)
-        shrink_s, shrink_t = tl.exp2(fall_s * rate), tl.exp2(fall_t * rate)
-        weighted = exp_t * gap
-        if CAREFUL:
-            weighted = tl.where(exp_t > 0.0, weighted, 0.0)
-        sum_s = sum_s * shrink_s + tl.sum(exp_s, 1)
-        sum_t = sum_t * shrink_t + tl.sum(exp_t, 1)
-        sum_1 = sum_1 * _exp_at_one(shrink_s, fall_s, SQUARINGS) + tl.sum(_exp_at_one(exp_s, z_s, SQUARINGS), 1)
-        gaps = gaps * shrink_t + tl.sum(weighted, 1)
-    # The groups' maxima give way to the row's.
-    top_s, top_t = _finite_or_zero(tl.max(max_s, 0)), _finite_or_zero(tl.max(max_t, 0))
-    fall_s, fall_t = max_s - top_s, max_t - top_t
+def _lowered(sums, fall_s, fall_t, moved, rate, SQUARINGS: tl.constexpr):
+    """Sums of exponentials as they are once the maxima that they were made with lie lower by `fall`; their gaps, once the
+    student's maximum lies lower by `moved` than the teacher's."""
+    sum_s, sum_t, sum_1, gaps = sums
     shrink_s, shrink_t = tl.exp2(fall_s * rate), tl.exp2(fall_t * rate)
-    sum_1 = tl.sum(sum_1 * _exp_at_one(shrink_s, fall_s, SQUARINGS), 0)
-    sum_s, sum_t, gaps = tl.sum(sum_s * shrink_s, 0), tl.sum(sum_t * shrink_t, 0), tl.sum(gaps * shrink_t, 0)
-    return top_s, top_t, sum_s, sum_t, sum_1, gaps, (tl.sum(spread, 0) if SMOOTH else 0.0)
+    return (
+        sum_s * shrink_s, sum_t * shrink_t, sum_1 * _exp_at_one(shrink_s, fall_s, SQUARINGS),
+        (gaps + sum_t * moved) * shrink_t,
+    )  # fmt: skip
 
 
 @triton.jit
-def _soft_sums(
-    student, soft, row, skew, num_classes, max_s, GROUPS: tl.constexpr, VECTOR: tl.constexpr, SOFT_VECTOR: tl.constexpr
-):
+def _absorb(z_s, z_t, inside, state, rate, anchor, SMOOTH: tl.constexpr, SQUARINGS: tl.constexpr,
+            CAREFUL: tl.constexpr):  # fmt: skip
+    """The state of the first walk with one more tile, group by group; `inside` None: the tile is whole."""
+    old_s, old_t, sum_s, sum_t, sum_1, gaps, spread = state
+    max_s, max_t = tl.maximum(old_s, tl.max(z_s, 1)), tl.maximum(old_t, tl.max(z_t, 1))
+    base_s, base_t = _finite_or_zero(max_s), _finite_or_zero(max_t)
+    moved = (_finite_or_zero(old_s) - base_s) - (_finite_or_zero(old_t) - base_t)
+    sum_s, sum_t, sum_1, gaps = _lowered(
+        (sum_s, sum_t, sum_1, gaps), old_s - base_s, old_t - base_t, moved, rate, SQUARINGS
+    )
+    below_s, below_t = z_s - base_s[:, None], z_t - base_t[:, None]
+    exp_s, exp_t = tl.exp2(below_s * rate), tl.exp2(below_t * rate)
+    # Between logits that lie below their own maxima: of a large common shift nothing is left to round.
+    gap = below_s - below_t
+    if inside is not None:
+        gap = tl.where(inside, gap, 0.0)
+    weighted = exp_t * gap
+    if CAREFUL:
+        weighted = tl.where(exp_t > 0.0, weighted, 0.0)
+    if SMOOTH:
+        if inside is None:
+            spread += tl.sum(below_s, 1) + WIDE * (base_s - anchor)
+        else:
+            spread += tl.sum(tl.where(inside, below_s + (base_s - anchor)[:, None], 0.0), 1)
+    return (
+        max_s, max_t, sum_s + tl.sum(exp_s, 1), sum_t + tl.sum(exp_t, 1),
+        sum_1 + tl.sum(_exp_at_one(exp_s, below_s, SQUARINGS), 1), gaps + tl.sum(weighted, 1), spread,
+    )  # fmt: skip
+
+
+@triton.jit
+def _statistics(student, teacher, row, skew, num_classes, rate, anchor, SMOOTH: tl.constexpr,
+                SQUARINGS: tl.constexpr, CAREFUL: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+                ALIGNED: tl.constexpr):  # fmt: skip
+    """First walk: maxima of both, Σ exp at T of both, Σ exp of the student at 1, Σ exp_t · gap, and Σ (z − anchor).
+
+    A gap is how much further the student's logit lies below its maximum than the teacher's, negative. The last sum is found
+    only for SMOOTH. CAREFUL counts 0 · ∞ as 0, which arises where the teacher is −inf.
+    """
+    block: tl.constexpr = GROUPS * WIDE
+    last = _last_tile(skew, num_classes, block)
+    low = tl.full((GROUPS,), -float("inf"), tl.float32)
+    none = tl.zeros((GROUPS,), tl.float32)
+    state = (low, low, none, none, none, none, none)
+    for edge in range(0, tl.minimum(last, 1) + 1):
+        start = edge * last
+        z_s = _tile(student, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, ALIGNED, KEEP)
+        z_t = _tile(teacher, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, ALIGNED, KEEP)
+        inside = _inside(start, skew, num_classes, GROUPS, ALIGNED)
+        state = _absorb(z_s, z_t, inside, state, rate, anchor, SMOOTH, SQUARINGS, CAREFUL)
+    if last > block:
+        ahead = tl.minimum(block, last)
+        next_s = tl.load(_address(student, row, ahead, skew, GROUPS, VECTOR), eviction_policy=KEEP)
+        next_t = tl.load(_address(teacher, row, ahead, skew, GROUPS, VECTOR), eviction_policy=KEEP)
+        for start in range(block, last, block):
+            z_s, z_t = next_s.to(tl.float32), next_t.to(tl.float32)
+            # On their way while this tile is added up; after the last whole tile, that one once more.
+            ahead = tl.minimum(start + block, last - block)
+            next_s = tl.load(_address(student, row, ahead, skew, GROUPS, VECTOR), eviction_policy=KEEP)
+            next_t = tl.load(_address(teacher, row, ahead, skew, GROUPS, VECTOR), eviction_policy=KEEP)
+            state = _absorb(z_s, z_t, None, state, rate, anchor, SMOOTH, SQUARINGS, CAREFUL)
+    # The groups' maxima give way to the row's.
+    max_s, max_t, sum_s, sum_t, sum_1, gaps, spread = state
+    top_s, top_t = _finite_or_zero(tl.max(max_s, 0)), _finite_or_zero(tl.max(max_t, 0))
+    moved = (_finite_or_zero(max_s) - top_s) - (_finite_or_zero(max_t) - top_t)
+    sum_s, sum_t, sum_1, gaps = _lowered(
+        (sum_s, sum_t, sum_1, gaps), max_s - top_s, max_t - top_t, moved, rate, SQUARINGS
+    )
+    return (
+        top_s, top_t, tl.sum(sum_s, 0), tl.sum(sum_t, 0), tl.sum(sum_1, 0), tl.sum(gaps, 0),
+        tl.sum(spread, 0) if SMOOTH else 0.0,
+    )  # fmt: skip
+
+
+@triton.jit
+def _soft_sums(student, soft, row, skew, num_classes, max_s, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+               SOFT_VECTOR: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     """Σ y and Σ y·(z − max) of a soft target."""
     mass = tl.zeros((GROUPS,), tl.float32)
     expected = mass
     for start in range(0, num_classes + skew, GROUPS * WIDE):
-        z = _tile(student, row, start, skew, num_classes, 0.0, GROUPS, VECTOR, KEEP) - max_s
-        y = _tile(soft, row, start, skew, num_classes, 0.0, GROUPS, SOFT_VECTOR, KEEP)
+        z = _tile(student, row, start, skew, num_classes, 0.0, GROUPS, VECTOR, ALIGNED, KEEP) - max_s
+        y = _tile(soft, row, start, skew, num_classes, 0.0, GROUPS, SOFT_VECTOR, ALIGNED, KEEP)
         mass += tl.sum(y, 1)
         expected += tl.sum(tl.where(y != 0.0, y * z, 0.0), 1)
     return tl.sum(mass, 0), tl.sum(expected, 0)
@@ -294,21 +336,30 @@ def _slope(z_s, z_t, y, rate, shifts, slopes, SQUARINGS: tl.constexpr):
 @triton.jit
 def _write_slopes(student, teacher, soft, grad, row, skew, num_classes, rate, shifts, slopes,
                   HAS_SOFT: tl.constexpr, SQUARINGS: tl.constexpr,
-                  GROUPS: tl.constexpr, VECTOR: tl.constexpr, SOFT_VECTOR: tl.constexpr):  # fmt: skip
+                  GROUPS: tl.constexpr, VECTOR: tl.constexpr, SOFT_VECTOR: tl.constexpr,
+                  ALIGNED: tl.constexpr):  # fmt: skip
     """Last walk: the gradient, but for what hard labels add at theirs."""
-    for start in range(0, num_classes + skew, GROUPS * WIDE):
-        z_s = _tile(student, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, DROP)
-        z_t = _tile(teacher, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, DROP)
+    block: tl.constexpr = GROUPS * WIDE
+    last = _last_tile(skew, num_classes, block)
+    written = (grad, num_classes, 1)
+    for edge in range(0, tl.minimum(last, 1) + 1):
+        start = edge * last
+        z_s = _tile(student, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, ALIGNED, DROP)
+        z_t = _tile(teacher, row, start, skew, num_classes, -float("inf"), GROUPS, VECTOR, ALIGNED, DROP)
         y = 0.0
         if HAS_SOFT:
-            y = _tile(soft, row, start, skew, num_classes, 0.0, GROUPS, SOFT_VECTOR, DROP)
+            y = _tile(soft, row, start, skew, num_classes, 0.0, GROUPS, SOFT_VECTOR, ALIGNED, DROP)
         slope = _slope(z_s, z_t, y, rate, shifts, slopes, SQUARINGS)
-        lanes = _columns(start, GROUPS)
-        address = grad + tl.multiple_of(row * num_classes - skew, VECTOR) + lanes
-        if _is_whole(start, skew, num_classes, GROUPS):
-            tl.store(address, slope, eviction_policy=DROP)
-        else:
-            tl.store(address, slope, mask=(lanes >= skew) & (lanes - skew < num_classes), eviction_policy=DROP)
+        inside = _inside(start, skew, num_classes, GROUPS, ALIGNED)
+        tl.store(_address(written, row, start, skew, GROUPS, VECTOR), slope, mask=inside, eviction_policy=DROP)
+    for start in range(block, last, block):
+        z_s = tl.load(_address(student, row, start, skew, GROUPS, VECTOR), eviction_policy=DROP).to(tl.float32)
+        z_t = tl.load(_address(teacher, row, start, skew, GROUPS, VECTOR), eviction_policy=DROP).to(tl.float32)
+        y = 0.0
+        if HAS_SOFT:
+            y = tl.load(_address(soft, row, start, skew, GROUPS, SOFT_VECTOR), eviction_policy=DROP).to(tl.float32)
+        slope = _slope(z_s, z_t, y, rate, shifts, slopes, SQUARINGS)
+        tl.store(_address(written, row, start, skew, GROUPS, VECTOR), slope, eviction_policy=DROP)
 
 
 @triton.jit
@@ -319,40 +370,18 @@ def _logit(matrix, row, column, num_classes):
 
 
 @triton.jit
-def _rewrite(student, teacher, grad, row, label, y, num_classes, rate, shifts, slopes, SQUARINGS: tl.constexpr):
-    z_s, z_t = _logit(student, row, label, num_classes), _logit(teacher, row, label, num_classes)
+def _labelled(student, teacher, labels, row, num_classes):
+    """(label, the student's logit there, the teacher's)."""
+    label = tl.load(labels + row)
+    return label, _logit(student, row, label, num_classes), _logit(teacher, row, label, num_classes)
+
+
+@triton.jit
+def _rewrite(labelled, y, grad, row, num_classes, rate, shifts, slopes, SQUARINGS: tl.constexpr):
+    """The gradient at a hard label, which `_write_slopes` wrote as if no label were there."""
+    label, z_s, z_t = labelled
     slope = _slope(z_s, z_t, y, rate, shifts, slopes, SQUARINGS)
     tl.store(grad + row * num_classes + label, slope, mask=(label >= 0) & (label < num_classes))
-
-
-@triton.jit
-def _rewrite_labels(student, teacher, grad, labels_a, labels_b, lam, row, num_classes, rate, shifts, slopes,
-                    TARGET: tl.constexpr, SQUARINGS: tl.constexpr):  # fmt: skip
-    """The gradient at the hard labels, which `_write_slopes` wrote as if no label were there."""
-    label_a, share_a = tl.load(labels_a + row), 1.0
-    if TARGET == TWO_LABELS:
-        label_b, share_b = tl.load(labels_b + row), 1.0 - tl.load(lam + row)
-        share_a = tl.where(label_a == label_b, 1.0, 1.0 - share_b)
-        share_b = tl.where(label_a == label_b, 1.0, share_b)
-        _rewrite(student, teacher, grad, row, label_b, share_b, num_classes, rate, shifts, slopes, SQUARINGS)
-    _rewrite(student, teacher, grad, row, label_a, share_a, num_classes, rate, shifts, slopes, SQUARINGS)
-
-
-@triton.jit
-def _cross_entropy(student, soft, labels_a, labels_b, lam, row, skew, num_classes, smoothing, max_s, sum_1, shifted_sum,
-                   TARGET: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, SOFT_VECTOR: tl.constexpr):  # fmt: skip
-    """The cross-entropy, and Σq of the smoothed target q; shifted_sum = Σ (z − max)."""
-    if TARGET == SOFT:
-        mass, expected = _soft_sums(student, soft, row, skew, num_classes, max_s, GROUPS, VECTOR, SOFT_VECTOR)
-    else:
-        mass = 1.0
-        expected = _logit(student, row, tl.load(labels_a + row), num_classes) - max_s
-    if TARGET == TWO_LABELS:
-        share_a = tl.load(lam + row)
-        expected_b = _logit(student, row, tl.load(labels_b + row), num_classes) - max_s
-        expected = share_a * expected + (1.0 - share_a) * expected_b
-    mass = (1.0 - smoothing) * mass + smoothing
-    return mass * tl.log(sum_1) - (1.0 - smoothing) * expected - smoothing / num_classes * shifted_sum, mass
 
 
 @triton.jit
@@ -360,33 +389,42 @@ def kd_kernel(
     student, teacher, soft, grad, labels_a, labels_b, lam, ces, kls,
     num_classes, rate, smoothing, ce_slope, kl_slope,
     TARGET: tl.constexpr, SMOOTH: tl.constexpr, SQUARINGS: tl.constexpr, WANT_GRAD: tl.constexpr,
-    GROUPS: tl.constexpr, VECTOR: tl.constexpr, SOFT_VECTOR: tl.constexpr,
+    GROUPS: tl.constexpr, VECTOR: tl.constexpr, SOFT_VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One row per program: ces, kls [B] and, where wanted, grad [B, C] of ce_slope·CE + kl_slope·T·KL; rate = log₂e / T."""
     row = tl.program_id(0).to(tl.int64)
     skew = (row * num_classes % VECTOR).to(tl.int32)
-    # A large common shift is taken off by a whole number, which is exact, before differences are rounded.
-    first_gap = _logit(student, row, 0, num_classes) - _logit(teacher, row, 0, num_classes)
-    usual_gap = tl.where(tl.abs(first_gap) < 1e6, tl.floor(first_gap + 0.5), 0.0)
+    # What single logits are needed is asked for before the walk, so that nobody waits for it afterwards.
+    first, share = _logit(student, row, 0, num_classes), 1.0
+    anchor = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+    if TARGET != SOFT:
+        at_a = _labelled(student, teacher, labels_a, row, num_classes)
+        at_b = at_a
+    if TARGET == TWO_LABELS:
+        at_b = _labelled(student, teacher, labels_b, row, num_classes)
+        share = tl.load(lam + row)
     max_s, max_t, sum_s, sum_t, sum_1, gaps, spread = _statistics(
-        student, teacher, row, skew, num_classes, rate, usual_gap, SMOOTH, SQUARINGS, False, GROUPS, VECTOR
+        student, teacher, row, skew, num_classes, rate, anchor, SMOOTH, SQUARINGS, False, GROUPS, VECTOR, ALIGNED
     )
     if gaps != gaps:  # noqa: PLR0124  0 · ∞: the teacher is −inf somewhere
         max_s, max_t, sum_s, sum_t, sum_1, gaps, spread = _statistics(
-            student, teacher, row, skew, num_classes, rate, usual_gap, SMOOTH, SQUARINGS, True, GROUPS, VECTOR
+            student, teacher, row, skew, num_classes, rate, anchor, SMOOTH, SQUARINGS, True, GROUPS, VECTOR, ALIGNED
         )
     is_empty = sum_t == 0.0
     # Equal sums give exactly 1, which the hardware's division does not promise.
     ratio = tl.where(sum_s == sum_t, 1.0, sum_s / sum_t)
-    mean_gap = gaps / sum_t
-    # Maxima are subtracted from each other before the sums join in: the log-sum-exps themselves may be large.
-    kl = ((max_s - usual_gap) - max_t - mean_gap) * (rate / LOG2_E) + tl.log(ratio)
+    # log Σexp_s − log Σexp_t − Σ p_t (z_s − z_t), all counted from the maxima: the log-sum-exps themselves may be large.
+    kl = tl.log(ratio) - gaps / sum_t * (rate / LOG2_E)
     kl = tl.where(kl < 0.0, 0.0, kl)  # rounding of nearly equal rows; NaN stays NaN
-    shifted_sum = spread + num_classes * (usual_gap - max_s)
-    ce, mass = _cross_entropy(
-        student, soft, labels_a, labels_b, lam, row, skew, num_classes, smoothing, max_s, sum_1, shifted_sum,
-        TARGET, GROUPS, VECTOR, SOFT_VECTOR,
-    )  # fmt: skip
+    if TARGET == SOFT:
+        mass, expected = _soft_sums(student, soft, row, skew, num_classes, max_s, GROUPS, VECTOR, SOFT_VECTOR, ALIGNED)
+    else:
+        mass, expected = 1.0, at_a[1] - max_s
+    if TARGET == TWO_LABELS:
+        expected = share * expected + (1.0 - share) * (at_b[1] - max_s)
+    mass = (1.0 - smoothing) * mass + smoothing
+    from_max = spread + num_classes * (anchor - max_s)  # Σ (z − max)
+    ce = mass * tl.log(sum_1) - (1.0 - smoothing) * expected - smoothing / num_classes * from_max
     tl.store(ces + row, ce)
     tl.store(kls + row, tl.where(is_empty, 0.0, kl))
     if WANT_GRAD:
@@ -394,11 +432,15 @@ def kd_kernel(
                   ce_slope * smoothing / num_classes)  # fmt: skip
         shifts = (max_s, max_t, tl.where(is_empty, 0.0, ratio))
         _write_slopes(student, teacher, soft, grad, row, skew, num_classes, rate, shifts, slopes, TARGET == SOFT,
-                      SQUARINGS, GROUPS, VECTOR, SOFT_VECTOR)  # fmt: skip
+                      SQUARINGS, GROUPS, VECTOR, SOFT_VECTOR, ALIGNED)  # fmt: skip
         if TARGET != SOFT:
             tl.debug_barrier()  # the label's column has been written by another thread
-            _rewrite_labels(student, teacher, grad, labels_a, labels_b, lam, row, num_classes, rate, shifts, slopes,
-                            TARGET, SQUARINGS)  # fmt: skip
+            is_one = at_a[0] == at_b[0]
+            if TARGET == TWO_LABELS:
+                _rewrite(
+                    at_b, tl.where(is_one, 1.0, 1.0 - share), grad, row, num_classes, rate, shifts, slopes, SQUARINGS
+                )
+            _rewrite(at_a, tl.where(is_one, 1.0, share), grad, row, num_classes, rate, shifts, slopes, SQUARINGS)
 
 
 @triton.jit

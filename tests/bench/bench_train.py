@@ -26,11 +26,12 @@ import torch
 from train_peers import SETTINGS, Pace, Setting, bare, now, pace, synchronize, timm_manner
 
 from dbscale.data import load_manifest
+from dbscale.data.dataset import RESIDENT_MAX_SIDE
 from dbscale.shards.pack import ensure_packed
 from dbscale.study.cell import Cell
 from dbscale.study.recipe import Augment, Budget, Data, Optim, Recipe, Training
 from dbscale.study.resources import Resources, StopRequest
-from dbscale.study.store import Store
+from dbscale.study.store import Store, Timing
 from dbscale.training import run
 from dbscale.training.checkpoint import Checkpointer
 from dbscale.training.device import device_name
@@ -44,13 +45,22 @@ class Ran:
     step: Pace
     around: Pace
     """The cell, less its training and evaluation."""
-    data_wait_share: float
-    peak_memory_bytes: int
+    timing: Timing
+    """As the cell's row tells it."""
 
 
 def ours(resources: Resources) -> Callable[[Setting], Pace]:
-    """`run_cell` on real shards."""
-    return lambda setting: run_ours(setting, resources).step
+    """`run_cell` on real shards; what its row says besides the pace is told at once."""
+
+    def measure(setting: Setting) -> Pace:
+        ran = run_ours(setting, resources)
+        mfu, energy_j = ran.timing.mfu, ran.timing.energy_j
+        told = [f"data wait {ran.timing.data_wait_share:.1%}"] + ([] if mfu is None else [f"MFU {mfu:.1%}"])
+        told += [] if energy_j is None else [f"{energy_j / setting.steps / setting.batch * 1e3:.1f} mJ an image"]
+        print(f"    {', '.join(told)}", file=sys.stderr, flush=True)
+        return ran.step
+
+    return measure
 
 
 def run_ours(setting: Setting, resources: Resources) -> Ran:
@@ -66,7 +76,7 @@ def run_ours(setting: Setting, resources: Resources) -> Ran:
         raise SystemExit(f"the benchmark's cell failed: {outcome.reason}")
     around = Pace(*(whole - sum(parts) for whole, *parts in zip(total, *train, *evaluate, strict=True)))
     step = pace(*marks, setting.steps - setting.warmup)
-    return Ran(step, around, outcome.row.timing.data_wait_share, outcome.row.timing.peak_memory_bytes)
+    return Ran(step, around, outcome.row.timing)
 
 
 @contextlib.contextmanager
@@ -107,19 +117,19 @@ def marked_steps(setting: Setting) -> Iterator[list[Pace]]:
 
 
 def make_cell(setting: Setting, data_dir: Path) -> Cell:
-    """A pretraining on packed fractals, resident or raw by their size."""
-    name, size = f"fractals{setting.image_size}", setting.image_size
+    """A pretraining on packed fractals: resident where they are small, else the setting's tier; JPEGs cropped at random."""
+    size = setting.image_size
+    tier = "resident" if size <= RESIDENT_MAX_SIDE else setting.tier
+    name = f"fractals{size}" if tier != "jpeg256" else f"fractals{size}-{tier}"
     spec = {
         "source": "fractals",
         "families": setting.num_classes,
         "num_train": 2048,
         "num_test": 64,
-        "image_size": size,
+        "image_size": 256 if tier == "jpeg256" else size,
     }
-    tier = "resident"
-    if size > 64:
-        spec |= {"encoding": "raw", "raw_size": size}
-        tier = "raw"
+    spec |= {"raw": {"encoding": "raw", "raw_size": size}, "jpeg256": {"encoding": "jpeg256"}}.get(tier, {})
+    crop = {"random_resized_crop": (0.08, 1.0)} if tier == "jpeg256" else {"crop_padding": 4}
     dataset = ensure_packed(name, spec, data_dir)
     recipe = Recipe(
         stage="pretrain",
@@ -130,7 +140,7 @@ def make_cell(setting: Setting, data_dir: Path) -> Cell:
             optim=Optim(lr=1e-4, clip_norm=1.0),
             global_batch=setting.batch,
             precision=setting.precision,
-            augment=Augment(crop_padding=4, hflip=0.5),
+            augment=Augment(hflip=0.5, **crop),
             label_smoothing=0.1,
         ),
         seed=0,
@@ -160,7 +170,7 @@ def main() -> None:
     model, size, batch = SETTINGS[arguments.model]
     setting = Setting(
         model, size, arguments.batch or batch, arguments.precision, torch.device(arguments.device), arguments.steps,
-        arguments.warmup,
+        arguments.warmup, tier=arguments.tier,
     )  # fmt: skip
     known = variants(setting)
     left_out = ("compiled",) if arguments.device == "cuda" else ("compiled", "eager")  # a CPU records nothing
@@ -190,8 +200,8 @@ def print_cell(setting: Setting, how: Resources) -> None:
     stall_s = statistics.median(each.wall_s for each in saves)
     print(
         f"\nAround a further cell of the process (everything but training and evaluation), median of three: {wall_s:.3f} s, "
-        f"{cpu_s:.3f} s of processor time; data wait {ran[-1].data_wait_share:.1%}; peak memory "
-        f"{ran[-1].peak_memory_bytes / 2**20:,.0f} MiB\n"
+        f"{cpu_s:.3f} s of processor time; data wait {ran[-1].timing.data_wait_share:.1%}; peak memory "
+        f"{ran[-1].timing.peak_memory_bytes / 2**20:,.0f} MiB\n"
         f"A checkpoint stops training for {stall_s * 1e3:.1f} ms (median): {stall_s / 60:.3%} of the time at one a "
         f"minute, {stall_s / 300:.3%} at one every five minutes"
     )
@@ -201,7 +211,7 @@ def print_table(setting: Setting, times: dict[str, list[Pace]]) -> None:
     kind = f"{setting.model.heads}×{setting.model.head_width} depth {setting.model.depth}, {setting.image_size} px"
     print(
         f"DeiT {kind}, batch {setting.batch}, {setting.precision}, {device_name(setting.device)}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, tier of ours {setting.tier}\n"
     )
     on_cpu = setting.device.type == "cpu"
     columns = ["loop", "ms a step, best", "median", "images/s", "speed ÷ bare", "speed ÷ timm"]
@@ -225,6 +235,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SETTINGS, default="deit_h2" if on_gpu else "tiny")
     parser.add_argument("--batch", type=int, help="global batch; default: the model's")
+    parser.add_argument("--tier", choices=["raw", "jpeg256"], default="raw", help="how ours reads images above 64 px")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16" if on_gpu else "fp32")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)

@@ -43,12 +43,18 @@ ROOMS = {
     "report/schema": "report/schemas report/findings",
     "study/recipe": "study/recipe study/cell study/task", "study/grid": "study/grid study/hunt study/task study/weights",
     "study/cost": "study/cost study/grid", "study/resources": "study/resources study/recipe",
-    "training/evaluation": "training/results", "training/models": "training/models training/prepare",
+    "data/geometry": "data/augment", "data/target": "data/dense",
+    "shards/coco": "shards/dense_sources", "shards/maskfolder": "shards/dense_sources",
+    "shards/scenes": "shards/dense_sources", "shards/target": "shards/dense_sources",
+    "shards/publish": "shards/command", "shards/sources": "shards/source", "shards/tar": "shards/pack",
+    "training/feed": "training/run", "training/graph": "training/run", "training/evaluation": "training/results",
+    "training/models": "training/models training/prepare",
     "training/dense": "training/segmentation training/detection",
     "training/tasks": "training/segmentation training/detection", "training/loop": "training/run",
     "launch/api": "api", "launch/sbatch_options": "launch/cluster", "launch/smoke": "launch/preflight",
     "launch/study": "launch/cli launch/plan launch/preflight",
     "launch/submitit_names": "launch/slurm_queue launch/slurm_submit",
+    "launch/commands/work": "launch/work", "launch/commands/hunt": "launch/hunt",
     "launch/commands/cells": "launch/cli", "launch/commands/laws": "launch/fit launch/cli",
     "launch/commands/plan": "launch/plan launch/cli", "launch/commands/results": "launch/cli launch/slurm_reducer",
     "launch/commands/shards": "shards/command", "launch/commands/submit": "launch/cli launch/slurm_submit",
@@ -280,8 +286,6 @@ def tests_for(mutant: Mutant, record: Record, budget: float) -> list[str]:
 
 def survives(folder: str, mutant: Mutant, tests: Sequence[str], record: Record) -> bool:
     """Whether every one of these tests passes with the fault in place."""
-    if not tests:
-        return True
     target, files = Path(folder) / mutant.path, sorted({test.split("::")[0] for test in tests})
     before = target.stat()
     target.write_text(mutant.source)
@@ -320,6 +324,8 @@ def main() -> None:
     wanted = set(filter(None, options.only.split(",")))
     drawn = survivors_of(options.again) if options.again else draw(options.wing, options.count, options.seed)
     drawn = [mutant for mutant in drawn if not wanted or Path(mutant.path).stem in wanted]
+    if unheld := sorted({mutant.path for mutant in drawn if not room_of(mutant)}):
+        raise SystemExit(f"no tests are known of {', '.join(unheld)}; name their files in ROOMS")
     killed, start = 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("dbscale", "launch", "shards", "configs", "docs", "tests", "pyproject.toml"):

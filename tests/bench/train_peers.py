@@ -19,7 +19,7 @@ from timm.utils.metrics import AverageMeter
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dbscale.study.recipe import DeiT, Precision
+from dbscale.study.recipe import DeiT, Precision, Tier
 from dbscale.training.models import make_model
 
 
@@ -52,6 +52,8 @@ class Setting:
     warmup: int = 10
     """Steps before the clock starts."""
     num_classes: int = 16
+    tier: Tier = "raw"
+    """Of images above 64 px, where real ones are read."""
 
 
 SETTINGS = {

@@ -104,6 +104,17 @@ def test_averaged_heads_around_the_tile(backend, device, tolerance, tokens, want
     check(run(given_, **options), reference(given_, **options), tolerance)
 
 
+def test_heads_of_a_group_that_is_too_large_to_hold(backend, device, tolerance, monkeypatch) -> None:
+    if backend != "triton":
+        pytest.skip("only the kernels hold query rows from tile to tile")
+    from dbscale.kernels import attention_kl_triton
+
+    monkeypatch.setattr(attention_kl_triton, "HELD_BYTES", 0)
+    given_ = draw(device, 1, (4, 6), 40, (16, 16))
+    options = {"head_map": "mean", "backend": backend}
+    check(run(given_, **options), reference(given_, **options), tolerance)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "heads", "widths"), [(64, (8, 2), (64, 64)), (197, (2, 1), (64, 32))])
 def test_averaged_heads_of_real_sizes(backend, device, tolerance, tokens, heads, widths) -> None:

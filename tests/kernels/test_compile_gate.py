@@ -125,7 +125,9 @@ def test_attention_kernels(launches, dtype, widths, with_out, batch, tokens) -> 
     DEFAULT[:1] + [pytest.param(*each, marks=pytest.mark.slow) for each in (DEFAULT + MORE)[1:]],
 )
 @pytest.mark.parametrize(
-    ("heads", "group"), [((8, 2), (4, 1)), pytest.param((3, 8), (3, 8), marks=pytest.mark.slow)], ids=["8/2", "3/8"]
+    ("heads", "group"),
+    [((8, 2), (4, 1)), *(pytest.param(each, each, marks=pytest.mark.slow) for each in ((3, 8), (8, 1)))],
+    ids=["8/2", "3/8", "8/1"],
 )  # fmt: skip
 @SHAPES
 def test_kernels_of_averaged_heads(launches, dtype, widths, with_out, heads, group, batch, tokens) -> None:

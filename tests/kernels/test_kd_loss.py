@@ -234,6 +234,20 @@ def test_a_teacher_without_mass_somewhere_or_anywhere(backend, device, tolerance
     assert error(result[1][1:2], ce_grad) <= 1e-6, "a teacher without mass pulls nowhere"
 
 
+@pytest.mark.parametrize("kind", ["hard", "mixup"])
+def test_a_class_without_mass_in_either(backend, device, tolerance, kind) -> None:
+    student, teacher = torch.randn(2, 3, 40, device=device)
+    student[:, 7] = teacher[:, 7] = -torch.inf
+    target = make_target(kind, 3, 40, device)
+    for labels, ruled_out in [(target, 7)] if isinstance(target, Tensor) else [(target[0], 7), (target[1], 3)]:
+        labels[:] = torch.tensor([ruled_out, 1, 2], device=device)
+    options = {"backend": backend, "reduction": "none"}
+    result, expected = (each(student, teacher, target, **options) for each in (run, reference))
+    assert result[0].ce[0] == torch.inf, "the label is ruled out"
+    check(*((KDLoss(*(part[1:] for part in each[0])), each[1][1:]) for each in (result, expected)), tolerance)
+    assert error(result[0].kl, expected[0].kl) <= tolerance
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision_is_no_worse_than_twice_eager(backend, device, dtype) -> None:
     if backend == "triton" and device.type == "cpu":

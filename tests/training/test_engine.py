@@ -73,6 +73,25 @@ def test_two_ranks_stopped_and_resumed_under_each_engine(bench_of, ranks):
     assert not left, "memory of the node that nobody gives back"
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=[
+        pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is visible"),
+    ])],
+)  # fmt: skip
+def test_ddp_of_one_rank_resumes_bitwise(device, bench_of, ranks):
+    """As a launcher starts it on a node with one device: the weights lie in DDP's wrapper, and the step is not recorded."""
+    whole, cut = bench_of("whole"), bench_of("cut")
+    cell = whole.cell(precision="bf16", ema_decay=0.9)
+    cut.cell(precision="bf16", ema_decay=0.9)
+    how = resources("ddp", num_processes=1, device=device)
+    runs = [listed(whole, cell, how), listed(cut, cell, how, stop_at=5), listed(cut, cell, how)]
+    (found,) = ranks.run(runs, world_size=1)
+    assert [each["status"] for each in found] == ["done", "interrupted", "done"], found
+    assert cut.fingerprint(cell) == whole.fingerprint(cell) and found[2]["end"] == found[0]["end"]
+    assert (whole.store.read_row(cell.key).timing.device == "cpu") == (device == "cpu")
+
+
 def test_a_zero3_cell_leaves_linear_layers_as_they_were(bench, monkeypatch):
     """DeepSpeed replaces them for the rest of the process: evaluation after a restart would round otherwise."""
     before, seen = torch.nn.functional.linear, []
