@@ -109,7 +109,8 @@ def test_a_disk_too_small_for_weights_and_checkpoints_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed))
     assert problems(study) == ""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed - 1))
-    assert f"needs about {needed / GIB:.1f} GiB" in problems(study) and "--store" in problems(study)
+    assert f"needs about {needed / GIB * 1024:.1f} MiB" in problems(study) and "--store" in problems(study)
+    assert "0.0" not in problems(study), "sizes of small studies are told in MiB"
 
 
 @pytest.mark.parametrize(
