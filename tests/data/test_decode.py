@@ -194,7 +194,7 @@ def test_the_central_square_lies_in_the_middle(size: tuple[int, int]) -> None:
 
 def test_what_pillow_says_of_a_damaged_header_is_passed_on() -> None:
     start = b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(DecodeError, match="^damaged png header: Truncated File Read$"):
+    with pytest.raises(DecodeError, match=r"^damaged png header: Truncated File Read$"):
         decode_image(start + b"junk" * 9)
-    with pytest.raises(DecodeError, match="^damaged png header$"):  # it says only that it knows no such image
+    with pytest.raises(DecodeError, match=r"^damaged png header$"):  # it says only that it knows no such image
         decode_image(start + b"\0\0\0\rIHDR" + bytes(17))
