@@ -373,6 +373,23 @@ def test_enhancements(images: list[Image.Image], name: str, pillow: Callable) ->
     assert_near(ours, [pillow(image).enhance(factor) for image, factor in zip(images, FACTORS, strict=True)])
 
 
+def test_mirrors_and_shifts_are_drawn_apart() -> None:
+    transform = make_transform(image_size=8, train=True, augment={"crop_padding": 4, "hflip": 0.3}, seed=5)
+    ids = np.arange(3000)
+    placed = transform.placement(torch.zeros(1, 3, 8, 8, dtype=torch.uint8).expand(3000, 3, 8, 8), ids * 0, ids)
+    assert abs(placed.flip.mean() - 0.3) < 0.03
+    assert set(placed.top.tolist()) == set(placed.left.tolist()) == set(range(9))
+    correlations = np.corrcoef([placed.flip, placed.top, placed.left])[np.triu_indices(3, 1)]
+    assert np.abs(correlations).max() < 0.06
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_black_stays_black_and_white_white(value: int) -> None:
+    boxes = np.array([[0, 0, 20, 20], [3, 1, 9, 17]])
+    flat = torch.full((2, 3, 20, 20), value, dtype=torch.uint8)
+    assert set(resize_boxes(flat, boxes, np.array([False, True]), 16).unique().tolist()) == {value}
+
+
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [("posterize", "PosterizeIncreasing"), ("solarize", "SolarizeIncreasing"), ("solarize_add", "SolarizeAdd"),
