@@ -1,10 +1,11 @@
 """The logit distillation loss by fused Triton kernels, as a torch operator with its gradient.
 
 One program per row finds value and gradient in two walks over the row. The first finds maxima and sums together: each
-thread keeps its own running maximum, so that no step waits for another thread. The second writes the gradient; what the
-first brought from memory it finds in cache, so that memory sees two reads and one write. Nothing but the gradient is kept,
-and backward multiplies it in place by its upstream gradient, without touching memory where that is 1. Leaves checks and
-the choice of the reduction to `kd_loss`; the textbook form is `kd_loss_eager`.
+thread keeps its own running maximum, so that no step waits for another thread, and the next tile is on its way while this
+one is added up. The second writes the gradient; what the first brought from memory it finds in cache, so that memory sees
+two reads and one write. Nothing but the gradient is kept, and backward multiplies it in place by its upstream gradient,
+without touching memory where that is 1. Leaves checks and the choice of the reduction to `kd_loss`; the textbook form is
+`kd_loss_eager`.
 """
 
 import math
@@ -266,8 +267,8 @@ def _statistics(student, teacher, row, skew, num_classes, rate, anchor, SMOOTH: 
                 ALIGNED: tl.constexpr):  # fmt: skip
     """First walk: maxima of both, Σ exp at T of both, Σ exp of the student at 1, Σ exp_t · gap, and Σ (z − anchor).
 
-    A gap is how much further the student's logit lies below its maximum than the teacher's, negative. The last sum is found
-    only for SMOOTH. CAREFUL counts 0 · ∞ as 0, which arises where the teacher is −inf.
+    A gap is the student's logit less its maximum, less the same of the teacher. The last sum is found only for SMOOTH.
+    CAREFUL counts 0 · ∞ as 0, which arises where the teacher is −inf.
     """
     block: tl.constexpr = GROUPS * WIDE
     last = _last_tile(skew, num_classes, block)

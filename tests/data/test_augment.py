@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 from scipy.stats import ks_2samp
+from timm.data.auto_augment import LEVEL_TO_ARG
 from timm.data.random_erasing import RandomErasing
 
 from dbscale.data import DataError, augment, make_transform
@@ -370,6 +371,47 @@ def test_operations_without_strength(images: list[Image.Image], name: str) -> No
 def test_enhancements(images: list[Image.Image], name: str, pillow: Callable) -> None:
     ours = COLOR_OPERATIONS[name][0](stack(images), torch.tensor(FACTORS))
     assert_near(ours, [pillow(image).enhance(factor) for image, factor in zip(images, FACTORS, strict=True)])
+
+
+def test_mirrors_and_shifts_are_drawn_apart() -> None:
+    transform = make_transform(image_size=8, train=True, augment={"crop_padding": 4, "hflip": 0.3}, seed=5)
+    ids = np.arange(3000)
+    placed = transform.placement(torch.zeros(1, 3, 8, 8, dtype=torch.uint8).expand(3000, 3, 8, 8), ids * 0, ids)
+    assert abs(placed.flip.mean() - 0.3) < 0.03
+    assert set(placed.top.tolist()) == set(placed.left.tolist()) == set(range(9))
+    correlations = np.corrcoef([placed.flip, placed.top, placed.left])[np.triu_indices(3, 1)]
+    assert np.abs(correlations).max() < 0.06
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_black_stays_black_and_white_white(value: int) -> None:
+    boxes = np.array([[0, 0, 20, 20], [3, 1, 9, 17]])
+    flat = torch.full((2, 3, 20, 20), value, dtype=torch.uint8)
+    assert set(resize_boxes(flat, boxes, np.array([False, True]), 16).unique().tolist()) == {value}
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("posterize", "PosterizeIncreasing"), ("solarize", "SolarizeIncreasing"), ("solarize_add", "SolarizeAdd"),
+     ("saturation", "ColorIncreasing"), ("contrast", "ContrastIncreasing"), ("brightness", "BrightnessIncreasing"),
+     ("sharpness", "SharpnessIncreasing")],
+)  # fmt: skip
+def test_strengths_grow_with_the_level_as_timms(name: str, theirs: str) -> None:
+    _, strength = augment.COLOR_OPERATIONS[name]
+    assert strength is not None
+    for level in (0.0, 1.3, 5.0, 9.0, 10.0):
+        random.seed(3)
+        (expected,) = LEVEL_TO_ARG[theirs](level, {})
+        sign = 1.0
+        if name in ("saturation", "contrast", "brightness", "sharpness"):
+            random.seed(3)
+            sign = -1.0 if random.random() > 0.5 else 1.0
+        assert strength(np.array([level / 10]), np.array([sign]))[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_contrast_an_image_is_its_mean_luma_rounded_as_pillow_does(images: list[Image.Image]) -> None:
+    expected = [ImageEnhance.Contrast(image).enhance(0.0) for image in images]
+    assert_near(contrast(stack(images), torch.zeros(len(images))), expected, 0)
 
 
 def test_posterize_and_solarize(images: list[Image.Image]) -> None:

@@ -190,3 +190,11 @@ def test_the_central_square_lies_in_the_middle(size: tuple[int, int]) -> None:
     top, left = ((side - 3) // 2 for side in size)
     assert square[:, 0, 0].tolist() == [top, top + 1, top + 2]
     assert square[0, :, 1].tolist() == [left, left + 1, left + 2] and square.shape == (3, 3, 3)
+
+
+def test_what_pillow_says_of_a_damaged_header_is_passed_on() -> None:
+    start = b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(DecodeError, match=r"^damaged png header: Truncated File Read$"):
+        decode_image(start + b"junk" * 9)
+    with pytest.raises(DecodeError, match=r"^damaged png header$"):  # it says only that it knows no such image
+        decode_image(start + b"\0\0\0\rIHDR" + bytes(17))

@@ -37,6 +37,13 @@ def test_the_share_of_a_mix_is_what_the_pixels_say() -> None:
             torch.testing.assert_close(result.mean(dim=(1, 2, 3)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_rectangles_reach_every_edge() -> None:
+    labels = torch.tensor([0, 1])
+    images = labels.float().view(2, 1, 1, 1).expand(2, 3, 16, 16).contiguous()
+    pasted = torch.stack([mixed(step, images, labels, cutmix=1.0)[0][0, 0] for step in range(60)]).amax(0)
+    assert pasted.sum() == 256, "no pixel is out of reach"
+
+
 def test_mixing_shares_follow_beta_and_the_switches() -> None:
     images, labels = torch.zeros(2, 3, 4, 4), torch.arange(2)
     lams = np.array([mixed(step, images, labels, mixup=0.8)[1].lam for step in range(600)])

@@ -45,7 +45,7 @@ def test_evaluation_agrees_with_timm_on_the_same_images(bench):
     name, arguments = timm_arguments(cell.recipe.model, num_classes=6, image_size=16)
     path = bench.store.cell_dir(cell.key) / "model.safetensors"
     model = timm.create_model(name, **arguments, checkpoint_path=str(path)).eval()
-    labels = torch.from_numpy(test.labels)
+    labels = torch.from_numpy(test.labels_of(np.arange(test.num_samples)))
     with torch.no_grad():
         logits = model(images)
     top1, top5 = accuracy(logits, labels, topk=(1, 5))
@@ -154,7 +154,10 @@ def test_a_timm_checkpoint_is_judged_as_timm_judges_it(name, bench, tmp_path):
     transform = make_transform(image_size=16, train=False)
     pixels, _ = test.reader.fetch(np.arange(test.num_samples))
     ids = torch.arange(test.num_samples)
-    images, labels = transform(torch.from_numpy(pixels), epoch=ids * 0, sample_ids=ids), torch.from_numpy(test.labels)
+    images, labels = (
+        transform(torch.from_numpy(pixels), epoch=ids * 0, sample_ids=ids),
+        torch.from_numpy(test.labels_of(np.arange(test.num_samples))),
+    )
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=6, **model_of[name])
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3)
