@@ -48,7 +48,7 @@ def validate(model: type[Config], data: Mapping[str, Any], *, where: str) -> Con
 
 
 def _explain(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, Any]) -> str:
-    path = ".".join(_written_path(detail["loc"], data))
+    path = ".".join(_written_path(detail["loc"], data, absent=detail["type"] == "missing"))
     if detail["type"] == "extra_forbidden":
         known = _fields_at(model, detail["loc"][:-1])
         return f"unknown key {path!r}; {nearest(str(detail['loc'][-1]), known)}"
@@ -56,17 +56,19 @@ def _explain(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, An
         return f"missing key {path!r}"
     if detail["type"] == "value_error":
         return ": ".join(filter(None, (path, detail["msg"].removeprefix("Value error, "))))
-    return f"{path}: {detail['msg'].lower()}, found {_shortened(repr(detail['input']))}"
+    said = detail["msg"][:1].lower() + detail["msg"][1:]  # what follows may be a pattern, where case counts
+    return f"{path}: {said}, found {_shortened(repr(detail['input']))}"
 
 
-def _written_path(loc: tuple[int | str, ...], data: Any) -> list[str]:
-    """The path as the user wrote it: without the union tags that pydantic puts between the keys."""
+def _written_path(loc: tuple[int | str, ...], data: Any, *, absent: bool) -> list[str]:
+    """The path as the user wrote it: without the union tags that pydantic puts between and behind the keys. `absent`: the
+    last part is a key that was not written, and is named all the same."""
     path: list[str] = []
     for position, part in enumerate(loc):
         try:
             data = data[part]
         except (LookupError, TypeError):
-            if position < len(loc) - 1:
+            if position < len(loc) - 1 or not absent:
                 continue
         path.append(str(part))
     return path

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from dbscale.files import ProcessMark, make_folder
+from dbscale.files import ProcessMark, cannot_write, make_folder
 
 LEASE_NAME = ".lease"
 LIMIT_S = 120.0
@@ -70,6 +70,8 @@ class Leases:
                 if not self._take_away(path):
                     return None
                 continue
+            except OSError as error:
+                raise cannot_write(path, error) from error
             os.write(descriptor, json.dumps({"token": uuid4().hex, **asdict(ProcessMark.of())}).encode())
             os.fsync(descriptor)
             return descriptor

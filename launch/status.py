@@ -124,8 +124,10 @@ def planned(arguments: argparse.Namespace) -> PlanRecord:
         return record(*studies.plan_study(studies.study_of(arguments)))
     if plan is None:
         what = "submitted to" if grid.hunt is None else "hunted in"
-        command = "grid" if grid.hunt is None else "hunt"
-        raise ConfigError(f"grid {grid.name} was never {what} {arguments.store}; `make {command}` does it")
+        command = "submit" if grid.hunt is None else "hunt"
+        raise ConfigError(
+            f"grid {grid.name} was never {what} {arguments.store}; `dbscale {command} {arguments.grid}` does it"
+        )
     return plan
 
 

@@ -96,6 +96,15 @@ def check_entry(name: str, entry: Mapping[str, Any], data_dir: str | Path) -> No
         source_of(name, entry, data_dir)
 
 
+def check_there(name: str, entry: Mapping[str, Any], data_dir: str | Path) -> None:
+    """As `check_entry`, and raise DataError where nothing lies at the path that the entry names; reads nothing."""
+    if remote_of(name, entry) is not None:
+        return
+    source = source_of(name, entry, data_dir)
+    if isinstance(source, FileSource) and not source.root.exists():
+        raise DataError(f"dataset {name!r}: {source.root} does not exist; set its `path`, or --data (DATA=… in make)")
+
+
 def source_change(folder: Path, data_dir: str | Path, *, quick: bool = True) -> str | None:
     """A sentence when the source of the dataset packed in `folder` holds other samples now, else None.
 

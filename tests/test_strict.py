@@ -6,12 +6,14 @@ import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+from pydantic import Field, PositiveInt
 
 from dbscale.errors import ConfigError
-from dbscale.strict import load_yaml, override, parse_yaml, validate
+from dbscale.strict import Strict, load_yaml, override, parse_yaml, validate
 from dbscale.study.grid import Grid, load_grid
 
 
@@ -142,3 +144,20 @@ def test_grids_broken_by_chance_are_right_or_one_sentence(tmp_path: Path) -> Non
             outcomes["refused"] += 1
             assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 4000, number
     assert outcomes.total() == count and len(outcomes) == 2
+
+
+class Named(Strict):
+    name: str = Field(pattern="^[A-Za-z0-9]*$")
+    count: Literal["auto"] | PositiveInt = "auto"
+
+
+def test_a_message_keeps_the_case_of_a_pattern_and_leaves_out_the_kinds_of_a_union() -> None:
+    with pytest.raises(ConfigError, match=r"name: string should match pattern '\^\[A-Za-z0-9\]"):
+        validate(Named, {"name": "a b"}, where="t")
+    with pytest.raises(ConfigError) as caught:
+        validate(Named, {"name": "a", "count": 0}, where="t")
+    assert (
+        str(caught.value) == "t: count: input should be 'auto', found 0; count: input should be greater than 0, found 0"
+    )
+    with pytest.raises(ConfigError, match="missing key 'name'"):
+        validate(Named, {}, where="t")

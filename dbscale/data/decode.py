@@ -157,7 +157,11 @@ def _grey_levels(image: Image.Image) -> NDArray[np.uint8]:
         return (values.astype(np.uint32) >> 8).clip(0, _WHITE).astype(np.uint8)
     low, high = float(values.min()), float(values.max())
     # What white is, 32-bit files do not say. Pillow reads them as 0…255; others mean 0…1, 0…65,535 or more.
-    if not (low >= 0 and high <= _WHITE) or (image.mode == "F" and 0 < high <= 1):
+    if image.mode == "F" and low >= 0 and 0 < high <= 1:
+        raise DecodeError(
+            f"grey values of 32 bits from {low:g} to {high:g}, where white may be 1 or 255; save it with 8 or 16 bits"
+        )
+    if not (low >= 0 and high <= _WHITE):
         raise DecodeError(
             f"grey values of 32 bits from {low:g} to {high:g}, of which only 0…255 has an agreed meaning; "
             "save it with 8 or 16 bits"

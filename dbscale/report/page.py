@@ -23,7 +23,7 @@ from dbscale.errors import FileError
 from dbscale.files import atomic_open
 from dbscale.report import words
 from dbscale.report.figures import Figure, export, grouped, hunt_figure, slug, study_figures, themes
-from dbscale.report.findings import Findings, refresh, refresh_table
+from dbscale.report.findings import Findings, Options, refresh, refresh_table
 from dbscale.report.hunt import HuntStory, hunt_story
 from dbscale.report.reduce import load_plan
 from dbscale.report.schema import ContrastRecord, Note
@@ -50,9 +50,11 @@ def write_report(store: Store, grid_name: str) -> Path:
     return write_page(table, findings, background, store.grid_dir(grid_name), story)
 
 
-def write_table_report(path: Path, folder: Path, columns: Mapping[str, str] | None = None) -> Path:
+def write_table_report(
+    path: Path, folder: Path, columns: Mapping[str, str] | None = None, options: Options | None = None
+) -> Path:
     """The same from a table alone, with laws.json and boundary.json beside it; returns the page's path."""
-    table, findings = refresh_table(path, folder, columns=columns)
+    table, findings = refresh_table(path, folder, options, columns)
     return write_page(table, findings, of_table(path, table), folder)
 
 
@@ -205,7 +207,8 @@ def write_page(
         folder / "report.html", title=table.grid, question=table.question, contrasts=boundary.contrasts,
         figures=study_figures(boundary.contrasts, table, laws) | ({path.name: path} if path else {}),
         notes=(*boundary.notes, *laws.notes, *background.notes), origin=background.origin,
-        study={"laws": laws, "settings": table.settings, "table": table, "background": background, "hunt": hunt},
+        study={"laws": laws, "boundary": boundary, "settings": table.settings, "table": table, "background": background,
+               "hunt": hunt},
     )  # fmt: skip
 
 

@@ -250,7 +250,7 @@ def sentences(record: ContrastRecord) -> list[str]:
     """The same sentence by sentence: what is established, then what is open or how to decide it."""
     verdict = record.verdict
     if verdict is None:
-        return [say("no_verdict", reason=record.reason)]
+        return [say("no_verdict", metric=metric_of(record.metric), reason=record.reason)]
     values = _values(record, verdict)
     told = [fill(text, **values) for text in TABLE["states"][state_of(verdict)]["answer"]]
     ends, laws = verdict.interval, verdict.law_interval

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -113,6 +114,8 @@ def fit(arguments: argparse.Namespace) -> int:
         print_json({**shown.to_dict(), "intervals": intervals, "predictions": predicted, "table_warnings": warnings})
     else:
         print(shown.report(intervals))
+        if is_auto and predicted:
+            print(f"  predicted by the average of all laws with a weight above 0, not by {found.best.form.name} alone:")
         for at in predicted:
             outside = "; outside what was measured" if at["extrapolated"] else ""
             print(f"  at {at['at']}: {at['value']:.6g} (90 %: {at['low']:.6g} to {at['high']:.6g}){outside}")
@@ -153,6 +156,8 @@ def prediction(found: Selection, text: str, names: Mapping[str, str]) -> dict[st
             break
     if set(point) != set(names):
         raise ConfigError(f"--at {text!r}: write a value for each of {', '.join(f'{n}=…' for n in names.values())}")
+    if not all(0 < value < math.inf for value in point.values()):
+        raise ConfigError(f"--at {text!r}: laws are defined above 0 alone; write finite numbers above 0")
     (low,), (high,) = found.interval(point)
     return {"at": text, "value": float(found.predict(point)[0]), "low": float(low), "high": float(high),
             "extrapolated": found.extrapolated(point)}  # fmt: skip

@@ -8,11 +8,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dbscale.errors import ConfigError
 from dbscale.launch.study import AddCommand, add_data, add_grid, add_store, find_cell, store_of
 from dbscale.study.grid import load_grid
 from dbscale.study.store import Store
+
+if TYPE_CHECKING:
+    from dbscale.report.law_findings import Options
 
 
 def add_commands(add: AddCommand) -> None:
@@ -37,6 +41,9 @@ def add_commands(add: AddCommand) -> None:
                                 help="default: <store>/grids/<name>/figures, or <store>/exports/<key>")  # fmt: skip
         else:
             parser.add_argument("--out", type=Path, help="with --table, where to write (default: beside the table)")
+        parser.add_argument("--min-effect", type=float, metavar="DELTA",
+                            help="with --table, smallest difference of errors that matters (default: 0.005)")  # fmt: skip
+        parser.add_argument("--level", type=float, help="with --table, of all intervals (default: 0.9)")
 
 
 def add_table(parser: argparse.ArgumentParser) -> None:
@@ -58,13 +65,29 @@ def columns_of(arguments: argparse.Namespace) -> dict[str, str]:
     return {name: column for _, name, _, column in pairs}
 
 
+def options_of(arguments: argparse.Namespace) -> Options:
+    """δ and level of a table's verdicts, which no table holds. Raises ConfigError for what is no share."""
+    from dbscale.report.law_findings import Options
+
+    known = {"min_effect": arguments.min_effect, "level": arguments.level}
+    given = {name: value for name, value in known.items() if value is not None}
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if arguments.table is None:
+            raise ConfigError(f"{option} belongs to --table; for a study the grid's key min_effect and 90 % hold")
+        if not 0 < value < 1:
+            raise ConfigError(f"{option} {value:g}: write a share between 0 and 1, such as 0.02 or 0.9")
+    return Options(**given)
+
+
 def reduce(arguments: argparse.Namespace) -> int:
     from dbscale.report.findings import refresh, refresh_table
     from dbscale.report.words import summary
 
+    options = options_of(arguments)
     if arguments.table is not None:
         folder = arguments.out or arguments.table.parent
-        table, findings = refresh_table(arguments.table, folder, columns=columns_of(arguments))
+        table, findings = refresh_table(arguments.table, folder, options, columns_of(arguments))
         print(summary(findings.laws, findings.boundary))
         print(f"\n{len(table)} rows; wrote {folder / 'laws.json'} and {folder / 'boundary.json'}")
         return 0
@@ -76,11 +99,12 @@ def reduce(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
+    options = options_of(arguments)
     if arguments.table is not None:
         from dbscale.report.page import write_table_report
 
         folder = arguments.out or arguments.table.parent
-        path = write_table_report(arguments.table, folder, columns_of(arguments))
+        path = write_table_report(arguments.table, folder, columns_of(arguments), options)
     else:
         path, _ = write_results(store_of(arguments), grid_name(arguments))
     print(path)
@@ -95,9 +119,10 @@ def export(arguments: argparse.Namespace) -> int:
     from dbscale.report.findings import refresh, refresh_table
     from dbscale.report.page import export_figures
 
+    options = options_of(arguments)
     if arguments.table is not None:
         folder = arguments.out or arguments.table.parent / "figures"
-        study = refresh_table(arguments.table, folder, columns=columns_of(arguments))
+        study = refresh_table(arguments.table, folder, options, columns_of(arguments))
     else:
         store, name = store_of(arguments), grid_name(arguments)
         folder = arguments.out or store.grid_dir(name) / "figures"

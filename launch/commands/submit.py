@@ -76,10 +76,10 @@ def check_cluster(study: Study) -> None:
 def pack_missing(study: Study) -> Study:
     """The same study with every dataset packed and all weights imported; what stands is left alone."""
     from dbscale.shards.pack import ensure_packed
-    from dbscale.shards.sources import check_entry
+    from dbscale.shards.sources import check_there
 
-    for name in study.missing_datasets:  # all entries before the first is packed, which may take hours
-        check_entry(name, study.grid.datasets[name], study.data_dir)
+    for name in study.missing_datasets:  # all of them before the first is packed, which may take hours
+        check_there(name, study.grid.datasets[name], study.data_dir)
     for name in study.used_datasets:
         if name in study.missing_datasets:
             print(f"packing dataset {name} into {study.dataset_dir(name)}", flush=True)

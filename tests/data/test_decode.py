@@ -109,7 +109,7 @@ def test_greys_of_32_bits(mode: str) -> None:
 
 
 def test_floats_from_0_to_1_are_refused_and_black_is_black() -> None:
-    with pytest.raises(DecodeError, match=r"grey values of 32 bits from 0 to 0.5"):
+    with pytest.raises(DecodeError, match=r"grey values of 32 bits from 0 to 0.5, where white may be 1 or 255"):
         decode_image(saved(Image.fromarray(np.array([[0, 0.5]], np.float32)), "TIFF"))
     assert decode_image(saved(Image.fromarray(np.zeros((2, 3), np.float32)), "TIFF")).max() == 0
 

@@ -177,3 +177,17 @@ def test_fit_and_advise_speak_json(table: str, tmp_path: Path, capsys) -> None:
     assert advice["sentence"].startswith("digits: ")
     assert advice["record"]["verdict"]["kind"] in ("one_sign", "excluded", "undecided")
     assert set(advice["expected"]) == {"plain", "distilled"}
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "inf", "nan"])
+def test_a_place_where_no_law_is_defined_is_refused(table: str, value: str, capsys) -> None:
+    assert fit(table, "--law", "power", "--at", value) == 1
+    assert f"--at '{value}': laws are defined above 0 alone; write finite numbers above 0" in capsys.readouterr().err
+
+
+def test_auto_says_that_the_average_predicts_and_not_the_law_it_names(table: str, capsys) -> None:
+    said = f"by the average of all laws with a weight above 0, not by {select_law(X, Y).best.form.name} alone"
+    assert fit(table, "--law", "auto", "--at", "1e5") == 0
+    assert said in capsys.readouterr().out
+    assert fit(table, "--law", "power", "--at", "1e5") == 0
+    assert "average" not in capsys.readouterr().out

@@ -263,7 +263,8 @@ def test_plan_says_that_the_grid_is_hunted(hunted: Any, capsys: Any) -> None:
 def test_a_hunted_grid_is_not_run_whole_by_the_way(hunted: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Its plan.json, which status and the report go by, stays the hunt's; nothing that it asked for counts as stale."""
     assert main(["status", *hunted.where]) == 1
-    assert "grid tiny was never hunted in" in (err := capsys.readouterr().err) and "`make hunt` does it" in err
+    assert "grid tiny was never hunted in" in (err := capsys.readouterr().err)
+    assert f"`dbscale hunt {hunted.where[1]}` does it" in err
     interrupted(hunted, monkeypatch, 28)
     plan = hunted.store.grid_dir("tiny") / "plan.json"
     before = plan.read_bytes()

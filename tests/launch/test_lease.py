@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dbscale.errors import FileError
 from dbscale.files import ProcessMark
 from dbscale.launch.lease import Leases, is_own, read_lease, remove
 
@@ -25,6 +27,15 @@ def elsewhere(path: Path, **changes: Any) -> None:
 
 def never(reason: str) -> None:
     raise AssertionError(reason)
+
+
+def test_a_store_that_cannot_be_written_is_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("dbscale.launch.lease.os.open", refuse)
+    with pytest.raises(FileError, match=r"cannot write .*\.lease: Read-only file system; choose a folder"):
+        Leases(10).take(tmp_path / ".lease")
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from dbscale.errors import ConfigError
+from dbscale.errors import ConfigError, DataError
 from dbscale.launch import preflight
 from dbscale.launch.cli import main
 from dbscale.launch.preflight import GIB, check, disk_bytes, pair_problems
@@ -109,7 +109,8 @@ def test_a_disk_too_small_for_weights_and_checkpoints_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed))
     assert problems(study) == ""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed - 1))
-    assert f"needs about {needed / GIB:.1f} GiB" in problems(study) and "--store" in problems(study)
+    assert f"needs about {needed / GIB * 1024:.1f} MiB" in problems(study) and "--store" in problems(study)
+    assert "0.0" not in problems(study), "sizes of small studies are told in MiB"
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,19 @@ def test_weights_from_elsewhere_are_tried_as_well(study_of: Any, tmp_path: Path)
         else:
             with pytest.raises(ConfigError, match=said):
                 smoke(study, plan)
+
+
+def test_a_dataset_that_is_not_there_is_found_before_another_one_is_packed(study_of: Any, tmp_path: Path) -> None:
+    from dbscale.launch.commands.submit import pack_missing
+
+    study = dataclasses.replace(study_of(), data_dir=tmp_path)
+    folders = {name: {"source": "imagefolder", "path": name} for name in study.used_datasets}
+    first, *_, last = folders
+    drawn = {"source": "fractals", "families": 2, "num_train": 4, "num_test": 2, "image_size": 8}
+    study = dataclasses.replace(study, grid=study.grid.model_copy(update={"datasets": folders | {first: drawn}}))
+    with pytest.raises(DataError, match=rf"dataset '{last}': .*{last} does not exist; set its `path`, or --data"):
+        pack_missing(study)
+    assert not (tmp_path / "shards").exists()
 
 
 def test_what_only_data_shows_is_found(tried: Any, study_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,23 @@ def test_columns_of_other_names_are_pointed_to(tmp_path: Path, capsys: pytest.Ca
     assert record.verdict is not None and record.verdict.kind == "crossing"
 
 
+def test_a_table_is_judged_by_a_difference_and_a_level_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "theirs.csv"
+    path.write_text(as_csv(study()))
+    for command, options in (("reduce", ()), ("reduce", ("--min-effect", "0.3")), ("report", ("--level", "0.8"))):
+        assert main([command, "--table", str(path), "--out", str(tmp_path / "out"), *options]) == 0
+        found = schema.read(BoundaryFile, tmp_path / "out" / "boundary.json")
+        judged = {"--min-effect": found.min_effect, "--level": found.level}
+        assert judged == {"--min-effect": 0.005, "--level": 0.9} | dict(
+            zip(options[::2], map(float, options[1::2]), strict=True)
+        )
+    capsys.readouterr()
+    assert main(["reduce", "--table", str(path), "--min-effect", "2"]) == 1
+    assert "--min-effect 2: write a share between 0 and 1" in capsys.readouterr().err
+    assert main(["reduce", "demo", "--store", str(tmp_path), "--level", "0.8"]) == 1
+    assert "--level belongs to --table" in capsys.readouterr().err
+
+
 def test_rows_longer_than_the_header_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Thousands without quotes in the last column: 1,024 read as 1, the boundary as about 8."""
     rows = [{**{k: v for k, v in row.items() if k != "upstream_samples"}, "upstream_samples": f"{row['upstream_samples']:,}"}

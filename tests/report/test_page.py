@@ -131,11 +131,21 @@ def test_a_study_without_runs_still_has_a_page(tmp_path: Path):
     assert "No finished run with upstream data yet: there is nothing to conclude." in words_of(page.read_text())
 
 
+def test_a_table_is_judged_by_the_options_that_it_cannot_hold(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text(to_csv(study()))
+    options = replace(FAST, min_effect=0.3, level=0.8)
+    text = words_of(write_table_report(path, tmp_path, options=options).read_text())
+    assert "dbscale report --table rows.csv --min-effect 0.3 --level 0.8" in text
+    found = schema.read(schema.BoundaryFile, tmp_path / "boundary.json")
+    assert (found.min_effect, found.level) == (0.3, 0.8)
+
+
 def test_a_study_that_cannot_be_judged_gives_the_reason_and_shows_the_runs(tmp_path: Path):
     table = study().where(arm="plain")
     page = write_page(table, find(table, options=FAST), of_table(Path("rows.csv"), table), tmp_path)
     text = words_of(page.read_text())
-    assert "There is no verdict, because no distilled run has error_rate" in text
+    assert "There is no verdict on the error, because no distilled run has error_rate" in text
     assert 'id="error-digits"' in page.read_text()
 
 

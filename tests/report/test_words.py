@@ -220,7 +220,7 @@ def test_a_study_that_no_seeds_decide_says_so():
 
 def test_no_verdict_gives_its_reason():
     record = make_contrast(None, reason="there is one seed")
-    assert words.answer(record) == "there is no verdict, because there is one seed"
+    assert words.answer(record) == "there is no verdict on the error, because there is one seed"
     assert words.brief(record) == "no verdict: there is one seed"
     assert words.advice(record, 2000) == words.answer(record)
     assert list(words.evidence(record)) == [] and words.noise_text(record) == ""
