@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dbscale.data import DataError, load_manifest, open_dataset
 from dbscale.data.dataset import _opened, window_start
-from dbscale.data.manifest import SplitInfo
+from dbscale.data.manifest import SplitInfo, save_manifest
 from dbscale.shards.source import stratified_order
 
 
@@ -77,6 +77,15 @@ def test_fingerprints_name_the_exact_samples(folder: Path) -> None:
 def test_a_size_that_does_not_fit_names_the_largest(folder: Path, size: int) -> None:
     with pytest.raises(DataError, match=r"the split holds 53 \(the largest that fits\), class-balanced up to 40"):
         open_dataset(folder).subset(size)
+
+
+def test_squares_of_several_sizes_have_no_size_of_their_own(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "mixed")
+    manifest = load_manifest(folder)
+    image = manifest.image.model_copy(update={"square": True, "min_side": 8, "max_side": 32})
+    save_manifest(tmp_path / "mixed", manifest.model_copy(update={"image": image}))
+    with pytest.raises(DataError, match="images of 8 to 32 px; the resident tier needs one size"):
+        open_dataset(tmp_path / "mixed", tier="resident")
 
 
 def test_what_goes_to_another_process_is_small_and_maps_the_index_again(folder: Path) -> None:

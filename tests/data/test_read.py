@@ -283,15 +283,6 @@ def test_files_are_closed_with_their_last_reader(folder: Path, tmp_path: Path) -
     assert not opened()
 
 
-def test_squares_of_several_sizes_have_no_size_of_their_own(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "mixed")
-    manifest = load_manifest(folder)
-    image = manifest.image.model_copy(update={"square": True, "min_side": 8, "max_side": 32})
-    save_manifest(tmp_path / "mixed", manifest.model_copy(update={"image": image}))
-    with pytest.raises(DataError, match="images of 8 to 32 px; the resident tier needs one size"):
-        open_dataset(tmp_path / "mixed", tier="resident")
-
-
 def test_the_default_tier_follows_the_encoding(folder: Path, jpeg_folder: Callable[[Encoding], Path]) -> None:
     assert open_dataset(folder).tier == "resident"
     assert [open_dataset(jpeg_folder(e)).tier for e in ("original", "jpeg256", "raw")] == ["jpeg", "jpeg256", "raw"]

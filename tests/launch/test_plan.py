@@ -13,6 +13,7 @@ import yaml
 from dbscale.launch.cli import main
 from dbscale.launch.commands import plan as plan_command
 from dbscale.launch.commands.plan import describe_calibration, device_time
+from dbscale.launch.preflight import pair_problems
 from dbscale.launch.study import base_cost, load_study, plan_study
 from dbscale.study.cost import DEVICES, Calibration, CostModel, Measured, read_calibration
 from dbscale.study.store import Store
@@ -128,6 +129,12 @@ def test_every_grid_of_the_paper_is_planned_with_the_hours_its_header_states(
     header = path.read_text().partition("extends:")[0]
     assert all(f"# {label}" in header for label in ("Question", "Command", "Cost", "Refuted"))
     assert f"configs/grids/paper/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", [*PAPER, *(ROOT / "configs" / "grids").glob("*.yaml")], ids=lambda path: path.stem)
+def test_every_shipped_grid_pairs_models_whose_attention_can_be_compared(path: Path, tmp_path: Path) -> None:
+    study = load_study(grid=path, cluster="inline", store=tmp_path / "out", data=tmp_path)
+    assert not list(pair_problems(plan_study(study)[0].cells))
 
 
 def memory_said(text: str) -> tuple[float, int]:
