@@ -214,14 +214,13 @@ class LocalRun:
         rest = None if self.stop.requested else rest_after_crash(task, ours, self.parents)
         if rest is None:
             return
+        cause = worker.cause_of_death(self.store)
         if rest.restarts <= self.cluster.requeue_limit:
-            self.display.say(f"a worker died; its {len(rest.keys)} unfinished cells start again (log {log})")
+            self.display.say(f"a worker died {cause}; its {len(rest.keys)} unfinished cells start again (log {log})")
             self.waiting.insert(0, rest)
             return
         for key in rest.keys:
-            worker.record_death(
-                self.store, key, f"its process died {rest.restarts} times (out of memory? killed?)", log
-            )
+            worker.record_death(self.store, key, f"its process died {rest.restarts} times {cause}", log)
             self.settled[key] = "failed"
 
 

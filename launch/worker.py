@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -30,6 +31,8 @@ FIRST_PORT, NUM_PORTS = 20000, 12000
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SETTLED: frozenset[CellState] = frozenset({"done", "failed", "blocked"})
 """States that no further start of the same job changes."""
+FULL_DISK = 16 << 20
+"""Bytes left on a disk on which nothing of a cell fits any more."""
 LOST_EXIT = 76
 """Exit code of a rank that leaves its peers in the middle of a cell."""
 
@@ -218,6 +221,14 @@ def record_death(store: Store, key: str, reason: str, log: str | None, failure: 
     closed = {"status": "failed", "reason": reason, "failure": failure, "ended": now, "log": last.log or log}
     with contextlib.suppress(FileError, OSError):
         store.write_attempt(key, last.model_copy(update=closed))
+
+
+def cause_of_death(store: Store) -> str:
+    """The likely reason why a process ended without a word, in brackets: a full disk takes its log's last line as well."""
+    free = shutil.disk_usage(store.root).free
+    return (
+        f"(the disk of {store.root} has {free // 2**20} MiB left)" if free < FULL_DISK else "(out of memory? killed?)"
+    )
 
 
 def _say(event: str, key: str, reason: str | None = None) -> None:

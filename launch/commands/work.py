@@ -23,7 +23,16 @@ from dbscale.launch.commands.submit import SOME_FAILED, STOPPED, finish, pack_mi
 from dbscale.launch.lease import LEASE_NAME, LIMIT_S, Leases
 from dbscale.launch.preflight import check
 from dbscale.launch.study import AddCommand, Study, add_run, plan_study, refuse_hunted, study_of
-from dbscale.launch.worker import Result, RunOne, record_death, run_bundle, staged, stop_on_signals, thread_environment
+from dbscale.launch.worker import (
+    Result,
+    RunOne,
+    cause_of_death,
+    record_death,
+    run_bundle,
+    staged,
+    stop_on_signals,
+    thread_environment,
+)
 from dbscale.study.plan import Plan
 from dbscale.study.resources import StopRequest
 from dbscale.study.store import Attempt, Store
@@ -177,7 +186,7 @@ class Worker:
             deaths = deaths_in_a_row(self.store.attempts(key))
             if deaths < MOST_DEATHS:
                 return run_one(key)
-            reason = f"its process died {deaths} times in a row at the same step (out of memory? killed?)"
+            reason = f"its process died {deaths} times in a row at the same step {cause_of_death(self.store)}"
             record_death(self.store, key, reason, None)
             return Result(key, "failed", reason)
 

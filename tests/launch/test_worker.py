@@ -21,6 +21,7 @@ from dbscale.launch.worker import (
     LOST_EXIT,
     Rank,
     Result,
+    cause_of_death,
     end_with_peers,
     port_of_job,
     record_death,
@@ -126,6 +127,14 @@ def test_a_death_closes_the_attempt_that_was_open_or_is_one_of_its_own(tmp_path:
     seen = [(each.number, each.reason, each.log, each.failure) for each in store.attempts("c")]
     assert seen == [(1, "killed", "the log", Failure.LOST), (2, "no memory", "its log", Failure.MEMORY),
                     (3, "again", None, Failure.LOST)]  # fmt: skip
+
+
+def test_a_full_disk_is_named_as_what_killed_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, left = Store(tmp_path), shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: left._replace(free=3 << 20))
+    assert cause_of_death(store) == f"(the disk of {tmp_path} has 3 MiB left)"
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: left._replace(free=1 << 30))
+    assert cause_of_death(store) == "(out of memory? killed?)"
 
 
 def test_the_death_of_a_watched_process_asks_to_stop(wait_until: Callable[..., None]) -> None:
