@@ -110,7 +110,8 @@ def describe(study: Study, plan: Plan, cost: CostModel) -> str:
     for number, wave in enumerate(plan.waves, start=1):
         longest = max(bundle.predicted_s for bundle in wave.bundles)
         cells = sum(len(bundle.cells) for bundle in wave.bundles)
-        lines.append(f"wave {number}: {cells} cells in {len(wave.bundles)} bundles, the longest {duration(longest)}")
+        lines.append(f"wave {number}: {counted(cells, 'cell')} in {counted(len(wave.bundles), 'bundle')}, "
+                     f"the longest {duration(longest)}")  # fmt: skip
     lines += memory_text(study, plan)
     if study.missing_datasets:
         lines.append(f"not packed yet: {', '.join(study.missing_datasets)} (`dbscale submit` packs them; ids of cells "
@@ -166,12 +167,17 @@ def design_of(plan: Plan, cost: CostModel) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def counted(number: int, thing: str) -> str:
+    """1 cell, 2 cells."""
+    return f"{number} {thing}" + "s" * (number != 1)
+
+
 def device_time(study: Study, plan: Plan, cost: CostModel) -> str:
     """Predicted device time left, and what that means on this machine."""
     text = f"{duration(plan.predicted_s)} of {cost.device.name} time left"
     if study.cluster.executor == "local" and plan.predicted_s:
         workers = study.cluster.num_workers()
-        text += f", {duration(plan.predicted_s / workers)} on {workers} workers"
+        text += f", {duration(plan.predicted_s / workers)} on {counted(workers, 'worker')}"
     if cost.device.name == "cpu" and plan.predicted_s > LONG_ON_A_CPU_S:
         hours = {kind: CostModel(costs.DEVICES[kind]).hours(plan.todo) for kind in ("h100", "a100")}
         told = " or ".join(f"{left:,.0f} {kind.upper()}-hours" for kind, left in hours.items())

@@ -264,7 +264,7 @@ def finish(study: Study, plan: Plan, *, report: bool) -> int:
         print(f"{len(missing)} of {total} cells did not finish; `dbscale status` names them with their logs, and the "
               "same command tries them again", file=sys.stderr)  # fmt: skip
     else:
-        print(f"grid {study.grid.name}: all {total} cells are done")
+        print(f"grid {study.grid.name}: {f'all {total} cells are done' if total else 'no cell was run'}")
     if not report:
         print(f"{total - len(missing)} of {total} cells are done; `dbscale report` fits and draws them")
     elif report_is_current(study.store, study.grid.name, [cell.key for cell in plan.cells]):

@@ -230,6 +230,14 @@ def test_the_budget_is_kept(hunted: Any, capsys: Any) -> None:
     assert "nothing more fits its budget" in capsys.readouterr().out
 
 
+def test_a_budget_for_nothing_runs_nothing_and_says_so(hunted: Any, capsys: Any) -> None:
+    prepare(hunted, budget_hours=1e-6)
+    assert hunt(hunted) == 0
+    said = capsys.readouterr().out
+    assert "nothing more fits its budget" in said and "no cell was run" in said and "all 0 cells" not in said
+    assert not hunted.done()
+
+
 def test_a_dry_run_writes_nothing_and_json_holds_the_wave(hunted: Any, capsys: Any) -> None:
     assert hunt(hunted, "--dry-run", "--json") == 0
     wave = json.loads(capsys.readouterr().out)

@@ -65,6 +65,7 @@ def test_the_time_left_is_told_for_this_machines_workers(where: list[str], tmp_p
         return device_time(study, plan, base_cost(study))  # type: ignore[arg-type]
 
     assert told("local", "cluster.workers=2") == "10 min of cpu time left, 5 min on 2 workers"
+    assert told("local", "cluster.workers=1") == "10 min of cpu time left, 10 min on 1 worker"
     assert told("inline") == "10 min of cpu time left"
 
 
