@@ -34,6 +34,13 @@ def set_extra(content: dict) -> None:
     content["extra"]["seed"] = 12
 
 
+def test_prefixes_are_balanced_over_classes_or_over_one_stratum_of_masks(folder: Path) -> None:
+    manifest = load_manifest(folder)
+    assert (manifest.num_classes, manifest.num_strata) == (4, 4)
+    dense = manifest.model_copy(update={"target": "mask"})
+    assert (dense.num_classes, dense.num_strata) == (4, 1)
+
+
 @pytest.mark.parametrize("change", [set_classes, set_count, swap_splits, set_extra])
 def test_a_manifest_that_was_edited_is_refused(own_folder: Path, change: Callable[[dict], object]) -> None:
     edit(own_folder, change)

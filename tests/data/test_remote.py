@@ -304,6 +304,14 @@ def test_remote_shards_are_staged_on_a_nodes_disk(url: str, memory: Any, tmp_pat
 # A real S3 server
 
 
+def test_what_is_fetched_lies_in_the_users_cache(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = mirror(url)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    unnamed = mirror(url)
+    assert named == tmp_path / "cache/dbscale" / unnamed.name and unnamed.parent == tmp_path / "home/.cache/dbscale"
+
+
 @pytest.fixture(scope="module")
 def port() -> int:
     with socket.socket() as probe:
