@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,17 @@ def test_a_model_and_the_figures_of_a_table_are_exported(finished: Study) -> Non
     figures = copy.parent / "figures"
     assert said and {Path(line).parent for line in said} == {figures}
     assert set(map(Path, said)) == {path for path in figures.iterdir() if path.suffix in (".svg", ".pdf")}
+
+
+@pytest.mark.parametrize("command", ["reduce", "report"])
+def test_cells_left_out_for_damage_are_named(finished: Study, tmp_path: Path, command: str) -> None:
+    shutil.copytree(finished.store.root, tmp_path / "out")
+    key = finished.keys()["finetune"]
+    path = tmp_path / "out" / "cells" / key / "row.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    said = finished.run(command, "--store", str(tmp_path / "out"))
+    assert f"damaged, left out: {key}: {path}" in said
+    assert "1 damaged cells are left out; `dbscale submit` runs them again" in said
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ From the rows of a grid's cells, or with `--table` from a table of runs and noth
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,10 @@ from dbscale.study.store import Store
 
 if TYPE_CHECKING:
     from dbscale.report.law_findings import Options
+    from dbscale.report.table import RunTable
+
+MOST_NAMED = 3
+"""Damaged cells named one by one."""
 
 
 def add_commands(add: AddCommand) -> None:
@@ -93,6 +98,7 @@ def reduce(arguments: argparse.Namespace) -> int:
         return 0
     store, name = store_of(arguments), grid_name(arguments)
     table, findings = refresh(store, name)
+    say_damaged(table)
     print(summary(findings.laws, findings.boundary))
     print(f"\n{len(table)} rows: {store.grid_dir(name) / 'rows.csv'}")
     return 0
@@ -152,8 +158,18 @@ def write_results(store: Store, name: str) -> tuple[Path, Sequence[str]]:
     from dbscale.report.findings import refresh
     from dbscale.report.page import write_report
 
-    _, findings = refresh(store, name)
+    table, findings = refresh(store, name)
+    say_damaged(table)
     return write_report(store, name), findings.boundary.answers
+
+
+def say_damaged(table: RunTable) -> None:
+    """On stderr, which cells are left out because a file of theirs is damaged."""
+    damaged = {each.culprit: each.reason for each in table.missing if each.state == "damaged"}
+    for key, reason in list(damaged.items())[:MOST_NAMED]:
+        print(f"damaged, left out: {key}: {reason}", file=sys.stderr)
+    if damaged:
+        print(f"{len(damaged)} damaged cells are left out; `dbscale submit` runs them again", file=sys.stderr)
 
 
 def report_is_current(store: Store, name: str, keys: Sequence[str]) -> bool:

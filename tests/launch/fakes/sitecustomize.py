@@ -163,8 +163,10 @@ def ensure_packed(name: str, spec: dict, data_dir: Path) -> Path:
     return folder
 
 
-def refresh(store, grid_name: str) -> tuple[None, types.SimpleNamespace]:
-    return None, types.SimpleNamespace(boundary=types.SimpleNamespace(answers=("It pays.",)))
+def refresh(store, grid_name: str) -> tuple[types.SimpleNamespace, types.SimpleNamespace]:
+    return types.SimpleNamespace(missing=()), types.SimpleNamespace(
+        boundary=types.SimpleNamespace(answers=("It pays.",))
+    )
 
 
 def write_report(store, grid_name: str) -> Path:
