@@ -126,6 +126,12 @@ def test_done_is_said_of_rows_alone(
         assert len(workplace.done()) == num_cells
 
 
+def test_submit_says_how_long_the_report_took(dbscale: Any) -> None:
+    _, out, _ = dbscale("submit", "--cluster", "inline")
+    took = re.search(r"^reduced and reported in ([\d.]+) (ms|s): \S+report.html$", out, re.MULTILINE)
+    assert took and float(took[1]) < 60
+
+
 def test_two_drivers_within_one_second_have_folders_of_their_own(dbscale: Any, workplace: Any) -> None:
     """Waves of a hunt that have nothing left to run follow each other as fast."""
     assert dbscale("submit", "--cluster", "inline", "--no-report")[0] == 0

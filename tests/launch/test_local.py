@@ -23,6 +23,7 @@ from dbscale.launch.cli import main
 from dbscale.launch.cluster import Task
 from dbscale.launch.local import (
     LINGER_S,
+    Display,
     LocalJob,
     gpu_environment,
     import_environment,
@@ -30,7 +31,7 @@ from dbscale.launch.local import (
     rest_after_crash,
 )
 from dbscale.study.resources import Resources
-from dbscale.study.store import CellState
+from dbscale.study.store import CellState, Store
 
 ONE = ("--set", "cluster.workers=1")
 
@@ -335,3 +336,17 @@ def hurt(path: Path, other: Path, secret: Path, draw: random.Random) -> None:
             path.write_bytes(other.read_bytes())
         else:
             path.symlink_to(secret)
+
+
+def test_a_terminal_shows_one_bar_of_all_cells_and_what_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display = Display(
+        store=Store(tmp_path), total=4, done=1, predicted_s={"a": 2.0, "b": 2.0, "c": 2.0}, workers=2, interactive=True
+    )
+    display.update([], {"a": "done", "b": "failed"})
+    display.update([], {"a": "done", "b": "done"})  # within a second: not looked at
+    display.close()
+    shown = capsys.readouterr().err
+    assert "2/4" in shown and "0 running, 1 failed" in shown and "3/4" not in shown
+    assert shown.count("cells") >= 1
