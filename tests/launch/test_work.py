@@ -15,7 +15,7 @@ import pytest
 
 from dbscale.launch.cli import main
 from dbscale.launch.commands import work
-from dbscale.study.store import Attempt
+from dbscale.study.store import Attempt, Failure
 
 UP = "pretrain-deit_h1w16d2-up-n16"
 
@@ -100,6 +100,21 @@ def test_a_failed_cell_is_left_alone_until_it_is_asked_for(workplace: Any, inlin
 
 def keys(workplace: Any) -> list[str]:
     return sorted(path.name for path in (workplace.store.root / "cells").iterdir())
+
+
+@pytest.mark.parametrize(("failures", "is_tried"), [(2, True), (3, False)])
+def test_what_the_machine_did_is_tried_again_as_often_as_a_job(
+    workplace: Any, inline: Any, num_cells: int, failures: int, is_tried: bool
+) -> None:
+    workplace.behave(fail=[UP])
+    inline()
+    (key,) = [key for key in keys(workplace) if key.startswith(UP)]
+    failed = workplace.store.last_attempt(key)
+    for number in range(1, failures + 1):
+        workplace.store.write_attempt(key, failed.model_copy(update={"number": number, "failure": Failure.STORAGE}))
+    workplace.behave()
+    assert inline("--set", "cluster.requeue_limit=2") == (0 if is_tried else work.SOME_FAILED)
+    assert (len(workplace.done()) == num_cells) == is_tried
 
 
 def test_a_cell_that_kills_every_worker_is_given_up(workplace: Any, num_cells: int) -> None:
