@@ -15,6 +15,7 @@ import pytest
 
 from dbscale.launch.cli import main
 from dbscale.launch.commands import work
+from dbscale.launch.lease import LEASE_NAME, Leases
 from dbscale.study.store import Attempt, Failure
 
 UP = "pretrain-deit_h1w16d2-up-n16"
@@ -115,6 +116,20 @@ def test_what_the_machine_did_is_tried_again_as_often_as_a_job(
     workplace.behave()
     assert inline("--set", "cluster.requeue_limit=2") == (0 if is_tried else work.SOME_FAILED)
     assert (len(workplace.done()) == num_cells) == is_tried
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_where_another_worker_reduces_this_one_says_how_many_are_done(
+    workplace: Any, inline: Any, num_cells: int, fails: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.behave(fail=[UP] if fails else [])
+    folder = workplace.store.grid_dir("tiny")
+    folder.mkdir(parents=True)
+    with Leases().hold(folder / LEASE_NAME, print) as held:
+        assert held and inline() == (work.SOME_FAILED if fails else 0)
+    done = num_cells - 6 if fails else num_cells
+    assert f"{done} of {num_cells} cells are done; another worker reduces" in capsys.readouterr().out
+    assert not (folder / "report.html").exists()
 
 
 def test_a_cell_that_kills_every_worker_is_given_up(workplace: Any, num_cells: int) -> None:
