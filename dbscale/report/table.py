@@ -236,6 +236,10 @@ def runs_of(sheet: Sheet, columns: Mapping[str, str] | None = None) -> RunTable:
     for name in (*columns, *REQUIRED):
         if given[name] not in sheet.columns:
             raise TableError(f"{sheet.name}: no column {given[name]!r}; {closest(given[name], sheet.columns)}")
+    measured = given["error_rate"].lower()
+    if "acc" in measured and "err" not in measured:
+        raise TableError(f"{sheet.name}: column {given['error_rate']!r} holds accuracies by its name, where errors are "
+                         "asked for; write 1 - accuracy into a column of its own and name that")  # fmt: skip
     cells = {name: _cells(sheet, column, kind_of(name)) for name, column in given.items() if column in sheet.columns}
     places = [sheet.place(row) for row in range(len(sheet))]
     runs = tuple(_run({name: cells[name][row] for name in cells}, place) for row, place in enumerate(places))

@@ -320,6 +320,16 @@ def test_a_column_that_must_be_there_is_named(column: str):
         runs_from(MINIMAL, {**MINIMAL, column: "NA"})
 
 
+@pytest.mark.parametrize(("column", "is_refused"), [("top1_acc", True), ("Accuracy", True), ("acc_error", False)])
+def test_accuracies_are_not_taken_for_errors(column: str, is_refused: bool):
+    rows = {column if name == "error_rate" else name: value for name, value in MINIMAL.items()}
+    if not is_refused:
+        assert runs_from(rows, columns={"error_rate": column}).runs
+        return
+    with pytest.raises(TableError, match=f"column {column!r} holds accuracies by its name.*write 1 - accuracy"):
+        runs_from(rows, columns={"error_rate": column})
+
+
 def test_columns_may_have_other_names():
     rows = {**MINIMAL, "top=1": "0.25"}
     assert runs_from(rows, columns={"error_rate": "top=1"}).runs[0].error_rate == 0.25
