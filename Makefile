@@ -109,7 +109,7 @@ bench-launch: ## Planning, submitting and reducing large grids
 bench-accuracy bench-data bench-dense bench-train bench-cells bench-kernels bench-laws bench-verdicts bench-hunt bench-pages bench-launch: $(STAMP)
 	@$(VENV)/bin/python tests/bench/$(subst -,_,$@).py $(ARGS)
 
-bench-gpu: $(STAMP) ## Every figure of docs/benchmarks that needs a GPU, in one go
+bench-gpu: $(STAMP) ## The benchmarks that need a GPU, one after another
 	@$(VENV)/bin/python tests/bench/bench_kernels.py
 	@$(VENV)/bin/python tests/bench/bench_cells.py
 	@for model in deit_h2 deit_h8; do for tier in raw jpeg256; do \

@@ -161,12 +161,12 @@ def disk_problems(study: Study, plan: Plan) -> Iterator[str]:
     free = shutil.disk_usage(folder).free
     if needed > free:
         yield (
-            f"the store {study.store.root} needs about {_size(needed)} for weights and checkpoints, its disk has "
-            f"{_size(free)} left: free some space, or choose another with --store"
+            f"the store {study.store.root} needs about {_amount(needed)} for weights and checkpoints, its disk has "
+            f"{_amount(free)} left: free some space, or choose another with --store"
         )
 
 
-def _size(num_bytes: float) -> str:
+def _amount(num_bytes: float) -> str:
     """In GiB, or in MiB where that would read 0.0."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 

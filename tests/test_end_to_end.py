@@ -223,7 +223,7 @@ def test_cells_left_out_for_damage_are_named(finished: Study, tmp_path: Path, co
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
     said = finished.run(command, "--store", str(tmp_path / "out"))
     assert f"damaged, left out: {key}: {path}" in said
-    assert "1 damaged cells are left out; `dbscale submit` runs them again" in said
+    assert "left out for damage: 1 cell; `dbscale submit` runs what is missing" in said
 
 
 @pytest.mark.gpu

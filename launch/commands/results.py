@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbscale.errors import ConfigError
+from dbscale.launch.commands.plan import counted
 from dbscale.launch.study import AddCommand, add_data, add_grid, add_store, find_cell, store_of
 from dbscale.study.grid import load_grid
 from dbscale.study.store import Store
@@ -118,6 +119,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
+    options = options_of(arguments)
     if arguments.cell is not None:
         return export_model(arguments)
     if arguments.push is not None:
@@ -125,7 +127,6 @@ def export(arguments: argparse.Namespace) -> int:
     from dbscale.report.findings import refresh, refresh_table
     from dbscale.report.page import export_figures
 
-    options = options_of(arguments)
     if arguments.table is not None:
         folder = arguments.out or arguments.table.parent / "figures"
         study = refresh_table(arguments.table, folder, options, columns_of(arguments))
@@ -169,7 +170,10 @@ def say_damaged(table: RunTable) -> None:
     for key, reason in list(damaged.items())[:MOST_NAMED]:
         print(f"damaged, left out: {key}: {reason}", file=sys.stderr)
     if damaged:
-        print(f"{len(damaged)} damaged cells are left out; `dbscale submit` runs them again", file=sys.stderr)
+        print(
+            f"left out for damage: {counted(len(damaged), 'cell')}; `dbscale submit` runs what is missing",
+            file=sys.stderr,
+        )
 
 
 def report_is_current(store: Store, name: str, keys: Sequence[str]) -> bool:

@@ -27,23 +27,8 @@ from hypothesis import strategies as st
 from dbscale.errors import TableError
 from dbscale.launch.cli import main
 from dbscale.report.reader import parse_sheet, read_sheet
-from dbscale.report.sheet import Sheet
 from dbscale.report.table import COLUMNS, REQUIRED, Run, RunTable, Setting, runs_of, to_csv
-
-
-def sheet_of(text: str) -> Sheet:
-    return parse_sheet(text.encode(), "t.csv")
-
-
-def refusal(text: str | bytes, column: str | None = None) -> str:
-    """The sentence that refuses a table, or a column of it read as numbers."""
-    with pytest.raises(TableError) as caught:
-        sheet = parse_sheet(text.encode() if isinstance(text, str) else text, "t.csv")
-        if column is not None:
-            sheet.numbers(column)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
+from tests.report.test_sheet import refusal, sheet_of
 
 # The shape of text.
 
